@@ -1,0 +1,56 @@
+"""A zoo of vision and speech models whose parts are chosen by name."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported at first use, so that `zoo --help` need not load torch.
+_HOMES = {
+    "create_model": "zoo.models",
+    "list_models": "zoo.models",
+    "advance": "zoo.layer",
+    "fuse": "zoo.fusion",
+    "refresh_statistics": "zoo.norms",
+    "MIXERS": "zoo.mixers",
+    "NORMS": "zoo.norms",
+    "CHANNELS": "zoo.channels",
+    "POSITIONS": "zoo.positions",
+    "FFNS": "zoo.ffns",
+    "PLACEMENTS": "zoo.block",
+}
+
+if TYPE_CHECKING:
+    from zoo.block import PLACEMENTS
+    from zoo.channels import CHANNELS
+    from zoo.ffns import FFNS
+    from zoo.fusion import fuse
+    from zoo.layer import advance
+    from zoo.mixers import MIXERS
+    from zoo.models import create_model, list_models
+    from zoo.norms import NORMS, refresh_statistics
+    from zoo.positions import POSITIONS
+
+__all__ = [
+    "CHANNELS",
+    "FFNS",
+    "MIXERS",
+    "NORMS",
+    "PLACEMENTS",
+    "POSITIONS",
+    "advance",
+    "create_model",
+    "fuse",
+    "list_models",
+    "refresh_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zoo' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""Data modules: pictures for classification, speech for transcription, boxes for detection."""

@@ -1,0 +1,104 @@
+"""Order and randomness of data as functions of seed, epoch and index, on any number of ranks."""
+
+import contextlib
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Within it, the CPU generators of `random`, NumPy and PyTorch depend on `numbers` alone.
+
+    Their states from before are put back at the end; generators of accelerators are not touched.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = _hash(*numbers)
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index) for this rank's share of a set.
+
+    In training the order is a function of seed and epoch, and ranks have equally many pictures: the
+    order is continued from its start until it divides. In evaluation the order is that of the set
+    and every picture comes exactly once over all ranks, whose shares may differ by one.
+
+    Args:
+        count: pictures in the set.
+        training: shuffle, and make the ranks equal.
+        seed: what the order depends on, besides the epoch.
+    """
+
+    def __init__(self, count: int, *, training: bool, seed: int = 0):
+        self.count, self.training, self.seed = count, training, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the iterations to come. Lightning calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, world = _rank_and_world()
+        if self.training:
+            generator = torch.Generator().manual_seed(_hash(self.seed, self.epoch))
+            order = torch.randperm(self.count, generator=generator).tolist()
+            total = math.ceil(self.count / world) * world
+        else:
+            order, total = range(self.count), self.count
+        for position in range(rank, total, world):
+            yield self.epoch, order[position % self.count]
+
+    def __len__(self) -> int:
+        rank, world = _rank_and_world()
+        total = math.ceil(self.count / world) * world if self.training else self.count
+        return len(range(rank, total, world))
+
+
+class EvenBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of an evaluation, equally many on every rank and of nearly equal size.
+
+    A rank with a batch less than the others would leave them waiting wherever a forward
+    communicates (sharded parameters, broadcast buffers). Where a rank has fewer pictures than
+    batches, some are empty.
+
+    Args:
+        sampler: an `EpochSampler` for evaluation.
+        batch: most pictures in a batch.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch: int):
+        self.sampler, self.batch = sampler, batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        pairs, batches = list(self.sampler), len(self)
+        for part in range(batches):
+            yield pairs[part * len(pairs) // batches : (part + 1) * len(pairs) // batches]
+
+    def __len__(self) -> int:
+        _, world = _rank_and_world()
+        return math.ceil(math.ceil(self.sampler.count / world) / self.batch)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _hash(*numbers: int) -> int:
+    """A number below 2**63 that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1

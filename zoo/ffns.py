@@ -1,0 +1,71 @@
+"""Feed-forward layers: each token by itself."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.layer import Context, Layer, linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"there is no activation '{name}'; choose from: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(Layer):
+    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, dim: int, *, ratio: float = 4.0, activation: str = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.activation = activation_of(activation)
+        self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias)
+        self.sites = {"inner": hidden}
+        self.inner: Layer | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.activation(self.expand(x))
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+
+class SwiGLU(Layer):
+    """W3 (silu(W1 x) * W2 x), W1 and W2 stored as one (Shazeer 2020, arXiv:2002.05202).
+
+    The width inside is ratio * dim, rounded up to a multiple of 8; the default keeps the size of an MLP of ratio 4.
+    """
+
+    def __init__(self, dim: int, *, ratio: float = 8 / 3, bias: bool = True) -> None:
+        super().__init__()
+        hidden = -int(-dim * ratio // 8) * 8
+        self.expand, self.out = linear(dim, 2 * hidden, bias), linear(hidden, dim, bias)
+        self.sites = {"inner": hidden}
+        self.inner: Layer | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        gate, value = self.expand(x).chunk(2, -1)
+        y = F.silu(gate) * value
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU}

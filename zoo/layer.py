@@ -1,0 +1,191 @@
+"""What a part of a model is: a Layer maps tokens to tokens under a Context; `make` builds one from its name."""
+
+import ast
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Memory(NamedTuple):
+    """What a decoder reads: the tokens of an encoder and where they lie."""
+
+    tokens: Tensor  # [B, M, D]
+    mask: Tensor | None = None  # [B, M], True on real tokens
+    code: Tensor | None = None  # [1 or B, M, D], added to keys and not to values
+    grids: tuple[tuple[int, ...], ...] = ()  # one per level; their products sum to M
+    reference: Tensor | None = None  # [B, N, 2 or 4], where each query looks, in 0..1
+
+
+class Context(NamedTuple):
+    """What tokens [B, N, D] know besides their values. N = prefix + product(grid); masks are True on what is real.
+
+    Real tokens form a top-left rectangle of the grid (left-aligned in time), so a layer may use each sample's extent.
+    """
+
+    grid: tuple[int, ...]  # (H, W) or (T,)
+    prefix: int = 0  # class token and registers, in front of the grid
+    mask: Tensor | None = None  # [B, N]
+    rotary: Tensor | None = None  # [2, N, d / 2] fp32: cosine and sine that turn queries and keys
+    bias: Tensor | None = None  # [heads, N, N], added to attention scores
+    cond: Tensor | None = None  # [B, 1 or N, D], what modulates the blocks
+    code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
+    memory: Memory | None = None
+
+    @property
+    def grid_mask(self) -> Tensor | None:
+        """The mask without the prefix, [B, product(grid)]."""
+        return None if self.mask is None else self.mask[:, self.prefix :]
+
+
+class Fold(NamedTuple):
+    """One line of `model.fusion`: a layer, where it went, and why where it stayed."""
+
+    layer: str
+    into: str | None
+    reason: str = ""
+
+
+class Layer(nn.Module):
+    """Maps tokens x [B, N, D] to [B, N, D] under a Context.
+
+    `reads` names the fields of the Context that the layer honours; `mixes` says whether one token's output depends on
+    other tokens. `sites` maps the names of the places that a Block may fill with a norm to their widths: `inner` stands
+    in front of the output linear, `query`, `key` and `value` behind the projections. `heads`, where above 0, splits the
+    `inner` site into heads.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    mixes: ClassVar[bool] = False
+    sites: dict[str, int] = {}
+    heads: int = 0
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def fill(self, site: str, layer: "Layer") -> None:
+        """Puts a layer into a site; ValueError where there is no such site or it is taken."""
+        name = type(self).__name__
+        if site not in self.sites:
+            raise ValueError(
+                f"{name} has no site '{site}' for this placement; it has: {', '.join(self.sites) or 'none'}"
+            )
+        if getattr(self, site) is not None:
+            raise ValueError(f"the site '{site}' of {name} is already filled; drop the option that fills it")
+        setattr(self, site, layer)
+
+    def inputs(self) -> "list[nn.Linear] | str":
+        """All the linears that alone read x, or the reason why an affine map cannot be folded into them."""
+        return f"{type(self).__name__} has no linear that alone reads its input"
+
+    def outputs(self) -> "list[nn.Linear] | str":
+        """The linears whose sum alone is the result, or the reason why an affine map cannot be folded into them."""
+        return f"{type(self).__name__} has no output linear"
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A linear map with truncated-normal weights (standard deviation 0.02) and zero bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, N, ...] with zeros where the mask [B, N] is False."""
+    return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
+
+
+def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Tokens [B, product(grid), C] as a map [B, C, *grid], channels last in memory."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """A map [B, C, *grid] as tokens [B, product(grid), C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def extent(context: Context) -> list[Tensor]:
+    """How far each sample's real tokens reach along each axis of the grid: one tensor [B] per axis."""
+    mask = context.grid_mask
+    assert mask is not None
+    if len(context.grid) == 1:
+        return [mask.sum(1)]
+    rectangle = mask.unflatten(1, context.grid)
+    return [rectangle.any(2).sum(1), rectangle.any(1).sum(1)]
+
+
+@lru_cache(maxsize=4096)
+def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Splits "pool(size=5)" into ("pool", (("size", 5),)). Options are literals; nothing is ever evaluated."""
+    hint = "write a name, or a name with options as in 'pool(size=5)'"
+    try:
+        node = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise ValueError(f"cannot read {spec!r}; {hint}") from None
+    if isinstance(node, ast.Name):
+        return node.id, ()
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError(f"cannot read {spec!r}; {hint}")
+    options = []
+    for keyword in node.keywords:
+        try:
+            options.append((str(keyword.arg), ast.literal_eval(keyword.value)))
+        except (ValueError, TypeError):
+            raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
+    return node.func.id, tuple(options)
+
+
+@lru_cache(maxsize=1024)
+def options_of(row: type) -> dict[str, Any]:
+    """The options of a row and their defaults: its constructor's keyword-only parameters."""
+    parameters = inspect.signature(row).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
+    """All options of the row that spec names, given ones over defaults; ValueError where a name or an option is wrong."""
+    name, given = parse(spec)
+    if name not in table:
+        raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")
+    allowed = options_of(table[name])
+    for option, value in given:
+        if option not in allowed:
+            raise ValueError(f"'{name}' has no option '{option}'; it has: {', '.join(allowed) or 'none'}")
+        default = allowed[option]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and (
+            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
+    return allowed | dict(given)
+
+
+def make(table: Mapping[str, type], spec: str, *arguments: Any) -> Any:
+    """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, axes)."""
+    options = check(table, spec)
+    return table[parse(spec)[0]](*arguments, **options)
+
+
+def advance(model: nn.Module, progress: float) -> None:
+    """Tells every layer that changes over training how much of it is over, progress in 0..1."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress lies in 0..1, not {progress}")
+    for module in model.modules():
+        if callable(step := getattr(module, "advance", None)):
+            step(progress)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def compiling() -> bool:
+    """Whether the call is being traced by the compiler or the exporter."""
+    return torch.compiler.is_compiling()

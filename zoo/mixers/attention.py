@@ -1,0 +1,179 @@
+"""Mixers that compare tokens: the shared projections, softmax attention, and a decoder's cross-attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.fusion import fold_site
+from zoo.layer import Context, Fold, Layer, linear
+from zoo.norms import LayerNorm
+
+
+def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
+    """Turns the pairs (first half, second half) of x [B, N, H, d] by the angles of rotary [2, N, d / 2]."""
+    if rotary is None:
+        return x
+    cosine, sine = rotary[0][:, None], rotary[1][:, None]
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+    return turned.to(x.dtype)
+
+
+class Projected(Layer):
+    """The frame of every mixer with queries, keys and values: one projection to all three, `mix`, one output linear.
+
+    A subclass writes `mix`. `code` is added to what queries and keys are made of, and not to values.
+    """
+
+    reads = frozenset({"prefix", "mask", "code"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int, head_dim: int = 0, kv_heads: int = 0) -> None:
+        super().__init__()
+        if head_dim == 0 and dim % heads:
+            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do, or give head_dim")
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim = head_dim or dim // heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide the {heads} heads; {kv_heads} does not")
+        width = heads * self.head_dim
+        self.qkv = linear(dim, width + 2 * self.kv_heads * self.head_dim)
+        self.out = linear(width, dim)
+        self.sites = dict.fromkeys(("query", "key", "value"), self.head_dim) | {"inner": width}
+        self.query: Layer | None = None
+        self.key: Layer | None = None
+        self.value: Layer | None = None
+        self.inner: Layer | None = None
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """query [B, N, H, d], key and value [B, N, K, d] -> [B, N, H, d]."""
+        raise TypeError(f"{type(self).__name__} has no mix")
+
+    @property
+    def widths(self) -> list[int]:
+        """Output rows of `qkv` that are queries, keys and values."""
+        return [self.heads * self.head_dim] + [self.kv_heads * self.head_dim] * 2
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        if context.code is None:
+            q, k, v = self.qkv(x).split(self.widths, -1)
+        else:
+            split = sum(self.widths[:2])
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q, k = F.linear(x + context.code, weight[:split], bias[:split]).split(self.widths[:2], -1)
+            v = F.linear(x, weight[split:], bias[split:])
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.query is not None:
+            q = self.query(q, context)
+        if self.key is not None:
+            k = self.key(k, context)
+        if self.value is not None:
+            v = self.value(v, context)
+        return q, k, v
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.mix(*self.project(x, context), context).flatten(2)
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.qkv]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+    def fold(self) -> list[Fold]:
+        done, start = [], 0
+        for site, width in zip(("query", "key", "value"), self.widths, strict=True):
+            done += fold_site(self, site, self.qkv, slice(start, start + width))
+            start += width
+        return done
+
+
+class Softmax(Projected):
+    """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
+
+    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442); kv_heads below `heads` shares
+    keys and values between heads, 0 means as many (Shazeer 2019, arXiv:1911.02150); head_dim 0 means dim / heads.
+    """
+
+    reads = Projected.reads | {"rotary", "bias"}
+
+    def __init__(
+        self, dim: int, heads: int, axes: int = 2, *, qk_norm: bool = False, kv_heads: int = 0, head_dim: int = 0
+    ) -> None:
+        super().__init__(dim, heads, head_dim, kv_heads)
+        if qk_norm:
+            self.fill("query", LayerNorm(self.head_dim))
+            self.fill("key", LayerNorm(self.head_dim))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        return attend(query, key, value, context.mask, context.bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of query [B, N, H, d] over key and value [B, M, K, d]: [B, N, H, d].
+
+    mask [B, M] is True on real keys, bias [H, N, M] is added to the scores. Without a real key the result is finite and
+    means nothing.
+    """
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    allowed = None
+    if mask is not None:
+        allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+    if bias is not None:
+        allowed = (
+            bias.to(query.dtype)[None] if allowed is None else bias.to(query.dtype).masked_fill(~allowed, -torch.inf)
+        )
+    shared = key.shape[1] != query.shape[1]
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
+    return y.transpose(1, 2)
+
+
+class Cross(Layer):
+    """Softmax attention of tokens over the memory of the Context (Vaswani et al. 2017; Carion et al. 2020,
+    arXiv:2005.12872). Each side's code is added to queries or keys, and not to values."""
+
+    reads = frozenset({"prefix", "mask", "code", "memory"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide dim {dim}")
+        self.heads, self.head_dim = heads, dim // heads
+        self.queries, self.keys, self.values = (linear(dim, dim) for _ in range(3))
+        self.out = linear(dim, dim)
+        self.sites = dict.fromkeys(("query", "key", "value"), self.head_dim) | {"inner": dim}
+        self.query: Layer | None = None
+        self.key: Layer | None = None
+        self.value: Layer | None = None
+        self.inner: Layer | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        memory = context.memory
+        if memory is None:
+            raise ValueError("cross-attention needs a memory in the Context")
+        heads = (-1, self.head_dim)
+        q = self.queries(x if context.code is None else x + context.code).unflatten(-1, heads)
+        k = self.keys(memory.tokens if memory.code is None else memory.tokens + memory.code).unflatten(-1, heads)
+        v = self.values(memory.tokens).unflatten(-1, heads)
+        beside = Context(grid=(memory.tokens.shape[1],), mask=memory.mask)
+        if self.query is not None:
+            q = self.query(q, context)
+        if self.key is not None:
+            k = self.key(k, beside)
+        if self.value is not None:
+            v = self.value(v, beside)
+        y = attend(q, k, v, memory.mask).flatten(2)
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.queries]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+    def fold(self) -> list[Fold]:
+        pairs = (("query", self.queries), ("key", self.keys), ("value", self.values))
+        return [fold for site, layer in pairs for fold in fold_site(self, site, layer)]

@@ -1,0 +1,136 @@
+"""Mixers and branches that look at neighbours on the grid: pooling, separable convolution, speech convolution, none."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.fusion import fold_site
+from zoo.layer import Context, Fold, Layer, linear, make, to_map, to_tokens, zeroed
+from zoo.norms import NORMS, Norm
+
+
+class Identity(Layer):
+    """Returns its input: the branch then adds what the norm makes of x (IdentityFormer, Yu et al. 2022,
+    arXiv:2210.13452)."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int, axes: int = 2) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return x
+
+
+class Pool(Layer):
+    """The mean of the real neighbours less the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418)."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int, axes: int = 2, *, size: int = 3) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"pool takes an odd size, not {size}")
+        self.size = size
+
+    def pool(self, maps: Tensor, counted: bool) -> Tensor:
+        pool = F.avg_pool1d if maps.ndim == 3 else F.avg_pool2d
+        return pool(maps, self.size, stride=1, padding=self.size // 2, count_include_pad=counted)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        maps = to_map(zeroed(x, context.mask), context.grid)
+        if context.mask is None:
+            return to_tokens(self.pool(maps, counted=False)) - x
+        real = to_map(context.mask[..., None].to(x.dtype), context.grid)
+        share = self.pool(real, counted=True).clamp(min=1e-4)
+        return to_tokens(self.pool(maps, counted=True) / share) - x
+
+
+class StarReLU(nn.Module):
+    """scale * relu(x)^2 + bias, both learned scalars (Yu et al. 2022, arXiv:2210.13452)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x).square() + self.bias
+
+
+def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.Conv2d:
+    """A convolution of each channel by itself that keeps the grid's size."""
+    if kernel % 2 == 0:
+        raise ValueError(f"a convolution on tokens takes an odd kernel, not {kernel}")
+    conv = nn.Conv1d if axes == 1 else nn.Conv2d
+    return conv(width, width, kernel, padding=kernel // 2, groups=width, bias=bias)
+
+
+class SeparableConv(Layer):
+    """Linear, StarReLU, depthwise convolution, linear, without biases (ConvFormer, Yu et al. 2022, arXiv:2210.13452)."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int, axes: int = 2, *, ratio: float = 2.0, kernel: int = 7) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.expand, self.out = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
+        self.activation = StarReLU()
+        self.conv = depthwise(hidden, kernel, axes, bias=False)
+        self.sites = {"inner": hidden}
+        self.inner: Layer | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = zeroed(self.activation(self.expand(x)), context.mask)
+        y = to_tokens(self.conv(to_map(y, context.grid)))
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+
+class Convolution(Layer):
+    """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish, linear
+    (Gulati et al. 2020, arXiv:2005.08100). `norm` names a row of NORMS."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+    gate = "glu"
+
+    def __init__(self, dim: int, axes: int, norm: str, *, kernel: int = 31) -> None:
+        super().__init__()
+        hidden = dim if self.gate == "glu" else 2 * dim
+        self.expand, self.out = linear(dim, 2 * dim), linear(hidden, dim)
+        self.conv = depthwise(hidden, kernel, axes, bias=True)
+        self.norm: Norm | None = make(NORMS, norm, hidden)
+        self.sites = {"inner": hidden}
+        self.inner: Layer | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.expand(x)
+        y = zeroed(F.glu(y, -1) if self.gate == "glu" else F.silu(y), context.mask)
+        y = to_tokens(self.conv(to_map(y, context.grid)))
+        y = F.silu(y if self.norm is None else self.norm(y, context))
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+    def fold(self) -> list[Fold]:
+        return fold_site(self, "norm", self.conv)
+
+
+class SwishConvolution(Convolution):
+    """The convolution branch of Squeezeformer: swish keeps all of the doubled channels (Kim et al. 2022,
+    arXiv:2206.00888)."""
+
+    gate = "swish"

@@ -1,0 +1,172 @@
+"""Vision transformers: one resolution, any mixer (Dosovitskiy et al. 2021, arXiv:2010.11929; DeiT, Touvron et al. 2021,
+arXiv:2012.12877)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.block import Block, BlockConfig, run
+from zoo.channels import grid_mean
+from zoo.fusion import fold_in, keep, not_affine
+from zoo.layer import Context, Fold, linear, make
+from zoo.norms import NORMS, Norm
+from zoo.positions import POSITIONS
+from zoo.stems import Patches
+
+POOLS = ("mean", "token", "norm_after_mean", "distilled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BlockConfig):
+    """A vision transformer.
+
+    pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
+    normalized; `distilled`, the mean of the logits of a class and a distillation token, each with a head of its own.
+    registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token puts
+    a class token there, which `token` and `distilled` need. classes = 0 leaves the head away.
+    """
+
+    image: int = 224
+    patch: int = 16
+    channels: int = 3
+    classes: int = 1000
+    pool: str = "mean"
+    class_token: bool = False
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
+        if self.pool in ("token", "distilled") and not self.class_token:
+            raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
+        if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
+            raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
+        for word in ("cross",):
+            if word in self.layout:
+                raise ValueError(f"layout: a vision transformer has no '{word}'; it reads no memory")
+        super().__post_init__()
+        if self.modulate:
+            raise ValueError("modulate: a vision transformer has nothing to modulate its blocks with")
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens in front of the grid."""
+        return self.class_token + (self.pool == "distilled") + self.registers
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return super().writes | ({"prefix"} if self.prefix else set())
+
+    def build(self) -> "ViT":
+        return ViT(self)
+
+
+class ViT(nn.Module):
+    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, dim] where classes = 0.
+
+    H and W are free. A mask [B, H, W] of real pixels lets pictures of several sizes share a batch.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        side = -(-config.image // config.patch)
+        self.stem = Patches(config.channels, config.dim, config.patch)
+        self.tokens = None
+        if config.prefix:
+            self.tokens = nn.Parameter(torch.zeros(1, config.prefix, config.dim))
+            nn.init.trunc_normal_(self.tokens, std=0.02)
+        place = (config.dim, config.head_dim, (side, side), config.prefix)
+        self.position = make(POSITIONS, config.position, *place)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.norm: Norm | None = make(NORMS, config.norm, config.dim)
+        self.head = linear(config.dim, config.classes) if config.classes else None
+        self.head_distilled = None
+        if config.pool == "distilled" and config.classes:
+            self.head_distilled = linear(config.dim, config.classes)
+        self.checkpointing = False
+
+    def embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
+        """Tokens [B, N, dim] with positions, and the Context of all blocks."""
+        x, grid, mask = self.stem(images, mask)
+        prefix = self.config.prefix
+        if self.tokens is not None:
+            x = torch.cat([self.tokens.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(len(x), prefix), mask], 1)
+        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask))
+        return self.position(x, context), context
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        x, context = self.embed(images, mask)
+        x = run(self.blocks, x, context, self.checkpointing and self.training)
+        pooled = self.pool(x, context)
+        if self.head is None:
+            return pooled.mean(1)
+        if self.head_distilled is None:
+            return self.head(pooled[:, 0])
+        return (self.head(pooled[:, 0]) + self.head_distilled(pooled[:, 1])) / 2
+
+    def pool(self, x: Tensor, context: Context) -> Tensor:
+        """What the head reads: [B, 1, dim], or [B, 2, dim] for a distilled model."""
+        if self.config.pool == "norm_after_mean":
+            pooled = grid_mean(x, context)[:, None]
+            return pooled if self.norm is None else self.norm(pooled, Context(grid=(1,)))
+        x = x if self.norm is None else self.norm(x, context)
+        if self.config.pool == "mean":
+            return grid_mean(x, context)[:, None]
+        return x[:, : 1 + (self.config.pool == "distilled")]
+
+    def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
+        """The grid's tokens after the given blocks (all where None; -1 is the last), not normalized, as maps
+        [B, dim, H', W']."""
+        wanted = range(self.config.depth) if layers is None else layers
+        if bad := [layer for layer in wanted if not -self.config.depth <= layer < self.config.depth]:
+            raise ValueError(f"layers: there is no block {bad[0]}; the model has {self.config.depth} blocks, from 0")
+        x, context = self.embed(images, mask)
+        maps = []
+        for block in self.blocks:
+            x = block(x, context)
+            maps.append(x)
+        return [maps[layer][:, context.prefix :].transpose(1, 2).unflatten(2, context.grid) for layer in wanted]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of more than one dimension that weight decay leaves alone."""
+        return {name for name, _ in self.named_parameters() if name in ("tokens", "position.table")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
+        return {"stem": r"^(stem|tokens|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def fold(self) -> list[Fold]:
+        """Folds the final norm into the heads, through the mean."""
+        if self.norm is None:
+            return []
+        affine = self.norm.affine()
+        if affine is None:
+            return [Fold("norm", None, not_affine(self.norm))]
+        if self.head is None:
+            return [keep(self, "norm", "there is no head")]
+        for head in (self.head, self.head_distilled):
+            if head is not None:
+                fold_in(head, *affine)
+        self.norm = None
+        return [Fold("norm", "the head")]
+
+
+def _deit(dim: int, heads: int) -> ViTConfig:
+    return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
+
+
+PRESETS: dict[str, ViTConfig] = {
+    "vit_micro": ViTConfig(dim=96, depth=6, heads=3, image=32, patch=4),
+    "vit_tiny": ViTConfig(dim=192, depth=12, heads=3),
+    "vit_small": ViTConfig(dim=384, depth=12, heads=6),
+    "vit_base": ViTConfig(dim=768, depth=12, heads=12),
+    "vit_large": ViTConfig(dim=1024, depth=24, heads=16),
+    "deit_tiny": _deit(192, 3),
+    "deit_small": _deit(384, 6),
+    "deit_base": _deit(768, 12),
+}

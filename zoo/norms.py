@@ -1,0 +1,287 @@
+"""Normalizations over channels-last tokens: what each computes, and the affine map that it becomes at inference."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.layer import Context, Layer, zeroed
+
+_recomputing = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """While a checkpointed block runs a second time, running statistics stand still."""
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
+
+
+class Norm(Layer):
+    """A normalization of x [B, N, ..., D] over its last dimension."""
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """(a, b) [D] where inference computes a * x + b, else None."""
+        return None
+
+
+class Affine(Norm):
+    """weight * x + bias per channel: Squeezeformer's learned scale, and what a folded norm leaves where it cannot go
+    further (Kim et al. 2022, arXiv:2206.00888)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return torch.addcmul(self.bias, x, self.weight).to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.weight.detach(), self.bias.detach()
+
+
+class HeadScale(Norm):
+    """One learned factor a head, in front of the output linear (NormFormer, Shleifer et al. 2021, arXiv:2110.09456)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads))
+        self.width = dim // heads
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return x * self.weight.repeat_interleave(self.width).to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight.detach().repeat_interleave(self.width)
+        return scale, torch.zeros_like(scale)
+
+
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) over each token's channels (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, *, affine: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Norm):
+    """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, *, affine: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class DyT(Norm):
+    """weight * tanh(alpha * x) + bias, alpha one scalar: no statistics at all (Zhu et al. 2025, arXiv:2503.10622)."""
+
+    def __init__(self, dim: int, *, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return torch.addcmul(self.bias, torch.tanh(self.alpha * x), self.weight).to(x.dtype)
+
+
+class _GatherSum(torch.autograd.Function):
+    """The sum over all ranks; each rank's loss then sends its gradient to every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_reduce(gradient)
+
+
+def _all_reduce(x: Tensor) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", torch.distributed.group.WORLD))
+
+
+def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], biased variance [D] and count [] of the real tokens of x [B, N, ..., D], over all ranks.
+
+    The squares are taken of centred values. No real token at all gives zeros.
+    """
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    across = tuple(range(x.ndim - 1))
+    number = torch.tensor(x[..., 0].numel(), device=x.device, dtype=values.dtype)
+    if mask is not None:
+        number = mask.sum(dtype=values.dtype) * (number / mask.numel())
+    mean = zeroed(values, mask).sum(across) / number.clamp(min=1)
+    squares = zeroed((values - mean).square(), mask).sum(across)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        own = torch.cat([mean, squares, number[None]])
+        slots = [torch.zeros_like(own)] * ranks
+        slots[torch.distributed.get_rank()] = own
+        means, spreads, numbers = _GatherSum.apply(torch.stack(slots)).split([len(mean), len(mean), 1], 1)
+        number = numbers.sum()
+        mean = (means * numbers).sum(0) / number.clamp(min=1)
+        squares = (spreads + numbers * (means - mean).square()).sum(0)
+    return mean, squares / number.clamp(min=1), number
+
+
+class BatchNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) per channel over all real tokens of the batch and of all ranks; running
+    statistics at inference (Ioffe and Szegedy 2015, arXiv:1502.03167)."""
+
+    reads = frozenset({"mask"})
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def scale_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return scale, self.bias - scale * mean
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if not self.training:
+            scale, shift = self.scale_shift(self.running_mean, self.running_var)
+            return torch.addcmul(shift, x, scale).to(x.dtype)
+        mean, variance, number = statistics(x, context.mask)
+        if not _recomputing:
+            with torch.no_grad():
+                rate = self.momentum * (number > 0).to(mean.dtype)
+                unbiased = variance * (number / (number - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
+        scale, shift = self.scale_shift(mean, variance)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        with torch.no_grad():
+            return self.scale_shift(self.running_mean, self.running_var)
+
+
+class RepBN(BatchNorm):
+    """BatchNorm(x) + alpha * x, alpha one scalar, all one affine map at inference (SLAB, Guo et al. 2024,
+    arXiv:2405.11582)."""
+
+    def __init__(self, dim: int, *, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(dim, eps=eps, momentum=momentum)
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+
+    def scale_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = super().scale_shift(mean, variance)
+        return scale + self.alpha, shift
+
+
+class PRepBN(RepBN):
+    """blend * LayerNorm(x) + (1 - blend) * RepBN(x); training moves the blend from 1 to 0 (SLAB, arXiv:2405.11582).
+
+    The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on, both as shares of
+    the whole; `zoo.advance` sets it. Inference computes the same blend. Batch statistics are kept from the first step.
+    """
+
+    blend: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        alpha: float = 1.0,
+        until: float = 0.8,
+        warmup: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__(dim, alpha=alpha, eps=eps, momentum=momentum)
+        if not 0.0 <= warmup < until <= 1.0:
+            raise ValueError(f"prepbn takes 0 <= warmup < until <= 1, not warmup={warmup}, until={until}")
+        self.until, self.warmup = until, warmup
+        self.layernorm = LayerNorm(dim)
+        self.register_buffer("blend", torch.ones(()))
+        self.finished = False  # what blend == 0 says, known without asking the device
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_finished())
+
+    def refresh_finished(self) -> None:
+        self.finished = not self.blend.is_meta and self.blend.item() == 0.0
+
+    def advance(self, progress: float) -> None:
+        blend = min(1.0, max(0.0, (self.until - progress) / (self.until - self.warmup)))
+        self.blend.fill_(blend)
+        self.finished = blend == 0.0
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = super().forward(x, context)
+        if self.finished:
+            if not self.training:
+                return y
+            # The unused parameters stay in the graph, so that no rank waits for their gradients.
+            weight, bias = self.layernorm.weight, self.layernorm.bias
+            assert weight is not None and bias is not None
+            return y + (0.0 * (weight.sum() + bias.sum())).to(y.dtype)
+        return torch.lerp(y, self.layernorm(x, context).to(y.dtype), self.blend.to(y.dtype))
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        if self.blend.item() > 0:
+            raise ValueError(
+                f"prepbn still blends LayerNorm in at {self.blend.item():.3g}; train on, or call zoo.advance(model, 1.0)"
+            )
+        return super().affine()
+
+
+def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Replaces running statistics by the plain average over batches; weights stand still, nothing is dropped out.
+
+    Stochastic depth shifts the variances that training records; SLAB ends with such a pass. Returns the number of
+    batches. Each batch is what model(batch) takes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    number = 0
+    try:
+        with torch.no_grad():
+            for number, batch in enumerate(batches, start=1):
+                for layer in layers:
+                    layer.training, layer.momentum = True, 1.0 / number
+                model(batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return number
+
+
+NORMS: dict[str, type[Norm]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "batchnorm": BatchNorm,
+    "repbn": RepBN,
+    "prepbn": PRepBN,
+    "dyt": DyT,
+}
