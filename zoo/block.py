@@ -20,8 +20,8 @@ from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS, Affine, HeadScale, Norm, recomputing
 from zoo.positions import POSITIONS
 
-# What fills which site, for branches that mix tokens and for feed-forward. `before` precedes the branch, `after` follows
-# it, `total` follows the sum, `stream` lets the sum start from what `before` gave; the others are sites of the branch.
+# What fills which site, for branches that mix tokens and for feed-forward. `before` precedes the branch, `after`
+# follows it, `total` follows the sum, `stream` lets the sum start from what `before` gave; others are the branch's own.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
 PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "pre": (_PRE, _PRE),
@@ -125,6 +125,10 @@ class BlockConfig:
         """The width of one head of the mixer, which rotary positions turn."""
         return check(MIXERS, self.mixer).get("head_dim") or self.dim // self.heads
 
+    def build(self) -> nn.Module:
+        """The model that this config describes."""
+        raise TypeError(f"{type(self).__name__} describes blocks, not a model")
+
     def _check_pairs(self) -> None:
         tokens = self.writes & {"prefix", "mask"}
         needs = {"mixer": self.writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | self.writes & {"code"}}
@@ -168,8 +172,12 @@ class Parallel(Layer):
 
 
 def _joined(parts: list[list[nn.Linear] | str]) -> list[nn.Linear] | str:
-    reasons = [part for part in parts if isinstance(part, str)]
-    return reasons[0] if reasons else [layer for part in parts for layer in part if not isinstance(part, str)]
+    layers: list[nn.Linear] = []
+    for part in parts:
+        if isinstance(part, str):
+            return part
+        layers += part
+    return layers
 
 
 class Residual(Layer):
@@ -290,7 +298,7 @@ class Residual(Layer):
         if (affine := norm.affine()) is None:
             return [Fold(name, None, not_affine(norm))]
         fold_in(outputs[0], *affine)
-        leaf.inner = None  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(leaf, "inner", None)  # noqa: B010
         return [Fold(name, "the output linear")]
 
     def fold_before(self, norm: Norm) -> Fold:

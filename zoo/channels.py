@@ -66,8 +66,8 @@ class FrequencyChannel(Channel):
     """SE whose squeeze is a cosine transform: each sixteenth of the channels is summed against one two-dimensional
     frequency (FcaNet, Qin et al. 2021, arXiv:2012.11879).
 
-    The basis follows each sample's own extent, so padding changes nothing. Frequencies are scaled by extent // 7, as the
-    paper does for larger maps. In one dimension the sixteen lowest frequencies are used.
+    The basis follows each sample's own extent, so padding changes nothing. Frequencies are scaled by extent // 7, as
+    the paper does for larger maps. In one dimension the sixteen lowest frequencies are used.
     """
 
     frequencies: Tensor

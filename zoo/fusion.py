@@ -1,6 +1,7 @@
 """Folding what is affine at inference into its neighbours, exactly."""
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -78,7 +79,8 @@ def fuse(model: Model) -> Model:
     model = copy.deepcopy(model).eval()
     report: list[Fold] = []
     for name, module in list(model.named_modules()):
-        if callable(step := getattr(module, "fold", None)):
+        step: Callable[[], list[Fold]] | None = getattr(module, "fold", None)
+        if step is not None:
             prefix = f"{name}." if name else ""
             report += [Fold(prefix + fold.layer, fold.into, fold.reason) for fold in step()]
     object.__setattr__(model, "fusion", report)

@@ -149,7 +149,7 @@ def options_of(row: type) -> dict[str, Any]:
 
 
 def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
-    """All options of the row that spec names, given ones over defaults; ValueError where a name or an option is wrong."""
+    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong."""
     name, given = parse(spec)
     if name not in table:
         raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")

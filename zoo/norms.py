@@ -118,7 +118,9 @@ class _GatherSum(torch.autograd.Function):
 def _all_reduce(x: Tensor) -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", torch.distributed.group.WORLD))
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", world))
 
 
 def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +202,9 @@ class RepBN(BatchNorm):
 class PRepBN(RepBN):
     """blend * LayerNorm(x) + (1 - blend) * RepBN(x); training moves the blend from 1 to 0 (SLAB, arXiv:2405.11582).
 
-    The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on, both as shares of
-    the whole; `zoo.advance` sets it. Inference computes the same blend. Batch statistics are kept from the first step.
+    The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on, both as shares
+    of the whole; `zoo.advance` sets it. Inference computes the same blend. Batch statistics are kept from the first
+    step.
     """
 
     blend: Tensor
@@ -246,9 +249,8 @@ class PRepBN(RepBN):
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
         if self.blend.item() > 0:
-            raise ValueError(
-                f"prepbn still blends LayerNorm in at {self.blend.item():.3g}; train on, or call zoo.advance(model, 1.0)"
-            )
+            share = f"{self.blend.item():.3g}"
+            raise ValueError(f"prepbn still blends LayerNorm in at {share}; train on, or call zoo.advance(model, 1.0)")
         return super().affine()
 
 

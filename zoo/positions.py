@@ -47,7 +47,7 @@ def _sincos(grid: tuple[int, ...], dim: int, prefix: int, device: torch.device) 
 
 
 def _rotary(grid: tuple[int, ...], head_dim: int, prefix: int, base: float, device: torch.device) -> Tensor:
-    """[2, prefix + N, head_dim / 2]: cosine and sine; each axis turns its share of the pairs; the prefix stays unturned."""
+    """[2, prefix + N, head_dim / 2]: cosine and sine; each axis turns its share of the pairs, the prefix none."""
     parts = []
     for axis, size in enumerate(grid):
         waves = _waves(size, head_dim // (2 * len(grid)), base, device)

@@ -1,6 +1,7 @@
 """Pictures with one class each: embedded digits, folders in ImageNet's layout, generated ones."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -248,7 +249,21 @@ def training_transform(data: Images) -> Callable[["Picture"], Tensor]:
         cut, augment, finish = create(mean=wanted.mean * repeat, std=wanted.std * repeat)
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"timm does not understand randaugment={data.randaugment!r}") from error
+    _keep_one_bit(augment)
     if not grey:
         return Compose([cut, augment, finish])
     _, _, finish = create(mean=wanted.mean, std=wanted.std)
     return Compose([Grayscale(3), cut, augment, Grayscale(1), finish])
+
+
+def _keep_one_bit(augment: Any) -> None:
+    """Strong posterizing in timm asks for 0 bits, which Pillow refuses from version 13 on; before, it gave black."""
+    for transform in augment.transforms:
+        operations = [*getattr(transform, "ops", ()), *itertools.chain(*getattr(transform, "policy", ()))]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
+
+
+def _at_least_one_bit(bits: Callable[[float, dict], tuple[int]], magnitude: float, hparams: dict) -> tuple[int]:
+    return (max(1, *bits(magnitude, hparams)),)

@@ -1,4 +1,4 @@
-"""Where labelled pictures come from: a table of sources, each built as `SOURCES[name](split, ...)`."""
+"""Where labelled pictures come from: one row of `SOURCES` for each kind of data set."""
 
 import math
 import os
@@ -102,10 +102,10 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
     if split == "test" and not (base / "test").exists():
         split = "val"
     train, folder = base / "train", base / split
-    for folder in (train, folder):
-        if not folder.is_dir():
+    for place in (train, folder):
+        if not place.is_dir():
             layout = "root/train/<class>/* and root/val/<class>/*"
-            raise ValueError(f"{folder} is not a folder; an imagefolder is laid out as {layout}")
+            raise ValueError(f"{place} is not a folder; an imagefolder is laid out as {layout}")
     classes, found = _class_folders(train), _class_folders(folder)
     if not classes:
         raise ValueError(f"{train} has no class folders")

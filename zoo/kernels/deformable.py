@@ -27,9 +27,9 @@ def deformable(
 ) -> Tensor:
     """value [B, *grid, C], offsets [B, *out, G, K, axes], weights [B, *out, G, K] -> [B, *out, C].
 
-    The grid has one axis or two. K counts the kernel's taps in row-major order; offsets are in pixels and in the order of
-    the grid (y, x). Padding "same" centres the kernel on its output point; a number p starts it p pixels outside the grid
-    as a convolution does. ValueError where shapes do not fit each other.
+    The grid has one axis or two. K counts the kernel's taps in row-major order; offsets are in pixels and in the order
+    of the grid (y, x). Padding "same" centres the kernel on its output point; a number p starts it p pixels outside the
+    grid as a convolution does. ValueError where shapes do not fit each other.
     """
     places = sampling(value, offsets, weights, kernel, stride, dilation, padding, scale)
     return reference(value, places, weights)
@@ -56,13 +56,20 @@ def sampling(
         starts = [-dilation * ((taps - 1) // 2) for taps in kernel]
         origin = [0.0] * axes
     elif isinstance(padding, int):
-        out = tuple((size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for size, taps in zip(grid, kernel))
+        out = tuple(
+            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps in zip(grid, kernel, strict=True)
+        )
         starts = [-dilation * ((taps - 1) // 2) for taps in kernel]
         origin = [float(-padding - start) for start in starts]
     else:
         raise ValueError(f'padding is a number or "same", not {padding!r}')
     taps = torch.tensor(
-        list(itertools.product(*[[start + dilation * i for i in range(n)] for start, n in zip(starts, kernel)])),
+        list(
+            itertools.product(
+                *[[start + dilation * i for i in range(n)] for start, n in zip(starts, kernel, strict=True)]
+            )
+        ),
         dtype=torch.promote_types(offsets.dtype, torch.float32),
         device=value.device,
     )
@@ -75,7 +82,8 @@ def sampling(
     if value.shape[-1] % groups:
         raise ValueError(f"{groups} groups do not divide {value.shape[-1]} channels")
     lines = [
-        torch.arange(size, device=value.device, dtype=taps.dtype) * stride + start for size, start in zip(out, origin)
+        torch.arange(size, device=value.device, dtype=taps.dtype) * stride + start
+        for size, start in zip(out, origin, strict=True)
     ]
     base = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
     return base[..., None, None, :] + scale * (taps + offsets)
@@ -84,7 +92,7 @@ def sampling(
 def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """The sum by grid_sample, one call for all groups; a line of tokens is a map of height 1."""
     grid, out = value.shape[1:-1], places.shape[1:-3]
-    batch, groups, taps = len(value), places.shape[-3], places.shape[-2]
+    batch, groups = len(value), places.shape[-3]
     if len(grid) == 1:
         value = value[:, None]
         places = torch.cat([torch.zeros_like(places), places], -1)

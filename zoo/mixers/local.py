@@ -69,7 +69,8 @@ def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.
 
 
 class SeparableConv(Layer):
-    """Linear, StarReLU, depthwise convolution, linear, without biases (ConvFormer, Yu et al. 2022, arXiv:2210.13452)."""
+    """Linear, StarReLU, depthwise convolution, linear, without
+    biases (ConvFormer, Yu et al. 2022, arXiv:2210.13452)."""
 
     reads = frozenset({"mask"})
     mixes = True

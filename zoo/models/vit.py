@@ -24,8 +24,8 @@ class ViTConfig(BlockConfig):
 
     pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
     normalized; `distilled`, the mean of the logits of a class and a distillation token, each with a head of its own.
-    registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token puts
-    a class token there, which `token` and `distilled` need. classes = 0 leaves the head away.
+    registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token
+    puts a class token there, which `token` and `distilled` need. classes = 0 leaves the head away.
     """
 
     image: int = 224
@@ -43,10 +43,9 @@ class ViTConfig(BlockConfig):
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
             raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
-        for word in ("cross",):
-            if word in self.layout:
-                raise ValueError(f"layout: a vision transformer has no '{word}'; it reads no memory")
         super().__post_init__()
+        if "cross" in self.words:
+            raise ValueError("layout: a vision transformer has no memory for 'cross' to read")
         if self.modulate:
             raise ValueError("modulate: a vision transformer has nothing to modulate its blocks with")
 

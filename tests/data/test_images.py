@@ -1,0 +1,465 @@
+import functools
+import inspect
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from zoo.data.images import Batch, Images, Pictures, collate, training_transform
+from zoo.data.sampling import seeded
+from zoo.preprocess import ImagePreprocess
+
+PLAIN: dict[str, Any] = {"randaugment": None, "flip": 0.0, "scale": (1.0, 1.0), "erasing": 0.0}
+
+
+def states() -> list[str]:
+    return [repr(random.getstate()), repr(np.random.get_state()), repr(torch.get_rng_state().tolist())]
+
+
+def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (24, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path, format="PNG")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three pictures in each of three classes for training, one for validation."""
+    for number, name in enumerate(("ant", "bee", "cat")):
+        for index in range(3):
+            write_picture(tmp_path / "train" / name / f"{index}.JPEG", 10 * number + index)
+        write_picture(tmp_path / "val" / name / "v.png", 100 + number)
+    return tmp_path
+
+
+def folder(root: Path, **options: Any) -> Images:
+    return Images(dataset="imagefolder", root=str(root), size=16, **options)
+
+
+def whole(loader: Any) -> Batch:
+    batches = list(loader)
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        tuple(name for batch in batches for name in batch.skipped),
+    )
+
+
+# Digits
+
+
+def test_digits_split_is_fixed_and_stratified():
+    data = Images(seed=0, size=8)
+    train, val = data.source("train"), data.source("val")
+    assert (len(train.labels), len(val.labels)) == (1437, 360)
+    for label in range(10):
+        share = (train.labels == label).mean()
+        assert abs(share - (val.labels == label).mean()) < 0.005
+    other = Images(seed=7, size=8)
+    assert (other.source("val").labels == val.labels).all()
+    assert val.labels[:10].tolist() == [7, 6, 3, 7, 7, 3, 6, 1, 3, 1]
+    assert len(Images(fraction=0.5).source("val").labels) == 899
+    assert data.classes == [str(digit) for digit in range(10)]
+
+
+def test_digits_parts_share_no_picture():
+    """All 1797 pictures are distinct, so bytes tell them apart."""
+    data = Images(size=8, interpolation="nearest")
+    parts = {}
+    for split in ("train", "val", "test"):
+        source = data.source(split)
+        parts[split] = {source.picture(i).tobytes() for i in range(len(source.labels))}
+    assert not parts["train"] & parts["val"] and parts["val"] == parts["test"]
+    assert len(parts["train"]) == 1437
+
+
+def test_digits_values_and_size():
+    from sklearn.datasets import load_digits
+
+    data = Images(size=8, channels=1, mean=[0.0], std=[1.0], crop=1.0)
+    images = whole(data.val_dataloader()).images
+    raw, _ = load_digits(return_X_y=True)
+    known = {row.astype(int).tobytes() for row in raw}
+    assert images.max() == 1 and images.min() == 0
+    for image in images:
+        assert torch.round(image * 16).long().numpy().tobytes() in known
+    enlarged = Images(size=32).source("val").picture(0)
+    assert enlarged.size == (32, 32) and enlarged.mode == "RGB"
+
+
+# Transforms
+
+
+def test_evaluation_is_the_preprocess(root: Path):
+    data = folder(root, crop=0.9, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    assert data.preprocess == ImagePreprocess(size=16, crop=0.9, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    batch = whole(data.val_dataloader())
+    for index in range(3):
+        expected = data.preprocess(data.source("val").picture(index))
+        assert torch.equal(batch.images[index], expected)
+    assert batch.labels.tolist() == [0, 1, 2] and batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_without_augmentation_is_a_resize(channels: int):
+    data = Images(channels=channels, size=24, crop=1.0, **PLAIN)
+    dataset = data.train_dataloader().dataset
+    for index in range(5):
+        assert torch.equal(dataset[0, index][0], data.preprocess(data.source("train").picture(index)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"randaugment": "rand-m9-mstd0.5-inc1"},
+        {"randaugment": "3a"},
+        {"flip": 1.0},
+        {"scale": (0.08, 1.0)},
+        {"jitter": 0.4},
+        {"jitter": 0.4, "randaugment": "rand-m0-n0"},
+        {"erasing": 1.0},
+    ],
+    ids=str,
+)
+def test_each_augmentation_acts(channels: int, option: dict[str, Any]):
+    plain = Images(dataset="synthetic", channels=channels, **PLAIN)
+    data = Images(dataset="synthetic", channels=channels, **(PLAIN | option))
+    changed = 0
+    for index in range(8):
+        before = plain.train_dataloader().dataset[0, index][0]
+        after = data.train_dataloader().dataset[0, index][0]
+        assert after.shape == (channels, 32, 32) and after.isfinite().all()
+        changed += not torch.equal(before, after)
+    assert changed >= 2
+
+
+def test_flip_mirrors():
+    plain = Images(**PLAIN).train_dataloader().dataset
+    flipped = Images(**(PLAIN | {"flip": 1.0})).train_dataloader().dataset
+    torch.testing.assert_close(flipped[0, 3][0], plain[0, 3][0].flip(-1))
+
+
+def test_grey_is_normalised_with_one_value():
+    grey = Images(channels=1, size=8, mean=[0.5], std=[0.25], **PLAIN).train_dataloader().dataset
+    unit = Images(channels=1, size=8, mean=[0.0], std=[1.0], **PLAIN).train_dataloader().dataset
+    torch.testing.assert_close(grey[0, 0][0], (unit[0, 0][0] - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("name", ["rand-z9", "nonsense", "rand-mx9"])
+def test_unknown_randaugment(name: str):
+    with pytest.raises(ValueError, match=f"does not understand randaugment='{name}'"):
+        Images(randaugment=name).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["rand-m10-p1-n2-inc1", "rand-m0-p1", "v0", "original"])
+def test_strong_posterizing(name: str):
+    """Levels at which timm asks Pillow for 0 bits."""
+    transform = training_transform(Images(**(PLAIN | {"randaugment": name})))
+    picture = Image.fromarray(np.full((8, 8, 3), 255, dtype=np.uint8))
+    for index in range(200):
+        with seeded(index):
+            transform(picture)
+
+
+# Randomness
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
+    def epoch(number: int, seed: int = 0, workers: int = 0) -> Batch:
+        torch.manual_seed(number + 17 * workers)
+        random.seed(number + 17 * workers)
+        np.random.seed(number + 17 * workers)
+        data = Images(dataset="synthetic", size=16, seed=seed, workers=workers, jitter=0.3)
+        loader = data.train_dataloader()
+        batches: Any = loader.batch_sampler
+        batches.sampler.set_epoch(number)
+        return whole(loader)
+
+    first = epoch(0)
+    shared = epoch(0, workers=2)
+    assert torch.equal(first.images, shared.images) and torch.equal(first.labels, shared.labels)
+    assert not torch.equal(first.images, epoch(1).images)
+    assert not torch.equal(first.images, epoch(0, seed=1).images)
+
+
+def test_epoch_changes_one_picture_and_index_tells_pictures_apart():
+    dataset: Any = Images(dataset="synthetic", size=16).train_dataloader().dataset
+    assert torch.equal(dataset[4, 0][0], dataset[4, 0][0])
+    assert not torch.equal(dataset[4, 0][0], dataset[5, 0][0])
+    assert not torch.equal(dataset[4, 0][0], dataset[4, 4][0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_main_generators_are_left_alone(workers: int):
+    data = Images(dataset="synthetic", size=8, workers=workers)
+    before = states()
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()))
+    assert states() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning_sets_the_epoch():
+    class Recorder(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+            self.validated = 0
+
+        def training_step(self, batch: Batch) -> torch.Tensor:
+            assert isinstance(batch, Batch)
+            self.seen[self.current_epoch].append(batch.images)
+            return self.weight * 0
+
+        def validation_step(self, batch: Batch) -> None:
+            self.validated += len(batch.labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = Images(dataset="synthetic", size=8, batch=256)
+    module = Recorder()
+    lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    ).fit(module, datamodule=data)
+    for epoch in (0, 1):
+        loader = data.train_dataloader()
+        batches: Any = loader.batch_sampler
+        batches.sampler.set_epoch(epoch)
+        assert torch.equal(torch.cat(module.seen[epoch]), whole(loader).images)
+    assert module.validated == 2 * 128
+
+
+# Loaders
+
+
+def test_last_batch_is_dropped_in_training_alone():
+    data = Images(dataset="synthetic", size=8, batch=100)
+    assert [len(batch.labels) for batch in data.train_dataloader()] == [100] * 5
+    assert sum(len(batch.labels) for batch in data.val_dataloader()) == 128
+    assert len(data.val_dataloader()) == 2
+    small = Images(dataset="synthetic", size=8, batch=1000)
+    assert [len(batch.labels) for batch in small.train_dataloader()] == [512]
+
+
+def test_workers_persist():
+    assert Images(dataset="synthetic", workers=1).train_dataloader().persistent_workers
+    assert not Images(dataset="synthetic").train_dataloader().persistent_workers
+    assert Images(dataset="synthetic").train_dataloader().pin_memory == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dataset", ["digits", "synthetic", "imagefolder"])
+def test_what_workers_get_pickles(dataset: str, root: Path):
+    data = folder(root) if dataset == "imagefolder" else Images(dataset=dataset, channels=1)
+    loader = data.train_dataloader()
+    again, gather = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batch = gather([again[1, 2]])
+    assert torch.equal(batch.images[0], loader.dataset[1, 2][0])
+
+
+# Synthetic
+
+
+def test_synthetic_is_fixed_and_learnable():
+    def features(split: str) -> tuple[np.ndarray, np.ndarray]:
+        source = Images(dataset="synthetic", channels=1).source(split)
+        arrays = np.stack([np.asarray(source.picture(i)) for i in range(len(source.labels))])
+        spectrum = np.abs(np.fft.rfft2(arrays / 255.0 - 0.5))
+        return spectrum.reshape(len(arrays), -1), source.labels
+
+    train, labels = features("train")
+    assert np.array_equal(train, features("train")[0])
+    val, answers = features("val")
+    assert not np.isclose(train[0], val[0]).all()
+    model = LogisticRegression(max_iter=200).fit(train, labels)
+    assert model.score(val, answers) > 0.9
+    assert np.bincount(labels).tolist() == [128] * 4
+
+
+# Folders in ImageNet's layout
+
+
+def test_imagefolder(root: Path):
+    write_picture(root / "train" / "bee" / "inner" / "deep.jpg")
+    for hidden in ("train/bee/.hidden.png", "train/bee/.thumbs/x.png", "train/.git/x.png"):
+        write_picture(root / hidden)
+    (root / "train" / "bee" / "notes.txt").write_text("no picture")
+    data = folder(root)
+    assert data.classes == ["ant", "bee", "cat"]
+    train = data.source("train")
+    assert train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 3
+    assert [Path(train.name(i)).name for i in range(3)] == ["0.JPEG", "1.JPEG", "2.JPEG"]
+    batch = whole(data.train_dataloader())
+    assert batch.images.shape == (10, 3, 16, 16) and batch.skipped == ()
+
+
+def test_imagefolder_below_a_hidden_folder(root: Path):
+    place = root / ".cache"
+    place.mkdir()
+    for split in ("train", "val"):
+        (root / split).rename(place / split)
+    assert len(folder(place).source("train").labels) == 9
+
+
+def test_imagefolder_test_split(root: Path):
+    assert folder(root).source("test").name(0) == str(root / "val" / "ant" / "v.png")
+    for name in ("ant", "bee", "cat"):
+        write_picture(root / "test" / name / "t.png")
+    assert folder(root).source("test").name(0) == str(root / "test" / "ant" / "t.png")
+    assert len(whole(folder(root).test_dataloader()).labels) == 3
+
+
+def test_other_classes_in_val(root: Path):
+    (root / "val" / "cat").rename(root / "val" / "dog")
+    with pytest.raises(ValueError, match=r"val differs .* without cat, with dog$") as error:
+        folder(root).setup("fit")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="without cat"):
+        _ = folder(root).classes
+    for number in range(9):
+        (root / "val" / f"extra{number}").mkdir()
+    with pytest.raises(ValueError, match=r"extra3 and 5 more$"):
+        folder(root).setup("validate")
+
+
+def test_empty_class_folders(root: Path):
+    for split in ("train", "val"):
+        (root / split / "dodo").mkdir()
+    (root / "train" / "dodo" / "notes.txt").write_text("no picture")
+    write_picture(root / "train" / "dodo" / ".hidden.png")
+    with pytest.raises(ValueError, match=r"train has class folders without .*: dodo$") as error:
+        folder(root).setup("fit")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"val has class folders without .*: dodo$"):
+        folder(root).setup("validate")
+
+
+def test_missing_folders(root: Path, tmp_path: Path):
+    layout = "is laid out as root/train/<class>"
+    with pytest.raises(ValueError, match=f"nowhere/train is not a folder; .* {layout}"):
+        folder(root / "nowhere").setup("fit")
+    (root / "val").rename(root / "validation")
+    with pytest.raises(ValueError, match=f"/val is not a folder; .* {layout}"):
+        folder(root).setup("fit")
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    (tmp_path / "flat" / "val").mkdir()
+    with pytest.raises(ValueError, match="train has no class folders"):
+        folder(tmp_path / "flat").setup("fit")
+
+
+def break_pictures(root: Path) -> Iterator[Path]:
+    whole_file = (root / "train/ant/0.JPEG").read_bytes()
+    for name, content in (("ant/0", whole_file[:300]), ("bee/1", b""), ("cat/2", b"text")):
+        path = root / "train" / f"{name}.JPEG"
+        path.write_bytes(content)
+        yield path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_pictures_are_skipped_and_named(root: Path, workers: int):
+    broken = sorted(str(path) for path in break_pictures(root))
+    (root / "val/cat/v.png").write_bytes(b"")
+    data = folder(root, workers=workers, batch=9)
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.skipped) == broken and isinstance(batch.skipped, tuple)
+    assert batch.images.shape == (6, 3, 16, 16) and sorted(batch.labels) == [0, 0, 1, 1, 2, 2]
+    batch = whole(data.val_dataloader())
+    assert batch.labels.tolist() == [0, 1] and batch.skipped == (str(root / "val/cat/v.png"),)
+
+
+def test_skipping_changes_no_other_picture(root: Path):
+    before = folder(root).train_dataloader().dataset
+    images = {index: before[0, index][0] for index in range(9)}
+    list(break_pictures(root))
+    after = folder(root).train_dataloader().dataset
+    for index in range(9):
+        image, _, _ = after[0, index]
+        assert (image is None) == (index in (0, 4, 8))
+        assert image is None or torch.equal(image, images[index])
+
+
+def test_batch_of_unreadable_pictures_is_empty(root: Path):
+    for path in (root / "train").glob("*/*"):
+        path.write_bytes(b"")
+    for channels in (1, 3):
+        (batch,) = folder(root, channels=channels).train_dataloader()
+        assert batch.images.shape == (0, channels, 16, 16) and batch.labels.shape == (0,)
+        assert batch.labels.dtype == torch.int64 and batch.images.dtype == torch.float32
+        assert len(batch.skipped) == 9
+
+
+def test_other_errors_are_not_swallowed(root: Path):
+    def fail(picture: Image.Image) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        _ = Pictures(folder(root).source("train"), fail, None)[0, 0]
+
+
+def test_collate_of_nothing():
+    batch = functools.partial(collate, shape=(1, 4, 4))([])
+    assert batch.images.shape == (0, 1, 4, 4) and batch.skipped == ()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dataset": "mnist"}, "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
+        ({"dataset": "imagefolder"}, "needs root"),
+        ({"root": "somewhere"}, "takes no root"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"flip": 1.5}, "flip is a probability"),
+        ({"erasing": -0.5}, "erasing is a probability"),
+        ({"fraction": 1.0}, "fraction must be"),
+        ({"scale": (0.9, 0.5)}, "scale must be"),
+        ({"scale": (0.0, 1.0)}, "scale must be"),
+        ({"jitter": -1.0}, "jitter must be"),
+        ({"size": 0}, "size must be"),
+        ({"channels": 2}, "channels must be"),
+        ({"mean": [0.5]}, "mean has 1 values"),
+        ({"channels": 1, "std": [0.5, 0.5, 0.5]}, "std has 3 values"),
+        ({"interpolation": "random"}, "unknown interpolation"),
+        ({"crop": 0.0}, "crop must be"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words) as error:
+        Images(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_are_documented_flags():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(Images, "data")
+    text = parser.format_help()
+    for name in inspect.signature(Images).parameters:
+        (action,) = (a for a in parser._actions if a.dest == f"data.{name}")
+        assert action.help and len(action.help) > 20, name
+        assert f"--data.{name}" in text
+    flags = ["--data.scale=[0.5,1.0]", "--data.randaugment=null", "--data.mean=[0.1,0.2,0.3]"]
+    data = parser.instantiate_classes(parser.parse_args(flags)).data
+    assert data.scale == (0.5, 1.0) and data.randaugment is None
+    assert data.preprocess.mean == (0.1, 0.2, 0.3)

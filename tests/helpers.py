@@ -1,0 +1,134 @@
+"""What several tests share: every row of every table as a layer, contexts to run it in, and weights worth comparing."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zoo.channels import CHANNELS
+from zoo.ffns import FFNS
+from zoo.layer import Context, Layer, Memory, advance
+from zoo.mixers import CONVS, CROSSES, MIXERS
+from zoo.norms import NORMS
+from zoo.positions import POSITIONS, Position
+
+DIM, HEADS = 32, 2
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Moves everything that starts constant (zero weights, gains, biases, running statistics) off its start."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim < 2 or bool((parameter == parameter.flatten()[0]).all()):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        if name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return module
+
+
+def _advanced(progress: float, axes: int) -> Layer:
+    norm = NORMS["prepbn"](DIM)
+    advance(norm, progress)
+    return norm
+
+
+def _rows() -> dict[str, Callable[[int], Layer]]:
+    rows: dict[str, Callable[[int], Layer]] = {}
+    for name, row in MIXERS.items():
+        rows[f"mixer-{name}"] = functools.partial(row, DIM, HEADS)
+    for name, row in CONVS.items():
+        for norm in ("batchnorm", "layernorm"):
+            rows[f"conv-{name}-{norm}"] = functools.partial(lambda row, norm, axes: row(DIM, axes, norm), row, norm)
+    for name, row in CROSSES.items():
+        rows[f"cross-{name}"] = functools.partial(lambda row, axes: row(DIM, HEADS), row)
+    for name, row in NORMS.items():
+        rows[f"norm-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
+    for name, row in CHANNELS.items():
+        rows[f"channel-{name}"] = functools.partial(row, DIM)
+    for name, row in FFNS.items():
+        rows[f"ffn-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
+    for name, row in POSITIONS.items():
+        rows[f"position-{name}"] = functools.partial(
+            lambda row, axes: row(DIM, DIM // HEADS, (11,) if axes == 1 else (4, 6), 0), row
+        )
+    for options in ("qk_norm=True", "kv_heads=1", "head_dim=12"):
+        key, value = options.split("=")
+        option = {key: value == "True" or int(value)} if value.isdigit() else {key: True}
+        rows[f"mixer-softmax({options})"] = functools.partial(MIXERS["softmax"], DIM, HEADS, **option)
+    for progress in (0.0, 0.4, 1.0):
+        rows[f"norm-prepbn({progress})"] = functools.partial(_advanced, progress)
+    del rows["norm-prepbn"]
+    rows["mixer-dcnv4(kernel=5)"] = functools.partial(MIXERS["dcnv4"], DIM, HEADS, kernel=5, scale=0.5)
+    return rows
+
+
+ROWS = _rows()
+
+
+def reads_prefix(layer: Layer) -> bool:
+    return not layer.mixes or "prefix" in layer.reads
+
+
+def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: list[tuple[int, ...]] | None = None):
+    """A Context with all that the layer reads; extents gives each sample's real part of the grid."""
+    prefix = 2 if reads_prefix(layer) and not isinstance(layer, Position) else 0
+    mask = None
+    if extents is not None:
+        mask = torch.stack([rectangle(grid, extent) for extent in extents])
+        mask = torch.cat([mask.new_ones(batch, prefix), mask], 1)
+    context = Context(grid=grid, prefix=prefix, mask=mask)
+    total = prefix + math.prod(grid)
+    if "memory" in layer.reads:
+        generator = torch.Generator().manual_seed(7)
+        memory = torch.randn(1, 9, DIM, generator=generator).expand(batch, -1, -1)
+        real = torch.arange(9)[None] < torch.full((batch, 1), 6)
+        context = context._replace(memory=Memory(memory, real, code=torch.randn(1, 9, DIM, generator=generator)))
+    if "rotary" in layer.reads:
+        head_dim: int = layer.head_dim  # pyright: ignore
+        context = POSITIONS["rope"](DIM, head_dim, grid, prefix).place(context)
+    if "bias" in layer.reads:
+        where = torch.arange(total, dtype=torch.float32)
+        slope = torch.tensor([0.05, 0.1])[:, None, None]
+        context = context._replace(bias=-slope * (where[:, None] % 5 - where[None] % 3).abs())
+    if isinstance(layer, Position):
+        context = layer.place(context)
+    return context
+
+
+def rectangle(grid: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+    inside = torch.ones(grid, dtype=torch.bool)
+    for axis, (size, length) in enumerate(zip(grid, extent, strict=True)):
+        shape = [1] * len(grid)
+        shape[axis] = size
+        inside = inside & (torch.arange(size) < length).view(shape)
+    return inside.flatten()
+
+
+def tokens_for(context: Context, batch: int = 1, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(batch, context.prefix + math.prod(context.grid), DIM)
+
+
+def padded(x: Tensor, context: Context, grid: tuple[int, ...], wide: Context) -> Tensor:
+    """The tokens x of one grid put into the top-left corner of a larger one, large values elsewhere."""
+    batch = len(x)
+    out = 5.0 * torch.randn(batch, *grid, x.shape[-1], dtype=x.dtype)
+    corner = tuple(slice(0, size) for size in context.grid)
+    out[(slice(None), *corner)] = x[:, context.prefix :].unflatten(1, context.grid)
+    return torch.cat([x[:, : context.prefix], out.flatten(1, -2)], 1)
+
+
+def cropped(x: Tensor, context: Context, wide: Context) -> Tensor:
+    """The inverse of `padded`: the tokens of the smaller grid."""
+    corner = tuple(slice(0, size) for size in context.grid)
+    inside = x[:, wide.prefix :].unflatten(1, wide.grid)[(slice(None), *corner)]
+    return torch.cat([x[:, : wide.prefix], inside.flatten(1, -2)], 1)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()

@@ -1,0 +1,193 @@
+"""The contract of every row of every table. A new row is tested by being there."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers import (
+    DIM,
+    ROWS,
+    context_for,
+    cropped,
+    padded,
+    randomise,
+    rectangle,
+    relative,
+    tokens_for,
+)
+from zoo.layer import Context, Layer
+from zoo.norms import BatchNorm
+from zoo.positions import Position
+
+GRIDS = {1: (11,), 2: (5, 7)}
+WIDE = {1: (19,), 2: (9, 8)}
+everywhere = pytest.mark.parametrize("axes", [1, 2])
+every_row = pytest.mark.parametrize("name", ROWS)
+
+
+def build(name: str, axes: int) -> Layer:
+    layer = ROWS[name](axes)
+    return randomise(layer).eval()  # pyright: ignore[reportReturnType]
+
+
+@every_row
+@everywhere
+def test_keeps_shape_and_dtype(name, axes):
+    layer = build(name, axes)
+    context = context_for(layer, GRIDS[axes], 2)
+    x = tokens_for(context, 2)
+    y = layer(x, context)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
+    assert torch.equal(y, layer(x, context)), "inference is not deterministic"
+
+
+@every_row
+@everywhere
+def test_every_parameter_gets_a_gradient(name, axes):
+    layer = build(name, axes).train()
+    context = context_for(layer, GRIDS[axes], 2)
+    x = tokens_for(context, 2).requires_grad_()
+    (layer(x, context) * torch.randn(DIM)).square().sum().backward()
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        if name not in ("norm-prepbn(0.0)", "norm-prepbn(1.0)"):  # there one side of the blend has no share
+            assert parameter.grad.abs().max() > 0, f"{key} has no influence"
+
+
+@every_row
+@everywhere
+def test_padding_and_batch_mates_change_nothing(name, axes):
+    """A sample alone, without a mask, equals the same sample padded beside a larger one."""
+    layer = build(name, axes)
+    alone = context_for(layer, GRIDS[axes])
+    wide = context_for(layer, WIDE[axes], 2, [GRIDS[axes], WIDE[axes]])
+    x = tokens_for(alone)
+    batch = torch.cat([padded(x, alone, WIDE[axes], wide), tokens_for(wide)])
+    wanted = layer(x, alone)
+    got = cropped(layer(batch, wide)[:1], alone, wide)
+    if alone.bias is not None:  # a bias is of one grid: compare under the masked part of the same one
+        alone, wide = alone._replace(bias=None), wide._replace(bias=None)
+        wanted, got = layer(x, alone), cropped(layer(batch, wide)[:1], alone, wide)
+    assert relative(got, wanted) < 1e-5
+    other = layer(torch.cat([batch[:1], 3 * batch[1:]]), wide)
+    assert relative(other[:1], layer(batch, wide)[:1]) < 1e-5, "a batch mate leaks"
+
+
+@every_row
+@everywhere
+def test_padding_changes_nothing_in_training(name, axes):
+    """Outputs, running statistics and gradients of a batch are the same with twice the padding."""
+    layer = build(name, axes).train()
+    twice = copy.deepcopy(layer)
+    small, extents = GRIDS[axes], [GRIDS[axes], tuple(size - 2 for size in GRIDS[axes])]
+    near, far = context_for(layer, small, 2, extents), context_for(layer, WIDE[axes], 2, extents)
+    near, far = near._replace(bias=None), far._replace(bias=None)
+    x = tokens_for(near, 2)
+    real = torch.stack([rectangle(small, extent) for extent in extents])
+    real = torch.cat([real.new_ones(2, near.prefix), real], 1)[..., None]
+    weight = torch.randn(DIM)
+    outputs = []
+    for module, context, tokens in ((layer, near, x), (twice, far, padded(x, near, WIDE[axes], far))):
+        y = module(tokens, context)
+        y = y if context is near else cropped(y, near, far)
+        if y.requires_grad:
+            (y * weight * real).square().sum().backward()
+        outputs.append((y * real).detach())
+    assert relative(outputs[1], outputs[0]) < 1e-5
+    for (key, one), (_, other) in zip(layer.named_buffers(), twice.named_buffers(), strict=True):
+        assert relative(other, one) < 1e-5 or torch.equal(other, one), key
+    gradients = {key: (one.grad, other.grad) for (key, one), other in zip(layer.named_parameters(), twice.parameters())}
+    largest = max((one.abs().max().item() for one, _ in gradients.values()), default=1.0)
+    for key, (one, other) in gradients.items():
+        assert (other - one).abs().max() < 1e-4 * largest, key
+
+
+@every_row
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_half_precision_stays_finite(name, axes, training):
+    layer = build(name, axes).to(torch.bfloat16).train(training)
+    context = context_for(layer, WIDE[axes], 2, [GRIDS[axes], WIDE[axes]])
+    x = tokens_for(context, 2, scale=30.0).to(torch.bfloat16)
+    if context.memory is not None:
+        memory = context.memory
+        context = context._replace(
+            memory=memory._replace(tokens=memory.tokens.bfloat16(), code=memory.code.bfloat16())  # pyright: ignore
+        )
+    y = layer(x, context)
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+
+
+@every_row
+@everywhere
+def test_a_sample_without_real_tokens_is_finite(name, axes):
+    layer = build(name, axes)
+    none = tuple(0 for _ in GRIDS[axes])
+    for training in (False, True):
+        layer.train(training)
+        context = context_for(layer, GRIDS[axes], 2, [none, GRIDS[axes]])
+        context = context._replace(mask=context.mask.index_fill(0, torch.tensor([0]), False))  # pyright: ignore
+        x = tokens_for(context, 2).requires_grad_()
+        y = layer(x, context)
+        assert y.isfinite().all()
+        y.square().sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all()
+
+
+@every_row
+@everywhere
+def test_export(name, axes):
+    layer = build(name, axes)
+    context = context_for(layer, GRIDS[axes], 2, [GRIDS[axes], tuple(size - 1 for size in GRIDS[axes])])
+    x = tokens_for(context, 2)
+    program = torch.export.export(layer, (x, context))
+    assert relative(program.module()(x, context), layer(x, context)) < 1e-5
+
+
+@pytest.mark.compiled
+@every_row
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(name, axes, training):
+    torch._dynamo.reset()
+    layer = build(name, axes).train(training)
+    context = context_for(layer, GRIDS[axes], 2, [GRIDS[axes], tuple(size - 1 for size in GRIDS[axes])])
+    x = tokens_for(context, 2)
+    wanted = copy.deepcopy(layer)(x, context)
+    got = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, context)
+    assert relative(got, wanted) < 1e-5
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["mixer-sla", "norm-prepbn(0.4)", "mixer-dcnv4"])
+def test_inductor_equals_eager(name):
+    torch._dynamo.reset()
+    layer = build(name, 2)
+    context = context_for(layer, GRIDS[2], 2, [GRIDS[2], (4, 6)])
+    x = tokens_for(context, 2)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert relative(compiled(x, context), layer(x, context)) < 1e-4
+
+
+@every_row
+def test_declared_reads_are_fields(name):
+    layer = ROWS[name](2)
+    assert layer.reads <= set(Context._fields)
+    if isinstance(layer, Position):
+        assert layer.writes <= set(Context._fields)
+
+
+def test_no_name_shadows_a_module_attribute():
+    from torch.fx import GraphModule
+
+    taken = set(dir(torch.nn.Module())) | set(dir(GraphModule)) | {"code", "graph", "meta"}
+    for name, row in ROWS.items():
+        for key in [key for key, _ in row(2).named_parameters()] + [key for key, _ in row(2).named_modules()]:
+            assert not taken & set(key.split(".")), (name, key)
+
+
+def test_batch_statistics_of_an_empty_batch_stand_still():
+    norm = BatchNorm(DIM).train()
+    norm(torch.randn(2, 4, DIM), Context(grid=(4,), mask=torch.zeros(2, 4, dtype=torch.bool)))
+    assert torch.equal(norm.running_mean, torch.zeros(DIM)) and torch.equal(norm.running_var, torch.ones(DIM))
