@@ -19,11 +19,14 @@ DIM, HEADS = 32, 2
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Moves everything that starts constant (zero weights, gains, biases, running statistics) off its start."""
+    """Moves all that starts constant (zero weights, gains, biases, running statistics) off its start, and widens small
+    matrices, so that every part has a say in the output."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.ndim < 2 or bool((parameter == parameter.flatten()[0]).all()):
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        elif parameter.ndim == 2:
+            parameter *= parameter.shape[1] ** -0.5 / parameter.std()
     for name, buffer in module.named_buffers():
         if name.endswith("running_mean"):
             buffer.copy_(torch.randn(buffer.shape, generator=generator))

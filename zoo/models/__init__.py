@@ -5,9 +5,11 @@ from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from zoo.block import BlockConfig
+from zoo.layer import count_parameters
 from zoo.models import vit
 
 PRESETS: dict[str, BlockConfig] = {**vit.PRESETS}
@@ -38,3 +40,13 @@ def create_model(name: str, **choices: Any) -> nn.Module:
     a field or a choice is wrong, or where two choices would ignore each other.
     """
     return configure(name, **choices).build()
+
+
+def describe(name: str) -> str:
+    """A preset's size and every field of its config, a line each."""
+    config = configure(name)
+    with torch.device("meta"):
+        number = count_parameters(config.build())
+    lines = [f"{name}: {number:,} parameters"]
+    lines += [f"  {field.name}: {getattr(config, field.name)!r}" for field in fields(config)]
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""The Block: layouts, placements, modulation, stochastic depth, masks, prefix tokens, checkpointing."""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import padded, randomise, rectangle, relative
+from zoo.block import PLACEMENTS, Block, BlockConfig, Residual, run
+from zoo.layer import Context, Memory, advance
+from zoo.norms import BatchNorm
+from zoo.positions import POSITIONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LineConfig(BlockConfig):
+    axes: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(LineConfig):
+    @property
+    def writes(self):
+        return super().writes | {"code"}
+
+
+BASE = {"dim": 32, "depth": 2, "heads": 2, "position": "none"}
+CONFORMER = LineConfig(**BASE, layout=("half", "mixer", "conv", "half", "norm"), ffn="mlp(activation='silu')")
+SQUEEZEFORMER = LineConfig(**BASE, layout=("mixer", "ffn", "conv", "ffn"), conv="swish", placement="scaled")
+DECODER = DecoderConfig(**BASE, layout=("mixer", "cross", "ffn"), placement="post")
+DIFFUSION = BlockConfig(**BASE, modulate=True, norm="layernorm(affine=False, eps=1e-6)")
+PARALLEL = BlockConfig(**BASE, layout=("mixer+ffn",), mixer="softmax(qk_norm=True)")
+LAYOUTS = {
+    "vit": BlockConfig(**BASE),
+    "conformer": CONFORMER,
+    "squeezeformer": SQUEEZEFORMER,
+    "decoder": DECODER,
+    "diffusion": DIFFUSION,
+    "parallel": PARALLEL,
+    "macaron": BlockConfig(**BASE, layout=("half", "mixer", "half"), layer_scale=0.1, channel="se"),
+}
+
+
+def context_of(config: BlockConfig, grid: tuple[int, ...], extents=None, batch: int = 2) -> Context:
+    mask = None if extents is None else torch.stack([rectangle(grid, extent) for extent in extents])
+    context = Context(grid=grid, mask=mask)
+    generator = torch.Generator().manual_seed(3)
+    if config.modulate:
+        context = context._replace(cond=torch.randn(batch, 1, 32, generator=generator))
+    if "memory" in config.writes:
+        memory = Memory(torch.randn(batch, 6, 32, generator=generator), torch.arange(6)[None] < torch.tensor([[6], [4]]))
+        context = context._replace(memory=memory)
+    if "code" in config.writes:
+        context = context._replace(code=torch.randn(1, 40, 32, generator=generator)[:, : torch.tensor(grid).prod()])
+    return context
+
+
+def grid_of(config: BlockConfig, size: int) -> tuple[int, ...]:
+    return (size,) if config.axes == 1 else (size, size - 2)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_and_ignores_padding(name):
+    config = LAYOUTS[name]
+    block = randomise(Block(config, 1))
+    small, large = grid_of(config, 5), grid_of(config, 6 if config.axes == 2 else 9)
+    near, far = context_of(config, small), context_of(config, large, [small, small])
+    x = torch.randn(2, near.grid[0] * (near.grid[1] if config.axes == 2 else 1), 32)
+    wide = padded(x, near, large, far)
+    real = far.mask
+    for training in (True, False):  # training first, so that inference has statistics
+        block.train(training)
+        wanted, got = block(x, near), block(wide, far)
+        assert wanted.shape == x.shape
+        assert relative(got[real].view(wanted.shape), wanted) < 1e-5
+    block.train()
+    (block(x, near) * torch.randn(32)).square().sum().backward()
+    missing = [key for key, parameter in block.named_parameters() if parameter.grad is None]
+    assert not missing
+
+
+def test_order_inside_a_residual():
+    """x + factor * layer_scale * channel(branch(before(x))), written out."""
+    config = BlockConfig(**BASE, layout=("half", "mixer"), layer_scale=0.5, channel="eca")
+    block = randomise(Block(config)).eval()
+    x, context = torch.randn(2, 12, 32), Context(grid=(3, 4))
+    wanted = x
+    for step, factor in zip(block.steps, (0.5, 1.0), strict=True):
+        y = step.channel(step.branch(step.before(wanted, context), context), context)
+        wanted = wanted + factor * step.layer_scale * y
+    assert relative(block(x, context), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_placements(placement):
+    """Each placement against its formula, written out for both branches."""
+    config = BlockConfig(**BASE, placement=placement)
+    mixer, ffn = randomise(Block(config)).eval().steps
+    x, context = torch.randn(2, 12, 32), Context(grid=(3, 4))
+    norms = [name for name, layer in Block(config).named_modules() if type(layer).__name__ == "LayerNorm"]
+    attend, feed = mixer.branch, ffn.branch
+
+    def norm(layer, y):
+        return F.layer_norm(y, (y.shape[-1],), layer.weight, layer.bias, 1e-6)
+
+    def attention(y, head_norms=False, inner=None):
+        q, k, v = attend.qkv(y).unflatten(-1, (3, 2, 16)).unbind(2)
+        if head_norms:
+            q, k, v = norm(attend.query, q), norm(attend.key, k), norm(attend.value, v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        scores = (q @ k.transpose(-1, -2) / 4).softmax(-1)
+        mixed = (scores @ v).transpose(1, 2)
+        mixed = mixed * attend.inner.weight[:, None] if inner == "heads" else mixed
+        mixed = mixed.flatten(2)
+        return attend.out(norm(attend.inner, mixed) if inner == "norm" else mixed)
+
+    def feeding(y, inner=False):
+        hidden = F.gelu(feed.expand(y))
+        return feed.out(norm(feed.inner, hidden) if inner else hidden)
+
+    if placement == "pre":
+        y = x + attention(norm(mixer.before, x))
+        wanted, count = y + feeding(norm(ffn.before, y)), 2
+    elif placement == "post":
+        y = norm(mixer.total, x + attention(x))
+        wanted, count = norm(ffn.total, y + feeding(y)), 2
+    elif placement == "peri":
+        y = x + norm(mixer.after, attention(norm(mixer.before, x)))
+        wanted, count = y + norm(ffn.after, feeding(norm(ffn.before, y))), 4
+    elif placement == "sub":
+        y = x + attention(norm(mixer.before, x), inner="norm")
+        wanted, count = y + feeding(norm(ffn.before, y), inner=True), 4
+    elif placement == "hybrid":
+        y = x + attention(x, head_norms=True)
+        stream = norm(ffn.before, y)
+        wanted, count = stream + feeding(stream), 4
+    elif placement == "normformer":
+        y = x + norm(mixer.after, attention(norm(mixer.before, x), inner="heads"))
+        wanted, count = y + feeding(norm(ffn.before, y), inner=True), 4
+    else:
+        assert placement == "scaled"
+        y = norm(mixer.total, x + attention(x * mixer.before.weight + mixer.before.bias))
+        wanted, count = norm(ffn.total, y + feeding(y * ffn.before.weight + ffn.before.bias)), 2
+    assert relative(ffn(mixer(x, context), context), wanted) < 1e-5
+    assert len(norms) == count
+
+
+def test_modulation_starts_as_the_identity_and_then_acts():
+    block = Block(DIFFUSION)
+    x, context = torch.randn(2, 12, 32), context_of(DIFFUSION, (3, 4))
+    assert torch.equal(block(x, context), x)
+    randomise(block)
+    step = block.steps[1]
+    shift, scale, gate = step.modulation(F.silu(context.cond)).chunk(3, -1)
+    wanted = x + gate * step.branch(step.before(x, context) * (1 + scale) + shift, context)
+    assert relative(step(x, context), wanted) < 1e-6
+    by_token = context._replace(cond=context.cond.expand(-1, 12, -1))
+    assert relative(block(x, by_token), block(x, context)) < 1e-6
+    with pytest.raises(ValueError, match="cond"):
+        block(x, Context(grid=(3, 4)))
+
+
+def test_cross_attention_needs_and_uses_its_memory():
+    block = randomise(Block(DECODER)).eval()
+    x, context = torch.randn(2, 5, 32), context_of(DECODER, (5,))
+    y = block(x, context)
+    memory = context.memory
+    hidden = memory.tokens.clone()
+    hidden[1, 4:] = 9.0  # masked there
+    assert relative(block(x, context._replace(memory=memory._replace(tokens=hidden))), y) < 1e-6
+    hidden[0, 4:] = 9.0  # real here
+    assert relative(block(x, context._replace(memory=memory._replace(tokens=hidden)))[:1], y[:1]) > 1e-3
+    code = memory._replace(code=torch.randn(1, 6, 32))
+    assert relative(block(x, context._replace(memory=code)), y) > 1e-3
+    assert relative(block(x, context._replace(code=2 * context.code)), y) > 1e-3
+    with pytest.raises(ValueError, match="memory"):
+        block(x, context._replace(memory=None))
+
+
+def test_parallel_branches_share_one_norm():
+    step = randomise(Block(PARALLEL)).eval().steps[0]
+    x, context = torch.randn(2, 12, 32), Context(grid=(3, 4))
+    y = step.before(x, context)
+    wanted = x + step.branch.branches[0](y, context) + step.branch.branches[1](y, context)
+    assert relative(step(x, context), wanted) < 1e-6
+
+
+def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
+    config = BlockConfig(**(BASE | {"depth": 5}), drop_path=0.4, layout=("ffn",))
+    rates = [Block(config, index).steps[0].drop for index in range(5)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    step = Block(config, 4).steps[0]
+    x, context = torch.randn(1, 6, 32).expand(4000, -1, -1), Context(grid=(2, 3))
+    moved = step(x, context) - x
+    kept = moved.abs().amax((1, 2)) > 0
+    assert abs(kept.float().mean().item() - 0.6) < 0.03
+    full = step.eval()(x[:1], context) - x[:1]
+    assert relative(moved[kept], full.expand(int(kept.sum()), -1, -1) / 0.6) < 1e-4
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "prepbn"])
+def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
+    config = LineConfig(**BASE, norm=norm, layout=CONFORMER.layout, mixer="sla")
+    outcomes = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        blocks = torch.nn.ModuleList(Block(config, index) for index in range(2))
+        advance(blocks, 0.4)
+        x = torch.randn(2, 9, 32, requires_grad=True)
+        mask = torch.arange(9)[None] < torch.tensor([[9], [5]])
+        run(blocks, x, Context(grid=(9,), mask=mask), checkpointing).square().sum().backward()
+        outcomes.append([x.grad] + [parameter.grad for parameter in blocks.parameters()] + list(blocks.buffers()))
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def test_prefix_tokens_take_part_in_attention_and_not_in_the_grid():
+    config = BlockConfig(**BASE, mixer="sla")
+    block = randomise(Block(config)).eval()
+    x = torch.randn(2, 2 + 12, 32)
+    y = block(x, Context(grid=(3, 4), prefix=2))
+    changed = x.clone()
+    changed[:, 5] += 1.0
+    moved = (block(changed, Context(grid=(3, 4), prefix=2)) - y).abs().amax((0, 2))
+    assert moved.min() > 0, "a grid token reaches the prefix and all others"
+
+
+@pytest.mark.parametrize("base", ["sincos", "rope", "cpe", "learned"])
+def test_positions_break_the_symmetry_of_attention(base):
+    """Without a position, exchanging tokens exchanges outputs; with one it does not."""
+    block = randomise(Block(BlockConfig(**BASE))).eval()
+    x = torch.randn(1, 12, 32)
+    order = torch.randperm(12)
+
+    def outcome(tokens, name):
+        position = randomise(POSITIONS[name](32, 16, (3, 4), 0), seed=5)
+        context = position.place(Context(grid=(3, 4)))
+        return block(position(tokens, context), context)
+
+    assert relative(outcome(x[:, order], "none"), outcome(x, "none")[:, order]) < 1e-5
+    assert relative(outcome(x[:, order], base), outcome(x, base)[:, order]) > 1e-3
+
+
+def test_a_filled_or_missing_site_is_refused():
+    with pytest.raises(ValueError, match="no site 'inner'"):
+        Block(BlockConfig(**BASE, mixer="pool", placement="sub"))
+    with pytest.raises(ValueError, match="already filled"):
+        Block(BlockConfig(**BASE, mixer="softmax(qk_norm=True)", placement="hybrid"))
+    with pytest.raises(ValueError, match="scales heads"):
+        Block(BlockConfig(**BASE, mixer="sepconv", placement="normformer"))
+    with pytest.raises(ValueError, match="share one norm"):
+        Block(BlockConfig(**BASE, layout=("mixer+ffn",), placement="hybrid"))
+
+
+def test_batch_statistics_are_found_in_every_family_layout():
+    config = dataclasses.replace(SQUEEZEFORMER, norm="batchnorm")
+    assert sum(isinstance(module, BatchNorm) for module in Block(config).modules()) == 5
+    assert all(isinstance(step, Residual) for step in Block(config).steps)

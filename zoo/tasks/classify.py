@@ -1,0 +1,168 @@
+"""Image classification: DeiT's recipe by timm's pieces (Touvron et al. 2021, arXiv:2012.12877)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from timm.data import Mixup
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from zoo.data.images import Batch
+from zoo.tasks.task import Task
+
+
+class Classify(Task):
+    """A classifier in training.
+
+    Args:
+        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        weights: a checkpoint to start from or to measure: a folder, a name in checkpoints/, or owner/name on the Hub.
+            Fields of backbone then replace those of its config.
+        rate: peak learning rate of AdamW.
+        weight_decay: of matrices only; norms, biases, tokens and positions have none.
+        layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
+        warmup: epochs of linear warm-up.
+        final_rate: learning rate at the end of the cosine.
+        average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        smoothing: label smoothing.
+        checkpointing: computes activations again in the backward pass, to save memory.
+        refresh: training batches on which batch statistics are measured anew before the last validation.
+        seed: what dropped paths and mixing depend on, besides the epoch.
+    """
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] = {},  # noqa: B006
+        weights: str | None = None,
+        rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        warmup: float = 5.0,
+        final_rate: float = 1e-5,
+        average: float = 0.0,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        smoothing: float = 0.1,
+        checkpointing: bool = False,
+        refresh: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            weights=weights,
+            rate=rate,
+            weight_decay=weight_decay,
+            layer_decay=layer_decay,
+            warmup=warmup,
+            final_rate=final_rate,
+            average=average,
+            checkpointing=checkpointing,
+            refresh=refresh,
+            seed=seed,
+        )
+        self.classes: int = self.config.classes  # pyright: ignore[reportAttributeAccessIssue]
+        if self.classes < 2:
+            raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {self.classes}")
+        self.smoothing = smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=self.classes)
+        metrics = {
+            "accuracy": MulticlassAccuracy(self.classes, average="micro"),
+            "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
+        }
+        self.metrics = MetricCollection(metrics, prefix="val/")
+        self.mean_loss = MeanMetric()
+        self.number = SumMetric()
+        self.skipped: set[str] = set()
+        self.skipped_now = 0
+
+    def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        names = data.classes
+        if len(names) != self.classes:
+            raise ValueError(f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes")
+        if self.start is None:
+            return
+        labels, kept = self.start.labels, self.start.preprocess
+        if labels is not None and list(labels) != names:
+            apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
+            where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"{len(labels)} classes there"
+            if stage != "fit":
+                raise ValueError(f"the classes of the checkpoint are not those of the data: {where}")
+            rank_zero_info(f"the checkpoint was trained on other classes ({where}); its head starts from them")
+        if kept is not None and kept != data.preprocess:
+            rank_zero_warn(f"the checkpoint was trained with {kept}, the data comes with {data.preprocess}")
+
+    def input_of(self, batch: Batch) -> Tensor:
+        return batch.images
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.note(batch.skipped)
+        images, labels = batch.images, batch.labels
+        if self.mix is not None and len(images) % 2:
+            images, labels = images[:-1], labels[:-1]  # mixing takes pairs
+        if len(images) == 0:
+            return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+            loss = F.cross_entropy(self.model(images), labels)
+        else:
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing)
+        self.log("train/loss", self.checked(loss), prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.report_skipped("training")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.note(batch.skipped)
+        if len(batch.images) == 0:
+            return
+        logits = self.measured(batch.images)
+        self.metrics.update(logits, batch.labels)
+        self.mean_loss.update(F.cross_entropy(logits, batch.labels), len(logits))
+        self.number.update(len(logits))
+
+    def on_validation_epoch_end(self) -> None:
+        self.report_skipped("validation")
+        number = int(self.number.compute())
+        if number == 0:
+            raise ValueError("no picture of the validation set could be read")
+        values = self.metrics.compute()
+        self.log_dict(values, prog_bar=True)
+        self.log("val/loss", self.mean_loss.compute())
+        if not self.trainer.training:
+            correct = round(float(values["val/accuracy"]) * number)
+            low, high = interval(correct, number)
+            rank_zero_info(f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})")
+        for metric in (self.metrics, self.mean_loss, self.number):
+            metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def note(self, skipped: tuple[str, ...]) -> None:
+        """Warns of each unreadable picture once, and counts."""
+        self.skipped_now += len(skipped)
+        for path in set(skipped) - self.skipped:
+            rank_zero_warn(f"skipped {path}: it is not a readable picture")
+        self.skipped |= set(skipped)
+
+    def report_skipped(self, stage: str) -> None:
+        if self.skipped_now:
+            rank_zero_warn(f"{self.skipped_now} unreadable pictures were skipped in this epoch of {stage}")
+        self.skipped_now = 0
+
+
+def interval(correct: int, number: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(correct, number).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)

@@ -1,0 +1,455 @@
+"""Checkpoints: folders that hold a model's config, its weights, a card, and a probe that shows whether it still computes
+the same. Only JSON and safetensors are read; no code from a file is ever run."""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import zoo
+from zoo.block import BlockConfig
+from zoo.fusion import fuse
+from zoo.layer import advance, count_parameters, parse
+from zoo.models import FAMILIES, PRESETS
+
+if TYPE_CHECKING:
+    from zoo.preprocess import ImagePreprocess
+
+FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = 1e-4  # how far a probe's output may be off, as a share of the largest output
+LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
+
+FORMAT = 1
+KINDS = {"format": int, "zoo": str, "family": str, "preset": str | None, "model": dict, "preprocess": dict | None}
+KINDS |= {"labels": list | None, "fused": bool, "source": str}
+# From a format to the next: takes a whole config.json of that format, returns it in the format one higher.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; one line that names the file and says why."""
+
+
+class Checkpoint(NamedTuple):
+    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it."""
+
+    model: nn.Module
+    preprocess: "ImagePreprocess | None"
+    labels: tuple[str, ...] | None
+    config: dict[str, Any]  # config.json, in the newest format
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    preset: str | None = None,
+    preprocess: "ImagePreprocess | None" = None,
+    labels: Sequence[str] | None = None,
+    source: str = "",
+    card: str | None = None,
+    license: str = "unknown",
+    metrics: Mapping[str, str | float] | None = None,
+) -> Path:
+    """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
+
+    The folder is written aside, loaded again and probed, and only then renamed into place; a checkpoint that stood there
+    is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
+
+    Args:
+        model: a model of the zoo, fused or not, unwrapped, with weights in float32, float16 or bfloat16.
+        folder: where to write; a checkpoint that is there already is replaced.
+        preset: the preset that the model was made from.
+        preprocess: how a picture becomes the model's input; with it the probe starts from a raw picture.
+        labels: one name a class.
+        source: where the weights come from: a command, an address.
+        card: what the model is, in Markdown; a plain sentence where None.
+        license: of the weights, by its name on the Hub.
+        metrics: figures for the card, by name.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ValueError: an argument does not fit the model, the model's config does not describe it, its output is not
+            finite, or the folder holds something else than a checkpoint.
+        OSError: the folder could not be written; one line that says so and what became of the previous one.
+    """
+    target = Path(folder).resolve()
+    written = _describe(model, preset, preprocess, labels, source)
+    texts = {
+        "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "README.md": _card(written, count_parameters(model), target.name, card, license, metrics or {}),
+    }
+    twin = copy.deepcopy(model).cpu().eval()
+    tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} is {_kind(tensor)}; a checkpoint holds float32 or less: call model.float() first")
+    probe = {"input": _probe_input(written["model"], preprocess)}
+    probe["output"] = _run(twin.float(), preprocess, probe["input"])
+    if not bool(probe["output"].isfinite().all()):
+        raise ValueError(f"the model's output is not finite, so it is not saved to {target}")
+    _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": probe})
+    return target
+
+
+def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
+    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`."""
+    return load_checkpoint(name, check=check).model
+
+
+def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Checkpoint:
+    """Reads a checkpoint: the model in eval mode and float32 on the CPU, its preprocessing, labels and config.json.
+
+    Args:
+        name: a folder; or the name of a folder under ./checkpoints; or a Hub name "owner/name" or
+            "owner/name@revision".
+        check: run the probe, and raise where the output is off by more than `TOLERANCE` of the largest output.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; a file of it is missing, truncated, a pickle, or does not fit the
+            others; it was written by a newer zoo; or its probe fails.
+    """
+    from zoo.preprocess import ImagePreprocess
+
+    folder = _locate(name)
+    path = _file(folder, "config.json")
+    written = _read_config(path)
+    tensors = _read_tensors(_file(folder, "model.safetensors"))
+    labels = None if written["labels"] is None else tuple(written["labels"])
+    preprocess = None
+    try:
+        config = FAMILIES[written["family"]](**written["model"])
+        if written["preprocess"] is not None:
+            preprocess = ImagePreprocess.from_dict(written["preprocess"])
+        _check_fit(config, preprocess, labels)
+        model = _build(config, written["fused"], tensors, folder / "model.safetensors")
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config from elsewhere may break a constructor in any way
+        raise CheckpointError(f"{path} describes no model: {_one_line(error)}") from error
+    if check:
+        _check_probe(_file(folder, "probe.safetensors"), model, preprocess)
+    return Checkpoint(model, preprocess, labels, written)
+
+
+def _describe(
+    model: nn.Module,
+    preset: str | None,
+    preprocess: "ImagePreprocess | None",
+    labels: Sequence[str] | None,
+    source: str,
+) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    family = next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
+    if family is None or not isinstance(config, BlockConfig):
+        raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
+    _check_fit(config, preprocess, labels)
+    return {
+        "format": FORMAT,
+        "zoo": zoo.__version__,
+        "family": family,
+        "preset": preset,
+        "model": asdict(config),
+        "preprocess": None if preprocess is None else preprocess.to_dict(),
+        "labels": None if labels is None else list(labels),
+        "fused": hasattr(model, "fusion"),
+        "source": source,
+    }
+
+
+def _check_fit(config: BlockConfig, preprocess: "ImagePreprocess | None", labels: Sequence[str] | None) -> None:
+    classes, channels = getattr(config, "classes", None), getattr(config, "channels", None)
+    if labels is not None:
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("labels must be a list of names")
+        if len(labels) != classes:
+            raise ValueError(f"labels has {len(labels)} names, but the model has {classes} classes")
+    if preprocess is not None and preprocess.channels != channels:
+        raise ValueError(f"preprocess makes {preprocess.channels} channels, but the model takes {channels}")
+
+
+def _probe_input(model: dict[str, Any], preprocess: "ImagePreprocess | None") -> Tensor:
+    """A raw picture, uint8 [H, W, C], larger than the model takes; without preprocessing float32 [1, C, H, W]."""
+    generator = torch.Generator().manual_seed(0)
+    if preprocess is None:
+        return torch.randn(1, model["channels"], model["image"], model["image"], generator=generator)
+    height, width = preprocess.size * 3 // 2 + 7, preprocess.size * 2 + 3
+    coarse = torch.randint(256, (height // 4 + 1, width // 4 + 1, preprocess.channels), generator=generator)
+    fine = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
+    return fine.to(torch.uint8).contiguous()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, preprocess: "ImagePreprocess | None", raw: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return model(raw if preprocess is None else preprocess(raw)[None])
+
+
+def _card(
+    written: dict[str, Any],
+    parameters: int,
+    name: str,
+    text: str | None,
+    license: str,
+    metrics: Mapping[str, str | float],
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    model = written["model"]
+    choices = {field: model[field] for field in ("mixer", "norm", "placement", "channel", "position", "ffn")}
+    parts = [parse(choice)[0] for choice in choices.values()]
+    data = ModelCardData(
+        library_name="zoo",
+        license=license,
+        pipeline_tag="image-classification" if model["classes"] else "image-feature-extraction",
+        tags=list(dict.fromkeys(["zoo", written["family"], *(part for part in parts if part != "none")])),
+    )
+    plain = f"A `{written['preset'] or written['family']}` of the zoo, {model['classes'] or 'no'} classes."
+    rows = choices | {field: model[field] for field in ("dim", "depth", "heads")}
+    rows |= {"parameters": f"{parameters:,}", "fused": "yes" if written["fused"] else "no"} | metrics
+    call = "logits = model(preprocess(picture)[None])" if written["preprocess"] else "output = model(images)"
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", text or plain, "", "| | |", "|---|---|"]
+    lines += [f"| {_one_line(key)} | {_one_line(value)} |".replace("\n", " ") for key, value in rows.items()]
+    lines += ["", f"Source: {written['source'] or 'not stated'}. Written by zoo {zoo.__version__}.", "", "```python"]
+    lines += ["from zoo.weights import load_checkpoint", ""]
+    lines += [
+        f"model, preprocess, labels, config = load_checkpoint({name!r})  # this folder, or OWNER/{name} on the Hub"
+    ]
+    return "\n".join([*lines, call, "```", ""])
+
+
+def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Writes all files aside, loads and probes what was written, and puts it in the place of target."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
+    fate = "nothing was left behind"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target)
+        if target.exists():
+            fate = "the previous one is untouched"
+        aside.mkdir()
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for name, content in tensors.items():
+            save_file(content, aside / name, metadata={"format": "pt"})
+            shutil.copymode(aside / "config.json", aside / name)  # safetensors lets only the owner read
+        for name in FILES:
+            with open(aside / name, "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_folder(aside)
+        load_checkpoint(aside, check=True)
+        _swap(aside, target)
+    except CheckpointError as error:
+        reason = str(error).replace(str(aside), str(target))
+        raise ValueError(f"this model cannot be saved, its config does not describe it: {reason}; {fate}") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write the checkpoint {target}: {_one_line(error)}; {fate}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _previous(target: Path) -> Path:
+    """Where a checkpoint stands for the moment in which its successor takes its place."""
+    return target.parent / f".{target.name}.previous"
+
+
+def _clear(target: Path) -> None:
+    """Makes way for a save: refuses to replace what is no checkpoint, and mends what a killed save left behind."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, so no checkpoint can be written there")
+    found = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    if not found <= set(FILES) or found == {"README.md"}:
+        other = min(found - set(FILES), default="README.md")
+        raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")
+    if not target.exists() and _previous(target).is_dir():
+        os.replace(_previous(target), target)
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.") and entry.suffix == ".new":
+            with contextlib.suppress(OSError):  # another save may be faster
+                if time.time() - entry.stat().st_mtime > LEFTOVER:
+                    shutil.rmtree(entry)
+
+
+def _swap(aside: Path, target: Path) -> None:
+    previous = _previous(target)
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(target, previous)
+    try:
+        os.replace(aside, target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            os.replace(previous, target)
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can open or sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _locate(name: str | os.PathLike[str]) -> Path:
+    for folder in (Path(name), Path("checkpoints", name)):
+        if folder.is_dir():
+            return folder
+        if (previous := _previous(folder.resolve())).is_dir():  # a save was killed between its two renames
+            return previous
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
+    repository, _, revision = str(name).partition("@")
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        return _download(repository, revision or None)
+    where = "neither a folder, nor one under checkpoints, nor OWNER/NAME on the Hub"
+    raise CheckpointError(f"there is no checkpoint {str(name)!r}: it is {where}")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the client raises its own errors, those of its network library, and the system's
+        at = f" at '{revision}'" if revision else ""
+        reason = _one_line(error)
+        raise CheckpointError(f"no folder {repository} here, and the Hub does not give it{at}: {reason}") from error
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_file():
+        return path
+    if pickles := sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES):
+        raise CheckpointError(f"{folder} holds {pickles[0]} and no {name}; only safetensors are read, never a pickle")
+    raise CheckpointError(f"{folder} has no {name}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {_one_line(error)}") from error
+    if not isinstance(written, dict) or type(written.get("format")) is not int:
+        raise CheckpointError(f"{path} is no config of a checkpoint: it has no whole number as format")
+    writer = f"zoo {written.get('zoo')}"
+    if written["format"] > FORMAT:
+        news = f"format {written['format']} of {writer}; zoo {zoo.__version__} reads up to {FORMAT}: upgrade zoo"
+        raise CheckpointError(f"{path} has {_one_line(news)}")
+    while written["format"] < FORMAT:
+        if written["format"] not in MIGRATIONS:
+            raise CheckpointError(f"{path} has format {written['format']}, which zoo {zoo.__version__} does not know")
+        written = MIGRATIONS[written["format"]](written)
+    if odd := sorted(KINDS.keys() ^ written.keys()):
+        verb = "lacks" if odd[0] in KINDS else "has an unknown"
+        raise CheckpointError(f"{path} {verb} field {odd[0]!r}")
+    if wrong := [key for key, kind in KINDS.items() if not isinstance(written[key], kind)]:
+        raise CheckpointError(f"{path}: {wrong[0]} has a value of the wrong kind, {type(written[wrong[0]]).__name__}")
+    if written["family"] not in FAMILIES:
+        raise CheckpointError(f"{path}: there is no family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
+    known = {field.name for field in fields(FAMILIES[written["family"]])}
+    if unknown := [field for field in written["model"] if field not in known]:
+        age = f"{_one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
+        raise CheckpointError(f"{path}: {age}")
+    return written
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        with open(path, "rb") as file:
+            pickled = file.read(4).startswith((b"\x80", b"PK"))
+        kind = "seems to be a pickle, which is never read" if pickled else "is no whole safetensors file"
+        raise CheckpointError(f"{path} {kind}: {_one_line(error)}") from error
+
+
+def _build(config: BlockConfig, fused: bool, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """The model with the given weights. The caller's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        if not fused:
+            with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
+                model = config.build()
+            kinds = _match(model, tensors, path)
+            if {name for name, _ in model.named_buffers()} <= kinds.keys():
+                own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
+                model.load_state_dict(own, assign=True)
+                return model.eval()
+        with torch.device("cpu"):  # buffers outside the state dict have to be made
+            model = config.build()
+            if fused:
+                advance(model, 1.0)
+                model = fuse(model)
+        _match(model, tensors, path)
+        model.load_state_dict(tensors)
+        return model.eval()
+
+
+def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, torch.dtype]:
+    """The kinds of the model's tensors by name; CheckpointError where those of the file have others."""
+    wanted = model.state_dict()
+    wrong = [f"{name!r} is missing" for name in wanted.keys() - tensors.keys()]
+    wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        got, want = tensors[name], wanted[name]
+        if got.shape != want.shape:
+            wrong.append(f"{name!r} is {list(got.shape)}, not {list(want.shape)}")
+        elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
+            wrong.append(f"{name!r} is {_kind(got)}, not {_kind(want)}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(sorted(wrong)[:3])}{more}")
+    return {name: tensor.dtype for name, tensor in wanted.items()}
+
+
+def _check_probe(path: Path, model: nn.Module, preprocess: "ImagePreprocess | None") -> None:
+    probe = _read_tensors(path)
+    if probe.keys() != {"input", "output"}:
+        raise CheckpointError(f"{path} is no probe: it has to hold input and output")
+    try:
+        got = _run(model, preprocess, probe["input"])
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the model cannot take the probe's input: {_one_line(error)}") from error
+    if got.shape != probe["output"].shape:
+        raise CheckpointError(f"{path}: the output is {list(got.shape)}, not {list(probe['output'].shape)}")
+    largest = probe["output"].abs().max()
+    error = (got - probe["output"]).abs().max()
+    if not error <= TOLERANCE * largest:  # true for what is no number, too
+        share = f"{(error / largest).item():.3g} of the largest output, and {TOLERANCE:g} is allowed"
+        raise CheckpointError(f"{path}: the output is off by {share}; weights, preprocessing or code have changed")
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _one_line(value: object) -> str:
+    reason = getattr(value, "strerror", None) or str(value) or type(value).__name__
+    return " ".join(reason.split())[:300]
