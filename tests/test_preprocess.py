@@ -266,6 +266,15 @@ def test_no_picture(tmp_path: Path):
         read_image(tmp_path)
 
 
+def test_reason_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("two\nlines")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UnreadableImage, match=r"p\.png: two lines$"):
+        read_image(tmp_path / "p.png")
+
+
 def test_postscript_is_not_run(tmp_path: Path):
     picture().save(tmp_path / "p.eps")
     (tmp_path / "p.eps").rename(tmp_path / "p.jpg")

@@ -137,7 +137,6 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Picture:
         # An explicit list keeps out formats that run programs, such as PostScript.
         formats = [name for name in FORMATS if name in Image.OPEN]
         with Image.open(path, formats=formats) as picture:
-            picture.load()
             return convert_image(ImageOps.exif_transpose(picture), channels)
     except UnidentifiedImageError as error:
         empty = os.path.getsize(path) == 0

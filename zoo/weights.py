@@ -1,5 +1,5 @@
-"""Checkpoints: folders that hold a model's config, its weights, a card, and a probe that shows whether it still computes
-the same. Only JSON and safetensors are read; no code from a file is ever run."""
+"""Checkpoints: folders that hold a model's config, its weights, a card, and a probe that shows whether the model still
+computes the same. Only JSON and safetensors are read; no code from a file is ever run."""
 
 import contextlib
 import copy
@@ -38,6 +38,27 @@ KINDS |= {"labels": list | None, "fused": bool, "source": str}
 # From a format to the next: takes a whole config.json of that format, returns it in the format one higher.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
+CARD = """---
+{front}
+---
+
+# {name}
+
+{text}
+
+| choice or figure | value |
+|---|---|
+{rows}
+
+Source: {source}. Written by zoo {version}.
+
+```python
+from zoo.weights import load_checkpoint
+model, preprocess, labels, config = load_checkpoint("{name}")  # this folder; on the Hub "OWNER/{name}"
+{call}
+```
+"""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; one line that names the file and says why."""
@@ -66,8 +87,8 @@ def save_model(
 ) -> Path:
     """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
 
-    The folder is written aside, loaded again and probed, and only then renamed into place; a checkpoint that stood there
-    is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
+    The folder is written aside, loaded again and probed, and only then renamed into place; a checkpoint that stood
+    there is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
 
     Args:
         model: a model of the zoo, fused or not, unwrapped, with weights in float32, float16 or bfloat16.
@@ -88,17 +109,34 @@ def save_model(
             finite, or the folder holds something else than a checkpoint.
         OSError: the folder could not be written; one line that says so and what became of the previous one.
     """
-    target = Path(folder).resolve()
-    written = _describe(model, preset, preprocess, labels, source)
+    target, config = Path(folder).resolve(), getattr(model, "config", None)
+    family = next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
+    if family is None or not isinstance(config, BlockConfig):
+        raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
+    _check_fit(config, preprocess, labels)
+    written = {
+        "format": FORMAT,
+        "zoo": zoo.__version__,
+        "family": family,
+        "preset": preset,
+        "model": asdict(config),
+        "preprocess": None if preprocess is None else preprocess.to_dict(),
+        "labels": None if labels is None else list(labels),
+        "fused": hasattr(model, "fusion"),
+        "source": source,
+    }
+    figures = {"parameters": f"{count_parameters(model):,}"} | dict(metrics or {})
     texts = {
         "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": _card(written, count_parameters(model), target.name, card, license, metrics or {}),
+        "README.md": _card(written, target.name, card, license, figures),
     }
     twin = copy.deepcopy(model).cpu().eval()
     tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} is {_kind(tensor)}; a checkpoint holds float32 or less: call model.float() first")
+            raise ValueError(f"{name} is {tensor.dtype}; a checkpoint holds float32 or less: call model.float() first")
     probe = {"input": _probe_input(written["model"], preprocess)}
     probe["output"] = _run(twin.float(), preprocess, probe["input"])
     if not bool(probe["output"].isfinite().all()):
@@ -141,37 +179,10 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
     except CheckpointError:
         raise
     except Exception as error:  # a config from elsewhere may break a constructor in any way
-        raise CheckpointError(f"{path} describes no model: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: {_one_line(error)}") from error
     if check:
         _check_probe(_file(folder, "probe.safetensors"), model, preprocess)
     return Checkpoint(model, preprocess, labels, written)
-
-
-def _describe(
-    model: nn.Module,
-    preset: str | None,
-    preprocess: "ImagePreprocess | None",
-    labels: Sequence[str] | None,
-    source: str,
-) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    family = next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
-    if family is None or not isinstance(config, BlockConfig):
-        raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
-    _check_fit(config, preprocess, labels)
-    return {
-        "format": FORMAT,
-        "zoo": zoo.__version__,
-        "family": family,
-        "preset": preset,
-        "model": asdict(config),
-        "preprocess": None if preprocess is None else preprocess.to_dict(),
-        "labels": None if labels is None else list(labels),
-        "fused": hasattr(model, "fusion"),
-        "source": source,
-    }
 
 
 def _check_fit(config: BlockConfig, preprocess: "ImagePreprocess | None", labels: Sequence[str] | None) -> None:
@@ -202,37 +213,29 @@ def _run(model: nn.Module, preprocess: "ImagePreprocess | None", raw: Tensor) ->
         return model(raw if preprocess is None else preprocess(raw)[None])
 
 
-def _card(
-    written: dict[str, Any],
-    parameters: int,
-    name: str,
-    text: str | None,
-    license: str,
-    metrics: Mapping[str, str | float],
-) -> str:
+def _card(written: dict[str, Any], name: str, text: str | None, license: str, figures: Mapping[str, object]) -> str:
     from huggingface_hub import ModelCardData
 
     model = written["model"]
     choices = {field: model[field] for field in ("mixer", "norm", "placement", "channel", "position", "ffn")}
     parts = [parse(choice)[0] for choice in choices.values()]
-    data = ModelCardData(
+    front = ModelCardData(
         library_name="zoo",
         license=license,
         pipeline_tag="image-classification" if model["classes"] else "image-feature-extraction",
         tags=list(dict.fromkeys(["zoo", written["family"], *(part for part in parts if part != "none")])),
     )
-    plain = f"A `{written['preset'] or written['family']}` of the zoo, {model['classes'] or 'no'} classes."
-    rows = choices | {field: model[field] for field in ("dim", "depth", "heads")}
-    rows |= {"parameters": f"{parameters:,}", "fused": "yes" if written["fused"] else "no"} | metrics
-    call = "logits = model(preprocess(picture)[None])" if written["preprocess"] else "output = model(images)"
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "", text or plain, "", "| | |", "|---|---|"]
-    lines += [f"| {_one_line(key)} | {_one_line(value)} |".replace("\n", " ") for key, value in rows.items()]
-    lines += ["", f"Source: {written['source'] or 'not stated'}. Written by zoo {zoo.__version__}.", "", "```python"]
-    lines += ["from zoo.weights import load_checkpoint", ""]
-    lines += [
-        f"model, preprocess, labels, config = load_checkpoint({name!r})  # this folder, or OWNER/{name} on the Hub"
-    ]
-    return "\n".join([*lines, call, "```", ""])
+    rows = choices | {field: model[field] for field in ("dim", "depth", "heads", "classes")}
+    rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
+    return CARD.format(
+        front=front.to_yaml(),
+        name=name,
+        text=text or f"A `{written['preset'] or written['family']}` of the zoo.",
+        rows="\n".join(f"| {_one_line(key)} | {_one_line(value)} |" for key, value in rows.items()),
+        source=written["source"] or "not stated",
+        version=zoo.__version__,
+        call="logits = model(preprocess(picture)[None])" if written["preprocess"] else "output = model(images)",
+    )
 
 
 def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -422,7 +425,7 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
         if got.shape != want.shape:
             wrong.append(f"{name!r} is {list(got.shape)}, not {list(want.shape)}")
         elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
-            wrong.append(f"{name!r} is {_kind(got)}, not {_kind(want)}")
+            wrong.append(f"{name!r} is {got.dtype}, not {want.dtype}")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(sorted(wrong)[:3])}{more}")
@@ -444,10 +447,6 @@ def _check_probe(path: Path, model: nn.Module, preprocess: "ImagePreprocess | No
     if not error <= TOLERANCE * largest:  # true for what is no number, too
         share = f"{(error / largest).item():.3g} of the largest output, and {TOLERANCE:g} is allowed"
         raise CheckpointError(f"{path}: the output is off by {share}; weights, preprocessing or code have changed")
-
-
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _one_line(value: object) -> str:

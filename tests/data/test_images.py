@@ -143,6 +143,15 @@ def test_each_augmentation_acts(channels: int, option: dict[str, Any]):
     assert changed >= 2
 
 
+def test_whole_scale_cuts_the_centred_square(root: Path):
+    data = folder(root, mean=[0.0] * 3, std=[1.0] * 3, **PLAIN)
+    square = data.source("train").picture(0).crop((3, 0, 27, 24)).resize((16, 16), Image.Resampling.BICUBIC)
+    dataset = data.train_dataloader().dataset
+    for epoch in range(5):
+        image = dataset[epoch, 0][0].permute(1, 2, 0) * 255
+        np.testing.assert_allclose(image.numpy(), np.asarray(square), atol=1e-3)
+
+
 def test_flip_mirrors():
     plain = Images(**PLAIN).train_dataloader().dataset
     flipped = Images(**(PLAIN | {"flip": 1.0})).train_dataloader().dataset
@@ -192,11 +201,13 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
     assert not torch.equal(first.images, epoch(0, seed=1).images)
 
 
-def test_epoch_changes_one_picture_and_index_tells_pictures_apart():
+def test_seed_epoch_and_index_each_change_a_picture():
     dataset: Any = Images(dataset="synthetic", size=16).train_dataloader().dataset
     assert torch.equal(dataset[4, 0][0], dataset[4, 0][0])
     assert not torch.equal(dataset[4, 0][0], dataset[5, 0][0])
     assert not torch.equal(dataset[4, 0][0], dataset[4, 4][0])
+    other: Any = Images(dataset="synthetic", size=16, seed=1).train_dataloader().dataset
+    assert not torch.equal(dataset[4, 0][0], other[4, 0][0])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -406,12 +417,14 @@ def test_batch_of_unreadable_pictures_is_empty(root: Path):
         assert len(batch.skipped) == 9
 
 
-def test_other_errors_are_not_swallowed(root: Path):
-    def fail(picture: Image.Image) -> torch.Tensor:
+def test_other_errors_are_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(index: int) -> Image.Image:
         raise ZeroDivisionError
 
+    source = folder(root).source("train")
+    monkeypatch.setattr(source, "picture", fail)
     with pytest.raises(ZeroDivisionError):
-        _ = Pictures(folder(root).source("train"), fail, None)[0, 0]
+        _ = Pictures(source, folder(root).preprocess, None)[0, 0]
 
 
 def test_collate_of_nothing():

@@ -1,6 +1,7 @@
 import math
 import pickle
 import random
+from collections import Counter
 from itertools import chain
 
 import numpy as np
@@ -88,6 +89,8 @@ def test_ranks(monkeypatch: pytest.MonkeyPatch, count: int, world: int):
             shares[sampler.training].append(share)
     assert len({len(share) for share in shares[True]}) == 1
     assert set(chain(*shares[True])) == set(range(count))
+    repeats = Counter(chain(*shares[True])).values()
+    assert max(repeats) - min(repeats) <= 1
     assert len(shares[True][0]) == math.ceil(count / world)
     assert sorted(chain(*shares[False])) == list(range(count))
     lengths = [len(share) for share in shares[False]]

@@ -31,8 +31,12 @@ _NAMES = (
     (".steps.1.branch.out.", ".mlp.fc2."),
     (".steps.1.layer_scale", ".ls2.gamma"),
 )
-# Biases that timm can leave away: zeros then.
-_OPTIONAL = re.compile(r".*\.(qkv|proj|fc1|fc1_g|fc1_x|fc2|norm1|norm2)\.bias|(fc_)?norm\.bias")
+# Biases that timm leaves away together: zeros then.
+_BIASES = (
+    r"blocks\.\d+\.attn\.qkv\.bias",
+    r"blocks\.\d+\.(attn\.proj|mlp\.fc\w+)\.bias",
+    r"(blocks\.\d+\.(norm[12]|attn\.norm|mlp\.norm)|norm|fc_norm)\.bias",
+)
 _NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
 _PREFIX = ("cls_token", "dist_token", "reg_token")
 _AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "pos_embed"), 3)
@@ -316,13 +320,13 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: dict[str, Tensor]) -> ViT:
     with torch.device("meta"):
         model = config.build()
     apart = "blocks.0.mlp.fc1_g.weight" in tensors
-    known = {re.sub(r"\.\d+\.", ".*.", name) for name in tensors}
+    absent = [pattern for pattern in _BIASES if not any(re.fullmatch(pattern, name) for name in tensors)]
     left, state = dict(tensors), {}
 
     def take(name: str, like: Tensor | None = None) -> Tensor:
         if name in left:
             return left.pop(name).detach()
-        if like is not None and _OPTIONAL.fullmatch(name) and re.sub(r"\.\d+\.", ".*.", name) not in known:
+        if like is not None and any(re.fullmatch(pattern, name) for pattern in absent):
             return like.new_zeros(len(like))
         raise ValueError(f"'{name}' is missing; {_SUPPORTED}")
 
@@ -334,13 +338,14 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: dict[str, Tensor]) -> ViT:
         if facts.fc_norm and name.startswith("norm."):
             name = f"fc_{name}"
         if key == "tokens":
-            value = torch.cat([take(part) for part in _PREFIX if part in left], 1)
+            value = _joined([take(part) for part in _PREFIX if part in left], 1, "the tokens in front of the grid")
         elif key == "position.table":
             value = take("pos_embed")
             if value.shape[1] == slot.shape[1] - config.prefix:
                 value = F.pad(value, (0, 0, config.prefix, 0))
         elif apart and ".mlp.fc1." in name:
-            value = torch.cat([take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")])
+            halves = [take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")]
+            value = _joined(halves, 0, f"the halves of '{name}'")
         else:
             value = take(name, like)
         if value.shape != slot.shape:
@@ -350,6 +355,12 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: dict[str, Tensor]) -> ViT:
         raise ValueError(f"'{next(iter(left))}' has no counterpart; {_SUPPORTED}, of plain blocks")
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _joined(parts: list[Tensor], axis: int, what: str) -> Tensor:
+    if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) != 1:
+        raise ValueError(f"{what} do not fit each other: {', '.join(str(list(part.shape)) for part in parts)}")
+    return torch.cat(parts, axis)
 
 
 def _half(like: Tensor | None) -> Tensor | None:

@@ -216,7 +216,7 @@ class Images(lightning.LightningDataModule):
 
 
 def training_transform(data: Images) -> Callable[["Picture"], Tensor]:
-    """timm's training transform: random crop, flip, RandAugment or jitter, normalisation, erasing.
+    """timm's training transform: random crop, flip, RandAugment, jitter, normalisation, erasing.
 
     Grey pictures are augmented as RGB, for timm's operations take no others, and are grey again
     before they are normalised.

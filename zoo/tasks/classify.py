@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.data import Mixup
 from torch import Tensor
@@ -137,7 +138,7 @@ class Classify(Task):
         values = self.metrics.compute()
         self.log_dict(values, prog_bar=True)
         self.log("val/loss", self.mean_loss.compute())
-        if not self.trainer.training:
+        if self.trainer.state.fn != TrainerFn.FITTING:
             correct = round(float(values["val/accuracy"]) * number)
             low, high = interval(correct, number)
             rank_zero_info(f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})")

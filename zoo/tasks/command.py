@@ -1,6 +1,7 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all that a run leaves behind."""
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Keep(Callback):
         self.best = state_dict["best"]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.training or trainer.fast_dev_run:  # pyright: ignore
+        assert isinstance(pl_module, Task)
+        if not pl_module.fitting or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         value = float(trainer.callback_metrics[self.score])
         better = value > self.best
@@ -84,6 +86,8 @@ class Command(LightningCLI):
 def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     """Runs one verb. `--trainer.default_root_dir` names the run's folder, `--ckpt_path FOLDER/resume/last.ckpt` goes on."""
     torch.set_float32_matmul_precision("high")
+    for message in ("LightningCLI's args parameter", ".*isinstance.treespec, LeafSpec", ".*in eval mode at the start"):
+        warnings.filterwarnings("ignore", message=message)
     try:
         Command(
             task,

@@ -9,6 +9,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -80,6 +81,11 @@ class Task(lightning.LightningModule):
         return self.model if self.average is None else self.average.module
 
     @property
+    def fitting(self) -> bool:
+        """Whether this is `fit`, its validations included and its first check excluded."""
+        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+
+    @property
     def progress(self) -> float:
         """The share of training that is over."""
         total = self.trainer.estimated_stepping_batches
@@ -146,7 +152,7 @@ class Task(lightning.LightningModule):
     def on_validation_start(self) -> None:
         self.raise_bad_step()
         last = self.trainer.max_epochs is not None and self.current_epoch + 1 == self.trainer.max_epochs
-        if self.trainer.training and last and self.refresh and any(isinstance(m, BatchNorm) for m in self.modules()):
+        if self.fitting and last and self.refresh and any(isinstance(m, BatchNorm) for m in self.modules()):
             self.refresh_statistics()
 
     def refresh_statistics(self) -> None:

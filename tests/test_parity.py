@@ -1,0 +1,501 @@
+"""Our parts against those of the libraries that we have installed, or against the formula written out, with random
+weights in fp64."""
+
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.fft import dct, dctn
+from timm.layers import Attention, EcaModule, SqueezeExcite, SwiGLU, SwiGLUPacked, resample_abs_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.davit import ChannelAttention
+from timm.models.metaformer import Pooling, SepConv
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+from zoo.block import Block, BlockConfig
+from zoo.channels import CHANNELS, FREQUENCIES
+from zoo.ffns import FFNS
+from zoo.kernels import deformable
+from zoo.kernels.deformable import oracle, sampling
+from zoo.layer import Context, Memory, to_map, to_tokens
+from zoo.mixers import CROSSES, MIXERS
+from zoo.mixers.attention import rotate
+from zoo.norms import NORMS
+from zoo.positions import POSITIONS
+
+EXACT = 1e-10  # fp64
+SINGLE = 1e-5  # where a table is fp32 by contract
+DIM, HEADS = 32, 4
+GRID = Context(grid=(5, 6))
+
+
+def scattered(module: nn.Module) -> nn.Module:
+    """The module in fp64 and eval mode, every parameter random."""
+    for parameter in module.double().eval().parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+def tokens(context: Context = GRID, batch: int = 3, dim: int = DIM) -> Tensor:
+    rows = context.prefix + math.prod(context.grid)
+    return torch.randn(batch, rows, dim, dtype=torch.float64, requires_grad=True)
+
+
+def copied(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The module in fp64 and eval mode with these weights, all of them."""
+    module = module.double().eval()
+    module.load_state_dict(
+        {name: weights[name].detach().reshape(each.shape) for name, each in module.state_dict().items()}
+    )
+    assert set(weights) == set(module.state_dict())
+    return module
+
+
+def renamed(module: nn.Module, **names: str) -> dict[str, Tensor]:
+    """The state of a module, first parts of its names replaced and those of names without a match kept."""
+    state = {}
+    for name, value in module.state_dict().items():
+        for theirs, ours in names.items():
+            if name.startswith(f"{theirs}."):
+                name = f"{ours}.{name.removeprefix(f'{theirs}.')}"
+                break
+        state[name] = value
+    return state
+
+
+def check(got: Tensor, wanted: Tensor, leaves: tuple[Tensor, ...] = (), tolerance: float = EXACT) -> None:
+    """Outputs are the same, and so are the gradients of a random projection of them on the leaves."""
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+    if not leaves:
+        return
+    seed = torch.randn_like(wanted)
+    ours = torch.autograd.grad((got * seed).sum(), leaves, retain_graph=True)
+    theirs = torch.autograd.grad((wanted * seed).sum(), leaves, retain_graph=True)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 0
+        assert (mine - other).abs().max() <= tolerance * other.abs().max()
+
+
+# Attention
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("head_dim", [0, 12])
+def test_softmax_is_timm_attention(qk_norm, head_dim):
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    theirs = Attention(DIM, HEADS, head_dim or None, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm)
+    scattered(theirs)
+    ours = MIXERS["softmax"](DIM, HEADS, qk_norm=qk_norm, head_dim=head_dim)
+    copied(ours, renamed(theirs, q_norm="query", k_norm="key", proj="out"))
+    context = GRID._replace(prefix=2)
+    x = tokens(context)
+    check(ours(x, context), theirs(x), (x,))
+
+
+def multihead(ours: nn.Module, linears: list[nn.Linear]) -> nn.MultiheadAttention:
+    """PyTorch's attention with the weights of ours."""
+    theirs = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    weights = {"in_proj_weight": torch.cat([each.weight for each in linears])}
+    weights["in_proj_bias"] = torch.cat([each.bias for each in linears])
+    return copied(theirs, weights | {f"out_proj.{key}": each for key, each in ours.out.state_dict().items()})
+
+
+REAL = torch.tensor([[True] * 30, [True] * 12 + [False] * 18, [True] + [False] * 29])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_softmax_is_torch_attention(masked, coded, biased):
+    ours = scattered(MIXERS["softmax"](DIM, HEADS))
+    theirs = multihead(ours, [ours.qkv])
+    x, code = tokens(), tokens(batch=1)
+    bias = torch.randn(HEADS, 30, 30, dtype=torch.float64)
+    context = GRID._replace(mask=REAL if masked else None, code=code if coded else None, bias=bias if biased else None)
+    turned = x + code if coded else x
+    away = torch.zeros(REAL.shape, dtype=torch.float64).masked_fill(~REAL, -torch.inf)
+    wanted, _ = theirs(
+        turned,
+        turned,
+        x,
+        key_padding_mask=away if masked else None,
+        attn_mask=bias.repeat(3, 1, 1) if biased else None,
+        need_weights=False,
+    )
+    check(ours(x, context), wanted, (x, code) if coded else (x,))
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_cross_is_torch_attention(coded):
+    ours = scattered(CROSSES["softmax"](DIM, HEADS))
+    theirs = multihead(ours, [ours.queries, ours.keys, ours.values])
+    x, code = tokens(), tokens(batch=1)
+    beside = Context(grid=(11,))
+    there, there_code = tokens(beside), tokens(beside)
+    real = torch.arange(11) < torch.tensor([11, 4, 1])[:, None]
+    memory = Memory(there, real, there_code if coded else None)
+    got = ours(x, GRID._replace(memory=memory, code=code if coded else None))
+    queries, keys = (x + code, there + there_code) if coded else (x, there)
+    wanted, _ = theirs(queries, keys, there, key_padding_mask=~real, need_weights=False)
+    check(got, wanted, (x, there, code, there_code) if coded else (x, there))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_shared_keys_are_repeated_keys(kv_heads):
+    ours = scattered(MIXERS["softmax"](DIM, HEADS, kv_heads=kv_heads))
+    queries, keys, values = (len(each) for each in ours.qkv.weight.split(ours.widths))
+    assert (queries, keys, values) == (DIM, 8 * kv_heads, 8 * kv_heads)
+    parts = {}
+    for name, each in ours.qkv.state_dict().items():
+        query, *rest = each.split([queries, keys, values])
+        wide = [part.unflatten(0, (kv_heads, 8)).repeat_interleave(HEADS // kv_heads, 0).flatten(0, 1) for part in rest]
+        parts[f"qkv.{name}"] = torch.cat([query, *wide])
+    theirs = Attention(DIM, HEADS, qkv_bias=True)
+    copied(theirs, parts | {f"proj.{name}": each for name, each in ours.out.state_dict().items()})
+    x = tokens()
+    check(ours(x, GRID), theirs(x), (x,))
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_block_is_torch_encoder_layer(placement):
+    config = BlockConfig(dim=DIM, depth=1, heads=HEADS, placement=placement, norm="layernorm(eps=1e-5)")
+    ours = scattered(Block(config))
+    theirs = nn.TransformerEncoderLayer(
+        DIM, HEADS, 4 * DIM, 0.0, "gelu", batch_first=True, norm_first=placement == "pre"
+    )
+    norm = "before" if placement == "pre" else "total"
+    names = {f"steps.0.{norm}": "norm1", f"steps.1.{norm}": "norm2", "steps.0.branch.out": "self_attn.out_proj"}
+    names |= {"steps.1.branch.expand": "linear1", "steps.1.branch.out": "linear2"}
+    weights = renamed(ours, **names)
+    for part in ("weight", "bias"):
+        weights[f"self_attn.in_proj_{part}"] = weights.pop(f"steps.0.branch.qkv.{part}")
+    copied(theirs, weights)
+    x = tokens()
+    got = ours(x, GRID._replace(mask=REAL))
+    check(got[REAL], theirs.train()(x, src_key_padding_mask=~REAL)[REAL], (x,))
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_block_is_torch_decoder_layer(placement):
+    layout = ("mixer", "cross", "ffn")
+    ours = scattered(Block(BlockConfig(dim=DIM, depth=1, heads=HEADS, layout=layout, placement=placement)))
+    theirs = nn.TransformerDecoderLayer(
+        DIM, HEADS, 4 * DIM, 0.0, "gelu", 1e-6, batch_first=True, norm_first=placement == "pre"
+    )
+    norm = "before" if placement == "pre" else "total"
+    names = {f"steps.{step}.{norm}": f"norm{step + 1}" for step in range(3)}
+    names |= {"steps.0.branch.out": "self_attn.out_proj", "steps.1.branch.out": "multihead_attn.out_proj"}
+    names |= {"steps.2.branch.expand": "linear1", "steps.2.branch.out": "linear2"}
+    weights = renamed(ours, **names)
+    for part in ("weight", "bias"):
+        weights[f"self_attn.in_proj_{part}"] = weights.pop(f"steps.0.branch.qkv.{part}")
+        projections = [weights.pop(f"steps.1.branch.{each}.{part}") for each in ("queries", "keys", "values")]
+        weights[f"multihead_attn.in_proj_{part}"] = torch.cat(projections)
+    copied(theirs, weights)
+    x, there = tokens(), tokens(Context(grid=(11,)))
+    real = torch.arange(11) < torch.tensor([11, 4, 1])[:, None]
+    got = ours(x, GRID._replace(memory=Memory(there, real)))
+    check(got, theirs.train()(x, there, memory_key_padding_mask=~real), (x, there))
+
+
+# Other mixers
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("grid", [(5, 6), (11,)])
+def test_pool_is_timm_pooling(size, grid):
+    context = Context(grid=grid)
+    x = tokens(context)
+    plane = to_map(x, grid if len(grid) == 2 else (1, *grid))
+    got = MIXERS["pool"](DIM, HEADS, len(grid), size=size)(x, context)
+    check(got, to_tokens(Pooling(size)(plane)), (x,))
+
+
+@pytest.mark.parametrize(("ratio", "kernel"), [(2.0, 7), (1.5, 3)])
+def test_sepconv_is_timm_sepconv(ratio, kernel):
+    theirs = scattered(SepConv(DIM, ratio, kernel_size=kernel, padding=kernel // 2))
+    names = {"pwconv1": "expand", "act1": "activation", "dwconv": "conv", "pwconv2": "out"}
+    ours = copied(MIXERS["sepconv"](DIM, HEADS, ratio=ratio, kernel=kernel), renamed(theirs, **names))
+    x = tokens()
+    check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
+
+
+def test_channel_is_timm_channel_attention():
+    theirs = scattered(ChannelAttention(DIM, HEADS, qkv_bias=True))
+    ours = copied(MIXERS["channel"](DIM, HEADS), renamed(theirs, proj="out"))
+    x = tokens()
+    check(ours(x, GRID), theirs(x), (x,))
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_sla_is_its_formula(position):
+    context = GRID._replace(prefix=1)
+    context = POSITIONS[position](DIM, DIM // HEADS, context.grid, 1).place(context)
+    ours = scattered(MIXERS["sla"](DIM, HEADS, kernel=3))
+    x = tokens(context)
+    query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(2)
+    query, key = query.relu(), key.relu()
+    scores = torch.einsum("bnhd,bmhd->bhnm", rotate(query, context.rotary), rotate(key, context.rotary))
+    total = torch.einsum("bnhd,bmhd->bhn", query, key)[..., None]
+    mixed = torch.einsum("bhnm,bmhd->bnhd", scores / (total + 1e-6 * x.shape[1]), value)
+    near = nn.Conv2d(8, 8, 3, padding=1, groups=8).double()
+    near.load_state_dict({"weight": ours.weight, "bias": ours.bias})
+    for head in range(HEADS):
+        mixed[:, 1:, head] = mixed[:, 1:, head] + to_tokens(near(to_map(value[:, 1:, head], context.grid)))
+    check(ours(x, context), ours.out(mixed.flatten(2)), (x,), EXACT if position == "none" else SINGLE)
+
+
+# Channel attention
+
+
+@pytest.mark.parametrize(("dim", "reduction"), [(32, 16), (192, 16), (384, 16), (64, 4), (40, 4)])
+def test_se_is_timm_squeeze_excite(dim, reduction):
+    theirs = scattered(SqueezeExcite(dim, 1 / reduction))
+    ours = copied(CHANNELS["se"](dim, reduction=reduction), renamed(theirs, fc1="squeeze", fc2="excite"))
+    x = tokens(dim=dim)
+    check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 192, 256, 384, 512, 768, 2048])
+def test_eca_is_timm_eca(dim):
+    theirs = scattered(EcaModule(dim))
+    ours = copied(CHANNELS["eca"](dim), theirs.state_dict())
+    x = tokens(dim=dim)
+    check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (14, 14), (14, 7), (9, 8), (20,)])
+def test_fca_is_a_cosine_transform(grid):
+    context = Context(grid=grid)
+    ours = scattered(CHANNELS["fca"](64, len(grid)))
+    x = tokens(context, dim=64)
+    maps = x.detach().numpy().reshape(3, *grid, 64)
+    if len(grid) == 1:
+        spectrum = dct(maps, norm="ortho", axis=1)
+        picks = [(place,) for place in range(16)]
+    else:
+        spectrum = dctn(maps, norm="ortho", axes=(1, 2))
+        picks = [tuple(u * max(1, size // 7) for u, size in zip(pair, grid, strict=True)) for pair in FREQUENCIES]
+    assert len(set(picks)) == 16
+    pooled = [spectrum[(slice(None), *pick, slice(4 * part, 4 * part + 4))] for part, pick in enumerate(picks)]
+    gate = ours.excite(ours.squeeze(torch.from_numpy(np.concatenate(pooled, 1))).relu()).sigmoid()
+    check(ours(x, context), x * gate[:, None], tolerance=SINGLE)
+
+
+@pytest.mark.parametrize(("kernel", "span", "groups"), [(7, 1, 16), (5, 8, 4)])
+def test_ela_is_its_modules(kernel, span, groups):
+    ours = scattered(CHANNELS["ela"](DIM, kernel=kernel, span=span, groups=groups))
+    conv = nn.Conv1d(DIM, DIM, kernel, padding=kernel // 2, groups=DIM // span, bias=False)
+    strip = nn.Sequential(conv, nn.GroupNorm(groups, DIM), nn.Sigmoid())
+    copied(strip, {"0.weight": ours.conv.weight, "1.weight": ours.weight, "1.bias": ours.bias})
+    x = tokens()
+    maps = to_map(x, GRID.grid)
+    wanted = maps * strip(maps.mean(3))[:, :, :, None] * strip(maps.mean(2))[:, :, None]
+    check(ours(x, GRID), to_tokens(wanted), (x,))
+
+
+# Feed-forward and norms
+
+
+def test_swiglu_is_timm_swiglu():
+    theirs = scattered(SwiGLU(DIM, 88))
+    weights = {f"out.{name}": each for name, each in theirs.fc2.state_dict().items()}
+    for part in ("weight", "bias"):
+        weights[f"expand.{part}"] = torch.cat([getattr(theirs.fc1_g, part), getattr(theirs.fc1_x, part)])
+    ours = copied(FFNS["swiglu"](DIM), weights)
+    x = tokens()
+    check(ours(x, GRID), theirs(x), (x,))
+    packed = copied(SwiGLUPacked(DIM, 176), renamed(ours, expand="fc1", out="fc2"))
+    check(ours(x, GRID), packed(x), (x,))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batchnorm_is_torch_batchnorm(masked):
+    theirs = scattered(nn.BatchNorm1d(DIM)).train()
+    ours = NORMS["batchnorm"](DIM).double()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    context = GRID._replace(mask=REAL if masked else None)
+    real = REAL if masked else torch.ones_like(REAL)
+    for _ in range(3):
+        x = (2.0 + 3.0 * tokens()).detach().requires_grad_()
+        check(ours(x, context)[real], theirs(x[real]), (x,))
+    ours.eval()
+    theirs.eval()
+    x = tokens()
+    check(ours(x, context)[real], theirs(x[real]), (x,))
+    check(ours.running_mean, theirs.running_mean)
+    check(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+@pytest.mark.parametrize(("name", "row"), [("layernorm", nn.LayerNorm), ("rmsnorm", nn.RMSNorm)])
+def test_token_norms_are_torch_norms(name, row, eps):
+    theirs = scattered(row(DIM, eps=eps))
+    ours = copied(NORMS[name](DIM, eps=eps), theirs.state_dict())
+    x = tokens()
+    check(ours(x, GRID), theirs(x), (x,))
+
+
+# Deformable aggregation
+
+CASES = list(itertools.product((3, 5), (1, 2), (1, 2), ("same", 0, 1), (1.0,)))
+CASES += [(3, 1, 1, "same", 0.5), (5, 2, 2, "same", 2.0), (3, 1, 2, 1, 0.5)]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "padding", "scale"), CASES)
+def test_deformable_is_torchvision(kernel, stride, dilation, padding, scale):
+    batch, groups, channels, grid, taps = 2, 2, 6, (9, 11), kernel**2
+    centred = dilation * (kernel - 1) // 2
+    margin = centred if padding == "same" else padding
+    out = [(size + 2 * margin - dilation * (kernel - 1) - 1) // stride + 1 for size in grid]
+    value = torch.randn(batch, *grid, channels, dtype=torch.float64, requires_grad=True)
+    offsets = (2 * torch.randn(batch, *out, groups, taps, 2, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(batch, *out, groups, taps, dtype=torch.float64, requires_grad=True)
+    options = (kernel, stride, dilation, padding, scale)
+
+    # What is read at place + scale * (tap + offset) lies scale * (tap + offset) - tap away from the tap.
+    line = dilation * torch.arange(kernel, dtype=torch.float64) - centred
+    tap = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(taps, 2)
+    moved = scale * (tap + offsets) - tap
+    wanted = deform_conv2d(
+        value.permute(0, 3, 1, 2),
+        moved.permute(0, 3, 4, 5, 1, 2).flatten(1, 3),
+        torch.ones(channels, 1, kernel, kernel, dtype=torch.float64),
+        stride=stride,
+        padding=margin,
+        dilation=dilation,
+        mask=weights.permute(0, 3, 4, 1, 2).flatten(1, 2),
+    ).permute(0, 2, 3, 1)
+    leaves = (value, offsets, weights)
+    names = dict(zip(("kernel", "stride", "dilation", "padding", "scale"), options, strict=True))
+    check(deformable(*leaves, **names), wanted, leaves)
+    check(oracle(value, sampling(*leaves, *options), weights), wanted, leaves)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (9, 1), (5, 2)])
+def test_deformable_on_a_line_is_torchvision(kernel, dilation):
+    value = torch.randn(2, 17, 6, dtype=torch.float64, requires_grad=True)
+    offsets = (2 * torch.randn(2, 17, 3, kernel, 1, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(2, 17, 3, kernel, dtype=torch.float64, requires_grad=True)
+    flat = torch.cat([torch.zeros_like(offsets), offsets], -1)
+    wanted = deform_conv2d(
+        value.transpose(1, 2)[:, :, None],
+        flat.permute(0, 2, 3, 4, 1).flatten(1, 3)[:, :, None],
+        torch.ones(6, 1, 1, kernel, dtype=torch.float64),
+        padding=(0, dilation * (kernel - 1) // 2),
+        dilation=dilation,
+        mask=weights.permute(0, 2, 3, 1).flatten(1, 2)[:, :, None],
+    )
+    leaves = (value, offsets, weights)
+    check(deformable(*leaves, kernel=kernel, dilation=dilation), wanted[:, :, 0].transpose(1, 2), leaves)
+    places = sampling(*leaves, kernel, 1, dilation, "same", 1.0)
+    check(oracle(value, places, weights), wanted[:, :, 0].transpose(1, 2), leaves)
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 0), (5, 2)])
+def test_dcnv4_is_torchvision(kernel, groups):
+    ours = scattered(MIXERS["dcnv4"](DIM, HEADS, kernel=kernel, groups=groups))
+    x = tokens()
+    groups, taps = groups or HEADS, kernel**2
+    sample = to_map(ours.sample(x), GRID.grid).unflatten(1, (groups, 3 * taps))
+    maps = deform_conv2d(
+        to_map(ours.value(x), GRID.grid),
+        sample[:, :, : 2 * taps].flatten(1, 2),
+        torch.ones(DIM, 1, kernel, kernel, dtype=torch.float64),
+        padding=kernel // 2,
+        mask=sample[:, :, 2 * taps :].flatten(1, 2),
+    )
+    check(ours(x, GRID), ours.out(to_tokens(maps)), (x,))
+
+
+# Positions
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_sincos_is_timm_table(prefix):
+    context = Context(grid=(5, 9), prefix=prefix)
+    got = POSITIONS["sincos"](DIM, 8, (3, 3), prefix)(torch.zeros(1, prefix + 45, DIM), context)[0]
+    table = build_sincos2d_pos_embed([5, 9], DIM).unflatten(1, (2, 2, -1))  # sine or cosine, axis, rate
+    check(got[prefix:], table.transpose(1, 2).flatten(1), tolerance=SINGLE)
+    assert not got[:prefix].any()
+
+
+def test_sincos_on_a_line_is_its_formula():
+    got = POSITIONS["sincos"](DIM, 8, (3,), 0)(torch.zeros(1, 50, DIM), Context(grid=(50,)))[0]
+    wanted = [
+        [wave(place / 10000 ** (2 * k / DIM)) for wave in (math.sin, math.cos) for k in range(DIM // 2)]
+        for place in range(50)
+    ]
+    check(got, torch.tensor(wanted), tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 9), (2, 3), (4, 8)])
+def test_learned_table_is_resized_as_timm_does_without_antialias(grid):
+    position = POSITIONS["learned"](DIM, 8, (4, 4), 2)
+    nn.init.normal_(position.table)
+    context = Context(grid=grid, prefix=2)
+    got = position(torch.zeros(1, 2 + math.prod(grid), DIM), context)
+    check(got, resample_abs_pos_embed(position.table, list(grid), [4, 4], 2, antialias=False), tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "linear"])
+def test_learned_table_is_resized_to_the_extent_of_each_sample(mode):
+    grid, extents = ((6, 7), [(6, 7), (3, 5), (2, 2)]) if mode == "bicubic" else ((9,), [(9,), (4,), (2,)])
+    position = POSITIONS["learned"](DIM, 8, grid[:1] * len(grid), 0)
+    nn.init.normal_(position.table)
+    mask = torch.zeros(3, *grid, dtype=torch.bool)
+    for each, extent in zip(mask, extents, strict=True):
+        each[tuple(slice(size) for size in extent)] = True
+    got = position(torch.zeros(3, math.prod(grid), DIM), Context(grid=grid, mask=mask.flatten(1)))
+    for each, real, extent in zip(got, mask.flatten(1), extents, strict=True):
+        wanted = F.interpolate(to_map(position.table, position.grid), extent, mode=mode, align_corners=False)
+        check(each[real], to_tokens(wanted)[0], tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("grid", [(6, 5), (13,)])
+def test_rope_turns_complex_numbers(grid):
+    context = Context(grid=grid, prefix=1)
+    context = POSITIONS["rope"](DIM, 8, (4,) * len(grid), 1, base=50.0).place(context)
+    x = torch.randn(2, 1 + math.prod(grid), HEADS, 8, dtype=torch.float64)
+    places = np.stack(np.meshgrid(*[np.arange(size) for size in grid], indexing="ij"), -1).reshape(-1, len(grid))
+    width = 4 // len(grid)
+    angles = np.concatenate([places[:, [axis]] / 50.0 ** (np.arange(width) / width) for axis in range(len(grid))], 1)
+    angles = np.concatenate([np.zeros((1, 4)), angles])
+    turned = (x[..., :4] + 1j * x[..., 4:]) * torch.from_numpy(np.exp(1j * angles))[:, None]
+    check(rotate(x, context.rotary), torch.cat([turned.real, turned.imag], -1), tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("grid", [(6, 5), (13,)])
+def test_rope_scores_depend_on_relative_places(grid):
+    context = POSITIONS["rope"](DIM, 8, grid, 0).place(Context(grid=grid))
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, math.prod(grid), 1, 8)
+    scores = torch.einsum("bnhd,bmhd->nm", rotate(query, context.rotary), rotate(key, context.rotary))
+    scores = scores.view(*grid, *grid)
+    by_distance = {}
+    for here in itertools.product(*map(range, grid)):
+        for there in itertools.product(*map(range, grid)):
+            away = tuple(a - b for a, b in zip(here, there, strict=True))
+            by_distance.setdefault(away, []).append(scores[(*here, *there)].item())
+    assert len(by_distance) == math.prod(2 * size - 1 for size in grid)
+    assert all(max(each) - min(each) < SINGLE for each in by_distance.values())
+    assert np.std([each[0] for each in by_distance.values()]) > 0.1
+
+
+def test_rope_attention_stays_under_shifts():
+    """A picture in a larger, masked one: attention gives the same wherever it lies on a line."""
+    ours = scattered(MIXERS["softmax"](DIM, HEADS))
+    rope = POSITIONS["rope"](DIM, 8, (9,), 0)
+    x = tokens(Context(grid=(9,)), 1)
+    wanted = ours(x, rope.place(Context(grid=(9,))))
+    shifted = torch.cat([torch.randn(1, 4, DIM, dtype=torch.float64), x], 1)
+    mask = torch.arange(13)[None] >= 4
+    got = ours(shifted, rope.place(Context(grid=(13,), mask=mask)))
+    check(got[:, 4:], wanted, tolerance=SINGLE)
+    still = ours(x, Context(grid=(9,)))
+    assert (still - wanted).abs().max() > 0.01 * wanted.abs().max()
