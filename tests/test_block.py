@@ -6,8 +6,8 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-
 from helpers import padded, randomise, rectangle, relative
+
 from zoo.block import PLACEMENTS, Block, BlockConfig, Residual, run
 from zoo.layer import Context, Memory, advance
 from zoo.norms import BatchNorm
@@ -50,7 +50,9 @@ def context_of(config: BlockConfig, grid: tuple[int, ...], extents=None, batch: 
     if config.modulate:
         context = context._replace(cond=torch.randn(batch, 1, 32, generator=generator))
     if "memory" in config.writes:
-        memory = Memory(torch.randn(batch, 6, 32, generator=generator), torch.arange(6)[None] < torch.tensor([[6], [4]]))
+        memory = Memory(
+            torch.randn(batch, 6, 32, generator=generator), torch.arange(6)[None] < torch.tensor([[6], [4]])
+        )
         context = context._replace(memory=memory)
     if "code" in config.writes:
         context = context._replace(code=torch.randn(1, 40, 32, generator=generator)[:, : torch.tensor(grid).prod()])

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-
 from helpers import (
     DIM,
     ROWS,
@@ -16,6 +15,7 @@ from helpers import (
     relative,
     tokens_for,
 )
+
 from zoo.layer import Context, Layer
 from zoo.norms import BatchNorm
 from zoo.positions import Position

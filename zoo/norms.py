@@ -226,9 +226,9 @@ class PRepBN(RepBN):
         self.layernorm = LayerNorm(dim)
         self.register_buffer("blend", torch.ones(()))
         self.finished = False  # what blend == 0 says, known without asking the device
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh_finished())
+        self.register_load_state_dict_post_hook(PRepBN.note_finished)
 
-    def refresh_finished(self) -> None:
+    def note_finished(self, incompatible_keys: Any) -> None:
         self.finished = not self.blend.is_meta and self.blend.item() == 0.0
 
     def advance(self, progress: float) -> None:

@@ -200,9 +200,10 @@ def _probe_input(model: dict[str, Any], preprocess: "ImagePreprocess | None") ->
     """A raw picture, uint8 [H, W, C], larger than the model takes; without preprocessing float32 [1, C, H, W]."""
     generator = torch.Generator().manual_seed(0)
     if preprocess is None:
-        return torch.randn(1, model["channels"], model["image"], model["image"], generator=generator)
+        return torch.randn(1, model["channels"], model["image"], model["image"], generator=generator, device="cpu")
     height, width = preprocess.size * 3 // 2 + 7, preprocess.size * 2 + 3
-    coarse = torch.randint(256, (height // 4 + 1, width // 4 + 1, preprocess.channels), generator=generator)
+    shape = (height // 4 + 1, width // 4 + 1, preprocess.channels)
+    coarse = torch.randint(256, shape, generator=generator, device="cpu")
     fine = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
     return fine.to(torch.uint8).contiguous()
 
@@ -244,12 +245,11 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
     from safetensors.torch import save_file
 
     aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
-    fate = "nothing was left behind"
+    stands = target.exists() or _previous(target).exists()
+    fate = "the previous one is untouched" if stands else "nothing was left behind"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target)
-        if target.exists():
-            fate = "the previous one is untouched"
         aside.mkdir()
         for name, text in texts.items():
             (aside / name).write_text(text, encoding="utf-8")
@@ -356,7 +356,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         written = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:
         raise CheckpointError(f"{path} is no config of a checkpoint: it has no whole number as format")
     writer = f"zoo {written.get('zoo')}"
@@ -388,9 +388,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        with open(path, "rb") as file:
-            pickled = file.read(4).startswith((b"\x80", b"PK"))
-        kind = "seems to be a pickle, which is never read" if pickled else "is no whole safetensors file"
+        kind = "is no whole safetensors file"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(2).startswith((b"\x80", b"PK")):
+                kind = "seems to be a pickle, which is never read"
         raise CheckpointError(f"{path} {kind}: {_one_line(error)}") from error
 
 

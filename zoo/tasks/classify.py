@@ -87,7 +87,9 @@ class Classify(Task):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         names = data.classes
         if len(names) != self.classes:
-            raise ValueError(f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes")
+            raise ValueError(
+                f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
+            )
         if self.start is None:
             return
         labels, kept = self.start.labels, self.start.preprocess

@@ -8,8 +8,8 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -161,7 +161,9 @@ class Task(lightning.LightningModule):
         loader = data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         batches = (self.input_of(self.transfer_batch_to_device(batch, self.device, 0)) for batch in loader)
-        used = refresh_statistics(self.measured, (batch for batch, _ in zip(batches, range(self.refresh), strict=False)))
+        used = refresh_statistics(
+            self.measured, (batch for batch, _ in zip(batches, range(self.refresh), strict=False))
+        )
         rank_zero_info(f"batch statistics measured anew on {used} batches")
 
     def input_of(self, batch: Any) -> Tensor:

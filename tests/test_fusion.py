@@ -1,0 +1,230 @@
+"""Folding is exact: fp64, random statistics, gains and biases; a term left out is noticed."""
+
+import copy
+
+import pytest
+import torch
+from helpers import DIM, ROWS, context_for, randomise, relative, tokens_for
+from test_block import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
+
+import zoo.fusion
+import zoo.norms
+from zoo import advance, create_model, fuse
+from zoo.block import Block, BlockConfig
+from zoo.layer import Context, Layer
+from zoo.norms import Affine, BatchNorm, LayerNorm
+
+SMALL = {"depth": 2, "dim": 48, "heads": 3, "classes": 10}
+
+
+def prepared(model: torch.nn.Module) -> torch.nn.Module:
+    """fp64, random statistics, gains and biases, training over, matrices as initialised."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2 or bool((parameter == 0).all()):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            if name.endswith("running_var"):
+                buffer.copy_(0.3 + torch.rand(buffer.shape, generator=generator))
+    advance(model, 1.0)
+    return model.eval()
+
+
+def vit(**choices) -> torch.nn.Module:
+    return prepared(create_model("vit_micro", **(SMALL | {"norm": "prepbn"} | choices)))
+
+
+def error(model: torch.nn.Module) -> float:
+    images = torch.randn(2, 3, 30, 37, dtype=torch.double)
+    with torch.no_grad():
+        return relative(fuse(model)(images), model(images))
+
+
+CASES = {
+    "pre": {},
+    "repbn": {"norm": "repbn"},
+    "batchnorm": {"norm": "batchnorm"},
+    "class token": {"class_token": True, "pool": "token"},
+    "distilled": {"class_token": True, "pool": "distilled"},
+    "registers": {"registers": 3},
+    "norm after the mean": {"pool": "norm_after_mean"},
+    "no head": {"classes": 0},
+    "post": {"placement": "post"},
+    "peri": {"placement": "peri", "layer_scale": 0.3},
+    "sub": {"placement": "sub"},
+    "hybrid": {"placement": "hybrid"},
+    "normformer": {"placement": "normformer"},
+    "scaled": {"placement": "scaled"},
+    "layer scale behind channel attention": {"placement": "peri", "layer_scale": 0.3, "channel": "se"},
+    "parallel": {"layout": ("mixer+ffn",), "placement": "peri"},
+    "parallel sub": {"layout": ("mixer+ffn",), "placement": "sub"},
+    "conv": {"layout": ("half", "mixer", "conv", "norm"), "conv_norm": "repbn"},
+    "sla": {"mixer": "sla"},
+    "dcnv4": {"mixer": "dcnv4", "placement": "sub"},
+    "pool": {"mixer": "pool"},
+    "sepconv": {"mixer": "sepconv", "placement": "sub"},
+    "channel": {"mixer": "channel", "placement": "hybrid"},
+    "identity": {"mixer": "identity"},
+    "shared keys": {"mixer": "softmax(kv_heads=1)", "placement": "hybrid"},
+    "swiglu": {"ffn": "swiglu", "placement": "sub"},
+    "layernorm": {"norm": "layernorm", "placement": "peri"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_stay_the_same(case):
+    assert error(vit(**CASES[case])) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["pre", "class token", "sub", "peri", "sla", "parallel"])
+def test_folded_norms_are_gone(case):
+    fused = fuse(vit(**CASES[case]))
+    assert not [name for name, module in fused.named_modules() if isinstance(module, BatchNorm | Affine)]
+    assert not [name for name in fused.state_dict() if "running" in name or "blend" in name]
+    assert fused.fusion and all(fold.into and not fold.reason for fold in fused.fusion)
+
+
+def test_what_cannot_fold_stays_as_an_affine_map_and_says_why():
+    fused = fuse(vit(mixer="pool", placement="post"))
+    kinds = [type(module) for module in fused.modules() if isinstance(module, zoo.norms.Norm)]
+    assert kinds == [Affine] * 4, "post norms stay in the stream; the last one goes into the head"
+    assert all(fold.into or fold.reason for fold in fused.fusion)
+    reasons = {fold.reason for fold in fuse(vit(mixer="pool")).fusion if not fold.into}
+    assert reasons == {"Pool has no linear that alone reads its input"}
+    assert isinstance(fuse(vit(norm="layernorm")).norm, LayerNorm)
+
+
+def test_the_model_itself_is_left_alone():
+    model = vit().train()
+    before = copy.deepcopy(model.state_dict())
+    fused = fuse(model)
+    assert model.training and not fused.training and not hasattr(model, "fusion")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_blend_above_zero_is_refused():
+    model = vit()
+    advance(model, 0.4)
+    with pytest.raises(ValueError, match="still blends"):
+        fuse(model)
+
+
+@pytest.mark.parametrize(
+    "config,grid",
+    [(CONFORMER, (9,)), (SQUEEZEFORMER, (9,)), (DECODER, (9,)), (DIFFUSION, (3, 4))],
+    ids=["conformer", "squeezeformer", "decoder", "diffusion"],
+)
+@pytest.mark.parametrize("norm", ["prepbn", "batchnorm"])
+def test_blocks_of_every_family(config, grid, norm):
+    from dataclasses import replace
+
+    config = replace(config, norm=norm, conv_norm=norm)
+    block = prepared(Block(config))
+    context = context_of(config, grid, [grid, tuple(size - 1 for size in grid)])
+    if context.memory is not None:
+        memory = context.memory._replace(tokens=context.memory.tokens.double())
+        context = context._replace(memory=memory, code=context.code.double())
+    if context.cond is not None:
+        context = context._replace(cond=context.cond.double())
+    x = torch.randn(2, context.mask.shape[1], 32, dtype=torch.double)
+    with torch.no_grad():
+        assert relative(fuse(block)(x, context), block(x, context)) < 1e-12
+
+
+def test_a_decoder_that_adds_code_keeps_its_norm():
+    block = prepared(Block(DECODER.__class__(dim=32, depth=1, heads=2, position="none", norm="batchnorm")))
+    assert "code" in {word for fold in fuse(block).fusion for word in fold.reason.split()}
+
+
+declared = [name for name in ROWS if name.split("-")[0] in ("mixer", "conv", "cross", "ffn")]
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("name", declared)
+def test_declared_linears_are_all_there_are(name, axes):
+    """branch(a x + b) equals the folded branch(x), and a * branch(x) + b the one folded behind; mask and prefix there."""
+    layer = randomise(ROWS[name](axes)).double().eval()
+    assert isinstance(layer, Layer)
+    grid = (9,) if axes == 1 else (4, 5)
+    context = context_for(layer, grid, 2, [grid, tuple(size - 1 for size in grid)])._replace(code=None)
+    if context.memory is not None:
+        tokens, code = context.memory.tokens.double(), context.memory.code.double()
+        context = context._replace(memory=context.memory._replace(tokens=tokens, code=code))
+    x = tokens_for(context, 2).double()
+    scale, shift = 1 + 0.5 * torch.randn(DIM).double(), torch.randn(DIM).double()
+    real = context.mask[..., None]
+    with torch.no_grad():
+        wanted = layer(x * scale + shift, context) * real
+        folded = copy.deepcopy(layer)
+        if not isinstance(inputs := folded.inputs(), str):
+            for each in inputs:
+                zoo.fusion.fold_in(each, scale, shift)
+            assert relative(folded(x, context) * real, wanted) < 1e-12
+        folded = copy.deepcopy(layer)
+        if not isinstance(outputs := folded.outputs(), str):
+            for number, each in enumerate(outputs):
+                zoo.fusion.fold_out(each, scale, shift * (number == 0))
+            assert relative(folded(x, context), layer(x, context) * scale + shift) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["pre", "class token", "peri", "sub", "conv", "hybrid"])
+def test_a_term_left_out_is_noticed(case, monkeypatch):
+    """Each term of each folding, left out on purpose, makes the comparison fail."""
+    model = vit(**CASES[case])
+    fold_in, fold_out, affine = zoo.fusion.fold_in, zoo.fusion.fold_out, BatchNorm.affine
+    broken = {
+        "shift of fold_in": ("fold_in", lambda layer, scale, shift: fold_in(layer, scale, shift * 0)),
+        "scale of fold_in": ("fold_in", lambda layer, scale, shift: fold_in(layer, scale * 0 + 1, shift)),
+        "shift of fold_out": ("fold_out", lambda layer, a, b, rows=slice(None): fold_out(layer, a, b * 0, rows)),
+        "scale of fold_out": ("fold_out", lambda layer, a, b, rows=slice(None): fold_out(layer, a * 0 + 1, b, rows)),
+    }
+    assert error(model) < 1e-12
+    behind = case in ("peri", "conv", "hybrid")
+    for name, (function, replacement) in broken.items():
+        if "out" in name and not behind:
+            continue
+        with monkeypatch.context() as patch:
+            for module in (zoo.fusion, zoo.block, zoo.models.vit):
+                if hasattr(module, function):
+                    patch.setattr(module, function, replacement)
+            assert error(model) > 1e-6, name
+
+    def without(term):
+        def patched(self):
+            scale, shift = affine(self)
+            if term == "alpha":
+                return scale - self.alpha.detach(), shift
+            if term == "mean":
+                return scale, self.bias.detach()
+            return scale, shift - self.bias.detach()
+
+        return patched
+
+    for term in ("alpha", "mean", "bias"):
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchNorm, "affine", without(term))
+            patch.setattr(zoo.norms.PRepBN, "affine", without(term))
+            assert error(model) > 1e-6, term
+
+
+def test_fused_features_and_masks():
+    model = vit(mixer="sla")
+    fused = fuse(model)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    mask = torch.ones(2, 32, 32, dtype=torch.bool)
+    mask[0, 16:] = False
+    with torch.no_grad():
+        assert relative(fused(images, mask), model(images, mask)) < 1e-12
+        for one, other in zip(fused.features(images), model.features(images), strict=True):
+            assert relative(one, other) < 1e-12
+
+
+def test_export_and_precision_of_a_fused_block():
+    block = fuse(prepared(Block(BlockConfig(dim=32, depth=1, heads=2, position="none", norm="prepbn")))).float()
+    x, context = torch.randn(2, 12, 32), Context(grid=(3, 4))
+    program = torch.export.export(block, (x, context))
+    assert relative(program.module()(x, context), block(x, context)) < 1e-5

@@ -1,0 +1,79 @@
+"""What may import what, and what importing costs."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import zoo
+
+ROOT = Path(zoo.__file__).parent
+# Each line may import from itself and the lines above it.
+LAYERS = [
+    ["layer"],
+    ["norms", "kernels", "preprocess"],
+    ["fusion", "channels", "positions", "ffns", "stems"],
+    ["mixers"],
+    ["block"],
+    ["models"],
+    ["convert", "weights"],
+    ["data", "tasks"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+HEAVY = ["lightning", "torchaudio", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "transformers", "PIL"]
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of zoo that a file imports when it is imported."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("zoo."):
+            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("zoo.")}
+    return found
+
+
+def test_imports_go_one_way():
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for other in imported(path):
+            assert RANK[other] <= RANK[part], f"{path.relative_to(ROOT)} imports zoo.{other}"
+
+
+def test_importing_all_models_loads_nothing_heavy():
+    code = "import sys, zoo; zoo.create_model; zoo.fuse; zoo.MIXERS; import zoo.weights; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not [name for name in HEAVY if name in loaded]
+
+
+def cpu_seconds(*command: str) -> float:
+    """User and system time of a fresh interpreter."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN); print(usage.ru_utime + usage.ru_stime)"
+    )
+    line = [sys.executable, "-c", code, sys.executable, *command]
+    return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+
+def test_importing_zoo_costs_little_over_torch():
+    """Five interleaved pairs of CPU times; the models, not only the lazy names, are imported."""
+    pairs = [
+        (cpu_seconds("-c", "import zoo; zoo.create_model; zoo.fuse"), cpu_seconds("-c", "import torch"))
+        for _ in range(5)
+    ]
+    assert statistics.median(ours / theirs for ours, theirs in pairs) <= 1.15, pairs
+
+
+def test_help_imports_no_torch_and_is_quick():
+    code = "import sys\nsys.argv = ['zoo', '--help']\nfrom zoo.__main__ import main\ntry:\n    main()\n"
+    code += "except SystemExit:\n    print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.startswith("usage: zoo") and output.rstrip().endswith("False")
+    assert statistics.median(cpu_seconds("-m", "zoo", "--help") for _ in range(3)) < 0.5
