@@ -146,7 +146,7 @@ declared = [name for name in ROWS if name.split("-")[0] in ("mixer", "conv", "cr
 @pytest.mark.parametrize("axes", [1, 2])
 @pytest.mark.parametrize("name", declared)
 def test_declared_linears_are_all_there_are(name, axes):
-    """branch(a x + b) equals the folded branch(x), and a * branch(x) + b the one folded behind; mask and prefix there."""
+    """branch(a x + b) equals the folded branch(x), and a branch(x) + b the one folded behind; with mask and prefix."""
     layer = randomise(ROWS[name](axes)).double().eval()
     assert isinstance(layer, Layer)
     grid = (9,) if axes == 1 else (4, 5)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from zoo.block import Block, BlockConfig
-from zoo.channels import CHANNELS, FREQUENCIES
+from zoo.channels import CHANNELS
 from zoo.ffns import FFNS
 from zoo.kernels import deformable
 from zoo.kernels.deformable import oracle, sampling
@@ -270,6 +270,11 @@ def test_eca_is_timm_eca(dim):
     check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
 
 
+# The paper's sixteen frequencies on 7 x 7, as its code lists them: down, then across.
+DOWN = (0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2)
+ACROSS = (0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2)
+
+
 @pytest.mark.parametrize("grid", [(7, 7), (14, 14), (14, 7), (9, 8), (20,)])
 def test_fca_is_a_cosine_transform(grid):
     context = Context(grid=grid)
@@ -281,7 +286,7 @@ def test_fca_is_a_cosine_transform(grid):
         picks = [(place,) for place in range(16)]
     else:
         spectrum = dctn(maps, norm="ortho", axes=(1, 2))
-        picks = [tuple(u * max(1, size // 7) for u, size in zip(pair, grid, strict=True)) for pair in FREQUENCIES]
+        picks = [(u * (grid[0] // 7), v * (grid[1] // 7)) for u, v in zip(DOWN, ACROSS, strict=True)]
     assert len(set(picks)) == 16
     pooled = [spectrum[(slice(None), *pick, slice(4 * part, 4 * part + 4))] for part, pick in enumerate(picks)]
     gate = ours.excite(ours.squeeze(torch.from_numpy(np.concatenate(pooled, 1))).relu()).sigmoid()

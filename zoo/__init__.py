@@ -12,6 +12,8 @@ _HOMES = {
     "advance": "zoo.layer",
     "fuse": "zoo.fusion",
     "refresh_statistics": "zoo.norms",
+    "load_model": "zoo.weights",
+    "save_model": "zoo.weights",
     "MIXERS": "zoo.mixers",
     "NORMS": "zoo.norms",
     "CHANNELS": "zoo.channels",
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from zoo.models import create_model, list_models
     from zoo.norms import NORMS, refresh_statistics
     from zoo.positions import POSITIONS
+    from zoo.weights import load_model, save_model
 
 __all__ = [
     "CHANNELS",
@@ -42,7 +45,9 @@ __all__ = [
     "create_model",
     "fuse",
     "list_models",
+    "load_model",
     "refresh_statistics",
+    "save_model",
 ]
 
 

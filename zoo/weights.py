@@ -277,15 +277,13 @@ def _previous(target: Path) -> Path:
 
 
 def _clear(target: Path) -> None:
-    """Makes way for a save: refuses to replace what is no checkpoint, and mends what a killed save left behind."""
+    """Refuses to replace what is no checkpoint, and removes what saves that were killed long ago left behind."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, so no checkpoint can be written there")
     found = {entry.name for entry in target.iterdir()} if target.exists() else set()
     if not found <= set(FILES) or found == {"README.md"}:
         other = min(found - set(FILES), default="README.md")
         raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")
-    if not target.exists() and _previous(target).is_dir():
-        os.replace(_previous(target), target)
     for entry in target.parent.iterdir():
         if entry.name.startswith(f".{target.name}.") and entry.suffix == ".new":
             with contextlib.suppress(OSError):  # another save may be faster

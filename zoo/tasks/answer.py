@@ -67,6 +67,8 @@ def main(arguments: list[str]) -> None:
     if not classes:
         raise ValueError(f"{given.name} is a backbone without classes, so it has no answer")
     labels = labels or [f"class {index}" for index in range(classes)]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: this is a file, and a folder is needed")
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad name costs none
 
     model = model.to("cuda" if cuda and given.device != "cpu" else "cpu")
@@ -183,7 +185,7 @@ def write(output: Path, entries: list[dict[str, Any]], shown: list[tuple[dict[st
             with open(aside[0], "w", encoding="utf-8", errors="backslashreplace") as file:
                 json.dump(entries, file, indent=2, ensure_ascii=False, allow_nan=False)
             with open(aside[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                table = csv.writer(file)
+                table = csv.writer(file, lineterminator="\n")
                 table.writerows([COLUMNS, *([entry.get(column) for column in COLUMNS] for entry in entries)])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph")  # a label in a script that the font lacks
@@ -219,7 +221,7 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Pictur
                 Rectangle((0, -0.03), share, 0.03, transform=axes.transAxes, clip_on=False, color=colour, lw=0)
             )
         style: dict[str, Any] = {"pad": 5, "fontsize": 9, "color": INK, "parse_math": False}
-        axes.set_title(_short(entry["label"], 19), loc="left", fontweight="bold", **style)
+        axes.set_title(_short(entry["label"], int(9 * side)), loc="left", fontweight="bold", **style)
         axes.set_title(f"{entry['probability']:.1%}", loc="right", **style)
         style = {"va": "top", "fontsize": 7, "color": GREY, "parse_math": False}
         axes.text(0, -0.06, _short(os.path.basename(entry["path"]), 32, 8), transform=axes.transAxes, **style)

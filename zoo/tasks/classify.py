@@ -1,14 +1,16 @@
 """Image classification: DeiT's recipe by timm's pieces (Touvron et al. 2021, arXiv:2012.12877)."""
 
+import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.data.images import Batch
@@ -73,7 +75,7 @@ class Classify(Task):
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=self.classes)
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
             "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
         }
@@ -81,7 +83,7 @@ class Classify(Task):
         self.mean_loss = MeanMetric()
         self.number = SumMetric()
         self.skipped: set[str] = set()
-        self.skipped_now = 0
+        self.skipped_now = Counter[str]()
 
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,6 +92,8 @@ class Classify(Task):
             raise ValueError(
                 f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
             )
+        if stage == "fit" and self.mix is not None and data.batch < 2:
+            raise ValueError("mixup and cutmix mix pairs of pictures; raise data.batch, or set both to 0")
         if self.start is None:
             return
         labels, kept = self.start.labels, self.start.preprocess
@@ -106,7 +110,7 @@ class Classify(Task):
         return batch.images
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.note(batch.skipped)
+        self.note(batch.skipped, "training")
         images, labels = batch.images, batch.labels
         if self.mix is not None and len(images) % 2:
             images, labels = images[:-1], labels[:-1]  # mixing takes pairs
@@ -121,10 +125,11 @@ class Classify(Task):
         return loss
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         self.report_skipped("training")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.note(batch.skipped)
+        self.note(batch.skipped, "validation")
         if len(batch.images) == 0:
             return
         logits = self.measured(batch.images)
@@ -135,6 +140,8 @@ class Classify(Task):
     def on_validation_epoch_end(self) -> None:
         self.report_skipped("validation")
         number = int(self.number.compute())
+        if number == 0 and self.trainer.sanity_checking:
+            return
         if number == 0:
             raise ValueError("no picture of the validation set could be read")
         values = self.metrics.compute()
@@ -150,17 +157,19 @@ class Classify(Task):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
-    def note(self, skipped: tuple[str, ...]) -> None:
+    def note(self, skipped: tuple[str, ...], stage: str) -> None:
         """Warns of each unreadable picture once, and counts."""
-        self.skipped_now += len(skipped)
+        self.skipped_now[stage] += len(skipped)
         for path in set(skipped) - self.skipped:
-            rank_zero_warn(f"skipped {path}: it is not a readable picture")
+            warnings.warn(f"skipped {path}: it is not a readable picture", stacklevel=2)
         self.skipped |= set(skipped)
 
     def report_skipped(self, stage: str) -> None:
-        if self.skipped_now:
-            rank_zero_warn(f"{self.skipped_now} unreadable pictures were skipped in this epoch of {stage}")
-        self.skipped_now = 0
+        """Says how many pictures were unreadable, over all ranks."""
+        total = self.all_gather(torch.tensor(self.skipped_now[stage], device=self.device))
+        self.skipped_now[stage] = 0
+        if number := int(torch.as_tensor(total).sum()):
+            rank_zero_warn(f"{number} unreadable pictures were skipped in the {stage} of epoch {self.current_epoch}")
 
 
 def interval(correct: int, number: int) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """What every task shares: the model from its name, the optimizer, the schedule, the averaged copy, the progress."""
 
+import itertools
 import math
 import random
 from dataclasses import fields, replace
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import ModelEmaV3
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,16 +23,18 @@ from zoo.models import create_model
 from zoo.norms import BatchNorm, refresh_statistics
 from zoo.weights import Checkpoint, load_checkpoint
 
+HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
+
 
 class NotFinite(ValueError):
-    """The loss is not a number."""
+    """The loss or the weights are no numbers."""
 
 
 class Task(lightning.LightningModule):
     """A model in training. `backbone` is literally the call of `zoo.create_model`.
 
     Every step advances the model (and its averaged copy) to the share of training that is over. Randomness is a
-    function of seed and epoch, so a run resumed at the end of an epoch gives the same weights as one that never stopped.
+    function of seed and epoch, so a run resumed at the end of an epoch gives the weights of one that never stopped.
     """
 
     def __init__(
@@ -56,11 +59,12 @@ class Task(lightning.LightningModule):
             self.model = create_model(**backbone)
         else:
             self.start = load_checkpoint(weights)
-            self.model = adapted(self.start, {k: v for k, v in backbone.items() if k != "name"}, weights)
+            self.model = adapted(self.start, self.backbone, weights).train()
+        self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
         if checkpointing:
             if not hasattr(self.model, "checkpointing"):
                 raise ValueError(f"{type(self.model).__name__} has no activation checkpointing")
-            self.model.checkpointing = True
+            setattr(self.model, "checkpointing", True)  # noqa: B010
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average is a decay in 0..1, or 0 for no averaged copy; not {average}")
         self.average = None
@@ -95,16 +99,19 @@ class Task(lightning.LightningModule):
         """AdamW without decay on norms, biases and positions; a linear warm-up (in epochs), then half a cosine."""
         spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # pyright: ignore
         if self.layer_decay < 1.0:
-            groups = param_groups_layer_decay(self.model, self.weight_decay, spared, layer_decay=self.layer_decay)
+            groups = param_groups_layer_decay(
+                self.model, self.weight_decay, no_weight_decay_list=spared, layer_decay=self.layer_decay
+            )
         else:
-            groups = param_groups_weight_decay(self.model, self.weight_decay, spared)
+            groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
         optimizer = AdamW(groups, lr=self.rate)
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end; give trainer.max_epochs or trainer.max_steps")
-        warmup = round(steps * self.warmup / max(1, self.trainer.max_epochs or 1))
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup = round(self.warmup * per_epoch)
         low = self.final_rate / self.rate
 
         def factor(step: int) -> float:
@@ -125,6 +132,7 @@ class Task(lightning.LightningModule):
         np.random.seed(seed % 2**32)
         random.seed(seed)
         self.advance()
+        self.averaged_step = self.trainer.global_step
 
     def advance(self) -> None:
         advance(self.model, self.progress)
@@ -141,18 +149,30 @@ class Task(lightning.LightningModule):
 
     def raise_bad_step(self) -> None:
         if (step := int(self.bad_step.item())) >= 0:
-            hint = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
-            raise NotFinite(f"the loss was not finite at step {step} (epoch {self.current_epoch}); {hint}")
+            raise NotFinite(f"the loss was not finite at step {step} (epoch {self.current_epoch}); {HINT}")
+
+    def raise_bad_weights(self) -> None:
+        """Stops before weights that are no numbers are measured or kept."""
+        self.raise_bad_step()
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise NotFinite(f"the weights are not finite after step {self.global_step - 1}; {HINT}")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self.averaged_step:
+            return  # the gradients of this batch wait for those of the next
+        self.averaged_step = self.trainer.global_step
         self.advance()
         if self.average is not None:
             self.average.update(self.model, step=self.trainer.global_step)
 
+    def on_train_epoch_end(self) -> None:
+        self.raise_bad_weights()
+
     def on_validation_start(self) -> None:
-        self.raise_bad_step()
-        last = self.trainer.max_epochs is not None and self.current_epoch + 1 == self.trainer.max_epochs
-        if self.fitting and last and self.refresh and any(isinstance(m, BatchNorm) for m in self.modules()):
+        if not self.fitting:
+            return
+        self.raise_bad_weights()
+        if self.progress == 1.0 and self.refresh and any(isinstance(m, BatchNorm) for m in self.modules()):
             self.refresh_statistics()
 
     def refresh_statistics(self) -> None:
@@ -161,14 +181,22 @@ class Task(lightning.LightningModule):
         loader = data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         batches = (self.input_of(self.transfer_batch_to_device(batch, self.device, 0)) for batch in loader)
-        used = refresh_statistics(
-            self.measured, (batch for batch, _ in zip(batches, range(self.refresh), strict=False))
-        )
+        batches = (batch for batch in batches if len(batch))
+        used = refresh_statistics(self.measured, itertools.islice(batches, self.refresh))
         rank_zero_info(f"batch statistics measured anew on {used} batches")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        if differ := sorted(key for key in own.keys() | found.keys() if shape(own, key) != shape(found, key)):
+            raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
 
     def input_of(self, batch: Any) -> Tensor:
         """What the model takes of a batch."""
         raise TypeError(f"{type(self).__name__} has no input_of")
+
+
+def shape(state: dict[str, Tensor], key: str) -> torch.Size | None:
+    return state[key].shape if key in state else None
 
 
 def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> nn.Module:
@@ -177,6 +205,10 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> nn.Module:
     ValueError where a choice changes any other weight.
     """
     config: BlockConfig = start.model.config  # pyright: ignore[reportAssignmentType]
+    preset = start.config["preset"]
+    choices = dict(choices)
+    if (asked := choices.pop("name", preset)) != preset:
+        raise ValueError(f"{name} was made from {preset}, not from model.backbone.name={asked}")
     known = [field.name for field in fields(config)]
     if unknown := [choice for choice in choices if choice not in known]:
         raise ValueError(f"model.backbone has no field '{unknown[0]}'; it has: {', '.join(known)}")
@@ -188,10 +220,10 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> nn.Module:
     model = wanted.build()
     state = start.model.state_dict()
     own = model.state_dict()
-    fresh = [key for key in own if key not in state or own[key].shape != state[key].shape]
-    if other := [key for key in fresh if not key.startswith("head")]:
-        raise ValueError(f"{name} has no weights for '{other[0]}' of the model that model.backbone asks for")
-    model.load_state_dict({key: value for key, value in state.items() if key in own and key not in fresh}, strict=False)
+    fresh = [key for key in own.keys() | state.keys() if shape(own, key) != shape(state, key)]
+    if other := sorted(key for key in fresh if not key.startswith("head")):
+        raise ValueError(f"the weights of {name} do not fit what model.backbone asks for: '{other[0]}' differs")
+    model.load_state_dict({key: value for key, value in state.items() if key not in fresh}, strict=False)
     if fresh:
         rank_zero_info(f"started from {name} with a new head")
     return model

@@ -1,0 +1,141 @@
+"""Trains small vision transformers on handwritten digits, compares them, and shows what one of them answers."""
+
+import argparse
+import csv
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import zoo
+from zoo.__main__ import main as command
+from zoo.data.images import Images
+from zoo.layer import count_parameters
+from zoo.tasks.classify import interval
+
+CONFIG = "configs/classify/vit_micro_digits.yaml"
+SIZE = {"dim": 64, "depth": 4, "heads": 4}
+VARIANTS = {
+    "softmax": {"mixer": "softmax", "norm": "layernorm"},
+    "sla_prepbn": {"mixer": "sla", "norm": "prepbn"},
+    "dcnv4": {"mixer": "dcnv4", "norm": "layernorm"},
+}
+
+
+def train(name: str, folder: Path, epochs: int) -> None:
+    """Trains one variant, or goes on where an earlier call was stopped."""
+    if (folder / "finished").exists():
+        shutil.rmtree(folder)
+    choices = SIZE | VARIANTS[name]
+    arguments = ["classify", "fit", "--config", CONFIG, f"--trainer.max_epochs={epochs}"]
+    arguments += [f"--trainer.default_root_dir={folder}", "--trainer.enable_model_summary=false", "--model.rate=3e-3"]
+    arguments += [f"--model.backbone.{field}={value}" for field, value in choices.items()]
+    if (folder / "resume/last.ckpt").exists():
+        arguments.append(f"--ckpt_path={folder}/resume/last.ckpt")
+    print(f"\n{name}: {', '.join(f'{field}={value}' for field, value in choices.items())}", flush=True)
+    command(arguments)
+    (folder / "finished").touch()
+
+
+def curve(folder: Path) -> list[float]:
+    """The accuracy after each epoch, over all the parts in which a run was made."""
+    values: dict[int, float] = {}
+    for path in sorted((folder / "csv").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        for row in csv.DictReader(path.open()):
+            if row.get("val/accuracy"):
+                values[int(row["epoch"])] = float(row["val/accuracy"])
+    return [value for _, value in sorted(values.items())]
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, data: Images) -> tuple[int, int]:
+    """How many of the held-out digits are answered right, and of how many."""
+    batches = list(data.val_dataloader())
+    correct = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in batches)
+    return correct, sum(len(batch.labels) for batch in batches)
+
+
+@torch.inference_mode()
+def speeds(models: list[torch.nn.Module], images: torch.Tensor, rounds: int = 15) -> list[float]:
+    """Pictures a second of CPU time, the models taking turns: medians."""
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(rounds + 2):
+        for model, seconds in zip(models, times, strict=True):
+            start = time.process_time()
+            model(images)
+            if turn >= 2:
+                seconds.append(time.process_time() - start)
+    return [len(images) / statistics.median(seconds) for seconds in times]
+
+
+def measure(folder: Path, data: Images) -> dict[str, str]:
+    """Loads what training left, checks its probe, folds it, and measures both."""
+    model = zoo.load_model(folder / "last", check=True)
+    fused = zoo.fuse(model)
+    batch = next(iter(data.val_dataloader()))
+    with torch.inference_mode():
+        apart = (fused(batch.images) - model(batch.images)).abs().max().item()
+    correct, number = accuracy(model, data)
+    low, high = interval(correct, number)
+    before, after = speeds([model, fused], batch.images)
+    return {
+        "variant": folder.name,
+        "accuracy": f"{correct / number:.3f}",
+        "n": str(number),
+        "95 % interval": f"{low:.3f} to {high:.3f}",
+        "parameters": f"{count_parameters(model):,}",
+        "images/s": f"{before:.0f}",
+        "images/s fused": f"{after:.0f}",
+        "norms folded": str(sum(fold.into is not None for fold in fused.fusion)),
+        "largest change": f"{apart:.0e}",
+    }
+
+
+def picture(curves: dict[str, list[float]], path: Path) -> None:
+    """The accuracy of each variant after each epoch."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=f"{name} ({values[-1]:.3f})")
+    axes.set(xlabel="epoch", ylabel="accuracy on held-out digits", ylim=(0, 1.02))
+    axes.set_title("Handwritten digits: the same transformer with other parts", loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    given = parser.parse_args()
+    output: Path = given.output
+    for name in VARIANTS:
+        train(name, output / name, given.epochs)
+
+    data = Images(dataset="digits", size=32, crop=1.0)
+    rows = [measure(output / name, data) for name in VARIANTS]
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])] + [" | ".join(row.values()) for row in rows]
+    table = "\n".join(f"| {line} |" for line in lines)
+    note = f"images/s: batch 64, CPU time, float32, eager, {torch.get_num_threads()} threads, medians of turns\n"
+    (output / "table.md").write_text(f"{table}\n\n{note}")
+    picture({name: curve(output / name) for name in VARIANTS}, output / "accuracy.png")
+
+    samples = output / "digits"
+    samples.mkdir(exist_ok=True)
+    source = data.source("val")
+    for index in range(24):
+        source.picture(index).save(samples / f"digit_{index:02}.png")
+    command(["classify", "predict", str(output / "sla_prepbn/last"), str(samples), f"--output={output}"])
+
+    print(f"\n{table}\n\n{note}\npictures: {output}/accuracy.png, {output}/predictions.png")
+    if low := [row["variant"] for row in rows if given.epochs >= 12 and float(row["accuracy"]) < 0.95]:
+        sys.exit(f"below the expected accuracy of 0.95: {', '.join(low)}")
+
+
+if __name__ == "__main__":
+    main()
