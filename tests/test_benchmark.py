@@ -27,7 +27,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("benchmark")
-    options = "--pairs 1 --warm 1 --sizes 3 2 --batch 1 --models deit_tiny --output".split()
+    options = ["--pairs", "1", "--warm", "1", "--sizes", "3", "2", "--batch", "1", "--models", "deit_tiny", "--output"]
     done = subprocess.run([sys.executable, SCRIPT, *options, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder

@@ -29,7 +29,7 @@ class SqueezeExcite(Channel):
 
     def __init__(self, dim: int, axes: int = 2, *, reduction: int = 16) -> None:
         super().__init__()
-        hidden = max(8, round(dim / reduction / 8) * 8)
+        hidden = max(8, int(dim / reduction + 4) // 8 * 8)
         self.squeeze, self.excite = linear(dim, hidden), linear(hidden, dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -90,7 +90,7 @@ class FrequencyChannel(Channel):
         if len(self.frequencies) == 2:
             scaled = scaled * (lengths // 7).clamp(min=1).to(kind)[:, None, None]
         wave = torch.cos(math.pi * scaled * (place.to(kind) + 0.5) / length)
-        norm = torch.where(scaled == 0, 1.0, math.sqrt(2.0)) / length.sqrt()
+        norm = torch.where(scaled == 0, 1.0, 2.0).to(kind).sqrt() / length.sqrt()
         return wave * norm * (place < lengths[:, None])[:, None]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
