@@ -11,7 +11,15 @@ from zoo.__main__ import main
 from zoo.data.images import Images
 from zoo.tasks.classify import Classify
 
-BACKBONE: dict[str, Any] = {"name": "vit_micro", "dim": 16, "depth": 2, "heads": 2, "patch": 8, "image": 16, "classes": 4}
+BACKBONE: dict[str, Any] = {
+    "name": "vit_micro",
+    "dim": 16,
+    "depth": 2,
+    "heads": 2,
+    "patch": 8,
+    "image": 16,
+    "classes": 4,
+}
 PLAIN: dict[str, Any] = {"randaugment": None, "flip": 0.0, "scale": (1.0, 1.0), "erasing": 0.0}
 UNMIXED: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}
 PLAIN_FLAGS = ["--data.randaugment=null", "--data.flip=0", "--data.scale=[1.0,1.0]", "--data.erasing=0"]
@@ -77,6 +85,7 @@ def trainer(epochs: int, batches: int, **options: Any) -> lightning.Trainer:
         limit_train_batches=batches,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        log_every_n_steps=1,
         use_distributed_sampler=False,
         **{"limit_val_batches": 0, **quiet, **options},
     )
@@ -86,7 +95,9 @@ def images(batch: int = 16, **options: Any) -> Images:
     return Images(**{"dataset": "synthetic", "size": 16, "batch": batch, **PLAIN, **options})
 
 
-def classifier(kind: type[Classify] = Classify, seed: int = 0, backbone: dict[str, Any] | None = None, **options: Any) -> Any:
+def classifier(
+    kind: type[Classify] = Classify, seed: int = 0, backbone: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """A task whose weights depend on seed alone."""
     torch.manual_seed(seed)
     return kind(**{"backbone": {**BACKBONE, **(backbone or {})}, "warmup": 0.0, **UNMIXED, **options})

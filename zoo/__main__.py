@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show a model's config and size")
     info.add_argument("name")
     for task in TASKS:
-        each = commands.add_parser(task, help="train, measure or use a model", add_help=False)
-        each.add_argument("verb", choices=VERBS)
+        each = commands.add_parser(task, help="train, measure or use a model")
+        each.add_argument("verb", choices=VERBS, help=f"`zoo {task} VERB --help` lists its options")
     return top
 
 

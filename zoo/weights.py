@@ -54,7 +54,7 @@ Source: {source}. Written by zoo {version}.
 
 ```python
 from zoo.weights import load_checkpoint
-model, preprocess, labels, config = load_checkpoint("{name}")  # this folder; on the Hub "OWNER/{name}"
+model, preprocess, labels, config = load_checkpoint({name!r})  # this folder; on the Hub OWNER/{name}
 {call}
 ```
 """

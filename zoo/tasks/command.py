@@ -20,6 +20,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from zoo.tasks.task import Task
 from zoo.weights import save_model
 
+# Warnings of Lightning about what is meant to be so.
+NOISE = (
+    "LightningCLI's args parameter",
+    ".*isinstance.treespec, LeafSpec",
+    ".*in eval mode at the start",
+    "Be aware that when using `ckpt_path`, callbacks",
+    "Checkpoint directory .* exists and is not empty",
+)
+
 
 class Keep(Callback):
     """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by accuracy."""
@@ -132,20 +141,15 @@ class Command(LightningCLI):
             if settings.logger is None:
                 kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
             if settings.enable_checkpointing is not False:
-                best = ModelCheckpoint(
-                    folder / "resume",
-                    filename="best",
-                    monitor="val/accuracy",
-                    mode="max",
-                    save_last=True,
-                    save_on_train_epoch_end=True,
-                    enable_version_counter=False,
-                )
-                extra += [Keep(folder, "val/accuracy"), best]
+                place = {"dirpath": folder / "resume", "save_on_train_epoch_end": True, "enable_version_counter": False}
+                best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **place)
+                last = ModelCheckpoint(filename="last", **place)  # save_last would wait for the next best
+                extra += [Keep(folder, "val/accuracy"), best, last]
             if settings.logger is not False:
                 extra.append(LearningRateMonitor("step"))
         else:
             kwargs["logger"] = settings.logger or False
+            kwargs["enable_checkpointing"] = bool(settings.callbacks)
         kwargs["default_root_dir"] = str(folder)
         kwargs["plugins"] = [*(settings.plugins or []), States()]
         callbacks = settings.callbacks or []
@@ -162,7 +166,7 @@ class Command(LightningCLI):
 def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     """Runs one verb; `--trainer.default_root_dir` names the run's folder, `--ckpt_path` what to go on from."""
     torch.set_float32_matmul_precision("high")
-    for message in ("LightningCLI's args parameter", ".*isinstance.treespec, LeafSpec", ".*in eval mode at the start"):
+    for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     each = {"allow_abbrev": False, "exit_on_error": False}
     try:

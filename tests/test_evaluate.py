@@ -1,0 +1,46 @@
+"""scripts/evaluate, from outside, as a person runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from helpers import randomise
+from zoo.data.images import Images
+
+SCRIPT = Path(__file__).parent.parent / "scripts/evaluate"
+
+
+def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    choices = {"dim": 16, "depth": 1, "heads": 2, "patch": 8, "classes": 10}
+    model = randomise(zoo.create_model("vit_micro", **choices)).eval()
+    data = Images(size=16, crop=1.0)
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    zoo.save_model(model, folder, preprocess=data.preprocess, labels=data.classes)
+    with torch.inference_mode():
+        right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in data.val_dataloader())
+    return folder, right / 360
+
+
+def test_the_accuracy_is_that_of_the_model_on_the_checkpoints_own_preprocessing(checkpoint):
+    folder, wanted = checkpoint
+    done = evaluate(str(folder))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout[done.stdout.index("{") :])
+    assert figures["val/accuracy"] == pytest.approx(wanted, abs=1e-6)
+    assert "n = 360" in done.stdout + done.stderr
+
+
+def test_what_is_wrong_is_one_line(checkpoint):
+    done = evaluate(str(checkpoint[0]), "--root", "/nowhere")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("scripts/evaluate: error: ")
+    assert "Traceback" not in done.stderr
