@@ -137,7 +137,7 @@ class ViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
-        return {"stem": r"^(stem|tokens|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {"stem": r"^(?:stem|tokens|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def fold(self) -> list[Fold]:
         """Folds the final norm into the heads, through the mean."""
