@@ -160,6 +160,8 @@ def test_depth_and_sizes_follow_the_config():
         ("vit_tiny", {"mixer": "__import__('os').system('true')"}, ["cannot read"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=open('x'))"}, ["cannot read"]),
         ("vit_tiny", {"mixer": "softmax(**{'qk_norm': True})"}, ["no option"]),
+        ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 100000 + "1)"}, ["100018 characters"]),
+        ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 400 + "1)"}, ["cannot read"]),
         ("vit_tiny", {"norm": ""}, ["norm", "cannot read"]),
         ("vit_tiny", {"placement": "prae"}, ["placement", "prae", "peri"]),
         ("vit_tiny", {"layout": ["mixer", "fnn"]}, ["layout", "fnn", "ffn"]),

@@ -124,9 +124,11 @@ def extent(context: Context) -> list[Tensor]:
 def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Splits "pool(size=5)" into ("pool", (("size", 5),)). Options are literals; nothing is ever evaluated."""
     hint = "write a name, or a name with options as in 'pool(size=5)'"
+    if len(spec) > 500:
+        raise ValueError(f"cannot read {spec[:40]!r}..., which has {len(spec)} characters; {hint}")
     try:
         node = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"cannot read {spec!r}; {hint}") from None
     if isinstance(node, ast.Name):
         return node.id, ()
@@ -136,7 +138,7 @@ def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     for keyword in node.keywords:
         try:
             options.append((str(keyword.arg), ast.literal_eval(keyword.value)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
     return node.func.id, tuple(options)
 

@@ -91,7 +91,7 @@ def save_model(
     there is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
 
     Args:
-        model: a model of the zoo, fused or not, unwrapped, with weights in float32, float16 or bfloat16.
+        model: a model of the zoo, fused or not, unwrapped, in float32, float16 or bfloat16.
         folder: where to write; a checkpoint that is there already is replaced.
         preset: the preset that the model was made from.
         preprocess: how a picture becomes the model's input; with it the probe starts from a raw picture.
@@ -134,9 +134,6 @@ def save_model(
     }
     twin = copy.deepcopy(model).cpu().eval()
     tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} is {tensor.dtype}; a checkpoint holds float32 or less: call model.float() first")
     probe = {"input": _probe_input(written["model"], preprocess)}
     probe["output"] = _run(twin.float(), preprocess, probe["input"])
     if not bool(probe["output"].isfinite().all()):
