@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.ffns import FFNS
-from zoo.layer import Context, Layer, Memory, advance
+from zoo.layer import Context, Layer, Memory, advance, make
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS, Position
@@ -58,16 +58,13 @@ def _rows() -> dict[str, Callable[[int], Layer]]:
         rows[f"ffn-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
     for name, row in POSITIONS.items():
         rows[f"position-{name}"] = functools.partial(
-            lambda row, axes: row(DIM, DIM // HEADS, (11,) if axes == 1 else (4, 6), 0), row
+            lambda row, axes: row(DIM, DIM // HEADS, (11,) if axes == 1 else (4, 6), 2), row
         )
-    for options in ("qk_norm=True", "kv_heads=1", "head_dim=12"):
-        key, value = options.split("=")
-        option = {key: value == "True" or int(value)} if value.isdigit() else {key: True}
-        rows[f"mixer-softmax({options})"] = functools.partial(MIXERS["softmax"], DIM, HEADS, **option)
+    for spec in ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)"):
+        rows[f"mixer-{spec}"] = functools.partial(make, MIXERS, spec, DIM, HEADS)
     for progress in (0.0, 0.4, 1.0):
         rows[f"norm-prepbn({progress})"] = functools.partial(_advanced, progress)
     del rows["norm-prepbn"]
-    rows["mixer-dcnv4(kernel=5)"] = functools.partial(MIXERS["dcnv4"], DIM, HEADS, kernel=5, scale=0.5)
     return rows
 
 
@@ -80,7 +77,7 @@ def reads_prefix(layer: Layer) -> bool:
 
 def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: list[tuple[int, ...]] | None = None):
     """A Context with all that the layer reads; extents gives each sample's real part of the grid."""
-    prefix = 2 if reads_prefix(layer) and not isinstance(layer, Position) else 0
+    prefix = 2 if reads_prefix(layer) else 0
     mask = None
     if extents is not None:
         mask = torch.stack([rectangle(grid, extent) for extent in extents])
@@ -117,7 +114,7 @@ def tokens_for(context: Context, batch: int = 1, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(batch, context.prefix + math.prod(context.grid), DIM)
 
 
-def padded(x: Tensor, context: Context, grid: tuple[int, ...], wide: Context) -> Tensor:
+def padded(x: Tensor, context: Context, grid: tuple[int, ...]) -> Tensor:
     """The tokens x of one grid put into the top-left corner of a larger one, large values elsewhere."""
     batch = len(x)
     out = 5.0 * torch.randn(batch, *grid, x.shape[-1], dtype=x.dtype)

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import padded, randomise, rectangle, relative
+from torch import nn
 
 from zoo.block import PLACEMENTS, Block, BlockConfig, Residual, run
+from zoo.ffns import ACTIVATIONS, FFNS
 from zoo.layer import Context, Memory, advance
+from zoo.mixers import CONVS
 from zoo.norms import BatchNorm
 from zoo.positions import POSITIONS
 
@@ -70,7 +73,7 @@ def test_every_layout_trains_and_ignores_padding(name):
     small, large = grid_of(config, 5), grid_of(config, 6 if config.axes == 2 else 9)
     near, far = context_of(config, small), context_of(config, large, [small, small])
     x = torch.randn(2, near.grid[0] * (near.grid[1] if config.axes == 2 else 1), 32)
-    wide = padded(x, near, large, far)
+    wide = padded(x, near, large)
     real = far.mask
     for training in (True, False):  # training first, so that inference has statistics
         block.train(training)
@@ -204,17 +207,39 @@ def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
 
 @pytest.mark.parametrize("norm", ["batchnorm", "prepbn"])
 def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
-    config = LineConfig(**BASE, norm=norm, layout=CONFORMER.layout, mixer="sla")
+    config = LineConfig(**BASE, norm=norm, layout=CONFORMER.layout, mixer="sla", drop_path=0.5)
     outcomes = []
     for checkpointing in (False, True):
         torch.manual_seed(1)
         blocks = torch.nn.ModuleList(Block(config, index) for index in range(2))
         advance(blocks, 0.4)
+        torch.manual_seed(2)
         x = torch.randn(2, 9, 32, requires_grad=True)
         mask = torch.arange(9)[None] < torch.tensor([[9], [5]])
         run(blocks, x, Context(grid=(9,), mask=mask), checkpointing).square().sum().backward()
         outcomes.append([x.grad] + [parameter.grad for parameter in blocks.parameters()] + list(blocks.buffers()))
     assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["glu", "swish"])
+def test_the_convolution_branch_is_its_formula(gate):
+    """Linear, gate, depthwise convolution, batch norm, swish, linear."""
+    branch = randomise(CONVS[gate](32, 1, "batchnorm", kernel=7)).eval()
+    x = torch.randn(2, 11, 32)
+    y = branch.expand(x)
+    y = y[..., :32] * torch.sigmoid(y[..., 32:]) if gate == "glu" else y * torch.sigmoid(y)
+    y = F.conv1d(y.transpose(1, 2), branch.conv.weight, branch.conv.bias, padding=3, groups=y.shape[-1])
+    norm = branch.norm
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias).transpose(1, 2)
+    assert relative(branch(x, Context(grid=(11,))), branch.out(y * torch.sigmoid(y))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_what_they_are_called(name):
+    theirs = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}[name]
+    ffn = randomise(FFNS["mlp"](32, activation=name))
+    x = torch.randn(2, 5, 32)
+    assert relative(ffn(x, Context(grid=(5,))), ffn.out(theirs(ffn.expand(x)))) < 1e-6
 
 
 def test_prefix_tokens_take_part_in_attention_and_not_in_the_grid():
@@ -245,7 +270,7 @@ def test_positions_break_the_symmetry_of_attention(base):
 
 
 def test_a_filled_or_missing_site_is_refused():
-    with pytest.raises(ValueError, match="no site 'inner'"):
+    with pytest.raises(ValueError, match="needs the site 'inner'"):
         Block(BlockConfig(**BASE, mixer="pool", placement="sub"))
     with pytest.raises(ValueError, match="already filled"):
         Block(BlockConfig(**BASE, mixer="softmax(qk_norm=True)", placement="hybrid"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randomise
 
 import zoo
-from helpers import randomise
 from zoo.data.images import Images
 
 SCRIPT = Path(__file__).parent.parent / "scripts/evaluate"

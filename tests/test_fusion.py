@@ -10,9 +10,9 @@ from test_block import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
 import zoo.fusion
 import zoo.norms
 from zoo import advance, create_model, fuse
-from zoo.block import Block, BlockConfig
+from zoo.block import PLACEMENTS, Block, BlockConfig
 from zoo.layer import Context, Layer
-from zoo.norms import Affine, BatchNorm, LayerNorm
+from zoo.norms import NORMS, Affine, BatchNorm, LayerNorm
 
 SMALL = {"depth": 2, "dim": 48, "heads": 3, "classes": 10}
 
@@ -73,6 +73,11 @@ CASES = {
     "swiglu": {"ffn": "swiglu", "placement": "sub"},
     "layernorm": {"norm": "layernorm", "placement": "peri"},
 }
+CASES |= {
+    f"{placement} {norm} with layer scale": {"placement": placement, "norm": norm, "layer_scale": 0.3}
+    for placement in PLACEMENTS
+    for norm in NORMS
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,7 +127,7 @@ def test_a_blend_above_zero_is_refused():
 def test_blocks_of_every_family(config, grid, norm):
     from dataclasses import replace
 
-    config = replace(config, norm=norm, conv_norm=norm)
+    config = replace(config, norm=norm, **({"conv_norm": norm} if "conv" in config.layout else {}))
     block = prepared(Block(config))
     context = context_of(config, grid, [grid, tuple(size - 1 for size in grid)])
     if context.memory is not None:

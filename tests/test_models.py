@@ -21,6 +21,9 @@ CHOICES = {
     "placement": list(PLACEMENTS),
     "pool": ["mean", "token", "norm_after_mean", "distilled"],
     "registers": [0, 2],
+    "layer_scale": [None, 0.1],
+    "conv": ["glu", "swish(kernel=5)"],
+    "conv_norm": list(zoo.NORMS),
     "layout": [
         ("mixer", "ffn"),
         ("mixer+ffn",),
@@ -41,13 +44,18 @@ def refused(choice: dict) -> str | None:
         return "prefix"
     if choice.get("position") == "rope" and mixer not in ("softmax", "sla"):
         return "rotary"
+    if choice.keys() & {"conv", "conv_norm"} and "conv" not in layout:
+        ignored = choice.get("conv", "glu") != "glu" or choice.get("conv_norm", "batchnorm") != "batchnorm"
+        return "ignored" if ignored else None
     if placement == "sub" and mixer in ("pool", "identity"):
         return "inner"
     if placement == "hybrid" and mixer not in ("softmax", "sla", "channel"):
         return "query"
     if placement == "hybrid" and "conv" in layout:
         return "query"
-    if placement == "normformer" and (mixer in ("pool", "identity", "sepconv") or "conv" in layout):
+    if placement == "normformer" and mixer in ("pool", "identity"):
+        return "inner"
+    if placement == "normformer" and (mixer == "sepconv" or "conv" in layout):
         return "heads"
     if layout == ("mixer+ffn",) and placement in ("hybrid", "normformer"):
         return "share one norm"
@@ -159,9 +167,21 @@ def test_depth_and_sizes_follow_the_config():
         ("vit_tiny", {"mixer": "pool(5)"}, ["pool(5)", "size="]),
         ("vit_tiny", {"mixer": "__import__('os').system('true')"}, ["cannot read"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=open('x'))"}, ["cannot read"]),
-        ("vit_tiny", {"mixer": "softmax(**{'qk_norm': True})"}, ["no option"]),
+        ("vit_tiny", {"mixer": "softmax(**{'qk_norm': True})"}, ["each option is written once"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 100000 + "1)"}, ["100018 characters"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 400 + "1)"}, ["cannot read"]),
+        ("vit_tiny", {"mixer": "pool(size=3, size=5)"}, ["once"]),
+        ("vit_tiny", {"mixer": "pool(size=-1)"}, ["size", "at least 1"]),
+        ("vit_tiny", {"mixer": "dcnv4(kernel=0)"}, ["kernel", "at least 1"]),
+        ("vit_tiny", {"norm": "layernorm(eps=1e999)"}, ["eps", "finite"]),
+        ("vit_tiny", {"layout": ("mixer", 3)}, ["layout", "3"]),
+        ("vit_tiny", {"layout": ()}, ["layout is empty"]),
+        ("vit_tiny", {"conv": "swish(kernel=99)"}, ["swish", "ignored"]),
+        ("vit_tiny", {"layout": ("ffn",), "mixer": "sla"}, ["sla", "ignored"]),
+        ("vit_tiny", {"layout": ("ffn",), "position": "rope"}, ["rope", "ignored"]),
+        ("vit_tiny", {"channel": "ela(groups=5)"}, ["ela", "5"]),
+        ("vit_tiny", {"mixer": "pool", "placement": "sub"}, ["sub", "inner", "pool", "none"]),
+        ("vit_tiny", {"layout": ("mixer", "conv"), "placement": "normformer"}, ["heads", "conv 'glu'"]),
         ("vit_tiny", {"norm": ""}, ["norm", "cannot read"]),
         ("vit_tiny", {"placement": "prae"}, ["placement", "prae", "peri"]),
         ("vit_tiny", {"layout": ["mixer", "fnn"]}, ["layout", "fnn", "ffn"]),
@@ -197,6 +217,8 @@ def test_wrong_pictures_are_refused():
     model = zoo.create_model("vit_micro", **TINY)
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
         model(torch.randn(2, 1, 24, 24))
+    with pytest.raises(ValueError, match="boolean"):
+        model(torch.randn(2, 3, 24, 24), torch.ones(24, 24, dtype=torch.bool))
 
 
 def test_list_models():
@@ -205,9 +227,63 @@ def test_list_models():
     assert configure("vit_tiny", depth=3).depth == 3
 
 
-@pytest.mark.parametrize("choices", [{}, {"mixer": "sla", "norm": "prepbn", "position": "rope"}, {"mixer": "dcnv4"}])
-def test_export_of_a_whole_model(choices):
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"mixer": "sla", "norm": "prepbn", "position": "rope"},
+        {"mixer": "dcnv4", "channel": "fca"},
+        {"position": "learned", "class_token": True, "pool": "distilled", "registers": 1},
+    ],
+)
+def test_export_of_a_whole_model_takes_any_batch(choices):
     model = randomise(zoo.create_model("vit_micro", **(TINY | choices))).eval()
-    images = torch.randn(2, 3, 24, 24)
-    program = torch.export.export(model, (images,))
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 24, 24),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+    )
+    images = torch.randn(5, 3, 24, 24)
     assert relative(program.module()(images), model(images)) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", zoo.MIXERS)
+def test_an_empty_batch(mixer):
+    model = zoo.create_model("vit_micro", **(TINY | {"mixer": mixer, "norm": "prepbn", "channel": "ela"}))
+    for training in (True, False):
+        assert model.train(training)(torch.zeros(0, 3, 24, 20)).shape == (0, 5)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("choices", [{"position": position} for position in zoo.POSITIONS] + [{"layer_scale": 0.1}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_the_stream_keeps_the_precision_of_the_weights(choices, masked):
+    """Whatever the choices; values are near those in fp32, and a model in bf16 stays in bf16."""
+    model = randomise(zoo.create_model("vit_micro", **(TINY | choices))).eval()
+    images = torch.randn(2, 3, 24, 32)
+    mask = torch.ones(2, 24, 32, dtype=torch.bool) if masked else None
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        x, _ = model.embed(images, mask)
+        near = model(images, mask)
+    assert x.dtype == torch.float32 and set(seen) == {torch.float32}
+    assert relative(near.float(), model(images, mask)) < 0.05
+    half = model.to(torch.bfloat16)
+    assert half.embed(images.bfloat16(), mask)[0].dtype == torch.bfloat16
+    assert half(images.bfloat16(), mask).dtype == torch.bfloat16
+
+
+def test_tables_made_under_a_mode_do_not_outlive_it():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = zoo.create_model("vit_micro", **TINY).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(1, 3, 16, 40))
+    assert type(model(torch.randn(1, 3, 16, 40))) is torch.Tensor
+
+
+def test_tables_made_for_inference_serve_training():
+    model = zoo.create_model("vit_micro", **(TINY | {"position": "rope"}))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 8, 72))
+    model(torch.randn(1, 3, 8, 72)).sum().backward()

@@ -120,6 +120,13 @@ def test_refreshed_statistics_are_plain_averages_and_the_weights_stand_still():
     assert refresh_statistics(net, batches) == 3
     variances = torch.stack([batch.flatten(0, 1).var(0) for batch in batches])
     assert relative(net.first.running_var, variances.mean(0)) < 1e-5
+    net.eval()  # what the second norm saw was without dropout, and normalised by each batch's own statistics
+    second = []
+    for batch in batches:
+        own = (batch - batch.mean((0, 1))) / (batch.var((0, 1), correction=0) + net.first.eps).sqrt()
+        second.append((own * net.first.weight + net.first.bias).flatten(0, 1).var(0))
+    assert relative(net.second.running_var, torch.stack(second).mean(0)) < 1e-4
+    net.train()
     assert all(torch.equal(value, before[key]) for key, value in net.named_parameters())
     assert net.training and net.drop.training and net.first.momentum == 0.1
 
@@ -157,6 +164,19 @@ def test_ranks_share_statistics_and_gradients(name, tmp_path):
         assert relative(sum(part[1][key] for part in parts), parameter.grad) < 1e-4, key
     for key, buffer in norm.named_buffers():
         assert relative(parts[0][2][key], buffer) < 1e-5 and torch.equal(parts[0][2][key], parts[1][2][key])
+
+
+def test_dyt_is_a_scaled_tanh():
+    norm = randomise(NORMS["dyt"](8))
+    x = torch.randn(2, 12, 8)
+    assert relative(norm(x, CONTEXT), norm.weight * torch.tanh(norm.alpha * x) + norm.bias) < 1e-6
+
+
+def test_an_empty_batch_leaves_statistics_alone():
+    norm = BatchNorm(8).train()
+    norm(torch.zeros(0, 5, 8), Context(grid=(5,), mask=torch.zeros(0, 5, dtype=torch.bool)))
+    norm(torch.zeros(0, 5, 8), Context(grid=(5,)))
+    assert torch.equal(norm.running_mean, torch.zeros(8)) and torch.equal(norm.running_var, torch.ones(8))
 
 
 def test_layernorm_without_affine_has_no_parameters():

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.channels import CHANNELS
 from zoo.ffns import FFNS
 from zoo.fusion import fold_in, fold_out, keep, not_affine
-from zoo.layer import Context, Fold, Layer, check, make, parse
+from zoo.layer import Context, Fold, Layer, check, compiling, make, parse
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS, Affine, HeadScale, Norm, recomputing
 from zoo.positions import POSITIONS
@@ -47,7 +47,8 @@ def _kinds(config: type) -> dict[str, Any]:
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_fits(value, each) for each in typing.get_args(kind))
-    kind = typing.get_origin(kind) or kind
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, typing.get_args(kind)[0]) for each in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -101,6 +102,8 @@ class BlockConfig:
                     check(table, getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        if not self.layout:
+            raise ValueError("layout is empty; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
                 raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
@@ -130,15 +133,23 @@ class BlockConfig:
         raise TypeError(f"{type(self).__name__} describes blocks, not a model")
 
     def _check_pairs(self) -> None:
+        for field in fields(self):
+            words = {"ffn": FEED_FORWARD, "conv_norm": ("conv",)}.get(field.name, (field.name,))
+            if field.name not in ("mixer", "cross", "conv", "conv_norm", "ffn") or not {*words}.isdisjoint(self.words):
+                continue
+            if (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{field.name} '{value}' would be ignored: the layout has no {' or '.join(words)}")
+        if "mixer" not in self.words and self.writes & {"rotary", "bias"}:
+            raise ValueError(f"position '{self.position}' would be ignored: the layout has no mixer")
         tokens = self.writes & {"prefix", "mask"}
         needs = {"mixer": self.writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | self.writes & {"code"}}
-        needs["channel"] = tokens
+        needs |= {"channel": tokens, "position": tokens}
         for field, needed in needs.items():
-            if field != "channel" and field not in self.words:
+            if field not in ("channel", "position") and field not in self.words:
                 continue
             name = parse(getattr(self, field))[0]
             row = TABLES[field][name]
-            if name == "none" or not (unread := sorted(needed - row.reads)):
+            if name == "none" or not row.mixes or not (unread := sorted(needed - row.reads)):
                 continue
             if self.writes & {"rotary", "bias"} & set(unread):
                 source = f"position '{self.position}'"
@@ -190,8 +201,8 @@ class Residual(Layer):
     def __init__(self, config: BlockConfig, entry: str, drop: float) -> None:
         super().__init__()
         words = entry.split("+")
-        self.leaves = [self.build(config, word) for word in words]
-        self.branch = self.leaves[0] if len(words) == 1 else Parallel(self.leaves)
+        leaves = [self.build(config, word) for word in words]
+        self.branch = leaves[0] if len(words) == 1 else Parallel(leaves)
         self.before: Layer | None = None
         self.after: Layer | None = None
         self.total: Layer | None = None
@@ -204,10 +215,17 @@ class Residual(Layer):
             )
         for site, what in outer[0].items():
             setattr(self, site, True if site == "stream" else self.filling(config, what, config.dim, 0))
-        for leaf, row in zip(self.leaves, rows, strict=True):
+        for word, leaf, row in zip(words, leaves, rows, strict=True):
             for site, what in row.items():
-                if site not in OUTER:
-                    leaf.fill(site, self.filling(config, what, leaf.sites.get(site, config.dim), leaf.heads))
+                if site in OUTER:
+                    continue
+                name = f"{word} '{getattr(config, 'ffn' if word == 'half' else word)}'"
+                if site not in leaf.sites:
+                    has = ", ".join(leaf.sites) or "none"
+                    raise ValueError(f"placement '{config.placement}' needs the site '{site}'; {name} has: {has}")
+                if what == "heads" and leaf.heads == 0:
+                    raise ValueError(f"placement '{config.placement}' scales heads, and {name} has none")
+                leaf.fill(site, self.filling(config, what, leaf.sites[site], leaf.heads))
         self.channel = (
             None if parse(config.channel)[0] == "none" else make(CHANNELS, config.channel, config.dim, config.axes)
         )
@@ -237,11 +255,12 @@ class Residual(Layer):
     def filling(config: BlockConfig, what: str, width: int, heads: int) -> Layer:
         if what == "norm":
             return make(NORMS, config.norm, width)
-        if what == "affine":
-            return Affine(width)
-        if heads == 0:
-            raise ValueError(f"placement '{config.placement}' scales heads, and mixer '{config.mixer}' has none")
-        return HeadScale(width, heads)
+        return Affine(width) if what == "affine" else HeadScale(width, heads)
+
+    @property
+    def leaves(self) -> list[Layer]:
+        """The branch, or the parallel branches that it sums."""
+        return list(self.branch.branches) if isinstance(self.branch, Parallel) else [self.branch]  # pyright: ignore
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = x if self.before is None else self.before(x, context)
@@ -283,6 +302,8 @@ class Residual(Layer):
         if self.layer_scale is not None:
             if self.channel is not None:
                 done.append(Fold("layer_scale", None, "channel attention stands between it and the branch"))
+            elif self.after is not None:
+                done.append(Fold("layer_scale", None, "a norm stands between it and the branch"))
             else:
                 scale = self.layer_scale.detach()
                 done.append(self.fold_behind("layer_scale", (scale, torch.zeros_like(scale))))
@@ -359,16 +380,18 @@ class Block(Layer):
         ]
 
 
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), recomputing()
 
 
 def run(blocks: nn.ModuleList, x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
     """The blocks one after the other; with checkpointing, activations are computed again in the backward pass, and
     running statistics move once."""
+    # The compiler traces a block once, so its statistics move once by themselves.
+    watch = {} if compiling() else {"context_fn": _first_and_second_run}
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, context, use_reentrant=False, context_fn=_contexts)  # pyright: ignore[reportAssignmentType]
+            x = checkpoint(block, x, context, use_reentrant=False, **watch)  # pyright: ignore
         else:
             x = block(x, context)
     return x

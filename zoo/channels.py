@@ -67,17 +67,15 @@ class FrequencyChannel(Channel):
     frequency (FcaNet, Qin et al. 2021, arXiv:2012.11879).
 
     The basis follows each sample's own extent, so padding changes nothing. Frequencies are scaled by extent // 7, as
-    the paper does for larger maps. In one dimension the sixteen lowest frequencies are used.
+    the paper does for larger maps, and end at the highest that an extent has. In one dimension the sixteen lowest are
+    used.
     """
-
-    frequencies: Tensor
 
     def __init__(self, dim: int, axes: int = 2, *, reduction: int = 16) -> None:
         super().__init__()
         if dim % 16:
             raise ValueError(f"fca splits the channels into 16 parts, so 16 must divide dim; {dim} is not such a dim")
-        table = FREQUENCIES if axes == 2 else tuple((u,) for u in range(16))
-        self.register_buffer("frequencies", torch.tensor(table, dtype=torch.float32).T, persistent=False)  # [axes, 16]
+        self.frequencies = FREQUENCIES if axes == 2 else tuple((u,) for u in range(16))
         hidden = max(1, dim // reduction)
         self.squeeze, self.excite = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
 
@@ -87,8 +85,9 @@ class FrequencyChannel(Channel):
         place = torch.arange(size, device=lengths.device)
         length = lengths.clamp(min=1).to(kind)[:, None, None]
         scaled = frequency[None, :, None]
-        if len(self.frequencies) == 2:
+        if len(self.frequencies[0]) == 2:
             scaled = scaled * (lengths // 7).clamp(min=1).to(kind)[:, None, None]
+        scaled = torch.minimum(scaled, length - 1)  # there is no higher one on so few places
         wave = torch.cos(math.pi * scaled * (place.to(kind) + 0.5) / length)
         norm = torch.where(scaled == 0, 1.0, 2.0).to(kind).sqrt() / length.sqrt()
         return wave * norm * (place < lengths[:, None])[:, None]
@@ -96,7 +95,7 @@ class FrequencyChannel(Channel):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = x[:, context.prefix :]
         kind = torch.promote_types(x.dtype, torch.float32)
-        frequencies = self.frequencies.to(kind)
+        frequencies = torch.tensor(self.frequencies, dtype=kind, device=x.device).T  # [axes, 16]
         if context.mask is None:
             lengths = [torch.full((1,), size, device=x.device) for size in context.grid]
         else:
@@ -104,7 +103,7 @@ class FrequencyChannel(Channel):
         waves = [self.basis(*each) for each in zip(context.grid, lengths, frequencies, strict=True)]
         basis = waves[0] if len(waves) == 1 else (waves[0][:, :, :, None] * waves[1][:, :, None, :]).flatten(2)
         parts = zeroed(tokens, context.grid_mask).to(kind).unflatten(2, (16, -1))  # [B, N, 16, D / 16]
-        pooled = torch.einsum("bnkc,bkn->bkc", parts, basis.expand(len(x), -1, -1)).flatten(1).to(x.dtype)
+        pooled = torch.einsum("bnkc,bkn->bkc", parts, basis.expand(x.shape[0], -1, -1)).flatten(1).to(x.dtype)
         return x * torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))[:, None]
 
 
@@ -121,8 +120,10 @@ class LocalChannel(Channel):
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"ela takes an odd kernel, not {kernel}")
-        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim // math.gcd(span, dim), bias=False)
-        self.groups = math.gcd(groups, dim)
+        if dim % span or dim % groups:
+            raise ValueError(f"ela needs span and groups that divide dim {dim}, not {span} and {groups}")
+        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim // span, bias=False)
+        self.groups = groups
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 

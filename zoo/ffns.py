@@ -27,6 +27,8 @@ class MLP(Layer):
     def __init__(self, dim: int, *, ratio: float = 4.0, activation: str = "gelu", bias: bool = True) -> None:
         super().__init__()
         hidden = int(dim * ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
         self.activation = activation_of(activation)
         self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias)
         self.sites = {"inner": hidden}

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -136,8 +137,10 @@ def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
         raise ValueError(f"cannot read {spec!r}; {hint}")
     options = []
     for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in dict(options):
+            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
         try:
-            options.append((str(keyword.arg), ast.literal_eval(keyword.value)))
+            options.append((keyword.arg, ast.literal_eval(keyword.value)))
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
     return node.func.id, tuple(options)
@@ -165,6 +168,10 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
             not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
         ):
             raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            least = 1 if isinstance(default, int) and default > 0 else 0
+            if not least <= value < math.inf:
+                raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
     return allowed | dict(given)
 
 

@@ -1,5 +1,6 @@
 """Normalizations over channels-last tokens: what each computes, and the affine map that it becomes at inference."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,11 @@ _recomputing = False
 def recomputing() -> Iterator[None]:
     """While a checkpointed block runs a second time, running statistics stand still."""
     global _recomputing
-    _recomputing = True
+    before, _recomputing = _recomputing, True
     try:
         yield
     finally:
-        _recomputing = False
+        _recomputing = before
 
 
 class Norm(Layer):
@@ -130,9 +131,10 @@ def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     across = tuple(range(x.ndim - 1))
-    number = torch.tensor(x[..., 0].numel(), device=x.device, dtype=values.dtype)
-    if mask is not None:
-        number = mask.sum(dtype=values.dtype) * (number / mask.numel())
+    if mask is None:
+        number = torch.full((), math.prod(x.shape[:-1]), device=x.device, dtype=values.dtype)
+    else:
+        number = mask.sum(dtype=values.dtype) * math.prod(x.shape[2:-1])
     mean = zeroed(values, mask).sum(across) / number.clamp(min=1)
     squares = zeroed((values - mean).square(), mask).sum(across)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

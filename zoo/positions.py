@@ -2,11 +2,12 @@
 
 import math
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from zoo.layer import Context, Layer, compiling, extent, to_map, to_tokens, zeroed
 
@@ -58,15 +59,24 @@ def _rotary(grid: tuple[int, ...], head_dim: int, prefix: int, base: float, devi
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-_TABLES = {"sincos": lru_cache(maxsize=64)(_sincos), "rotary": lru_cache(maxsize=64)(_rotary)}
+_TABLES = {"sincos": _sincos, "rotary": _rotary}
 
 
-def _table(kind: str, *key: object) -> Tensor:
+@lru_cache(maxsize=64)
+def _cached(kind: str, device: torch.device, *shape: Any) -> Tensor:
+    """Made on the CPU, for not every device has fp64."""
+    return _TABLES[kind](*shape, torch.device("cpu")).to(device)
+
+
+def _table(kind: str, *key: Any) -> Tensor:
     """A fixed table, computed once for each shape; traced anew by the compiler, which folds it itself."""
     if compiling():
-        return _TABLES[kind].__wrapped__(*key)
-    with torch.inference_mode(False), torch.no_grad():
         return _TABLES[kind](*key)
+    *shape, device = key
+    if _get_current_dispatch_mode() is not None:  # what a mode makes of tensors must not outlive it
+        return _TABLES[kind](*shape, torch.device("cpu")).to(device)
+    with torch.inference_mode(False), torch.no_grad():
+        return _cached(kind, device, *shape)
 
 
 class NoPosition(Position):
@@ -91,6 +101,8 @@ class Learned(Position):
 
     Under a mask the table is resized to each sample's own extent, so padding changes nothing.
     """
+
+    reads = frozenset({"prefix", "mask"})
 
     def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int) -> None:
         super().__init__(dim, head_dim, grid, prefix)
@@ -151,6 +163,9 @@ class Rotary(Position):
 
 class Conditional(Position):
     """x + depthwise convolution of x on the grid, zero outside it (CPE, Chu et al. 2021, arXiv:2102.10882)."""
+
+    reads = frozenset({"prefix", "mask"})
+    mixes = True
 
     def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int, *, kernel: int = 3) -> None:
         super().__init__(dim, head_dim, grid, prefix)

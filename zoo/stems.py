@@ -1,9 +1,10 @@
 """Stems: raw input to tokens, with the grid and the mask that follow."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import to_tokens
+from zoo.layer import compiling, to_tokens
 
 
 class Patches(nn.Module):
@@ -23,13 +24,16 @@ class Patches(nn.Module):
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"the model takes pictures [B, {self.channels}, H, W], not {list(images.shape)}")
+        if mask is not None and (mask.shape != images[:, 0].shape or mask.dtype != torch.bool):
+            raise ValueError(f"the mask is boolean [B, H, W] as the pictures are, not {mask.dtype} {list(mask.shape)}")
         height, width = images.shape[2:]
         missing = (0, -width % self.patch, 0, -height % self.patch)
         if mask is not None:
             images = images.masked_fill(~mask[:, None], 0.0)
             real = F.max_pool2d(F.pad(mask[:, None].to(images.dtype), missing), self.patch)
             mask = real.flatten(1) > 0
-        if any(missing):
+        if compiling() or any(missing):  # a traced program takes any size
             images = F.pad(images, missing)
         maps = self.conv(images)
-        return to_tokens(maps), (maps.shape[2], maps.shape[3]), mask
+        # Under autocast the stream of tokens stays in the precision of the weights.
+        return to_tokens(maps).to(self.conv.weight.dtype), (maps.shape[2], maps.shape[3]), mask

@@ -194,6 +194,16 @@ def test_learns_with_softmax_and_layernorm(tmp_path: Path):
     assert right(zoo.load_model(tmp_path / "best"), images().val_dataloader()) >= 0.9
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trains_in_bfloat16(precision: str, tmp_path: Path):
+    choices = ["--model.backbone.mixer=sla", "--model.backbone.norm=prepbn", "--model.average=0.9", "--model.refresh=2"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", f"--trainer.precision={precision}"]
+    fit(tmp_path, *choices, *short)
+    kind = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert state(tmp_path / "resume" / "last.ckpt")["state_dict"]["model.head.weight"].dtype == kind
+    load_checkpoint(tmp_path / "last", check=True)
+
+
 def right(model: nn.Module, loader: Any) -> float:
     with torch.no_grad():
         hits: list[Tensor] = [model(batch.images).argmax(1) == batch.labels for batch in loader]

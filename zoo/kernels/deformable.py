@@ -74,10 +74,10 @@ def sampling(
         device=value.device,
     )
     groups = offsets.shape[-3]
-    if offsets.shape != (len(value), *out, groups, len(taps), axes) or weights.shape != offsets.shape[:-1]:
+    if offsets.shape != (value.shape[0], *out, groups, len(taps), axes) or weights.shape != offsets.shape[:-1]:
         raise ValueError(
-            f"deformable expects offsets {(len(value), *out, 'groups', len(taps), axes)} and weights without the last "
-            f"axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
+            f"deformable expects offsets {(value.shape[0], *out, 'groups', len(taps), axes)} and weights without the "
+            f"last axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
         )
     if value.shape[-1] % groups:
         raise ValueError(f"{groups} groups do not divide {value.shape[-1]} channels")
@@ -92,18 +92,19 @@ def sampling(
 def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """The sum by grid_sample, one call for all groups; a line of tokens is a map of height 1."""
     grid, out = value.shape[1:-1], places.shape[1:-3]
-    batch, groups = len(value), places.shape[-3]
+    batch, groups = value.shape[0], places.shape[-3]
     if len(grid) == 1:
         value = value[:, None]
         places = torch.cat([torch.zeros_like(places), places], -1)
     size = torch.tensor(value.shape[1:-1], dtype=places.dtype, device=value.device)
     where = ((2 * places + 1) / size - 1).flip(-1)  # -1..1, x first
-    where = where.flatten(1, -4).movedim(2, 1).flatten(0, 1).to(value.dtype)  # [B * G, points, K, 2]
+    where = where.flatten(1, -4).movedim(2, 1).flatten(0, 1)  # [B * G, points, K, 2]; half precision would blur places
     maps = value.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B * G, C / G, H, W]
-    samples = F.grid_sample(maps, where, mode="bilinear", padding_mode="zeros", align_corners=False)
+    wide = maps.to(where.dtype)
+    samples = F.grid_sample(wide, where, mode="bilinear", padding_mode="zeros", align_corners=False).to(maps.dtype)
     by_group = weights.flatten(1, -3).movedim(2, 1).flatten(0, 1)  # [B * G, points, K]
     summed = torch.einsum("bcpk,bpk->bpc", samples, by_group)
-    return summed.unflatten(0, (batch, groups)).transpose(1, 2).reshape(batch, *out, -1)
+    return summed.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2).unflatten(1, out)
 
 
 def oracle(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:

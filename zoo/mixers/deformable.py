@@ -1,7 +1,5 @@
 """Mixers that sample the grid at learned offsets."""
 
-import math
-
 from torch import Tensor, nn
 
 from zoo.kernels import deformable
@@ -39,7 +37,7 @@ class DCNv4(Layer):
         offsets, weights = sample.split([self.taps * self.axes, self.taps], -1)
         offsets = offsets.unflatten(-1, (self.taps, self.axes))
         y = deformable(value, offsets, weights, kernel=self.kernel, scale=self.scale)
-        y = y.reshape(len(x), math.prod(grid), -1)
+        y = y.flatten(1, -2)
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:

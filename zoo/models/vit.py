@@ -92,9 +92,9 @@ class ViT(nn.Module):
         x, grid, mask = self.stem(images, mask)
         prefix = self.config.prefix
         if self.tokens is not None:
-            x = torch.cat([self.tokens.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
             if mask is not None:
-                mask = torch.cat([mask.new_ones(len(x), prefix), mask], 1)
+                mask = torch.cat([mask.new_ones(x.shape[0], prefix), mask], 1)
         context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask))
         return self.position(x, context), context
 

@@ -180,9 +180,12 @@ class Task(lightning.LightningModule):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         loader = data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
-        batches = (self.input_of(self.transfer_batch_to_device(batch, self.device, 0)) for batch in loader)
-        batches = (batch for batch in batches if len(batch))
-        used = refresh_statistics(self.measured, itertools.islice(batches, self.refresh))
+        precision = self.trainer.precision_plugin
+        moved = (self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0) for batch in loader)
+        inputs = (self.input_of(batch) for batch in moved)
+        filled = (each for each in inputs if len(each))
+        with precision.val_step_context():
+            used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
         rank_zero_info(f"batch statistics measured anew on {used} batches")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
