@@ -112,7 +112,7 @@ def test_the_model_itself_is_left_alone():
 
 
 def test_a_blend_above_zero_is_refused():
-    model = vit()
+    model = create_model("vit_micro", **SMALL, norm="prepbn")
     advance(model, 0.4)
     with pytest.raises(ValueError, match="still blends"):
         fuse(model)

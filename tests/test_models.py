@@ -95,6 +95,9 @@ def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
     assert all(parameter.is_meta for parameter in model.parameters())
+    taken = set(dir(torch.nn.Module())) | set(dir(torch.fx.GraphModule)) | {"code", "graph", "meta"}
+    keys = [*model.state_dict(), *(key for key, _ in model.named_modules()), *(key for key, _ in model.named_buffers())]
+    assert not [key for key in keys if taken & set(key.split("."))]
     from dataclasses import asdict
 
     assert ViTConfig(**asdict(model.config)) == PRESETS[name]

@@ -67,7 +67,7 @@ def test_the_finished_flag_skips_work_and_changes_no_value():
     norm = prepbn().train()
     advance(norm, 1.0)
     slow = copy.deepcopy(norm)
-    slow.finished = False
+    slow.share = 1e-30
     x = torch.randn(3, 12, 8)
     assert torch.equal(norm(x, CONTEXT), slow(x, CONTEXT))
     norm(x, CONTEXT).sum().backward()
@@ -83,9 +83,18 @@ def test_a_loaded_norm_knows_that_it_has_finished():
     advance(done, 1.0)
     other.load_state_dict(done.state_dict())
     assert other.finished
-    advance(done, 0.1)
-    other.load_state_dict(done.state_dict())
+    other.load_state_dict(prepbn().state_dict())
     assert not other.finished
+
+
+def test_the_blend_never_rises_again():
+    """Further training of a finished norm starts from what it computed."""
+    norm = prepbn().eval()
+    advance(norm, 1.0)
+    x = torch.randn(2, 12, 8)
+    wanted = norm(x, CONTEXT)
+    advance(norm, 0.0)
+    assert norm.finished and torch.equal(norm(x, CONTEXT), wanted)
 
 
 def test_forward_does_not_count():

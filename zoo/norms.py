@@ -205,8 +205,8 @@ class PRepBN(RepBN):
     """blend * LayerNorm(x) + (1 - blend) * RepBN(x); training moves the blend from 1 to 0 (SLAB, arXiv:2405.11582).
 
     The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on, both as shares
-    of the whole; `zoo.advance` sets it. Inference computes the same blend. Batch statistics are kept from the first
-    step.
+    of the whole; `zoo.advance` sets it. It never rises again, so a finished model stays finished in further training.
+    Inference computes the same blend. Batch statistics are kept from the first step.
     """
 
     blend: Tensor
@@ -227,16 +227,20 @@ class PRepBN(RepBN):
         self.until, self.warmup = until, warmup
         self.layernorm = LayerNorm(dim)
         self.register_buffer("blend", torch.ones(()))
-        self.finished = False  # what blend == 0 says, known without asking the device
-        self.register_load_state_dict_post_hook(PRepBN.note_finished)
+        self.share = 1.0  # what the blend is, known without asking the device
+        self.register_load_state_dict_post_hook(PRepBN.note_share)
 
-    def note_finished(self, incompatible_keys: Any) -> None:
-        self.finished = not self.blend.is_meta and self.blend.item() == 0.0
+    def note_share(self, incompatible_keys: Any) -> None:
+        self.share = 1.0 if self.blend.is_meta else self.blend.item()
+
+    @property
+    def finished(self) -> bool:
+        """Whether LayerNorm has no share left; its work is then skipped, and no value changes."""
+        return self.share == 0.0
 
     def advance(self, progress: float) -> None:
-        blend = min(1.0, max(0.0, (self.until - progress) / (self.until - self.warmup)))
-        self.blend.fill_(blend)
-        self.finished = blend == 0.0
+        self.share = min(self.share, max(0.0, (self.until - progress) / (self.until - self.warmup)))
+        self.blend.fill_(self.share)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = super().forward(x, context)
@@ -252,7 +256,9 @@ class PRepBN(RepBN):
     def affine(self) -> tuple[Tensor, Tensor] | None:
         if self.blend.item() > 0:
             share = f"{self.blend.item():.3g}"
-            raise ValueError(f"prepbn still blends LayerNorm in at {share}; train on, or call zoo.advance(model, 1.0)")
+            raise ValueError(
+                f"prepbn still blends LayerNorm in at {share}; train on, or drop it by zoo.advance(model, 1.0)"
+            )
         return super().affine()
 
 

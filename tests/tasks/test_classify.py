@@ -15,6 +15,7 @@ from training import PLAIN_FLAGS, classifier, command, difference, fit, images, 
 import zoo
 from zoo.data.images import Batch
 from zoo.norms import PRepBN
+from zoo.preprocess import ImagePreprocess
 from zoo.tasks.classify import Classify
 from zoo.weights import load_checkpoint, save_model
 
@@ -118,7 +119,7 @@ EMPTY = Batch(torch.empty(0, 3, 16, 16), torch.empty(0, dtype=torch.int64), ("a.
 class Given(lightning.LightningDataModule):
     """Batches as they are."""
 
-    classes, batch, preprocess = list("abcd"), 16, None
+    classes, batch, preprocess = list("abcd"), 16, ImagePreprocess()
 
     def __init__(self, batches: list[Batch]) -> None:
         super().__init__()

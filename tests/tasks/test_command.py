@@ -20,6 +20,7 @@ from training import BACKBONE, PLAIN_FLAGS, command, difference, fit, images, re
 
 import zoo
 from zoo.__main__ import main
+from zoo.data.images import Images
 from zoo.models import PRESETS
 from zoo.tasks import command as training
 from zoo.tasks.classify import Classify
@@ -410,3 +411,47 @@ def test_a_fused_checkpoint_cannot_be_trained(run: Path, tmp_path: Path):
     assert message == "a fused model is for inference and cannot be trained; start from the unfused one"
     more = ["--model.backbone.classes=9", f"--model.weights={folder}"]
     assert "is fused, and a fused model keeps its config" in refused("classify", "fit", *flags, *more)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = (run / "best/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, f"--trainer.default_root_dir={run}"])
+    assert "holds a run already" in str(ended.value) and "--ckpt_path" in str(ended.value)
+    assert (run / "best/model.safetensors").read_bytes() == before
+
+
+def test_there_is_no_best_while_a_norm_blends(tmp_path: Path):
+    fit(tmp_path, *SHORT, "--model.backbone.norm=prepbn(until=0.7)", "--trainer.max_epochs=4")
+    zoo.fuse(zoo.load_model(tmp_path / "best"))
+    kept = zoo.load_model(tmp_path / "best").state_dict()
+    assert all(value.item() == 0 for key, value in kept.items() if key.endswith("blend"))
+
+
+def test_measuring_needs_no_training_pictures(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "val" / name / "1.png")
+    data = Images(dataset="imagefolder", root=str(tmp_path), size=16)
+    assert data.classes == ["a", "b"] and len(data.source("val").labels) == 2
+    with pytest.raises(ValueError, match="train is not a folder"):
+        data.source("train")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.rate=0", "model.rate"),
+        ("--model.smoothing=2", "smoothing"),
+        ("--model.mixup=-1", "mixup"),
+        ("--model.layer_decay=1.5", "layer_decay"),
+        ("--model.warmup=-3", "warmup"),
+        ("--model.refresh=3", "refresh"),
+        ("--model.backbone.image=big", "image"),
+        ("--data.channels=1", "model.backbone.channels"),
+    ],
+)
+def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path):
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, f"--trainer.default_root_dir={tmp_path}", flag])
+    assert words in str(ended.value) and "\n" not in str(ended.value)

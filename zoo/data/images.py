@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from zoo.data.sampling import EpochSampler, EvenBatches, seeded
+from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, seeded
 from zoo.data.sources import SOURCES, Source
 from zoo.preprocess import ImagePreprocess, UnreadableImage, default_statistics
 
@@ -82,7 +82,7 @@ class Images(lightning.LightningDataModule):
         channels: 3 for RGB, 1 for grey.
         batch: pictures in a batch, per device.
         workers: processes that read pictures; 0 reads in the main process.
-        seed: what order and augmentation depend on, besides epoch and index.
+        seed: what order and augmentation depend on, besides epoch and index; null for that of seed_everything.
         fraction: share of the digits that is held out for validation and test.
         randaugment: timm's description of RandAugment or AutoAugment; null for none.
         flip: probability of mirroring left and right.
@@ -112,7 +112,7 @@ class Images(lightning.LightningDataModule):
         channels: int = 3,
         batch: int = 64,
         workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         fraction: float = 0.2,
         randaugment: str | None = "rand-m9-mstd0.5-inc1",
         flip: float = 0.5,
@@ -152,7 +152,8 @@ class Images(lightning.LightningDataModule):
             crop=crop,
         )
         self.dataset, self.root, self.batch, self.workers = dataset, root, batch, workers
-        self.seed, self.fraction, self.randaugment, self.flip = seed, fraction, randaugment, flip
+        self.seed = global_seed() if seed is None else seed
+        self.fraction, self.randaugment, self.flip = fraction, randaugment, flip
         self.scale, self.jitter, self.erasing = (scale[0], scale[1]), jitter, erasing
         self._sources: dict[str, Source] = {}
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import os
 import random
 from collections.abc import Iterator
 
@@ -102,3 +103,8 @@ def _rank_and_world() -> tuple[int, int]:
 def _hash(*numbers: int) -> int:
     """A number below 2**63 that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
+
+
+def global_seed() -> int:
+    """The seed that `seed_everything` has set, 0 where it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

@@ -102,6 +102,8 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
     if split == "test" and not (base / "test").exists():
         split = "val"
     train, folder = base / "train", base / split
+    if split != "train" and not train.exists():
+        train = folder  # measuring needs no training pictures
     for place in (train, folder):
         if not place.is_dir():
             layout = "root/train/<class>/* and root/val/<class>/*"

@@ -37,13 +37,13 @@ class ViTConfig(BlockConfig):
     registers: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pool not in POOLS:
             raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
             raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
-        super().__post_init__()
         if "cross" in self.words:
             raise ValueError("layout: a vision transformer has no memory for 'cross' to read")
         if self.modulate:

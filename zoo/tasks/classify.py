@@ -35,7 +35,7 @@ class Classify(Task):
         smoothing: label smoothing.
         checkpointing: computes activations again in the backward pass, to save memory.
         refresh: training batches on which batch statistics are measured anew before the last validation.
-        seed: what dropped paths and mixing depend on, besides the epoch.
+        seed: what dropped paths and mixing depend on, besides the epoch; null for that of seed_everything.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Classify(Task):
         smoothing: float = 0.1,
         checkpointing: bool = False,
         refresh: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -69,6 +69,10 @@ class Classify(Task):
             seed=seed,
         )
         self.classes: int = self.config.classes  # pyright: ignore[reportAttributeAccessIssue]
+        if min(mixup, cutmix) < 0 or not 0.0 <= smoothing < 1.0:
+            raise ValueError(
+                f"mixup and cutmix are at least 0 and smoothing in 0..1, not {mixup}, {cutmix}, {smoothing}"
+            )
         if self.classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {self.classes}")
         self.smoothing = smoothing
@@ -79,7 +83,7 @@ class Classify(Task):
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
             "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
         }
-        self.metrics = MetricCollection(metrics, prefix="val/")
+        self.metrics = MetricCollection(metrics)
         self.mean_loss = MeanMetric()
         self.number = SumMetric()
         self.skipped: set[str] = set()
@@ -92,6 +96,8 @@ class Classify(Task):
             raise ValueError(
                 f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
             )
+        if (given := data.preprocess.channels) != (taken := self.model.config.channels):  # pyright: ignore
+            raise ValueError(f"the data has {given} channels and the model {taken}; set model.backbone.channels")
         if stage == "fit" and self.mix is not None and data.batch < 2:
             raise ValueError("mixup and cutmix mix pairs of pictures; raise data.batch, or set both to 0")
         if self.start is None:
@@ -145,10 +151,11 @@ class Classify(Task):
         if number == 0:
             raise ValueError("no picture of the validation set could be read")
         values = self.metrics.compute()
-        self.log_dict(values, prog_bar=True)
-        self.log("val/loss", self.mean_loss.compute())
+        part = "test" if self.trainer.testing else "val"
+        self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log(f"{part}/loss", self.mean_loss.compute())
         if self.trainer.state.fn != TrainerFn.FITTING:
-            correct = round(float(values["val/accuracy"]) * number)
+            correct = round(float(values["accuracy"]) * number)
             low, high = interval(correct, number)
             rank_zero_info(f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})")
         for metric in (self.metrics, self.mean_loss, self.number):

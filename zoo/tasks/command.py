@@ -1,6 +1,7 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all that a run leaves behind."""
 
 import io
+import logging
 import os
 import pickle
 import warnings
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from zoo.norms import PRepBN
 from zoo.tasks.task import Task
 from zoo.weights import save_model
 
@@ -30,8 +32,15 @@ NOISE = (
 )
 
 
+def no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
 class Keep(Callback):
-    """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by accuracy."""
+    """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by accuracy.
+
+    While a progressive norm still blends, there is no `best`: such a model cannot be folded.
+    """
 
     def __init__(self, folder: Path, score: str) -> None:
         self.folder, self.score = folder, score
@@ -48,8 +57,11 @@ class Keep(Callback):
         if not pl_module.fitting or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         value = float(trainer.callback_metrics[self.score])
-        better = value > self.best
-        self.best = max(value, self.best)
+        # While prepbn blends, the model cannot be folded: that is not yet what is trained.
+        blends = any(isinstance(module, PRepBN) and not module.finished for module in pl_module.measured.modules())
+        better = value > self.best and not blends
+        if better:
+            self.best = value
         for name in ("last", "best") if better else ("last",):
             self.save(trainer, pl_module, name, value)
 
@@ -64,7 +76,7 @@ class Keep(Callback):
             preprocess=data.preprocess,
             labels=data.classes,
             source=f"trained by zoo on {data.dataset}, epoch {trainer.current_epoch + 1}",
-            metrics={self.score: value},
+            metrics={self.score: round(value, 4)},
         )
 
 
@@ -137,6 +149,9 @@ class Command(LightningCLI):
         folder = Path(settings.default_root_dir or "runs/latest")
         extra: list[Callback] = []
         if self.config["subcommand"] == "fit":
+            if (folder / "resume").exists() and self.config["fit"].ckpt_path is None:
+                way = f"go on with --ckpt_path {folder}/resume/last.ckpt, or choose another --trainer.default_root_dir"
+                raise ValueError(f"{folder} holds a run already, which would be lost; {way}")
             folder.mkdir(parents=True, exist_ok=True)
             if settings.logger is None:
                 kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
@@ -168,6 +183,7 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     torch.set_float32_matmul_precision("high")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     each = {"allow_abbrev": False, "exit_on_error": False}
     try:
         Command(

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.block import BlockConfig
+from zoo.data.sampling import global_seed
 from zoo.layer import advance
 from zoo.models import create_model
 from zoo.norms import BatchNorm, refresh_statistics
@@ -49,7 +50,7 @@ class Task(lightning.LightningModule):
         average: float,
         checkpointing: bool,
         refresh: int,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__()
         self.backbone, self.start = dict(backbone), None
@@ -65,6 +66,19 @@ class Task(lightning.LightningModule):
             if not hasattr(self.model, "checkpointing"):
                 raise ValueError(f"{type(self.model).__name__} has no activation checkpointing")
             setattr(self.model, "checkpointing", True)  # noqa: B010
+        for name, value, least in (
+            ("warmup", warmup, 0.0),
+            ("weight_decay", weight_decay, 0.0),
+            ("refresh", refresh, 0),
+        ):
+            if value < least:
+                raise ValueError(f"model.{name} is at least {least}, not {value}")
+        if not 0.0 < rate < math.inf or not 0.0 <= final_rate <= rate:
+            raise ValueError(f"model.rate is above 0 and model.final_rate in 0..rate, not {rate} and {final_rate}")
+        if not 0.0 < layer_decay <= 1.0:
+            raise ValueError(f"model.layer_decay lies above 0 and at most at 1, not {layer_decay}")
+        if refresh and not any(isinstance(module, BatchNorm) for module in self.model.modules()):
+            raise ValueError("model.refresh measures batch statistics anew, and this model has none; set it to 0")
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average is a decay in 0..1, or 0 for no averaged copy; not {average}")
         self.average = None
@@ -72,7 +86,8 @@ class Task(lightning.LightningModule):
             self.average = ModelEmaV3(self.model, decay=average, use_warmup=True, exclude_buffers=True)
             self.average.requires_grad_(False)
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
-        self.warmup, self.final_rate, self.refresh, self.seed = warmup, final_rate, refresh, seed
+        self.warmup, self.final_rate, self.refresh = warmup, final_rate, refresh
+        self.seed = global_seed() if seed is None else seed
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     @property
