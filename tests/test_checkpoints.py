@@ -1,0 +1,45 @@
+"""Every checkpoint in the repository loads, meets its probe, is in the index, and does what its card says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.data.images import Images
+from zoo.weights import load_checkpoint
+
+FOLDER = Path(__file__).parent.parent / "checkpoints"
+NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("."))
+INDEX = {
+    line.split("|")[1].split("]")[0].strip(" ["): line
+    for line in (FOLDER / "README.md").read_text().splitlines()
+    if "](" in line
+}
+
+
+def test_the_index_lists_what_is_there():
+    assert sorted(INDEX) == NAMES and NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_meets_its_probe_and_its_row(name):
+    model, preprocess, labels, config = load_checkpoint(FOLDER / name, check=True)
+    assert preprocess is not None and labels is not None and config["source"]
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in INDEX[name]
+    assert "license: unknown" not in (FOLDER / name / "README.md").read_text()
+
+
+def test_digits_are_read_as_the_card_says():
+    model, preprocess, _, _ = load_checkpoint(FOLDER / "vit_micro.digits")
+    data = Images(size=preprocess.size, crop=preprocess.crop)
+    assert data.preprocess == preprocess
+    with torch.inference_mode():
+        right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in data.val_dataloader())
+    accuracy = f"{right / 360:.4f}"
+    assert accuracy in INDEX["vit_micro.digits"] and accuracy in (FOLDER / "vit_micro.digits/README.md").read_text()
+
+
+def test_a_checkpoint_is_found_by_name(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    assert isinstance(zoo.load_model(NAMES[0]), torch.nn.Module)
