@@ -218,10 +218,11 @@ def test_best_and_last_are_checkpoints(learned: Path):
         assert kept.config["preset"] == "vit_micro" and not kept.config["fused"]
         assert kept.config["model"]["mixer"] == "sla" and kept.config["model"]["dim"] == 32
     found = accuracies(learned)
+    done = [0.0] * 4 + found[4:]  # prepbn blends until 0.8 of 6 epochs
     loader = images().val_dataloader()
-    assert right(zoo.load_model(learned / "best"), loader) == pytest.approx(max(found))
+    assert right(zoo.load_model(learned / "best"), loader) == pytest.approx(max(done))
     assert right(zoo.load_model(learned / "last"), loader) == pytest.approx(found[-1])
-    assert f"epoch {found.index(max(found)) + 1}" in load_checkpoint(learned / "best").config["source"]
+    assert f"epoch {done.index(max(done)) + 1}" in load_checkpoint(learned / "best").config["source"]
     assert sorted(path.name for path in (learned / "resume").iterdir()) == ["best.ckpt", "last.ckpt"]
     steps = [state(learned / "resume" / name)["global_step"] for name in ("best.ckpt", "last.ckpt")]
     assert steps == [16 * (found.index(max(found)) + 1), 16 * 6]
