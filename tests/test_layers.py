@@ -165,6 +165,9 @@ def test_compiles_without_graph_breaks(name, axes, training):
         (y * torch.arange(DIM)).square().sum().backward()
         results.append([y, given.grad, *(parameter.grad for parameter in module.parameters()), *module.buffers()])
     for wanted, got in zip(*results, strict=True):
+        if wanted is None:  # in inference a finished prepbn leaves LayerNorm away
+            assert got is None and name == "norm-prepbn(1.0)" and not training
+            continue
         assert (got - wanted).abs().max() <= 1e-4 * max(1.0, wanted.abs().max())
 
 
