@@ -187,7 +187,7 @@ class Task(lightning.LightningModule):
         if not self.fitting:
             return
         self.raise_bad_weights()
-        if self.progress == 1.0 and self.refresh and any(isinstance(m, BatchNorm) for m in self.modules()):
+        if self.progress == 1.0 and self.refresh:
             self.refresh_statistics()
 
     def refresh_statistics(self) -> None:
