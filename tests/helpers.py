@@ -15,6 +15,8 @@ from zoo.norms import NORMS
 from zoo.positions import POSITIONS, Position
 
 DIM, HEADS = 32, 2
+SPECS = ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
+SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)",)
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def _rows() -> dict[str, Callable[[int], Layer]]:
         rows[f"position-{name}"] = functools.partial(
             lambda row, axes: row(DIM, DIM // HEADS, (11,) if axes == 1 else (4, 6), 2), row
         )
-    for spec in ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)"):
+    for spec in SPECS:
         rows[f"mixer-{spec}"] = functools.partial(make, MIXERS, spec, DIM, HEADS)
     for progress in (0.0, 0.4, 1.0):
         rows[f"norm-prepbn({progress})"] = functools.partial(_advanced, progress)
@@ -85,10 +87,7 @@ def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: li
     context = Context(grid=grid, prefix=prefix, mask=mask)
     total = prefix + math.prod(grid)
     if "memory" in layer.reads:
-        generator = torch.Generator().manual_seed(7)
-        memory = torch.randn(1, 9, DIM, generator=generator).expand(batch, -1, -1)
-        real = torch.arange(9)[None] < torch.full((batch, 1), 6)
-        context = context._replace(memory=Memory(memory, real, code=torch.randn(1, 9, DIM, generator=generator)))
+        context = context._replace(memory=memory_for(context, batch))
     if "rotary" in layer.reads:
         head_dim: int = layer.head_dim  # pyright: ignore
         context = POSITIONS["rope"](DIM, head_dim, grid, prefix).place(context)
@@ -99,6 +98,21 @@ def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: li
     if isinstance(layer, Position):
         context = layer.place(context)
     return context
+
+
+def memory_for(context: Context, batch: int) -> Memory:
+    """Four maps, padded, and for each query a place to look at, which depends on where the query stands alone."""
+    generator = torch.Generator().manual_seed(7)
+    grids = ((3, 4), (2, 3), (2, 2), (1, 2))
+    size = sum(math.prod(grid) for grid in grids)
+    tokens = torch.randn(1, size, DIM, generator=generator).expand(batch, -1, -1)
+    code = torch.randn(1, size, DIM, generator=generator)
+    real = torch.cat([rectangle(grid, (max(1, grid[0] - 1), grid[1] - 1)) for grid in grids])
+    lines = [0.1 + 0.07 * torch.arange(length) for length in context.grid]
+    where = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)
+    where = torch.cat([torch.full((context.prefix, where.shape[1]), 0.5), where])
+    reference = where[None, :, [0, -1]].expand(batch, -1, -1)
+    return Memory(tokens, real.expand(batch, -1), code=code, grids=grids, reference=reference)
 
 
 def rectangle(grid: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from helpers import padded, randomise, rectangle, relative
 from torch import nn
 
-from zoo.block import PLACEMENTS, Block, BlockConfig, Residual, run
+from zoo.block import Block, Residual, drop_rates, run
+from zoo.config import PLACEMENTS, BlockConfig
 from zoo.ffns import ACTIVATIONS, FFNS
 from zoo.layer import Context, Memory, advance
 from zoo.mixers import CONVS
@@ -69,7 +70,7 @@ def grid_of(config: BlockConfig, size: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_and_ignores_padding(name):
     config = LAYOUTS[name]
-    block = randomise(Block(config, 1))
+    block = randomise(Block(config, config.drop_path))
     small, large = grid_of(config, 5), grid_of(config, 6 if config.axes == 2 else 9)
     near, far = context_of(config, small), context_of(config, large, [small, small])
     x = torch.randn(2, near.grid[0] * (near.grid[1] if config.axes == 2 else 1), 32)
@@ -134,6 +135,12 @@ def test_placements(placement):
     elif placement == "peri":
         y = x + norm(mixer.after, attention(norm(mixer.before, x)))
         wanted, count = y + norm(ffn.after, feeding(norm(ffn.before, y))), 4
+    elif placement == "res_post":
+        y = x + norm(mixer.after, attention(x))
+        wanted, count = y + norm(ffn.after, feeding(y)), 2
+    elif placement == "res_scale":
+        y = mixer.shortcut * x + attention(norm(mixer.before, x))
+        wanted, count = ffn.shortcut * y + feeding(norm(ffn.before, y)), 2
     elif placement == "sub":
         y = x + attention(norm(mixer.before, x), inner="norm")
         wanted, count = y + feeding(norm(ffn.before, y), inner=True), 4
@@ -194,9 +201,9 @@ def test_parallel_branches_share_one_norm():
 
 def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
     config = BlockConfig(**(BASE | {"depth": 5}), drop_path=0.4, layout=("ffn",))
-    rates = [Block(config, index).steps[0].drop for index in range(5)]
+    rates = [Block(config, rate).steps[0].drop for rate in drop_rates(0.4, 5)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    step = Block(config, 4).steps[0]
+    step = Block(config, 0.4).steps[0]
     x, context = torch.randn(1, 6, 32).expand(4000, -1, -1), Context(grid=(2, 3))
     moved = step(x, context) - x
     kept = moved.abs().amax((1, 2)) > 0
@@ -211,7 +218,7 @@ def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
     outcomes = []
     for checkpointing in (False, True):
         torch.manual_seed(1)
-        blocks = torch.nn.ModuleList(Block(config, index) for index in range(2))
+        blocks = torch.nn.ModuleList(Block(config, rate) for rate in drop_rates(0.5, 2))
         advance(blocks, 0.4)
         torch.manual_seed(2)
         x = torch.randn(2, 9, 32, requires_grad=True)

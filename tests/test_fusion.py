@@ -10,7 +10,8 @@ from test_block import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
 import zoo.fusion
 import zoo.norms
 from zoo import advance, create_model, fuse
-from zoo.block import PLACEMENTS, Block, BlockConfig
+from zoo.block import Block
+from zoo.config import PLACEMENTS, BlockConfig
 from zoo.layer import Context, Layer
 from zoo.norms import NORMS, Affine, BatchNorm, LayerNorm
 

@@ -13,8 +13,10 @@ ROOT = Path(zoo.__file__).parent
 LAYERS = [
     ["layer"],
     ["norms", "kernels", "preprocess"],
-    ["fusion", "channels", "positions", "ffns", "stems"],
+    ["fusion", "channels", "positions", "ffns"],
+    ["stems", "heads"],
     ["mixers"],
+    ["config"],
     ["block"],
     ["models"],
     ["convert", "weights"],

@@ -1,15 +1,16 @@
 """Whole models: every pair of choices, any picture, features, the config's refusals."""
 
 import itertools
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from helpers import randomise, relative
 
 import zoo
-from zoo.block import PLACEMENTS
+from zoo.config import PLACEMENTS
 from zoo.models import PRESETS, configure
-from zoo.models.vit import ViTConfig
 
 TINY = {"dim": 32, "depth": 2, "heads": 2, "image": 24, "patch": 8, "classes": 5}
 CHOICES = {
@@ -22,7 +23,7 @@ CHOICES = {
     "pool": ["mean", "token", "norm_after_mean", "distilled"],
     "registers": [0, 2],
     "layer_scale": [None, 0.1],
-    "conv": ["glu", "swish(kernel=5)"],
+    "conv": ["glu", "swish(kernel=5)", "depthwise"],
     "conv_norm": list(zoo.NORMS),
     "layout": [
         ("mixer", "ffn"),
@@ -38,7 +39,7 @@ def refused(choice: dict) -> str | None:
     mixer, placement = choice.get("mixer", "softmax"), choice.get("placement", "pre")
     prefix = choice.get("registers", 0) > 0 or choice.get("pool") in ("token", "distilled")
     layout = choice.get("layout", ("mixer", "ffn"))
-    if prefix and mixer in ("pool", "sepconv", "dcnv4", "identity"):
+    if prefix and mixer in ("window", "pool", "sepconv", "dcnv4", "identity"):
         return "prefix"
     if prefix and (choice.get("channel") == "ela" or "conv" in layout):
         return "prefix"
@@ -49,7 +50,7 @@ def refused(choice: dict) -> str | None:
         return "ignored" if ignored else None
     if placement == "sub" and mixer in ("pool", "identity"):
         return "inner"
-    if placement == "hybrid" and mixer not in ("softmax", "sla", "channel"):
+    if placement == "hybrid" and mixer not in ("softmax", "window", "sla", "channel"):
         return "query"
     if placement == "hybrid" and "conv" in layout:
         return "query"
@@ -98,9 +99,8 @@ def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
     taken = set(dir(torch.nn.Module())) | set(dir(torch.fx.GraphModule)) | {"code", "graph", "meta"}
     keys = [*model.state_dict(), *(key for key, _ in model.named_modules()), *(key for key, _ in model.named_buffers())]
     assert not [key for key in keys if taken & set(key.split("."))]
-    from dataclasses import asdict
-
-    assert ViTConfig(**asdict(model.config)) == PRESETS[name]
+    stored = json.loads(json.dumps(asdict(model.config)))
+    assert type(model.config)(**stored) == PRESETS[name]
 
 
 @pytest.mark.parametrize("mixer", zoo.MIXERS)

@@ -16,12 +16,18 @@ from timm.models.davit import ChannelAttention
 from timm.models.metaformer import Pooling, SepConv
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+from transformers import DeformableDetrConfig
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrMultiscaleDeformableAttention,
+    MultiScaleDeformableAttention,
+)
 
-from zoo.block import Block, BlockConfig
+from zoo.block import Block
 from zoo.channels import CHANNELS
+from zoo.config import BlockConfig
 from zoo.ffns import FFNS
-from zoo.kernels import deformable
-from zoo.kernels.deformable import oracle, sampling
+from zoo.kernels import deformable, multiscale
+from zoo.kernels.deformable import gathered
 from zoo.layer import Context, Memory, to_map, to_tokens
 from zoo.mixers import CROSSES, MIXERS
 from zoo.mixers.attention import rotate
@@ -362,12 +368,14 @@ def test_deformable_is_torchvision(kernel, stride, dilation, padding, scale):
     value = torch.randn(batch, *grid, channels, dtype=torch.float64, requires_grad=True)
     offsets = (2 * torch.randn(batch, *out, groups, taps, 2, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(batch, *out, groups, taps, dtype=torch.float64, requires_grad=True)
-    options = (kernel, stride, dilation, padding, scale)
 
     # What is read at place + scale * (tap + offset) lies scale * (tap + offset) - tap away from the tap.
     line = dilation * torch.arange(kernel, dtype=torch.float64) - centred
     tap = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(taps, 2)
     moved = scale * (tap + offsets) - tap
+    lines = [stride * torch.arange(size) + centred - margin for size in out]
+    points = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 1, 1, 2)
+    places = points + scale * (tap + offsets.flatten(1, 2))
     wanted = deform_conv2d(
         value.permute(0, 3, 1, 2),
         moved.permute(0, 3, 4, 5, 1, 2).flatten(1, 3),
@@ -378,9 +386,9 @@ def test_deformable_is_torchvision(kernel, stride, dilation, padding, scale):
         mask=weights.permute(0, 3, 4, 1, 2).flatten(1, 2),
     ).permute(0, 2, 3, 1)
     leaves = (value, offsets, weights)
-    names = dict(zip(("kernel", "stride", "dilation", "padding", "scale"), options, strict=True))
-    check(deformable(*leaves, **names), wanted, leaves)
-    check(oracle(value, sampling(*leaves, *options), weights), wanted, leaves)
+    options = {"kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding, "scale": scale}
+    check(deformable(*leaves, **options), wanted, leaves)
+    check(gathered(value, places, weights.flatten(1, 2)), wanted.flatten(1, 2), leaves)
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (9, 1), (5, 2)])
@@ -399,8 +407,9 @@ def test_deformable_on_a_line_is_torchvision(kernel, dilation):
     )
     leaves = (value, offsets, weights)
     check(deformable(*leaves, kernel=kernel, dilation=dilation), wanted[:, :, 0].transpose(1, 2), leaves)
-    places = sampling(*leaves, kernel, 1, dilation, "same", 1.0)
-    check(oracle(value, places, weights), wanted[:, :, 0].transpose(1, 2), leaves)
+    taps = dilation * (torch.arange(kernel)[:, None] - kernel // 2)
+    places = torch.arange(17).view(17, 1, 1, 1) + taps + offsets
+    check(gathered(value, places, weights), wanted[:, :, 0].transpose(1, 2), leaves)
 
 
 @pytest.mark.parametrize(("kernel", "groups"), [(3, 0), (5, 2)])
@@ -417,6 +426,64 @@ def test_dcnv4_is_torchvision(kernel, groups):
         mask=sample[:, :, 2 * taps :].flatten(1, 2),
     )
     check(ours(x, GRID), ours.out(to_tokens(maps)), (x,))
+
+
+MAPS = ((5, 7), (3, 4), (2, 2))
+
+
+def maps_of(grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
+    """How transformers names the maps of a memory: their sizes, twice, and where each begins."""
+    sizes = torch.tensor(grids)
+    return sizes, list(grids), torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+
+
+def test_multiscale_is_transformers():
+    value = torch.randn(2, 51, DIM, dtype=torch.float64, requires_grad=True)
+    places = (1.4 * torch.rand(2, 6, HEADS, 3, 5, 2, dtype=torch.float64) - 0.2).requires_grad_()
+    weights = torch.randn(2, 6, HEADS, 3, 5, dtype=torch.float64, requires_grad=True)
+    wanted = MultiScaleDeformableAttention()(
+        value.unflatten(-1, (HEADS, -1)), *maps_of(MAPS), places.flip(-1), weights, im2col_step=64
+    )
+    check(multiscale(value, MAPS, places, weights), wanted, (value, places, weights))
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("points", [1, 4])
+def test_deformable_cross_attention_is_transformers(boxes, masked, points):
+    config = DeformableDetrConfig(d_model=DIM, num_feature_levels=len(MAPS), use_timm_backbone=False)
+    theirs = scattered(DeformableDetrMultiscaleDeformableAttention(config, HEADS, points))
+    ours = copied(
+        CROSSES["deformable"](DIM, HEADS, levels=len(MAPS), points=points),
+        renamed(theirs, sampling_offsets="offsets", attention_weights="scores", value_proj="values", output_proj="out"),
+    )
+    real = torch.cat(
+        [
+            torch.stack([torch.arange(rows * columns) < area, torch.arange(rows * columns) % columns < columns - 1])
+            for (rows, columns), area in zip(MAPS, (21, 8, 2), strict=True)
+        ],
+        1,
+    )
+    sides = torch.rand(2, 6, 4, dtype=torch.float64)
+    reference = (sides if boxes else sides[..., :2].clone()).requires_grad_()
+    queries, memory, code = (torch.randn(2, size, DIM, dtype=torch.float64, requires_grad=True) for size in (6, 51, 6))
+    context = Context(
+        grid=(6,),
+        code=code,
+        memory=Memory(memory, mask=real if masked else None, grids=MAPS, reference=reference),
+    )
+    sizes, listed, begins = maps_of(MAPS)
+    wanted, _ = theirs(
+        queries,
+        attention_mask=real if masked else None,
+        encoder_hidden_states=memory,
+        position_embeddings=code,
+        reference_points=reference[:, :, None].expand(-1, -1, len(MAPS), -1),
+        spatial_shapes=sizes,
+        spatial_shapes_list=listed,
+        level_start_index=begins,
+    )
+    check(ours(queries, context), wanted, (queries, memory, code, reference))
 
 
 # Positions

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import zoo
-from zoo.block import PLACEMENTS
+from zoo.config import PLACEMENTS
 from zoo.layer import options_of
 from zoo.models import configure
 

@@ -19,12 +19,12 @@ _HOMES = {
     "CHANNELS": "zoo.channels",
     "POSITIONS": "zoo.positions",
     "FFNS": "zoo.ffns",
-    "PLACEMENTS": "zoo.block",
+    "PLACEMENTS": "zoo.config",
 }
 
 if TYPE_CHECKING:
-    from zoo.block import PLACEMENTS
     from zoo.channels import CHANNELS
+    from zoo.config import PLACEMENTS
     from zoo.ffns import FFNS
     from zoo.fusion import fuse
     from zoo.layer import advance

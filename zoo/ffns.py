@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,22 +16,40 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class StarReLU(nn.Module):
+    """scale * relu(x)^2 + bias, both learned scalars (Yu et al. 2022, arXiv:2210.13452)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x).square() + self.bias
+
+
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of that name; `star_relu` has parameters of its own."""
+    if name == "star_relu":
+        return StarReLU()
     if name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation '{name}'; choose from: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"there is no activation '{name}'; choose from: {', '.join(ACTIVATIONS)}, star_relu")
     return ACTIVATIONS[name]
 
 
 class MLP(Layer):
-    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762)."""
+    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False leaves both
+    biases away, out_bias=False that of W2."""
 
-    def __init__(self, dim: int, *, ratio: float = 4.0, activation: str = "gelu", bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, *, ratio: float = 4.0, activation: str = "gelu", bias: bool = True, out_bias: bool = True
+    ) -> None:
         super().__init__()
         hidden = int(dim * ratio)
         if hidden < 1:
             raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
         self.activation = activation_of(activation)
-        self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias)
+        self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias and out_bias)
         self.sites = {"inner": hidden}
         self.inner: Layer | None = None
 

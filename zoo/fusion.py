@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from zoo.layer import Fold, Layer
+from zoo.layer import Fold
 from zoo.norms import Affine, Norm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +50,7 @@ def not_affine(norm: Norm) -> str:
 
 
 def fold_site(
-    layer: Layer, site: str, target: nn.Linear | nn.Conv1d | nn.Conv2d, rows: slice = slice(None)
+    layer: nn.Module, site: str, target: nn.Linear | nn.Conv1d | nn.Conv2d, rows: slice = slice(None)
 ) -> list[Fold]:
     """Folds the norm in a site behind a linear or a convolution into those of its rows that the norm follows."""
     norm = getattr(layer, site)

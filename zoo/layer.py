@@ -3,12 +3,13 @@
 import ast
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class Memory(NamedTuple):
@@ -54,13 +55,14 @@ class Layer(nn.Module):
     """Maps tokens x [B, N, D] to [B, N, D] under a Context.
 
     `reads` names the fields of the Context that the layer honours; `mixes` says whether one token's output depends on
-    other tokens. `sites` maps the names of the places that a Block may fill with a norm to their widths: `inner` stands
-    in front of the output linear, `query`, `key` and `value` behind the projections. `heads`, where above 0, splits the
-    `inner` site into heads.
+    other tokens; `bare`, that a Block puts nothing around it. `sites` maps the names of the places that a Block may
+    fill with a norm to their widths: `inner` stands in front of the output linear, `query`, `key` and `value` behind
+    the projections. `heads`, where above 0, splits the `inner` site into heads.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[bool] = False
+    bare: ClassVar[bool] = False
     sites: dict[str, int] = {}
     heads: int = 0
 
@@ -103,7 +105,8 @@ def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Tokens [B, product(grid), C] as a map [B, C, *grid], channels last in memory."""
-    return x.transpose(1, 2).unflatten(2, grid)
+    # In this order a batch of one, too, has the strides by which convolutions recognise channels last.
+    return x.unflatten(1, grid).movedim(-1, 1)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -193,6 +196,21 @@ def advance(model: nn.Module, progress: float) -> None:
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, trainable or not."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@lru_cache(maxsize=256)
+def _cached(make: Callable[..., Tensor], device: torch.device, *shape: Any) -> Tensor:
+    return make(*shape, torch.device("cpu")).to(device)  # made on the CPU, for not every device has fp64
+
+
+def table(make: Callable[..., Tensor], *shape: Any, device: torch.device) -> Tensor:
+    """What make(*shape, device) gives, a fixed table, computed once for each shape; the compiler traces it anew."""
+    if compiling():
+        return make(*shape, device)
+    if _get_current_dispatch_mode() is not None:  # what a mode makes of tensors must not outlive it
+        return make(*shape, torch.device("cpu")).to(device)
+    with torch.inference_mode(False), torch.no_grad():
+        return _cached(make, device, *shape)
 
 
 def compiling() -> bool:

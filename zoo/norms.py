@@ -67,13 +67,14 @@ class HeadScale(Norm):
 
 
 class LayerNorm(Norm):
-    """(x - mean) / sqrt(variance + eps) over each token's channels (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / sqrt(variance + eps) over each token's channels, then weight and bias per channel (Ba et al. 2016,
+    arXiv:1607.06450). affine=False leaves both away, bias=False the bias."""
 
-    def __init__(self, dim: int, *, affine: bool = True, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, *, affine: bool = True, bias: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.shape, self.eps = (dim,), eps
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and bias else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
@@ -89,6 +90,38 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class GroupNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) over all real tokens of a sample and the channels of a group, then weight and
+    bias per channel (Wu and He 2018, arXiv:1803.08494)."""
+
+    reads = frozenset({"prefix", "mask"})
+    mixes = True
+
+    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"{groups} groups of groupnorm do not divide {dim} channels")
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.groups == 1 and context.mask is None:
+            y = F.layer_norm(x, x.shape[1:], None, None, self.eps)
+            return torch.addcmul(self.bias, y, self.weight).to(x.dtype)
+        values = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
+        across = (*range(1, values.ndim - 2), values.ndim - 1)
+        number = math.prod(values.shape[axis] for axis in across[1:])
+        if context.mask is None:
+            count = values.shape[1] * number
+        else:
+            count = (context.mask.sum(1).clamp(min=1) * number).view(-1, *[1] * (values.ndim - 1))
+        centred = values - zeroed(values, context.mask).sum(across, keepdim=True) / count
+        variance = zeroed(centred.square(), context.mask).sum(across, keepdim=True) / count
+        y = (centred * torch.rsqrt(variance + self.eps)).flatten(-2)
+        return torch.addcmul(self.bias, y, self.weight).to(x.dtype)
 
 
 class DyT(Norm):
@@ -116,6 +149,11 @@ class _GatherSum(torch.autograd.Function):
         return _all_reduce(gradient)
 
 
+def _ranks() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
 def _all_reduce(x: Tensor) -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
@@ -137,8 +175,7 @@ def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         number = mask.sum(dtype=values.dtype) * math.prod(x.shape[2:-1])
     mean = zeroed(values, mask).sum(across) / number.clamp(min=1)
     squares = zeroed((values - mean).square(), mask).sum(across)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
+    if (ranks := _ranks()) > 1:
         own = torch.cat([mean, squares, number[None]])
         slots = [torch.zeros_like(own)] * ranks
         slots[torch.distributed.get_rank()] = own
@@ -169,10 +206,21 @@ class BatchNorm(Norm):
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return scale, self.bias - scale * mean
 
+    def whole(self, x: Tensor) -> Tensor:
+        """What training computes where each of several tokens is real and here: by torch's own kernel, which is three
+        to five times as fast on the CPU, and takes tokens as they lie."""
+        kept = self.running_mean, self.running_var
+        if _recomputing:
+            kept = kept[0].clone(), kept[1].clone()
+        y = F.batch_norm(x.flatten(0, -2), *kept, self.weight, self.bias, True, self.momentum, self.eps)
+        return y.view(x.shape)
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not self.training:
             scale, shift = self.scale_shift(self.running_mean, self.running_var)
             return torch.addcmul(shift, x, scale).to(x.dtype)
+        if context.mask is None and x.numel() > x.shape[-1] and _ranks() == 1:
+            return self.whole(x)
         mean, variance, number = statistics(x, context.mask)
         if not _recomputing:
             with torch.no_grad():
@@ -195,6 +243,9 @@ class RepBN(BatchNorm):
     def __init__(self, dim: int, *, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(dim, eps=eps, momentum=momentum)
         self.alpha = nn.Parameter(torch.tensor(alpha))
+
+    def whole(self, x: Tensor) -> Tensor:
+        return torch.addcmul(super().whole(x), x, self.alpha.to(x.dtype))
 
     def scale_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = super().scale_shift(mean, variance)
@@ -290,6 +341,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 NORMS: dict[str, type[Norm]] = {
     "layernorm": LayerNorm,
     "rmsnorm": RMSNorm,
+    "groupnorm": GroupNorm,
     "batchnorm": BatchNorm,
     "repbn": RepBN,
     "prepbn": PRepBN,

@@ -1,15 +1,13 @@
 """Positions: what tells tokens where they are. `forward` adds to the tokens once; `place` writes into the Context."""
 
 import math
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from zoo.layer import Context, Layer, compiling, extent, to_map, to_tokens, zeroed
+from zoo.layer import Context, Layer, extent, table, to_map, to_tokens, zeroed
 
 
 class Position(Layer):
@@ -59,26 +57,6 @@ def _rotary(grid: tuple[int, ...], head_dim: int, prefix: int, base: float, devi
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-_TABLES = {"sincos": _sincos, "rotary": _rotary}
-
-
-@lru_cache(maxsize=64)
-def _cached(kind: str, device: torch.device, *shape: Any) -> Tensor:
-    """Made on the CPU, for not every device has fp64."""
-    return _TABLES[kind](*shape, torch.device("cpu")).to(device)
-
-
-def _table(kind: str, *key: Any) -> Tensor:
-    """A fixed table, computed once for each shape; traced anew by the compiler, which folds it itself."""
-    if compiling():
-        return _TABLES[kind](*key)
-    *shape, device = key
-    if _get_current_dispatch_mode() is not None:  # what a mode makes of tensors must not outlive it
-        return _TABLES[kind](*shape, torch.device("cpu")).to(device)
-    with torch.inference_mode(False), torch.no_grad():
-        return _cached(kind, device, *shape)
-
-
 class NoPosition(Position):
     """Tokens are a set."""
 
@@ -92,7 +70,7 @@ class SinCos(Position):
             raise ValueError(f"sincos on {len(grid)} axes needs a dim that {2 * len(grid)} divides, not {dim}")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x + _table("sincos", context.grid, self.dim, context.prefix, x.device).to(x.dtype)
+        return x + table(_sincos, context.grid, self.dim, context.prefix, device=x.device).to(x.dtype)
 
 
 class Learned(Position):
@@ -157,8 +135,8 @@ class Rotary(Position):
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
 
     def place(self, context: Context) -> Context:
-        key = (context.grid, self.head_dim, context.prefix, self.base, self.anchor.device)
-        return context._replace(rotary=_table("rotary", *key))
+        key = (context.grid, self.head_dim, context.prefix, self.base)
+        return context._replace(rotary=table(_rotary, *key, device=self.anchor.device))
 
 
 class Conditional(Position):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.block import BlockConfig
+from zoo.config import Config
 from zoo.fusion import fuse
 from zoo.layer import advance, count_parameters, parse
 from zoo.models import FAMILIES, PRESETS
@@ -111,7 +111,7 @@ def save_model(
     """
     target, config = Path(folder).resolve(), getattr(model, "config", None)
     family = next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
-    if family is None or not isinstance(config, BlockConfig):
+    if family is None or not isinstance(config, Config):
         raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
@@ -182,7 +182,7 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
     return Checkpoint(model, preprocess, labels, written)
 
 
-def _check_fit(config: BlockConfig, preprocess: "ImagePreprocess | None", labels: Sequence[str] | None) -> None:
+def _check_fit(config: Config, preprocess: "ImagePreprocess | None", labels: Sequence[str] | None) -> None:
     classes, channels = getattr(config, "classes", None), getattr(config, "channels", None)
     if labels is not None:
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
@@ -390,7 +390,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} {kind}: {_one_line(error)}") from error
 
 
-def _build(config: BlockConfig, fused: bool, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     """The model with the given weights. The caller's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
         if not fused:

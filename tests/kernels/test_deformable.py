@@ -1,83 +1,529 @@
-"""Deformable aggregation against the fp64 oracle; see tests/test_parity.py for other libraries."""
+"""Every form of deformable aggregation on the CPU against the fp64 oracle; tests/test_parity.py has other libraries."""
+
+import itertools
+import sys
+import warnings
 
 import pytest
 import torch
 from helpers import relative
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
-from zoo.kernels import deformable
-from zoo.kernels.deformable import oracle, sampling
+from zoo.kernels import deformable, deformable_cpu, multiscale
+from zoo.kernels.deformable import gathered, operator, operator_backward, reference
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # without a compiler the other forms are tested
+    NATIVE = deformable_cpu.available()
 
-def inputs(grid, groups=2, kernel=3, batch=2, channels=8, kind=torch.float64):
-    axes = len(grid)
-    taps = kernel**axes
-    value = torch.randn(batch, *grid, channels, dtype=kind)
-    offsets = 2 * torch.randn(batch, *grid, groups, taps, axes, dtype=kind)
-    return value, offsets, torch.randn(batch, *grid, groups, taps, dtype=kind)
-
-
-def exact(value, offsets, weights, kernel, scale=1.0):
-    value, offsets, weights = value.double(), offsets.double(), weights.double()
-    return oracle(value, sampling(value, offsets, weights, kernel, 1, 1, "same", scale), weights)
+needs_native = pytest.mark.skipif(not NATIVE, reason="no C++ compiler, or ZOO_NATIVE=0")
+FORMS = [pytest.param("operator", marks=needs_native), "fallback", "reference", "gathered"]
+PUBLIC = FORMS[:2]
+CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize("grid", [(13,), (1,), (5, 7), (1, 9)])
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_outputs_and_gradients_equal_the_oracle(grid, kernel, scale):
-    given = [each.requires_grad_() for each in inputs(grid, kernel=kernel)]
-    got, wanted = deformable(*given, kernel=kernel, scale=scale), exact(*given, kernel, scale)
-    assert relative(got, wanted) < 1e-10
-    weight = torch.randn_like(got)
-    for one, other in zip(
-        torch.autograd.grad((got * weight).sum(), given),
-        torch.autograd.grad((wanted * weight).sum(), given),
-        strict=True,
+def case(grid, kernel=3, groups=2, width=3, **options):
+    return pytest.param(grid, kernel, groups, width, options, id=f"{grid}-{kernel}-{groups}x{width}-{options}")
+
+
+CASES = [
+    case((13,)),
+    case((5, 7)),
+    case((1,)),
+    case((1, 9), kernel=5),
+    case((1, 1)),
+    case((5, 7), kernel=1, groups=4, width=1),
+    case((6, 5), kernel=5, groups=1, width=5, scale=0.5),
+    case((5, 7), kernel=(3, 5), width=16, scale=2.0),
+    case((9,), kernel=(5,), width=20, scale=0.5),
+    case((5, 4), kernel=2, width=20),
+    case((5, 6), kernel=(2, 4), width=1, groups=3),
+    case((11,), kernel=4, groups=1, width=48),
+    case((4, 5), groups=2, width=48),
+    case((7, 6), stride=2),
+    case((8, 7), stride=3, scale=0.5),
+    case((12,), stride=2, padding=1),
+    case((7, 8), stride=2, padding=0),
+    case((7, 6), dilation=2),
+    case((6, 6), dilation=2, padding=2, scale=2.0),
+    case((7, 6), padding=0),
+    case((7, 6), kernel=(1, 3), padding=2),
+    case((9, 8), kernel=2, stride=2, padding=0),
+    case((15,), kernel=4, stride=2, dilation=2, padding=3),
+]
+
+
+def sizes_of(kernel, axes):
+    return (kernel,) * axes if isinstance(kernel, int) else kernel
+
+
+def out_of(grid, kernel, stride=1, dilation=1, padding="same", scale=1.0):
+    """The output's grid, as a convolution's."""
+    if padding == "same":
+        return tuple(len(range(0, size, stride)) for size in grid)
+    kernel = sizes_of(kernel, len(grid))
+    return tuple(
+        len(range(0, size + 2 * padding - dilation * (taps - 1), stride))
+        for size, taps in zip(grid, kernel, strict=True)
+    )
+
+
+def places_of(offsets, kernel, stride=1, dilation=1, padding="same", scale=1.0):
+    """The formula, place by place: p * stride + scale * (tap + offset), [B, P, G, K, axes]."""
+    *out, _, _, axes = offsets.shape[1:]
+    kernel = sizes_of(kernel, axes)
+    half = [dilation * ((taps - 1) // 2) for taps in kernel]
+    taps = [
+        [dilation * tap - half[axis] for axis, tap in enumerate(each)]
+        for each in itertools.product(*map(range, kernel))
+    ]
+    first = [0 if padding == "same" else half[axis] - padding for axis in range(axes)]
+    points = [[first[axis] + stride * p for axis, p in enumerate(each)] for each in itertools.product(*map(range, out))]
+    taps, points = offsets.new_tensor(taps), offsets.new_tensor(points)
+    return points[:, None, None] + scale * (taps + offsets.flatten(1, axes))
+
+
+def inputs(grid, kernel=3, groups=2, width=3, batch=2, kind=torch.float32, **options):
+    """Value, offsets and weights; all places stay clear of the kinks at whole pixels, in half precision, too."""
+    axes, out = len(grid), out_of(grid, kernel, **options)
+    taps = torch.Size(sizes_of(kernel, axes)).numel()
+    shape = (batch, *out, groups, taps, axes)
+    part = 0.1 + 0.3 * torch.rand(shape) + 0.5 * torch.randint(2, shape)
+    offsets = (torch.randint(-2, 3, shape) + part) / options.get("scale", 1.0)
+    value = torch.randn(batch, *grid, groups * width)
+    return value.to(kind), offsets.to(kind), torch.randn(shape[:-1]).to(kind)
+
+
+def plainly(form, value, offsets, weights, kernel, **options):
+    """What `reference` or `gathered` gives at the places of the formula."""
+    axes = offsets.shape[-1]
+    places = places_of(offsets.to(torch.promote_types(offsets.dtype, torch.float32)), kernel, **options)
+    return form(value, places, weights.flatten(1, axes)).unflatten(1, offsets.shape[1 : axes + 1])
+
+
+def exact(value, offsets, weights, kernel, **options):
+    return plainly(gathered, value.double(), offsets.double(), weights.double(), kernel, **options)
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    if request.param in ("reference", "gathered"):
+        plain = {"reference": reference, "gathered": gathered}[request.param]
+        return lambda *given, kernel, **options: plainly(plain, *given, kernel, **options)
+    if request.param == "fallback":
+        monkeypatch.setattr(deformable_cpu, "available", lambda: False)
+    else:
+        monkeypatch.setattr(sys.modules["zoo.kernels.deformable"], "reference", None)  # never in its stead
+    return deformable
+
+
+def check(got, wanted, given, leaves, tolerances):
+    """Outputs, and gradients on `given`, equal the oracle's on the fp64 `leaves`."""
+    seed = torch.randn(got.shape).to(got.dtype)
+    ours = torch.autograd.grad(got, given, seed)
+    theirs = torch.autograd.grad(wanted, leaves, seed.double())
+    assert got.shape == wanted.shape and [each.dtype for each in ours] == [each.dtype for each in given]
+    for name, one, other, tolerance in zip(
+        ("output", "value", "offsets", "weights"), (got, *ours), (wanted, *theirs), tolerances, strict=True
     ):
-        assert relative(one, other) < 1e-8
+        assert other.abs().max() > 0, name
+        assert relative(one.double(), other) <= tolerance, name
 
 
+def both(given):
+    """Inputs that ask for gradients, and the same in fp64."""
+    return [each.requires_grad_() for each in given], [each.detach().double().requires_grad_() for each in given]
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("grid", "kernel", "groups", "width", "options"), CASES)
+def test_outputs_and_gradients_equal_the_oracle(form, kind, grid, kernel, groups, width, options):
+    given, leaves = both(inputs(grid, kernel, groups, width, kind=kind, **options))
+    got = form(*given, kernel=kernel, **options)
+    assert got.dtype == kind
+    check(got, exact(*leaves, kernel, **options), given, leaves, [CLOSE[kind]] * 4)
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("grid", "kernel", "groups", "width", "options"), CASES)
+def test_half_precision_equals_the_oracle_on_the_same_numbers(form, kind, grid, kernel, groups, width, options):
+    given, leaves = both(inputs(grid, kernel, groups, width, kind=kind, **options))
+    got = form(*given, kernel=kernel, **options)
+    assert got.dtype == kind
+    check(got, exact(*leaves, kernel, **options), given, leaves, [CLOSE[kind]] * 4)
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(13,), (5, 7)])
+def test_wide_offsets_and_weights_keep_their_precision_beside_a_half_value(form, half, grid):
+    value, offsets, weights = inputs(grid)
+    given, leaves = both((value.to(half), offsets, weights))
+    got = form(*given, kernel=3)
+    assert got.dtype == half
+    check(got, exact(*leaves, 3), given, leaves, [1e-2, 1e-2, 1e-5, 1e-5])
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
 @pytest.mark.parametrize("grid", [(1500,), (56, 56)])
-def test_half_precision_reads_the_right_places(grid):
-    """On long grids too: places are kept in fp32 whatever the values are in."""
-    value, offsets, weights = (each.bfloat16() for each in inputs(grid, batch=1))
-    got = deformable(value, offsets, weights, kernel=3)
-    assert got.dtype == torch.bfloat16
-    assert relative(got.double(), exact(value, offsets, weights, 3)) < 2e-2
+def test_half_precision_reads_the_right_places_of_large_grids(form, grid):
+    """Places are kept in fp32 whatever the values are in."""
+    given = inputs(grid, batch=1, kind=torch.bfloat16)
+    assert relative(form(*given, kernel=3).double(), exact(*given, 3)) < 1e-2
 
 
-def test_offsets_far_outside_give_zeros_and_finite_gradients():
-    value, offsets, weights = inputs((5, 7))
-    offsets = (offsets + 1e4).requires_grad_()
-    y = deformable(value, offsets, weights, kernel=3)
-    assert torch.equal(y, torch.zeros_like(y))
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("grid", [(13,), (5, 7)])
+def test_offsets_and_weights_may_be_views_of_one_linear_output(form, grid):
+    axes, groups, width = len(grid), 2, 5
+    taps = 3**axes
+    value, offsets, weights = inputs(grid, groups=groups, width=width)
+    together = torch.cat([offsets.flatten(-2), weights], -1).flatten(-2).flatten(1, axes)  # group by group
+    given, leaves = both((value, together))
+
+    def split(value, together):
+        parts = together.unflatten(1, grid).unflatten(-1, (groups, -1)).split([taps * axes, taps], -1)
+        return value, parts[0].unflatten(-1, (taps, axes)), parts[1]
+
+    got, wanted = form(*split(*given), kernel=3), exact(*split(*leaves), 3)
+    seed = torch.randn_like(got)
+    pairs = zip(torch.autograd.grad(got, given, seed), torch.autograd.grad(wanted, leaves, seed.double()), strict=True)
+    assert relative(got.double(), wanted) <= 1e-5
+    assert all(relative(one.double(), other) <= 1e-5 for one, other in pairs)
+    assert torch.equal(got, form(value, offsets.contiguous(), weights.contiguous(), kernel=3))
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_any_strides_give_the_same(form, kind):
+    value, offsets, weights = inputs((5, 7), groups=2, width=4, kind=kind)
+    offsets, weights = offsets[:1], weights[:1]
+    wanted = form(value, offsets.repeat(2, 1, 1, 1, 1, 1), weights.repeat(2, 1, 1, 1, 1), kernel=3)
+    channels_first = value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    sparse = torch.stack([offsets, offsets + 9], -1)[..., 0].expand(2, -1, -1, -1, -1, -1)
+    taps_first = weights.movedim(-1, 0).contiguous().movedim(0, -1).expand(2, -1, -1, -1, -1)
+    assert not any(each.is_contiguous() for each in (channels_first, sparse, taps_first))
+    given, leaves = both([each.detach() for each in (channels_first, sparse, taps_first)])
+    got = form(*given, kernel=3)
+    assert torch.equal(got, wanted)
+    check(got, exact(*leaves, 3), given, leaves, [CLOSE[kind]] * 4)
+
+
+@needs_native
+@pytest.mark.parametrize("grid", [(33,), (9, 8)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_threads_change_no_bit(grid, kind):
+    given = [each.requires_grad_() for each in inputs(grid, groups=3, width=5, batch=3, kind=kind)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = deformable(*given, kernel=3)
+            results.append((y, *torch.autograd.grad(y, given, torch.ones_like(y))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS[:3], indirect=True)
+@pytest.mark.parametrize(("grid", "options"), [((6,), {}), ((3, 4), {"scale": 0.5}), ((4, 3), {"stride": 2})])
+def test_gradients_are_those_of_finite_differences(form, grid, options):
+    given, _ = both(inputs(grid, groups=2, width=2, batch=1, kind=torch.float64, **options))
+    assert torch.autograd.gradcheck(lambda *leaves: form(*leaves, kernel=3, **options), given)
+
+
+def flattened(grid, kind=torch.float32, batch=2):
+    """The operator's own arguments."""
+    value, offsets, weights = inputs(grid, groups=2, width=3, batch=batch, kind=kind)
+    axes = len(grid)
+    zeros = torch.zeros_like(offsets[:1])
+    base = places_of(zeros, 3)[0, :, 0, 3**axes // 2].to(torch.promote_types(kind, torch.float32))
+    taps = places_of(zeros, 3)[0, 0, 0].to(base.dtype)
+    return value, offsets.flatten(1, axes), weights.flatten(1, axes), base, taps, 0.5
+
+
+@needs_native
+@pytest.mark.parametrize("grid", [(7,), (3, 4)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_operators_keep_torch_library_rules(grid, kind):
+    arguments = flattened(grid, kind)
+    torch.library.opcheck(operator_backward, (torch.randn_like(operator(*arguments)), *arguments))
+    for each in arguments[:3]:
+        each.requires_grad_()
+    torch.library.opcheck(operator, arguments)
+
+
+# One sample and the batch
+
+
+@pytest.mark.parametrize("form", FORMS[:3], indirect=True)
+@pytest.mark.parametrize("size", [7, 14, 28])
+def test_batch_mates_change_nothing(form, size, request):
+    """No bit in the operator, in no gradient either."""
+    same = torch.equal if "operator" in request.node.callspec.id else lambda one, two: relative(one, two) <= 1e-6
+    given = inputs((size, size), groups=2, width=4, batch=9)
+
+    def run(part):
+        leaves = [each[part].clone().requires_grad_() for each in given]
+        y = form(*leaves, kernel=3)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    alone = [run(slice(index, index + 1)) for index in range(9)]
+    for batch in range(1, 10):
+        for number, whole in enumerate(run(slice(0, batch))):
+            assert all(same(whole[index : index + 1], alone[index][number]) for index in range(batch))
+
+
+@pytest.mark.parametrize("form", FORMS[:3], indirect=True)
+@pytest.mark.parametrize("grid", [(6,), (3, 4)])
+def test_an_empty_batch_has_empty_gradients(form, grid):
+    given = [each.requires_grad_() for each in inputs(grid, batch=0)]
+    y = form(*given, kernel=3)
     y.sum().backward()
-    assert offsets.grad.isfinite().all()
+    assert y.shape == (0, *grid, 6)
+    assert all(each.grad is not None and each.grad.shape == each.shape for each in given)
 
 
-def test_batch_mates_change_nothing():
-    given = inputs((7, 6), batch=5, kind=torch.float32)
-    whole = deformable(*given, kernel=3)
-    for index in range(5):
-        alone = deformable(*(each[index : index + 1] for each in given), kernel=3)
-        assert relative(alone, whole[index : index + 1]) < 1e-6
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("grid", [(3,), (3, 3)])
+def test_a_single_point_of_a_single_sample(form, grid):
+    given, leaves = both(inputs(grid, groups=1, batch=1, padding=0))
+    got = form(*given, kernel=3, padding=0)
+    assert got.shape == (1, *[1] * len(grid), 3)
+    check(got, exact(*leaves, 3, padding=0), given, leaves, [1e-5] * 4)
+
+
+# Places outside
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("grid", [(7,), (5, 7)])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("away", "kind"),
+    [(1e4, torch.float32), (1e9, torch.float32), (1e4, torch.float16), (1e4, torch.bfloat16), (1e9, torch.bfloat16)],
+)
+def test_places_far_outside_give_zeros_and_finite_gradients(form, grid, sign, away, kind):
+    value, offsets, weights = inputs(grid, kind=kind)
+    given = [each.requires_grad_() for each in (value, offsets + sign * away, weights)]
+    y = form(*given, kernel=3)
+    assert not y.any()
+    for gradient in torch.autograd.grad(y.sum(), given):
+        assert gradient.isfinite().all() and not gradient.any()
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("axes", [1, 2])
+def test_samples_fade_out_within_one_pixel_of_the_border(form, axes):
+    """At -1 and beyond nothing is left; between -1 and 0 the border's share, and the same at the far end."""
+    size = 5
+    line = torch.tensor([-1.001, -0.999, -0.75, 0.0, size - 1, size - 0.75, size - 0.001, size + 0.001])
+    shares = torch.tensor([0.0, 0.001, 0.25, 1.0, 1.0, 0.75, 0.001, 0.0])
+    for place, share in zip(line, shares, strict=True):
+        for axis in range(axes):
+            offsets = torch.zeros(1, *[size] * axes, 1, 1, axes)
+            offsets[(0, *[0] * axes, 0, 0, axis)] = place
+            value, weights = torch.ones(1, *[size] * axes, 2), torch.ones(offsets.shape[:-1])
+            got = form(value, offsets, weights, kernel=1)[(0, *[0] * axes)]
+            assert (got - share).abs().max() < 1e-5
+            assert share > 0 or not got.any()
+
+
+@pytest.mark.parametrize("form", FORMS[:3], indirect=True)
+@pytest.mark.parametrize("grid", [(7,), (5, 7)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_places_that_are_no_numbers_read_nothing(form, grid, bad):
+    """They count as outside: zeros there, all else as it was. The values lie between NaNs, which nobody may read."""
+    value, offsets, weights = inputs(grid, batch=2)
+    guarded = torch.full((4, *value.shape[1:]), float("nan"))
+    guarded[1:3] = value
+    broken = offsets.clone()
+    broken[0, 1, ..., 0] = bad  # in 2-D one axis alone
+    broken[1] = bad
+    given = [guarded[1:3].detach().requires_grad_(), broken.requires_grad_(), weights.requires_grad_()]
+    y = form(*given, kernel=3, scale=2.0)
+    far = torch.where(broken == offsets, offsets, 1e6)
+    assert relative(y, form(value, far, weights, kernel=3, scale=2.0)) <= 1e-6
+    assert y[0].any() and not y[0, 1].any() and not y[1].any()
+    assert all(each.isfinite().all() for each in torch.autograd.grad(y.sum(), given))
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_close_on_large_maps(form, kind):
+    """12,544 points, values near 1000, offsets near 100."""
+    grid = (112, 112)
+    value = 1000 * torch.randn(1, *grid, 8).clamp(-3, 3)
+    offsets = 100 * torch.randn(1, *grid, 2, 9, 2)
+    weights = torch.randn(1, *grid, 2, 9)
+    given, leaves = both([each.to(kind) for each in (value, offsets, weights)])
+    y, wanted = form(*given, kernel=3), exact(*leaves, 3)
+    assert y.isfinite().all() and relative(y.double(), wanted) <= 1e-2
+    gradients = torch.autograd.grad(y, given, torch.ones_like(y))
+    assert all(each.isfinite().all() and each.any() for each in gradients)
+
+
+# Compilers and exporters
+
+
+def captured(function):
+    """The function compiled whole, but for the code, and what its graphs call: forward and backward."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True), graphs
+
+
+def same_when_compiled(function, compiled, given):
+    results = []
+    for each in (function, compiled):
+        y = each(*given, kernel=3, scale=0.5)
+        results.append((y, *torch.autograd.grad(y, given, torch.arange(y.numel()).view_as(y) / y.numel())))
+    assert all(relative(got, wanted) <= 1e-5 for wanted, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("grid", [(9,), (5, 7)])
+def test_compiles_to_one_graph_of_the_operator(form, grid, request):
+    """Without the C++ code the compiler sees what the reference does. A second size of the batch changes nothing."""
+    compiled, graphs = captured(form)
+    same_when_compiled(form, compiled, [each.requires_grad_() for each in inputs(grid)])
+    forward, backward = graphs
+    sampled = any("grid_sampler" in name or "gather" in name for name in forward)
+    if "operator" in request.node.callspec.id:
+        assert "zoo.deformable.default" in forward and "zoo.deformable_backward.default" in backward and not sampled
+    else:
+        assert sampled and not any("zoo" in name for name in forward | backward)
+    same_when_compiled(form, compiled, [each.requires_grad_() for each in inputs(grid, batch=3)])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("grid", [(9,), (5, 7)])
+def test_inductor_gives_the_same(form, grid):
+    torch._dynamo.reset()
+    compiled = torch.compile(form, fullgraph=True)
+    for batch in (2, 3):  # the second compiles for any batch
+        same_when_compiled(form, compiled, [each.requires_grad_() for each in inputs(grid, batch=batch)])
+
+
+@pytest.mark.parametrize("grid", [(9,), (5, 7)])
+def test_export_knows_no_operator_of_ours(grid):
+    class Sample(torch.nn.Module):
+        def forward(self, value, offsets, weights):
+            return deformable(value, offsets, weights, kernel=3)
+
+    given = inputs(grid)
+    program = torch.export.export(Sample(), given, strict=False)
+    assert not any("zoo" in str(node.target) for node in program.graph.nodes)
+    assert relative(program.module()(*given), deformable(*given, kernel=3)) <= 1e-5
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
-    "change,words",
+    ("change", "words"),
     [
         ({"kernel": 5}, "25"),
         ({"kernel": (3,)}, "kernel"),
+        ({"kernel": (3, 3, 3)}, "kernel"),
+        ({"kernel": 0}, "at least 1"),
         ({"padding": "valid"}, "padding"),
+        ({"padding": 1.5}, "padding"),
+        ({"padding": 0}, "offsets"),
+        ({"stride": 0}, "stride"),
         ({"stride": 2}, "offsets"),
+        ({"dilation": 0}, "dilation"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_that_do_not_fit_are_refused_in_one_line(change, words):
+    with pytest.raises(ValueError, match=words) as error:
         deformable(*inputs((5, 7)), **({"kernel": 3} | change))
+    assert "\n" not in str(error.value)
 
 
-def test_groups_must_divide_channels():
-    value, offsets, weights = inputs((5, 7), groups=3, channels=8)
-    with pytest.raises(ValueError, match="3 groups"):
-        deformable(value, offsets, weights, kernel=3)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value, offsets, weights: (value[:1], offsets, weights),
+        lambda value, offsets, weights: (value[:, :4], offsets, weights),
+        lambda value, offsets, weights: (value, offsets[:, :, :6], weights[:, :, :6]),
+        lambda value, offsets, weights: (value, offsets, weights[:, :, :6]),
+        lambda value, offsets, weights: (value, offsets, weights[..., :8]),
+        lambda value, offsets, weights: (value, offsets, weights[..., :1, :]),
+        lambda value, offsets, weights: (value, offsets[..., :1], weights),
+        lambda value, offsets, weights: (value, offsets.flatten(-2), weights),
+        lambda value, offsets, weights: (value, offsets.flatten(1, 2), weights.flatten(1, 2)),
+        lambda value, offsets, weights: (value, offsets[:, :, :, 0], weights[:, :, :, 0]),
+        lambda value, offsets, weights: (value[:, None], offsets, weights),
+        lambda value, offsets, weights: (value[..., 0], offsets, weights),
+        lambda value, offsets, weights: (value, offsets[..., :0, :, :], weights[..., :0, :]),
+        lambda value, offsets, weights: (value[..., :5], offsets, weights),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_in_one_line(change):
+    given = inputs((5, 7))
+    deformable(*given, kernel=3)
+    with pytest.raises(ValueError, match="deformable|groups") as error:
+        deformable(*change(*given), kernel=3)
+    assert "\n" not in str(error.value)
+
+
+GRIDS = ((3, 4), (2, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value, grids, places, weights: (value[:, 1:], grids, places, weights),
+        lambda value, grids, places, weights: (value[:1], grids, places, weights),
+        lambda value, grids, places, weights: (value[0], grids, places, weights),
+        lambda value, grids, places, weights: (value[..., :3], grids, places, weights),
+        lambda value, grids, places, weights: (value, grids[:1], places, weights),
+        lambda value, grids, places, weights: (value[:, :12], grids[:1], places, weights),
+        lambda value, grids, places, weights: (value[:, :0], (), places[:, :, :, :0], weights[:, :, :, :0]),
+        lambda value, grids, places, weights: (value, grids, places[..., :1], weights),
+        lambda value, grids, places, weights: (value, grids, places, weights[..., :2]),
+        lambda value, grids, places, weights: (value, grids, places[:1], weights),
+        lambda value, grids, places, weights: (value, grids, places[:1], weights[:1]),
+        lambda value, grids, places, weights: (value, grids, places[0], weights[0]),
+    ],
+)
+def test_maps_and_places_that_do_not_fit_are_refused_in_one_line(change):
+    given = (torch.randn(2, 16, 4), GRIDS, torch.rand(2, 5, 2, 2, 3, 2), torch.randn(2, 5, 2, 2, 3))
+    multiscale(*given)
+    with pytest.raises(ValueError, match="multiscale|fit|groups") as error:
+        multiscale(*change(*given))
+    assert "\n" not in str(error.value)
+
+
+# Several maps
+
+
+@pytest.mark.parametrize("form", PUBLIC, indirect=True)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_multiscale_is_the_sum_over_the_maps(form, kind):
+    value, weights = torch.randn(2, 16, 6).to(kind), torch.randn(2, 5, 3, 2, 4).to(kind)
+    pixels = torch.randint(-1, 4, (2, 5, 3, 2, 4, 2)) + 0.1 + 0.8 * torch.rand(2, 5, 3, 2, 4, 2)
+    places = (pixels.double() + 0.5) / torch.tensor(GRIDS)[:, None]
+    places = places.to(torch.promote_types(kind, torch.float32))
+    given, leaves = both((value, places, weights))
+    wanted = 0
+    for level, (part, grid) in enumerate(zip(leaves[0].split([12, 4], 1), GRIDS, strict=True)):
+        there = leaves[1][:, :, :, level] * torch.tensor(grid) - 0.5
+        wanted = wanted + gathered(part.unflatten(1, grid), there, leaves[2][:, :, :, level])
+    got = multiscale(given[0], GRIDS, *given[1:])
+    assert got.dtype == kind
+    check(got, wanted, given, leaves, [CLOSE[kind]] * 4)

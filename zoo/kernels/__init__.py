@@ -1,5 +1,6 @@
 """Operators behind the mixers: one public function each, the reference in plain PyTorch beside the fast forms."""
 
-from zoo.kernels.deformable import deformable
+from zoo.kernels.deformable import deformable, multiscale
+from zoo.kernels.linear import linear_attention
 
-__all__ = ["deformable"]
+__all__ = ["deformable", "linear_attention", "multiscale"]

@@ -1,17 +1,139 @@
 """Deformable aggregation: every output point sums samples of the input at learned offsets, with weights used as given
 (DCNv4, Xiong et al. 2024, arXiv:2401.06197).
 
-    out[p, g] = sum_k weights[p, g, k] * sample(value[..., g], p * stride + origin + scale * (tap_k + offsets[p, g, k]))
+    out[p, g] = sum_k weights[p, g, k] * sample(value[..., g], base[p] + scale * (taps[k] + offsets[p, g, k]))
 
-`sample` is linear along each axis and zero outside the grid. `reference` uses grid_sample; `oracle` gathers the corners
-one by one and serves the tests in fp64.
+`sample` is linear along each axis and zero outside the grid. The forms: `gathered` takes the corners of each sample one
+by one, exact in fp64, which the tests compare with; `reference` runs everywhere and is what exporters know; C++ on the
+CPU and Triton on CUDA stand behind one operator, which the compiler calls, too: measured, that is twice as fast as what
+it makes of gathers written out tap by tap, and compiles in one sixtieth of the time.
 """
 
+import importlib.util
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zoo.kernels import deformable_cpu
+from zoo.layer import table
+
+
+def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """The sum in plain PyTorch: value [B, *grid, C], places [B, P, G, K, axes], weights [B, P, G, K] -> [B, P, C].
+
+    Maps go through grid_sample, in one call for all groups. Lines do not: its coordinates in -1..1 lose a thousandth of
+    a pixel where a line is 15,000 long.
+    """
+    places = places.nan_to_num(-2.0, -2.0, -2.0)  # what is no number lies outside
+    if value.ndim == 3:
+        return gathered(value.to(places.dtype), places, weights).to(value.dtype)
+    batch, groups = value.shape[0], places.shape[2]
+    size = torch.tensor(value.shape[1:-1], dtype=places.dtype, device=value.device)
+    where = ((2 * places + 1) / size - 1).flip(-1).transpose(1, 2).flatten(0, 1)  # [B * G, P, K, (x, y)] in -1..1
+    maps = value.to(where.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    samples = F.grid_sample(maps, where, mode="bilinear", padding_mode="zeros", align_corners=False)
+    summed = torch.einsum("bcpk,bpk->bpc", samples, weights.transpose(1, 2).flatten(0, 1).to(samples.dtype))
+    return summed.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def gathered(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """The same by gathering each corner of each sample; on maps slower than grid_sample."""
+    grid = value.shape[1:-1]
+    batch, points, groups, taps = weights.shape
+    channels = value.shape[-1] // groups
+    flat = value.flatten(1, -2).unflatten(-1, (groups, channels)).transpose(1, 2)  # [B, G, N, C / G]
+    places, weights = places.transpose(1, 2), weights.transpose(1, 2)  # [B, G, P, K, ...]
+    low = places.detach().floor()
+    total = torch.zeros(batch, groups, points, channels, dtype=value.dtype, device=value.device)
+    for corner in itertools.product((0, 1), repeat=len(grid)):
+        index = torch.zeros_like(low[..., 0], dtype=torch.long)
+        share = torch.ones_like(places[..., 0])
+        for axis, (side, size) in enumerate(zip(corner, grid, strict=True)):
+            at = low[..., axis] + side
+            part = places[..., axis] - low[..., axis]
+            share = share * (part if side else 1 - part) * ((at >= 0) & (at < size))
+            index = index * size + at.clamp(0, size - 1).long()
+        picked = flat.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, channels))
+        total = total + (picked.unflatten(2, (points, taps)) * (share * weights)[..., None]).sum(3)
+    return total.transpose(1, 2).flatten(2)
+
+
+def positions(offsets: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
+    """Where each tap is read, in pixels, in fp32 at least: half precision would blur places. [B, P, G, K, axes]."""
+    return base[:, None, None] + scale * (taps + offsets)
+
+
+@torch.library.custom_op("zoo::deformable", mutates_args=())
+def operator(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
+    """`aggregate` by the fast form of the device."""
+    return _fast(value.device.type).forward(value, offsets, weights, base, taps, scale)
+
+
+@torch.library.custom_op("zoo::deformable_backward", mutates_args=())
+def operator_backward(
+    gradient: Tensor, value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, offsets and weights."""
+    return _fast(value.device.type).backward(gradient, value, offsets, weights, base, taps, scale)
+
+
+def _fast(device: str) -> Any:
+    """The module with the fast form for the device, or None."""
+    if device == "cpu":
+        return deformable_cpu if deformable_cpu.available() else None
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from zoo.kernels import deformable_triton
+
+        return deformable_triton
+    return None
+
+
+def _has_fast(device: str) -> bool:
+    return _fast(device) is not None
+
+
+# torch.compiler.assume_constant_result, without the second that it takes to import the compiler.
+_has_fast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@operator.register_fake
+def _(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
+    return value.new_empty(offsets.shape[0], offsets.shape[1], value.shape[-1])
+
+
+@operator_backward.register_fake
+def _(
+    gradient: Tensor, value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*operator_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None)
+
+
+operator.register_autograd(_differentiate, setup_context=_remember)
+
+
+def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
+    """value [B, *grid, C], offsets [B, P, G, K, axes], weights [B, P, G, K], base [P, axes], taps [K, axes] ->
+    [B, P, C]. Base and taps are constants; gradients go to the others."""
+    if not offsets.shape[2] or value.shape[-1] % offsets.shape[2]:
+        raise ValueError(f"{offsets.shape[2]} groups do not divide {value.shape[-1]} channels")
+    # The compiler takes is_exporting to be true, whether it exports or not.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting or not _has_fast(value.device.type):
+        return reference(value, positions(offsets, base, taps, scale), weights)
+    return operator(value, offsets, weights, base, taps, scale)
 
 
 def deformable(
@@ -28,102 +150,77 @@ def deformable(
     """value [B, *grid, C], offsets [B, *out, G, K, axes], weights [B, *out, G, K] -> [B, *out, C].
 
     The grid has one axis or two. K counts the kernel's taps in row-major order; offsets are in pixels and in the order
-    of the grid (y, x). Padding "same" centres the kernel on its output point; a number p starts it p pixels outside the
-    grid as a convolution does. ValueError where shapes do not fit each other.
+    of the grid (y, x). A tap is read at p * stride + scale * (tap + offset), taps counted from the kernel's centre.
+    Padding "same" keeps the size, divided by the stride and rounded up; a number p puts the first point where a
+    convolution padded by p has its first kernel's centre. ValueError where shapes do not fit each other.
     """
-    places = sampling(value, offsets, weights, kernel, stride, dilation, padding, scale)
-    return reference(value, places, weights)
-
-
-def sampling(
-    value: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    kernel: int | tuple[int, ...],
-    stride: int,
-    dilation: int,
-    padding: int | str,
-    scale: float,
-) -> Tensor:
-    """Where each tap is read, in pixels: [B, *out, G, K, axes]. Checks all shapes."""
-    grid = tuple(value.shape[1:-1])
-    axes = len(grid)
+    grid, axes = tuple(value.shape[1:-1]), value.ndim - 2
     kernel = (kernel,) * axes if isinstance(kernel, int) else kernel
     if axes not in (1, 2) or len(kernel) != axes:
         raise ValueError(f"deformable takes grids of 1 or 2 axes and a kernel of as many, not {grid} and {kernel}")
+    if min(*kernel, stride, dilation) < 1:
+        raise ValueError(f"kernel, stride and dilation are at least 1, not {kernel}, {stride} and {dilation}")
+    reach = [dilation * (taps - 1) for taps in kernel]
     if padding == "same":
         out = tuple(-(-size // stride) for size in grid)
-        starts = [-dilation * ((taps - 1) // 2) for taps in kernel]
-        origin = [0.0] * axes
+        origin = (0,) * axes
     elif isinstance(padding, int):
-        out = tuple(
-            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps in zip(grid, kernel, strict=True)
-        )
-        starts = [-dilation * ((taps - 1) // 2) for taps in kernel]
-        origin = [float(-padding - start) for start in starts]
+        out = tuple((size + 2 * padding - span - 1) // stride + 1 for size, span in zip(grid, reach, strict=True))
+        origin = tuple(dilation * ((taps - 1) // 2) - padding for taps in kernel)
     else:
         raise ValueError(f'padding is a number or "same", not {padding!r}')
-    taps = torch.tensor(
-        list(
-            itertools.product(
-                *[[start + dilation * i for i in range(n)] for start, n in zip(starts, kernel, strict=True)]
-            )
-        ),
-        dtype=torch.promote_types(offsets.dtype, torch.float32),
-        device=value.device,
-    )
-    groups = offsets.shape[-3]
-    if offsets.shape != (value.shape[0], *out, groups, len(taps), axes) or weights.shape != offsets.shape[:-1]:
+    groups, points = offsets.shape[-3] if offsets.ndim == axes + 4 else 1, tuple(weights.shape[1 : axes + 1])
+    wanted = (value.shape[0], *out, groups, _product(kernel), axes)
+    if tuple(offsets.shape) != wanted or weights.shape != offsets.shape[:-1]:
         raise ValueError(
-            f"deformable expects offsets {(value.shape[0], *out, 'groups', len(taps), axes)} and weights without the "
-            f"last axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
+            f"deformable expects offsets {(value.shape[0], *out, 'groups', _product(kernel), axes)} and weights "
+            f"without the last axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
         )
-    if value.shape[-1] % groups:
-        raise ValueError(f"{groups} groups do not divide {value.shape[-1]} channels")
+    kind = torch.promote_types(offsets.dtype, torch.float32)
+    base = table(_lattice, out, (stride,) * axes, origin, kind, device=value.device)
+    centre = tuple(-dilation * ((taps - 1) // 2) for taps in kernel)
+    taps = table(_lattice, kernel, (dilation,) * axes, centre, kind, device=value.device)
+    y = aggregate(value, offsets.flatten(1, axes), weights.flatten(1, axes), base, taps, scale)
+    return y.unflatten(1, points)
+
+
+def multiscale(value: Tensor, grids: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+    """Sums samples of several maps: value [B, M, C], the maps of `grids` one after the other; places [B, N, G, L, K, 2]
+    in 0..1 of each map's height and width, (y, x); weights [B, N, G, L, K] -> [B, N, C].
+
+    The sampling of multi-scale deformable attention (Zhu et al. 2021, arXiv:2010.04159); weights are used as given.
+    """
+    sizes, shapes = tuple(value.shape), (tuple(places.shape), tuple(weights.shape))
+    if places.ndim != 6 or shapes[0] != (*shapes[1], 2):
+        raise ValueError(f"multiscale expects a place (y, x) for each weight, not {shapes[0]} and {shapes[1]}")
+    levels = places.shape[3]
+    if not grids or len(grids) != levels or sum(rows * columns for rows, columns in grids) != sizes[1]:
+        raise ValueError(f"{sizes[1]} tokens and {levels} levels do not fit the grids {tuple(grids)}")
+    if len(sizes) != 3 or sizes[0] != places.shape[0]:
+        raise ValueError(f"multiscale expects a value ({places.shape[0]}, tokens, channels), not {sizes}")
+    kind = torch.promote_types(places.dtype, torch.float32)
+    nowhere = torch.zeros(places.shape[1], 2, dtype=kind, device=value.device)
+    centre = torch.zeros(places.shape[4], 2, dtype=kind, device=value.device)
+    maps = value.split([rows * columns for rows, columns in grids], 1)
+    total = None
+    for level, grid in enumerate(grids):
+        pixels = places[:, :, :, level].to(kind) * torch.tensor(grid, dtype=kind, device=value.device) - 0.5
+        one = aggregate(maps[level].unflatten(1, grid), pixels, weights[:, :, :, level], nowhere, centre, 1.0)
+        total = one if total is None else total + one
+    assert total is not None
+    return total
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    return sizes[0] * (sizes[1] if len(sizes) == 2 else 1)
+
+
+def _lattice(
+    sizes: tuple[int, ...], steps: tuple[int, ...], origin: tuple[int, ...], kind: torch.dtype, device: torch.device
+) -> Tensor:
+    """All points origin + steps * (0 .. sizes - 1) in row-major order: [product(sizes), axes]."""
     lines = [
-        torch.arange(size, device=value.device, dtype=taps.dtype) * stride + start
-        for size, start in zip(out, origin, strict=True)
+        torch.arange(size, device=device, dtype=kind) * step + start
+        for size, step, start in zip(sizes, steps, origin, strict=True)
     ]
-    base = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
-    return base[..., None, None, :] + scale * (taps + offsets)
-
-
-def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """The sum by grid_sample, one call for all groups; a line of tokens is a map of height 1."""
-    grid, out = value.shape[1:-1], places.shape[1:-3]
-    batch, groups = value.shape[0], places.shape[-3]
-    if len(grid) == 1:
-        value = value[:, None]
-        places = torch.cat([torch.zeros_like(places), places], -1)
-    size = torch.tensor(value.shape[1:-1], dtype=places.dtype, device=value.device)
-    where = ((2 * places + 1) / size - 1).flip(-1)  # -1..1, x first
-    where = where.flatten(1, -4).movedim(2, 1).flatten(0, 1)  # [B * G, points, K, 2]; half precision would blur places
-    maps = value.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B * G, C / G, H, W]
-    wide = maps.to(where.dtype)
-    samples = F.grid_sample(wide, where, mode="bilinear", padding_mode="zeros", align_corners=False).to(maps.dtype)
-    by_group = weights.flatten(1, -3).movedim(2, 1).flatten(0, 1)  # [B * G, points, K]
-    summed = torch.einsum("bcpk,bpk->bpc", samples, by_group)
-    return summed.unflatten(0, (batch, groups)).transpose(1, 2).flatten(2).unflatten(1, out)
-
-
-def oracle(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """The same by gathering each corner of each sample: slow, exact in fp64, for the tests."""
-    grid, out = value.shape[1:-1], places.shape[1:-3]
-    batch, groups, taps = len(value), places.shape[-3], places.shape[-2]
-    channels = value.shape[-1] // groups
-    flat = value.flatten(1, -2).unflatten(-1, (groups, channels)).transpose(1, 2)  # [B, G, N, C / G]
-    places = places.flatten(1, -4).movedim(2, 1)  # [B, G, points, K, axes]
-    weights = weights.flatten(1, -3).movedim(2, 1)
-    low = places.detach().floor()
-    total = torch.zeros(batch, groups, places.shape[2], channels, dtype=value.dtype, device=value.device)
-    for corner in itertools.product((0, 1), repeat=len(grid)):
-        index = torch.zeros_like(low[..., 0], dtype=torch.long)
-        share = torch.ones_like(places[..., 0])
-        for axis, (side, size) in enumerate(zip(corner, grid, strict=True)):
-            at = low[..., axis] + side
-            share = share * (1 - (places[..., axis] - at).abs()) * ((at >= 0) & (at < size))
-            index = index * size + at.clamp(0, size - 1).long()
-        picked = flat.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, channels))
-        total = total + (picked.unflatten(2, (-1, taps)) * (share * weights)[..., None]).sum(3)
-    return total.transpose(1, 2).reshape(batch, *out, -1)
+    return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)

@@ -1,13 +1,14 @@
 """What mixes tokens, by name. A new mixer is a class in this folder and a row in this table."""
 
 from zoo.layer import Layer
-from zoo.mixers.attention import Cross, Softmax
-from zoo.mixers.deformable import DCNv4
+from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, SimplifiedLinear
-from zoo.mixers.local import Convolution, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.local import Convolution, Depthwise, Identity, Pool, SeparableConv, SwishConvolution
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
+    "window": Window,
     "sla": SimplifiedLinear,
     "dcnv4": DCNv4,
     "pool": Pool,
@@ -16,6 +17,6 @@ MIXERS: dict[str, type[Layer]] = {
     "identity": Identity,
 }
 
-CROSSES: dict[str, type[Layer]] = {"softmax": Cross}
+CROSSES: dict[str, type[Layer]] = {"softmax": Cross, "deformable": DeformableCross}
 
-CONVS: dict[str, type[Layer]] = {"glu": Convolution, "swish": SwishConvolution}
+CONVS: dict[str, type[Layer]] = {"glu": Convolution, "swish": SwishConvolution, "depthwise": Depthwise}

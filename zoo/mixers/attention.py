@@ -28,7 +28,7 @@ class Projected(Layer):
     reads = frozenset({"prefix", "mask", "code"})
     mixes = True
 
-    def __init__(self, dim: int, heads: int, head_dim: int = 0, kv_heads: int = 0) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int = 0, kv_heads: int = 0, bias: bool = True) -> None:
         super().__init__()
         if head_dim == 0 and dim % heads:
             raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do, or give head_dim")
@@ -37,8 +37,8 @@ class Projected(Layer):
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide the {heads} heads; {kv_heads} does not")
         width = heads * self.head_dim
-        self.qkv = linear(dim, width + 2 * self.kv_heads * self.head_dim)
-        self.out = linear(width, dim)
+        self.qkv = linear(dim, width + 2 * self.kv_heads * self.head_dim, bias)
+        self.out = linear(width, dim, bias)
         self.sites = dict.fromkeys(("query", "key", "value"), self.head_dim) | {"inner": width}
         self.query: Layer | None = None
         self.key: Layer | None = None
@@ -60,8 +60,9 @@ class Projected(Layer):
         else:
             split = sum(self.widths[:2])
             weight, bias = self.qkv.weight, self.qkv.bias
-            q, k = F.linear(x + context.code, weight[:split], bias[:split]).split(self.widths[:2], -1)
-            v = F.linear(x, weight[split:], bias[split:])
+            first, last = (None, None) if bias is None else (bias[:split], bias[split:])
+            q, k = F.linear(x + context.code, weight[:split], first).split(self.widths[:2], -1)
+            v = F.linear(x, weight[split:], last)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.query is not None:
             q = self.query(q, context)
@@ -93,15 +94,24 @@ class Softmax(Projected):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
     qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442); kv_heads below `heads` shares
-    keys and values between heads, 0 means as many (Shazeer 2019, arXiv:1911.02150); head_dim 0 means dim / heads.
+    keys and values between heads, 0 means as many (Shazeer 2019, arXiv:1911.02150); head_dim 0 means dim / heads;
+    bias=False leaves the biases of both projections away.
     """
 
     reads = Projected.reads | {"rotary", "bias"}
 
     def __init__(
-        self, dim: int, heads: int, axes: int = 2, *, qk_norm: bool = False, kv_heads: int = 0, head_dim: int = 0
+        self,
+        dim: int,
+        heads: int,
+        axes: int = 2,
+        *,
+        qk_norm: bool = False,
+        kv_heads: int = 0,
+        head_dim: int = 0,
+        bias: bool = True,
     ) -> None:
-        super().__init__(dim, heads, head_dim, kv_heads)
+        super().__init__(dim, heads, head_dim, kv_heads, bias)
         if qk_norm:
             self.fill("query", LayerNorm(self.head_dim))
             self.fill("key", LayerNorm(self.head_dim))
@@ -109,6 +119,48 @@ class Softmax(Projected):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         return attend(query, key, value, context.mask, context.bias)
+
+
+class Window(Projected):
+    """Softmax attention inside windows of `size` x `size` tokens, or of `size` tokens along time (Swin without its
+    shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). Windows are cut from the
+    grid's first corner; the last ones may reach beyond the grid, where there is nothing to attend to."""
+
+    reads = Projected.reads - {"prefix"}
+
+    def __init__(self, dim: int, heads: int, axes: int = 2, *, size: int = 7) -> None:
+        super().__init__(dim, heads)
+        self.size = size
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        size, grid, axes = self.size, context.grid, len(context.grid)
+        missing = [-length % size for length in grid]
+        counts = [(length + more) // size for length, more in zip(grid, missing, strict=True)]
+        margin = [0, 0, *(side for more in reversed(missing) for side in (0, more))]
+        order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
+
+        def cut(x: Tensor) -> Tensor:
+            """[B, N, C] -> [B * windows, tokens of a window, C]."""
+            x = x.unflatten(1, grid)
+            if any(missing):
+                x = F.pad(x, margin)
+            for axis, count in enumerate(counts):
+                x = x.unflatten(1 + 2 * axis, (count, size))
+            return x.permute(order).flatten(axes + 1, -2).flatten(0, axes)
+
+        mask = context.mask
+        if mask is None and any(missing):
+            mask = query.new_ones(1, query.shape[1], dtype=torch.bool)
+        if mask is not None:
+            mask = cut(mask.expand(query.shape[0], -1)[..., None])[..., 0]
+        q, k, v = (cut(part.flatten(2)).unflatten(-1, part.shape[2:]) for part in (query, key, value))
+        y = attend(q, k, v, mask)
+        y = y.flatten(2).unflatten(0, (query.shape[0], *counts)).unflatten(axes + 1, (size,) * axes)
+        y = y.permute([order.index(place) for place in range(len(order))])
+        for axis in range(axes):
+            y = y.flatten(1 + axis, 2 + axis)
+        y = y[(slice(None), *(slice(length) for length in grid))]
+        return y.flatten(1, axes).unflatten(-1, query.shape[2:])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels import linear_attention
 from zoo.layer import Context, to_map, to_tokens, zeroed
 from zoo.mixers.attention import Projected, rotate
 
@@ -13,9 +14,9 @@ from zoo.mixers.attention import Projected, rotate
 class SimplifiedLinear(Projected):
     """q' (k'^T v) / (q' sum k') + depthwise(v), q' = relu(q), k' = relu(k) (SLAB, Guo et al. 2024, arXiv:2405.11582).
 
-    Sums over keys are kept as means, so half precision holds at any number of tokens. Rotary angles turn the numerator
-    alone. The depthwise filter has one head's channels and serves every head; prefix tokens stay outside it. Unlike the
-    paper there is no learned table on the keys, which would tie the layer to one resolution.
+    Half precision holds at any number of tokens. Rotary angles turn the numerator alone. The depthwise filter has one
+    head's channels and serves every head; prefix tokens stay outside it. Unlike the paper there is no learned table on
+    the keys, which would tie the layer to one resolution.
     """
 
     reads = Projected.reads | {"rotary"}
@@ -31,27 +32,21 @@ class SimplifiedLinear(Projected):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        query, key, value = F.relu(query), zeroed(F.relu(key), context.mask), zeroed(value, context.mask)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        if context.mask is None:
-            share = torch.full((1, 1, 1, 1), 1.0 / key.shape[1], dtype=wide, device=key.device)
-        else:
-            share = 1.0 / context.mask.sum(1).clamp(min=1).to(wide)[:, None, None, None]
-        mean = (key * share).sum(1, keepdim=True, dtype=wide)  # [B, 1, H, d]
-        scale = 1.0 / ((query * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6)  # [B, N, H, 1]
-        half = share.sqrt().to(value.dtype)
-        turned = (rotate(key, context.rotary) * half).transpose(1, 2)
-        summary = turned.transpose(-1, -2) @ (value * half).transpose(1, 2)  # [B, H, d, d]
-        mixed = (rotate(query, context.rotary).transpose(1, 2) @ summary).transpose(1, 2)
-        return (mixed * scale).to(value.dtype) + self.local(value, context)
+        query, key, value = F.relu(query), F.relu(key), zeroed(value, context.mask)
+        turned = None
+        if context.rotary is not None:
+            turned = rotate(query, context.rotary), rotate(key, context.rotary)
+        return linear_attention(query, key, value, context.mask, turned, beside=self.local(value, context))
 
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""
         conv = F.conv1d if len(context.grid) == 1 else F.conv2d
-        weight = self.weight.repeat(self.heads, *[1] * (self.weight.ndim - 1))
+        weight, bias = torch.cat((self.weight,) * self.heads), torch.cat((self.bias,) * self.heads)
         maps = to_map(value[:, context.prefix :].flatten(2), context.grid)
-        near = conv(maps, weight, self.bias.repeat(self.heads), padding=self.kernel // 2, groups=len(weight))
-        return F.pad(to_tokens(near), (0, 0, context.prefix, 0)).unflatten(-1, (self.heads, -1))
+        near = to_tokens(conv(maps, weight, bias, padding=self.kernel // 2, groups=len(weight)))
+        if context.prefix:
+            near = F.pad(near, (0, 0, context.prefix, 0))
+        return near.unflatten(-1, (self.heads, -1))
 
 
 class ChannelGroups(Projected):

@@ -1,9 +1,9 @@
 """Mixers and branches that look at neighbours on the grid: pooling, separable convolution, speech convolution, none."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.ffns import StarReLU
 from zoo.fusion import fold_site
 from zoo.layer import Context, Fold, Layer, linear, make, to_map, to_tokens, zeroed
 from zoo.norms import NORMS, Norm
@@ -46,18 +46,6 @@ class Pool(Layer):
         real = to_map(context.mask[..., None].to(x.dtype), context.grid)
         share = self.pool(real, counted=True).clamp(min=1e-4)
         return to_tokens(self.pool(maps, counted=True) / share) - x
-
-
-class StarReLU(nn.Module):
-    """scale * relu(x)^2 + bias, both learned scalars (Yu et al. 2022, arXiv:2210.13452)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-        self.bias = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x).square() + self.bias
 
 
 def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.Conv2d:
@@ -135,3 +123,19 @@ class SwishConvolution(Convolution):
     arXiv:2206.00888)."""
 
     gate = "swish"
+
+
+class Depthwise(Layer):
+    """A depthwise convolution on the grid and nothing else: as a bare branch it is the conditional position encoding in
+    front of each branch of DaViT (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645)."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+    bare = True
+
+    def __init__(self, dim: int, axes: int, norm: str, *, kernel: int = 3) -> None:
+        super().__init__()
+        self.conv = depthwise(dim, kernel, axes, bias=True)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return to_tokens(self.conv(to_map(zeroed(x, context.mask), context.grid)))

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.block import BlockConfig
+from zoo.config import Config
 from zoo.layer import count_parameters
-from zoo.models import vit
+from zoo.models import pyramid, vit
 
-PRESETS: dict[str, BlockConfig] = {**vit.PRESETS}
-FAMILIES: dict[str, type[BlockConfig]] = {"vit": vit.ViTConfig}
+PRESETS: dict[str, Config] = {**vit.PRESETS, **pyramid.PRESETS}
+FAMILIES: dict[str, type[Config]] = {"vit": vit.ViTConfig, "pyramid": pyramid.PyramidConfig}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -21,7 +21,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in PRESETS if fnmatchcase(name, pattern))
 
 
-def configure(name: str, **choices: Any) -> BlockConfig:
+def configure(name: str, **choices: Any) -> Config:
     """The config of a preset with some of its fields replaced; ValueError where a name or a choice is wrong."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3)

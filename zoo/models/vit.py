@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.block import Block, BlockConfig, run
+from zoo.block import Block, drop_rates, run
 from zoo.channels import grid_mean
+from zoo.config import BlockConfig
 from zoo.fusion import fold_in, keep, not_affine
 from zoo.layer import Context, Fold, linear, make
 from zoo.norms import NORMS, Norm
@@ -79,7 +80,7 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.tokens, std=0.02)
         place = (config.dim, config.head_dim, (side, side), config.prefix)
         self.position = make(POSITIONS, config.position, *place)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_rates(config.drop_path, config.depth))
         self.norm: Norm | None = make(NORMS, config.norm, config.dim)
         self.head = linear(config.dim, config.classes) if config.classes else None
         self.head_distilled = None

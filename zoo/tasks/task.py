@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from zoo.block import BlockConfig
+from zoo.config import Config
 from zoo.data.sampling import global_seed
 from zoo.layer import advance
 from zoo.models import create_model
@@ -91,7 +91,7 @@ class Task(lightning.LightningModule):
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     @property
-    def config(self) -> BlockConfig:
+    def config(self) -> Config:
         return self.model.config  # pyright: ignore[reportReturnType]
 
     @property
@@ -222,7 +222,7 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> nn.Module:
 
     ValueError where a choice changes any other weight.
     """
-    config: BlockConfig = start.model.config  # pyright: ignore[reportAssignmentType]
+    config: Config = start.model.config  # pyright: ignore[reportAssignmentType]
     preset = start.config["preset"]
     choices = dict(choices)
     if (asked := choices.pop("name", preset)) != preset:

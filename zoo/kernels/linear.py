@@ -1,0 +1,47 @@
+"""Attention without softmax, whose products may be taken in either order: the core of the linear mixers."""
+
+import torch
+from torch import Tensor
+
+from zoo.layer import zeroed
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    turned: tuple[Tensor, Tensor] | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """sum_j (q_i . k_j) v_j / sum_j (q_i . k_j), for query [B, N, H, d], key [B, M, H, d] and value [B, M, H, e], keys
+    and queries not negative: [B, N, H, e].
+
+    mask [B, M] is True on real keys. turned replaces query and key in the numerator alone (rotary positions); beside
+    [B, N, H, e] is added to the result. Sums over keys are means, so no number grows with their number: half precision
+    holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query without any overlap gives 0. A head
+    costs N M (d + e) or (N + M) d e products, whichever are fewer.
+    """
+    key = zeroed(key, mask)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if mask is None:
+        share = 1.0 / key.shape[1]
+        mean = key.mean(1, keepdim=True, dtype=wide)  # [B, 1, H, d]
+    else:
+        share = 1.0 / mask.sum(1).clamp(min=1).to(wide)[:, None, None, None]
+        mean = key.sum(1, keepdim=True, dtype=wide) * share
+    total = (query * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6  # [B, N, H, 1]
+    if turned is not None:
+        query, key = turned[0], zeroed(turned[1], mask)
+    if query.dtype == torch.float16:  # scaled before they are summed, half of it on each side: neither end of the range
+        half = torch.as_tensor(share, device=key.device).sqrt().to(key.dtype)
+        key, value, share = key * half, value * half, 1.0
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    queries, keys, width, depth = query.shape[2], key.shape[2], key.shape[3], value.shape[3]
+    if queries * keys * (width + depth) < (queries + keys) * width * depth:
+        mixed = (query @ key.transpose(-1, -2)) @ value
+    else:
+        mixed = query @ (key.transpose(-1, -2) @ value * share).to(query.dtype)
+        share = 1.0
+    mixed, scale = mixed.transpose(1, 2), (share / total).to(mixed.dtype)
+    return mixed * scale if beside is None else torch.addcmul(beside, mixed, scale)
