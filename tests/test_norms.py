@@ -9,7 +9,7 @@ from helpers import randomise, relative
 from torch import nn
 
 from zoo import advance, refresh_statistics
-from zoo.layer import Context
+from zoo.layer import Context, make
 from zoo.norms import NORMS, BatchNorm, LayerNorm, PRepBN, RepBN
 
 CONTEXT = Context(grid=(12,))
@@ -193,3 +193,39 @@ def test_layernorm_without_affine_has_no_parameters():
     assert not list(norm.parameters())
     x = torch.randn(2, 12, 8)
     assert relative(norm(x, CONTEXT), nn.LayerNorm(8, eps=1e-3, elementwise_affine=False)(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "repbn", "prepbn"])
+@pytest.mark.parametrize("shape", [(4, 7, 6), (2, 1, 6), (3, 5, 2, 6)])
+def test_training_without_a_mask_is_training_with_all_tokens_real(name, shape):
+    """Two kernels, one function: outputs, gradients and running statistics."""
+    outcomes = []
+    for mask in (None, torch.ones(shape[:2], dtype=torch.bool)):
+        norm = randomise(make(NORMS, name, 6)).double().train()
+        advance(norm, 0.3)
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        y = norm(x, Context(grid=(shape[1],), mask=mask))
+        (y * torch.arange(y.numel()).view(shape).cos()).sum().backward()
+        outcomes.append([y, x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    assert len(outcomes[0]) >= 6
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_groupnorm_is_torchs(groups, heads):
+    norm = randomise(make(NORMS, f"groupnorm(groups={groups})", 6)).double()
+    x = torch.randn(2, 5, *heads, 6, dtype=torch.float64)
+    moved = x.movedim(-1, 1)
+    wanted = torch.nn.functional.group_norm(moved, groups, norm.weight, norm.bias, 1e-5).movedim(1, -1)
+    assert torch.allclose(norm(x, Context(grid=(5,))), wanted, rtol=1e-9, atol=1e-12)
+    masked = norm(x, Context(grid=(5,), mask=torch.ones(2, 5, dtype=torch.bool)))
+    assert torch.allclose(masked, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_bias_can_be_left_away():
+    norm = make(NORMS, "layernorm(bias=False)", 6)
+    assert norm.bias is None and norm.weight is not None
+    with pytest.raises(ValueError, match="4 groups"):
+        make(NORMS, "groupnorm(groups=4)", 6)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.fft import dct, dctn
 from timm.layers import Attention, EcaModule, SqueezeExcite, SwiGLU, SwiGLUPacked, resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.davit import ChannelAttention
+from timm.models.davit import ChannelAttention, ConvPosEnc, WindowAttention
 from timm.models.metaformer import Pooling, SepConv
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -29,7 +29,7 @@ from zoo.ffns import FFNS
 from zoo.kernels import deformable, multiscale
 from zoo.kernels.deformable import gathered
 from zoo.layer import Context, Memory, to_map, to_tokens
-from zoo.mixers import CROSSES, MIXERS
+from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.mixers.attention import rotate
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
@@ -232,6 +232,41 @@ def test_sepconv_is_timm_sepconv(ratio, kernel):
     check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
 
 
+@pytest.mark.parametrize("grid", [(6, 9), (3, 3), (12,)])
+def test_window_is_attention_inside_each_window(grid):
+    """timm's window attention on windows cut out one by one; sides that the window divides."""
+    context = Context(grid=grid)
+    theirs = scattered(WindowAttention(DIM, (3, 3), HEADS))
+    ours = copied(MIXERS["window"](DIM, HEADS, len(grid), size=3), renamed(theirs, proj="out"))
+    x = tokens(context)
+    wanted = torch.zeros_like(x).unflatten(1, grid)
+    for corner in itertools.product(*[range(0, side, 3) for side in grid]):
+        place = (slice(None), *(slice(start, start + 3) for start in corner))
+        part = x.unflatten(1, grid)[place]
+        wanted[place] = theirs(part.flatten(1, -2)).view(part.shape)
+    check(ours(x, context), wanted.flatten(1, -2), (x,))
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (10,)])
+def test_the_last_windows_attend_to_what_is_there(grid):
+    """Attention where a pair of tokens is allowed if both lie in one window."""
+    context = Context(grid=grid)
+    ours = scattered(MIXERS["window"](DIM, HEADS, len(grid), size=3))
+    x = tokens(context)
+    where = torch.stack(torch.meshgrid(*[torch.arange(side) // 3 for side in grid], indexing="ij"), -1).flatten(0, -2)
+    allowed = (where[:, None] == where[None]).all(-1)
+    query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    check(ours(x, context), ours.out(mixed.transpose(1, 2).flatten(2)), (x,))
+
+
+def test_depthwise_is_timm_position_encoding():
+    theirs = scattered(ConvPosEnc(DIM, 3))
+    ours = copied(CONVS["depthwise"](DIM, 2, "batchnorm"), renamed(theirs, proj="conv"))
+    x = tokens()
+    check(x + ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
+
+
 def test_channel_is_timm_channel_attention():
     theirs = scattered(ChannelAttention(DIM, HEADS, qkv_bias=True))
     ours = copied(MIXERS["channel"](DIM, HEADS), renamed(theirs, proj="out"))
@@ -249,7 +284,7 @@ def test_sla_is_its_formula(position):
     query, key = query.relu(), key.relu()
     scores = torch.einsum("bnhd,bmhd->bhnm", rotate(query, context.rotary), rotate(key, context.rotary))
     total = torch.einsum("bnhd,bmhd->bhn", query, key)[..., None]
-    mixed = torch.einsum("bhnm,bmhd->bnhd", scores / (total + 1e-6 * x.shape[1]), value)
+    mixed = torch.einsum("bhnm,bmhd->bnhd", scores / (total + 1e-6), value)
     near = nn.Conv2d(8, 8, 3, padding=1, groups=8).double()
     near.load_state_dict({"weight": ours.weight, "bias": ours.bias})
     for head in range(HEADS):

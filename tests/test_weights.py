@@ -49,6 +49,22 @@ def folder(tmp_path: Path) -> Path:
     return save(tmp_path / "good")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_pyramid_with_choices_of_its_own_in_each_stage_round_trips(tmp_path: Path, fused: bool):
+    sizes = {"dim": (16, 32), "depth": (2, 2), "heads": (2, 4), "image": 16, "classes": 5}
+    mixers = ("sla", ("window(size=3)", "channel"))
+    model: Any = randomise(zoo.create_model("davit_tiny", **sizes, mixer=mixers, norm=("layernorm", "batchnorm")))
+    model = zoo.fuse(model) if fused else model.eval()
+    path = save(tmp_path / "pyramid", model, preset="davit_tiny")
+    loaded = load_checkpoint(path, check=True)
+    assert loaded.model.config == model.config and loaded.model.config.mixer == mixers
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(loaded.model(images), model(images))
+    card = (path / "README.md").read_text()
+    assert "| mixer | sla, window(size=3) / channel |" in card and "| depth | 2, 2 |" in card
+    assert all(f"- {tag}\n" in card for tag in ("pyramid", "sla", "window", "channel", "batchnorm"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

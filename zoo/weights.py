@@ -216,14 +216,15 @@ def _card(written: dict[str, Any], name: str, text: str | None, license: str, fi
 
     model = written["model"]
     choices = {field: model[field] for field in ("mixer", "norm", "placement", "channel", "position", "ffn")}
-    parts = [parse(choice)[0] for choice in choices.values()]
+    parts = [parse(name)[0] for choice in choices.values() for name in _names(choice)]
     front = ModelCardData(
         library_name="zoo",
         license=license,
         pipeline_tag="image-classification" if model["classes"] else "image-feature-extraction",
         tags=list(dict.fromkeys(["zoo", written["family"], *(part for part in parts if part != "none")])),
     )
-    rows = choices | {field: model[field] for field in ("dim", "depth", "heads", "classes")}
+    rows = {field: _listed(choice) for field, choice in choices.items()}
+    rows |= {field: _listed(model[field]) for field in ("dim", "depth", "heads", "classes")}
     rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
     return CARD.format(
         front=front.to_yaml(),
@@ -234,6 +235,16 @@ def _card(written: dict[str, Any], name: str, text: str | None, license: str, fi
         version=zoo.__version__,
         call="logits = model(preprocess(picture)[None])" if written["preprocess"] else "output = model(images)",
     )
+
+
+def _names(choice: Any) -> list[str]:
+    """The names in a choice, which may differ from stage to stage and from block to block."""
+    return [choice] if isinstance(choice, str) else [name for each in choice for name in _names(each)]
+
+
+def _listed(value: Any, between: str = ", ") -> str:
+    """A value of each stage with commas between them, what blocks take in turns with a slash."""
+    return between.join(_listed(each, " / ") for each in value) if isinstance(value, tuple) else str(value)
 
 
 def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -25,23 +25,30 @@ def linear_attention(
     key = zeroed(key, mask)
     wide = torch.promote_types(query.dtype, torch.float32)
     if mask is None:
-        share = 1.0 / key.shape[1]
+        share = torch.full((), 1.0 / key.shape[1], dtype=wide, device=key.device)
         mean = key.mean(1, keepdim=True, dtype=wide)  # [B, 1, H, d]
     else:
         share = 1.0 / mask.sum(1).clamp(min=1).to(wide)[:, None, None, None]
         mean = key.sum(1, keepdim=True, dtype=wide) * share
-    total = (query * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6  # [B, N, H, 1]
+    scale = 1.0 / ((query * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6 * share)  # [B, N, H, 1]
     if turned is not None:
         query, key = turned[0], zeroed(turned[1], mask)
-    if query.dtype == torch.float16:  # scaled before they are summed, half of it on each side: neither end of the range
-        half = torch.as_tensor(share, device=key.device).sqrt().to(key.dtype)
-        key, value, share = key * half, value * half, 1.0
+    if query.dtype == torch.float16:
+        # Its range is short: keys of about 1, queries that their sum has divided, and half of 1 / M on either side.
+        largest = mean.amax(-1, keepdim=True).clamp(min=1e-30)
+        half = share.sqrt()
+        query, scale = (query * (scale * largest)).to(query.dtype), torch.ones_like(scale)
+        key, value, share = (
+            (key * (half / largest)).to(key.dtype),
+            (value * half).to(value.dtype),
+            torch.ones_like(share),
+        )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     queries, keys, width, depth = query.shape[2], key.shape[2], key.shape[3], value.shape[3]
     if queries * keys * (width + depth) < (queries + keys) * width * depth:
         mixed = (query @ key.transpose(-1, -2)) @ value
+        scale = scale * share
     else:
         mixed = query @ (key.transpose(-1, -2) @ value * share).to(query.dtype)
-        share = 1.0
-    mixed, scale = mixed.transpose(1, 2), (share / total).to(mixed.dtype)
+    mixed, scale = mixed.transpose(1, 2), scale.to(mixed.dtype)
     return mixed * scale if beside is None else torch.addcmul(beside, mixed, scale)

@@ -1,0 +1,93 @@
+"""Linear attention against the sum over all pairs of tokens, written out."""
+
+import pytest
+import torch
+from helpers import relative
+
+from zoo.kernels import linear_attention
+
+
+def written_out(query, key, value, mask=None, turned=None):
+    """Every pair of tokens, in fp64; the share of each key is its product over the sum of all."""
+    query, key, value = query.double(), key.double(), value.double()
+    products = torch.einsum("bnhd,bmhd->bhnm", query, key)
+    above = products if turned is None else torch.einsum("bnhd,bmhd->bhnm", turned[0].double(), turned[1].double())
+    if mask is not None:
+        products, above = (each.masked_fill(~mask[:, None, None], 0.0) for each in (products, above))
+    total = products.sum(-1).transpose(1, 2)[..., None]
+    return torch.einsum("bhnm,bmhe->bnhe", above, value) / total
+
+
+def given(batch=2, queries=9, keys=9, heads=3, width=8, depth=8, kind=torch.float64):
+    query = torch.rand(batch, queries, heads, width, dtype=torch.float64)
+    key = torch.rand(batch, keys, heads, width, dtype=torch.float64)
+    value = torch.randn(batch, keys, heads, depth, dtype=torch.float64)
+    return [each.to(kind).requires_grad_() for each in (query, key, value)]
+
+
+def differing(form, wanted, leaves):
+    """The relative differences of the outputs and of all gradients."""
+    weight = torch.randn(wanted.shape, dtype=wanted.dtype)
+    found = [relative(form.double(), wanted)]
+    got = torch.autograd.grad((form * weight.to(form.dtype)).sum(), leaves)
+    true = torch.autograd.grad((wanted * weight).sum(), leaves)
+    return found + [relative(one.double(), other.double()) for one, other in zip(got, true, strict=True)]
+
+
+# Few tokens for wide heads, and many for narrow ones: each order of the products.
+SHAPES = {
+    "scores first": {"queries": 5, "keys": 4, "width": 16, "depth": 12},
+    "summary first": {"queries": 40, "keys": 33},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("turning", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients_are_those_of_all_pairs(shape, turning, masked):
+    leaves = given(**SHAPES[shape])
+    query, key, value = leaves
+    turned = (query.roll(1, -1) - 0.5, key.roll(1, -1) - 0.3) if turning else None
+    mask = torch.arange(key.shape[1])[None] < torch.tensor([[key.shape[1]], [3]]) if masked else None
+    got, wanted = linear_attention(*leaves, mask, turned), written_out(*leaves, mask, turned)
+    assert max(differing(got, wanted, leaves)) < 1e-5  # the 1e-6 that keeps the sum off zero
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
+def test_lower_precision_is_near(shape, kind, limit):
+    leaves = [each.detach() for each in given(**SHAPES[shape], kind=kind)]
+    assert relative(linear_attention(*leaves).double(), written_out(*leaves)) < limit
+
+
+def test_beside_is_added():
+    leaves = [each.detach() for each in given()]
+    beside = torch.randn(2, 9, 3, 8, dtype=torch.float64)
+    assert relative(linear_attention(*leaves, beside=beside), linear_attention(*leaves) + beside) < 1e-14
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1000.0])
+def test_half_precision_holds_at_12544_tokens(kind, size):
+    """Whatever the size of the numbers: plain sums would overflow fp16 at 65,504 or vanish."""
+    query, key, value = (
+        (size * each).to(kind) for each in given(batch=1, queries=12544, keys=12544, heads=1, width=16, depth=16)
+    )
+    got = linear_attention(query, key, value)[:, :64]
+    assert relative(got.double(), written_out(query[:, :64], key, value)) < 2e-2
+
+
+def test_a_query_that_meets_no_key_gives_zero():
+    query, key, value = (each.detach() for each in given())
+    query[0, 2] = 0.0
+    got = linear_attention(query, key, value)
+    assert torch.equal(got[0, 2], torch.zeros(3, 8, dtype=torch.float64))
+    none = torch.zeros(2, 9, dtype=torch.bool)
+    assert torch.equal(linear_attention(query, key, value, none), torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batch_mates_change_nothing(batch):
+    leaves = [each.detach() for each in given(batch=4, queries=40, keys=40, kind=torch.float32)]
+    alone = linear_attention(*(each[:batch] for each in leaves))
+    assert relative(alone, linear_attention(*leaves)[:batch]) < 1e-6
