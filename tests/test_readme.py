@@ -8,8 +8,8 @@ import yaml
 
 import zoo
 from zoo.config import PLACEMENTS
-from zoo.layer import options_of
-from zoo.models import configure
+from zoo.layer import count_parameters, options_of
+from zoo.models import configure, pyramid
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +50,16 @@ def test_the_tables_of_choices_are_the_tables_of_the_code(kind):
     if kind != "placement":
         for name, options in rows.items():
             assert options == list(options_of(TABLES[kind][name])), name
+
+
+def test_the_table_of_hierarchical_models_is_that_of_the_code():
+    import torch
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) M \|", README, flags=re.MULTILINE))
+    assert set(rows) == set(pyramid.PRESETS)
+    for name, millions in rows.items():
+        with torch.device("meta"):
+            assert f"{count_parameters(pyramid.PRESETS[name].build()) / 1e6:.1f}" == millions, name
 
 
 def test_files_that_the_readme_names_exist():

@@ -1,17 +1,30 @@
-"""timm's vision transformers as ours. Tensors are copied, joined or padded with zeros, and never computed anew."""
+"""timm's models as ours. Tensors are copied, joined or padded with zeros, and never computed anew."""
 
 import math
 import re
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.convert import timm_pyramid
+from zoo.convert.timm_parts import (
+    SUPPORTED,
+    activation_of,
+    check_axes,
+    fill,
+    norm_of,
+    one,
+    spelled,
+    tensors_of,
+    with_width,
+)
+from zoo.convert.timm_places import check_parts
 from zoo.ffns import FFNS
-from zoo.layer import make, parse
+from zoo.layer import parse
+from zoo.models.pyramid import Pyramid
 from zoo.models.vit import ViT, ViTConfig
 
 # Our names and timm's, in the order in which they are replaced.
@@ -40,7 +53,6 @@ _BIASES = (
 _NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
 _PREFIX = ("cls_token", "dist_token", "reg_token")
 _AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "pos_embed"), 3)
-_SUPPORTED = "from_timm takes a VisionTransformer or VisionTransformerDistilled of timm, or the state dict of one"
 
 
 class _Facts(NamedTuple):
@@ -64,18 +76,26 @@ def from_timm(
     pool: str | None = None,
     norm: str | None = None,
     activation: str | None = None,
-) -> ViT:
-    """A ViT in eval mode that gives for pictures [B, channels, H, W] what timm's model gives in eval mode.
+) -> ViT | Pyramid:
+    """A model in eval mode that gives for pictures [B, channels, H, W] what timm's model gives in eval mode.
 
-    `model` is timm's VisionTransformer or VisionTransformerDistilled, or the state dict of one; it is left alone and
-    shares no memory with the result, which has its dtype and device. Taken over: class token, registers, distillation
-    token and head, pooling by token or average with the norm on either side of it, position table (with or without
-    rows for the prefix) or none, layer scale, norms of queries and keys, norms inside both branches, LayerNorm or
-    RMSNorm of any eps, MLP or SwiGLU of any width, missing biases (as zeros), any patch, depth, channels and classes.
-    What acts in training alone (dropout, stochastic depth) is not. At sizes other than its own the position table is
-    resized in another way than timm does, so outputs differ a little there.
+    `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
+    become a Pyramid, or the state dict of one; it is left alone and shares no memory with the result, which has its
+    dtype and device. What acts in training alone (dropout, stochastic depth) is not taken over.
 
-    A state dict does not tell everything. The keywords, which a model does not take, say the rest:
+    Taken over from vision transformers: class token, registers, distillation token and head, pooling by token or
+    average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
+    scale, norms of queries and keys, norms inside both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any
+    width, missing biases (as zeros), any patch, depth, channels and classes. At sizes other than its own the position
+    table is resized in another way than timm does, so outputs differ a little there.
+
+    Taken over from MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
+    attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
+    PoolFormerV2 has no counterpart. From DaViT: any order of window and channel attention, windows of any size, norm
+    before or after pooling; Florence-2's has no counterpart. Sides of pictures that 4 divides give timm's outputs, and
+    with windows those whose every grid the windows divide (224 for 7): timm attends to the padding of others.
+
+    A state dict does not tell everything. The keywords, for those of vision transformers alone, say the rest:
 
     - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
       and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
@@ -84,26 +104,36 @@ def from_timm(
     - activation of the MLP: "gelu" by default. SwiGLU has silu, its two halves packed or apart.
 
     The norms are taken to stand before the branches, attention to have no rotary positions, and the pictures to be
-    square.
+    square. State dicts of MetaFormer and DaVit are taken to be as in timm's presets: heads of width 32, pooling over
+    3 x 3, windows of 7 x 7 in turns with attention between channels, GELU where there is no StarReLU, the usual norms.
+    Models that differ are given themselves.
 
     ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
     pictures that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
     a wrong shape.
     """
+    given = (heads, pool, norm, activation) != (None,) * 4
     if isinstance(model, nn.Module):
-        if (heads, pool, norm, activation) != (None,) * 4:
+        if given:
             raise ValueError("heads, pool, norm and activation are for a state dict; a model tells them itself")
+        check_parts(model)
+        if type(model).__name__ in ("MetaFormer", "DaVit"):
+            return timm_pyramid.from_model(model)
         facts = _read(model)
         tensors = dict(model.state_dict())
     else:
-        tensors = _tensors(model)
+        tensors = tensors_of(model)
+        if "stem.conv.weight" in tensors:
+            if given:
+                raise ValueError("heads, pool, norm and activation are for vision transformers; give the model itself")
+            return timm_pyramid.from_state(tensors)
+        _check_state(tensors)
         facts = _assume(tensors, heads, pool, norm, activation)
     return _fill(_configure(tensors, facts), facts, tensors)
 
 
 def _read(model: Any) -> _Facts:
-    """The facts of a model; ValueError where a part of it has no counterpart."""
-    _check_parts(model)
+    """The facts of a model of known parts; ValueError where they have no counterpart together."""
     distilled = type(model).__name__ == "VisionTransformerDistilled"
     if model.global_pool not in ("token", "avg"):
         raise ValueError(f"from_timm takes models that pool by 'token' or 'avg', not by {model.global_pool!r}")
@@ -120,16 +150,16 @@ def _read(model: Any) -> _Facts:
     if sides[0] % patch[0] or sides[1] % patch[1]:
         raise ValueError(f"from_timm takes pictures that the patch divides, not {sides[0]} x {sides[1]} by {patch[0]}")
     blocks = list(model.blocks)
-    heads = _one("number of heads", [block.attn.num_heads for block in blocks])
+    heads = one("number of heads", [block.attn.num_heads for block in blocks])
     norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
-    norm = _one("norm", [_norm(part) for part in [*norms, model.norm, model.fc_norm] if type(part) is not nn.Identity])
-    pairs = [_one("norm of queries and keys", [_norm(b.attn.q_norm), _norm(b.attn.k_norm)]) for b in blocks]
-    qk_norm = _one("norm of queries and keys", pairs)
+    norm = one("norm", [norm_of(part) for part in [*norms, model.norm, model.fc_norm] if type(part) is not nn.Identity])
+    pairs = [one("norm of queries and keys", [norm_of(b.attn.q_norm), norm_of(b.attn.k_norm)]) for b in blocks]
+    qk_norm = one("norm of queries and keys", pairs)
     if qk_norm not in ("none", "layernorm"):
         raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{qk_norm}'")
-    inner = _one("norm inside attention and mlp", [_norm(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
-    gated = _one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
-    activation = _one("activation", [_activation(block.mlp.act) for block in blocks])
+    inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
+    gated = one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
+    activation = one("activation", [activation_of(block.mlp.act) for block in blocks])
     if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
         raise ValueError("from_timm takes gated feed-forward layers with silu on the first half (SwiGLU), not others")
     scale = getattr(blocks[0].ls1, "init_values", None)
@@ -138,75 +168,13 @@ def _read(model: Any) -> _Facts:
     )
 
 
-def _check_parts(model: nn.Module) -> None:
-    """Every module of the model has to be one of those that we know at its place."""
-    layers: Any = import_module("timm.layers")
-    vit: Any = import_module("timm.models.vision_transformer")
-    deit: Any = import_module("timm.models.deit")
-    if type(model) not in (vit.VisionTransformer, deit.VisionTransformerDistilled):
-        raise ValueError(f"{_SUPPORTED}, not {type(model).__name__}")
-    none, drop = nn.Identity, (nn.Dropout,)
-    norms = (nn.LayerNorm, layers.LayerNorm, layers.RmsNorm)
-    acts = (nn.GELU, layers.GELU, layers.GELUTanh, nn.SiLU, layers.Swish, nn.ReLU)
-    attention = {"qkv": (nn.Linear,), "q_norm": (none, *norms), "k_norm": (none, *norms), "attn_drop": drop}
-    attention |= {"norm": (none, *norms), "proj": (nn.Linear,), "proj_drop": drop}
-    mlp = dict.fromkeys(("fc1", "fc1_g", "fc1_x", "fc2"), (nn.Linear,))
-    mlp |= {"act": acts, "drop1": drop, "drop2": drop, "norm": (none, *norms)}
-    block = {"norm1": norms, "norm2": norms, "attn": (vit.Attention,)}
-    block |= {"mlp": (layers.Mlp, layers.GluMlp, layers.SwiGLU)}
-    block |= dict.fromkeys(("ls1", "ls2"), (none, layers.LayerScale))
-    block |= dict.fromkeys(("drop_path1", "drop_path2"), (none, layers.DropPath))
-    block |= {f"attn.{name}": kinds for name, kinds in attention.items()}
-    block |= {f"mlp.{name}": kinds for name, kinds in mlp.items()}
-    places = {"patch_embed": (layers.PatchEmbed,), "patch_embed.proj": (nn.Conv2d,), "patch_embed.norm": (none,)}
-    places |= {"pos_drop": drop, "patch_drop": (none, layers.PatchDropout), "norm_pre": (none,)}
-    places |= {"blocks": (nn.Sequential,), "blocks.*": (vit.Block,)}
-    places |= {f"blocks.*.{name}": kinds for name, kinds in block.items()}
-    places |= {"norm": (none, *norms), "fc_norm": (none, *norms), "head_drop": drop}
-    places |= dict.fromkeys(("head", "head_dist"), (none, nn.Linear))
-    for name, module in model.named_modules():
-        allowed = places.get(re.sub(r"^blocks\.\d+", "blocks.*", name), ())
-        if name and type(module) not in allowed:
-            known = ", ".join(sorted({kind.__name__ for kind in allowed})) or "nothing"
-            raise ValueError(f"from_timm cannot take '{name}' being {type(module).__name__}; it takes {known} there")
-
-
-def _one(what: str, values: list[Any]) -> Any:
-    if len(set(values)) != 1:
-        raise ValueError(f"from_timm takes models with one {what} throughout, not {sorted(set(values))}")
-    return values[0]
-
-
-def _norm(layer: Any) -> str:
-    """A norm of timm as a row of our table with its options; "none" for no norm."""
-    if type(layer) is nn.Identity:
-        return "none"
-    name = "layernorm" if isinstance(layer, nn.LayerNorm) else "rmsnorm"
-    options = [] if layer.weight is not None else ["affine=False"]
-    options += [] if layer.eps == 1e-6 else [f"eps={layer.eps!r}"]
-    return f"{name}({', '.join(options)})" if options else name
-
-
-def _activation(layer: nn.Module) -> str:
-    if isinstance(layer, nn.GELU) and layer.approximate == "tanh":
-        return "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}.get(type(layer).__name__, "silu")
-
-
-def _tensors(state: Any) -> dict[str, Tensor]:
-    """The state dict as a plain dict; ValueError where it is none of a timm model."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{_SUPPORTED}, not {type(state).__name__}")
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{_SUPPORTED}: floating-point tensors by name; '{name}' is {kind}")
-    if missing := [name for name in _NEEDED if name not in state]:
-        raise ValueError(f"{_SUPPORTED}; this one has no '{missing[0]}'")
+def _check_state(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where the names or axes that the config is read from are not those of timm's models."""
+    if missing := [name for name in _NEEDED if name not in tensors]:
+        raise ValueError(f"{SUPPORTED}; this one has no '{missing[0]}'")
     for name, axes in _AXES.items():
-        if name in state and state[name].ndim != axes:
-            raise ValueError(f"'{name}' has {axes} axes in timm's models, not the shape {list(state[name].shape)}")
-    return dict(state)
+        if name in tensors:
+            check_axes(tensors, name, axes)
 
 
 def _assume(
@@ -237,7 +205,7 @@ def _assume(
         raise ValueError(f"norm is 'layernorm' or 'rmsnorm', with options or without, not {norm!r}")
     if qk_norm and norm != "layernorm":
         raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{norm}'")
-    inner = _one(
+    inner = one(
         "norm inside attention and mlp", [f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")]
     )
     gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
@@ -283,7 +251,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         dim=dim,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
         heads=facts.heads,
-        mixer=f"softmax({', '.join(options)})" if options else "softmax",
+        mixer=spelled("softmax", options),
         ffn=_feed_forward(tensors, facts.activation, dim),
         norm=facts.norm,
         placement="sub" if facts.inner else "pre",
@@ -304,57 +272,36 @@ def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> s
     hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
     gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
     name, usual = ("swiglu", 8 / 3) if gated else ("mlp", 4.0)
-    ratio = hidden / dim
-    for choice in (usual, ratio, math.nextafter(ratio, 0), math.nextafter(ratio, math.inf), (hidden - 4) / dim):
-        options = [] if choice == usual else [f"ratio={choice!r}"]
-        options += [] if gated or activation == "gelu" else [f"activation={activation!r}"]
-        spec = f"{name}({', '.join(options)})" if options else name
-        with torch.device("meta"):
-            if make(FFNS, spec, dim).out.in_features == hidden:
-                return spec
-    raise ValueError(f"from_timm takes SwiGLU layers whose width 8 divides, not {hidden}")
+    options = [] if gated or activation == "gelu" else [f"activation={activation!r}"]
+    return with_width(FFNS, name, usual, hidden, options, dim)
 
 
-def _fill(config: ViTConfig, facts: _Facts, tensors: dict[str, Tensor]) -> ViT:
+def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> ViT:
     """The model of the config with timm's tensors: each is used, and each of ours is filled."""
     with torch.device("meta"):
         model = config.build()
     apart = "blocks.0.mlp.fc1_g.weight" in tensors
-    absent = [pattern for pattern in _BIASES if not any(re.fullmatch(pattern, name) for name in tensors)]
-    left, state = dict(tensors), {}
 
-    def take(name: str, like: Tensor | None = None) -> Tensor:
-        if name in left:
-            return left.pop(name).detach()
-        if like is not None and any(re.fullmatch(pattern, name) for pattern in absent):
-            return like.new_zeros(len(like))
-        raise ValueError(f"'{name}' is missing; {_SUPPORTED}")
-
-    for key, slot in model.state_dict().items():
-        like = state.get(key.removesuffix("bias") + "weight")
+    def find(key: str, slot: Tensor, take: Callable[..., Tensor], like: Tensor | None) -> tuple[str, Tensor]:
         name = key
         for ours, theirs in _NAMES:
             name = name.replace(ours, theirs)
         if facts.fc_norm and name.startswith("norm."):
             name = f"fc_{name}"
         if key == "tokens":
-            value = _joined([take(part) for part in _PREFIX if part in left], 1, "the tokens in front of the grid")
-        elif key == "position.table":
+            parts = [take(part) for part in _PREFIX if part in tensors]
+            return name, _joined(parts, 1, "the tokens in front of the grid")
+        if key == "position.table":
             value = take("pos_embed")
             if value.shape[1] == slot.shape[1] - config.prefix:
                 value = F.pad(value, (0, 0, config.prefix, 0))
-        elif apart and ".mlp.fc1." in name:
+            return name, value
+        if apart and ".mlp.fc1." in name:
             halves = [take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")]
-            value = _joined(halves, 0, f"the halves of '{name}'")
-        else:
-            value = take(name, like)
-        if value.shape != slot.shape:
-            raise ValueError(f"'{name}' is {list(value.shape)}; a model of these choices has {list(slot.shape)} there")
-        state[key] = value.clone(memory_format=torch.contiguous_format)
-    if left:
-        raise ValueError(f"'{next(iter(left))}' has no counterpart; {_SUPPORTED}, of plain blocks")
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+            return name, _joined(halves, 0, f"the halves of '{name}'")
+        return name, take(name, like)
+
+    return fill(model, tensors, _BIASES, find)
 
 
 def _joined(parts: list[Tensor], axis: int, what: str) -> Tensor:
