@@ -41,7 +41,7 @@ class SimplifiedLinear(Projected):
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""
         conv = F.conv1d if len(context.grid) == 1 else F.conv2d
-        weight, bias = torch.cat((self.weight,) * self.heads), torch.cat((self.bias,) * self.heads)
+        weight, bias = self.weight.repeat(self.heads, *[1] * (self.weight.ndim - 1)), self.bias.repeat(self.heads)
         maps = to_map(value[:, context.prefix :].flatten(2), context.grid)
         near = to_tokens(conv(maps, weight, bias, padding=self.kernel // 2, groups=len(weight)))
         if context.prefix:

@@ -1,0 +1,178 @@
+"""Measures models against timm's, mixers, operators and norms against other forms of them; writes CSVs and pictures.
+
+What is compared runs in one process, in turn and in alternating order. A time is the CPU time of the process (all of
+its threads), a ratio the median over rounds with its quartiles beside it, and the noise the ratio that the same thing
+shows against a copy of itself. Forms that should compute the same are compared before they are timed.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import layers, models, operators, plots
+from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
+
+
+class Table(NamedTuple):
+    """A table: how its rows are measured, how they are shown, and what its numbers are."""
+
+    title: str
+    rows: Callable[[argparse.Namespace], Iterator[Row]]
+    show: Callable[[Sequence[Row]], str]
+    picture: Callable[[Sequence[Row], str, Path], None] | None = None
+    clock: str = ""  # in place of CPU time
+    form: str = ""  # in place of eager or compiled, as --compile says
+    dtype: str = ""  # in place of --dtype
+
+
+# What --only chooses from, and the tables that belong to it, by the names of their CSVs.
+CHOICES: dict[str, dict[str, Table]] = {
+    "models": {"models": Table("Models against timm's, random weights", models.against_timm, models.pair_table)},
+    "mixers": {
+        "mixers": Table(
+            f"One mixer layer, dim {layers.DIM}, {layers.HEADS} heads, batch 1, forward",
+            layers.mixers,
+            layers.mixer_table,
+            plots.by_tokens,
+        )
+    },
+    "fuse": {"fuse": Table("vit_tiny before and after zoo.fuse, random weights", models.folding, models.pair_table)},
+    "operators": {
+        "operators": Table(
+            f"Operators: DCNv4's core, {operators.TAPS}x{operators.TAPS} taps; attention's core, "
+            f"{operators.HEADS} heads of {operators.HEAD_DIM}",
+            operators.operators,
+            operators.operator_table,
+            plots.operators,
+            form="eager",  # what is compiled says so
+        ),
+        "operators_cuda": Table(
+            "DCNv4's core on CUDA",
+            operators.cuda,
+            operators.cuda_table,
+            clock="CUDA events",
+            form="eager",
+            dtype="bfloat16",
+        ),
+    },
+    "deformable": {
+        "deformable": Table(
+            f"{models.DEFORMABLE} by the core of its mixers, random weights and offsets, batch 1, forward",
+            models.deformable,
+            models.deformable_table,
+            form="eager",
+        )
+    },
+    "norms": {"norms": Table("A norm and the linear behind it, C to 3C, batch 1", layers.norms, layers.norm_table)},
+    "memory": {
+        "memory": Table(
+            f"Peak memory of one mixer layer, its input and output counted, dim {layers.DIM}, {layers.HEADS} heads, "
+            "batch 1, forward",
+            layers.memory,
+            layers.memory_table,
+            clock="resident memory above the start",
+            form="eager",
+        )
+    },
+}
+SHAPES = {
+    "maps": operators.MAPS,
+    "attention_sides": operators.SIDES,
+    "norm_shapes": layers.NORM_SHAPES,
+    "memory_sides": layers.MEMORY_SIDES,
+    "memory_mixers": list(layers.zoo.MIXERS),
+    "side": models.SIDE,
+}
+QUICK = {
+    "pairs": 1,
+    "warm": 1,
+    "sizes": [3, 2],
+    "sides": [32],
+    "models": ["vit_tiny mixer=sla", "poolformer_s12"],
+    "maps": ((4, 6, 8, 2),),
+    "attention_sides": (9,),
+    "norm_shapes": ((9, 4),),
+    "memory_sides": (14, 56),
+    "memory_mixers": ["sla"],
+    "side": 32,
+}
+
+
+def report(name: str, table: Table, options: argparse.Namespace) -> None:
+    """Measures one table, writes its CSV row by row, and prints it."""
+    clock = table.clock or f"at most {options.pairs} pairs and {options.seconds:g} s a point, CPU time"
+    fixed: Row = {name: given for name in ("form", "dtype") if (given := getattr(table, name))}
+    head = headline(conditions(options) | fixed, clock)
+    print(f"## {table.title}\n\n{head}\n", flush=True)
+    rows: list[Row] = []
+    try:
+        for row in table.rows(options):
+            rows.append(row | conditions(options) | fixed | row)
+            with (options.output / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    except NotMeasured as reason:
+        print(f"not measured: {reason}\n", flush=True)
+        return
+    print(table.show(rows))
+    busiest, cores = max(float(row["load"]) for row in rows), os.cpu_count() or 1
+    busy = busiest > cores and not table.clock
+    warning = f"busy machine (load average {busiest:.2f} on {cores} cores): do not publish" if busy else ""
+    if table.picture is not None:
+        table.picture(rows, f"{table.title}\n{head}\n{warning}".strip(), options.output / f"{name}.png")
+    print(f"\n{warning}\n" if warning else "", flush=True)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    doc = str(__doc__).splitlines()[0]
+    modes = ("forward", "forward+backward")
+    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=doc, allow_abbrev=False)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=CHOICES, default=list(CHOICES), help="the tables to measure; default all")
+    add("--pairs", type=positive, default=30, help="interleaved rounds per point; default 30")
+    add("--seconds", type=float, default=8.0, help="a point stops short of this, but not of three rounds; default 8")
+    add("--warm", type=positive, default=3, help="rounds in front that are not counted; default 3")
+    add("--threads", type=positive, default=1, help="default 1; CPU time counts all of them")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and inputs; default float32")
+    add("--compile", action="store_true", help="measure under torch.compile; operators both ways")
+    add("--batch", nargs="+", type=positive, default=[1], help="of models, fuse and operators; default 1")
+    preselected = [name for name in models.RIVALS if name not in ("deit_base", "poolformer_s24")]
+    listed = f"of: {', '.join(models.RIVALS)}; default all but deit_base and poolformer_s24"
+    add("--models", nargs="+", choices=models.RIVALS, default=preselected, metavar="MODEL", help=listed)
+    add("--sides", nargs="+", type=positive, default=[224, 448, 896], help="pixels, of vit_tiny mixer=sla")
+    add("--modes", nargs="+", choices=modes, default=modes, help="of models; default both")
+    add("--sizes", nargs="+", type=positive, default=[7, 14, 28, 56], help="sides of the mixers' grids")
+    add("--large", action="store_true", help="mixers on a grid of 112x112, too")
+    add("--limit", type=float, default=10.0, help="seconds a call of a mixer or an operator may take; default 10")
+    add("--quick", action="store_true", help="one round of tiny shapes, to see that all works; ignores their options")
+    add("--output", type=Path, default=Path("runs/benchmark"), help="default runs/benchmark")
+    parser.set_defaults(**SHAPES)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK)
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for choice in options.only:
+            for name, table in CHOICES[choice].items():
+                report(name, table, options)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"scripts/benchmark: {' '.join(str(error).split())[:300]}")
+    except KeyboardInterrupt:
+        sys.exit("scripts/benchmark: stopped; the CSVs hold what was measured")
+    print(f"written to {options.output}")
