@@ -16,7 +16,7 @@ from zoo.norms import BatchNorm, Norm
 
 NAMES = [name for name, config in PRESETS.items() if isinstance(config, PyramidConfig)]
 TINY = {"dim": (16, 32), "depth": (2, 2), "heads": (2, 4), "image": 32, "classes": 5}
-SMALL = {"dim": (16, 32, 32, 48), "depth": (1, 2, 2, 1), "heads": (2, 4, 4, 6), "image": 64, "classes": 5}
+SMALL = {"dim": (16, 32, 32, 48), "depth": (2, 2, 2, 2), "heads": (2, 4, 4, 6), "image": 64, "classes": 5}
 # Millions of parameters: as published (InternImage and DCNv4 give whole millions), or counted in timm 1.0.31.
 SIZES = {
     "poolformer_s12": 11.92,
@@ -41,6 +41,7 @@ CHOICES = [
     {"stem": "conv(kernel=7, padding=3, after=False)", "reduction": "conv(kernel=3, padding=1, before=False)"},
     {"mixer": ("sla", ("window(size=3)", "channel")), "norm": ("layernorm", "prepbn")},
     {"final_norm": "batchnorm", "layer_scale": 0.1},
+    {"position": ("rope", "sincos")},
 ]
 
 
@@ -89,7 +90,7 @@ def test_a_picture_gives_the_same_alone_and_in_the_corner_of_a_larger_one(choice
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing_in_presets(name):
-    model = build(name, {key: value for key, value in SMALL.items() if key != "depth"} | {"depth": (1, 1, 2, 1)})
+    model = build(name, SMALL)
     picture = torch.randn(1, 3, 50, 70)
     batch, mask = torch.randn(2, 3, 96, 90), torch.zeros(2, 96, 90, dtype=torch.bool)
     batch[0, :, :50, :70], mask[0, :50, :70], mask[1] = picture[0], True, True
@@ -142,7 +143,10 @@ def test_without_classes_the_pooled_features_come_out(name):
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_folding_is_exact(name, choices, masked):
-    model = build(name, SMALL | {"depth": (1, 1, 1, 1)} | choices).double()
+    if not PRESETS[name].final_norm and "norm_first=False" in PRESETS[name].head:
+        choices = {key: value for key, value in choices.items() if key != "final_norm"}
+    depth = SMALL["depth"] if name == "davit_tiny" else (1, 1, 1, 1)
+    model = build(name, SMALL | {"depth": depth} | choices).double()
     advance(model, 1.0)
     images = torch.randn(2, 3, 60, 70, dtype=torch.float64)
     mask = None
@@ -159,6 +163,36 @@ def test_folding_is_exact(name, choices, masked):
         assert set(kept) <= set(reasons), set(kept) - set(reasons)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_folding_leaves_no_batch_norm_where_there_is_no_classifier(name):
+    final = {} if "norm_first=False" in PRESETS[name].head else {"final_norm": "batchnorm"}
+    model = build(name, SMALL | final | {"classes": 0, "norm": "prepbn(alpha=0.1)", "ffn": "mlp"}).double()
+    advance(model, 1.0)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    fused = fuse(model)
+    assert relative(fused(images), model(images)) < 1e-12
+    assert not [key for key, module in fused.named_modules() if isinstance(module, BatchNorm)]
+
+
+@pytest.mark.parametrize("name", ["pvt_sla_tiny", "flash_internimage_t", "poolformer_s12"])
+def test_more_padding_changes_no_training_step(name):
+    """The same pictures on two canvases: logits, gradients and running statistics of a model of batch norms."""
+    pictures = [torch.randn(3, 30, 50), torch.randn(3, 44, 20)]
+    outcomes = []
+    for side in (52, 88):
+        torch.manual_seed(0)
+        model = build(name, SMALL | {"norm": "batchnorm", "ffn": "mlp"}).double().train()
+        batch, mask = torch.randn(2, 3, side, side, dtype=torch.float64), torch.zeros(2, side, side, dtype=torch.bool)
+        for index, picture in enumerate(pictures):
+            height, width = picture.shape[1:]
+            batch[index, :, :height, :width], mask[index, :height, :width] = picture, True
+        logits = model(batch, mask)
+        logits.square().sum().backward()
+        outcomes.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-8 * (1 + float(other.detach().abs().max())))
+
+
 def test_blocks_take_a_stages_choices_in_turns():
     config = PRESETS["davit_tiny"]
     mixers = [config.block(2, index).mixer for index in range(6)]
@@ -172,7 +206,7 @@ def test_blocks_take_a_stages_choices_in_turns():
 def test_stochastic_depth_grows_over_all_stages():
     model = zoo.create_model("pvt_sla_tiny", **(SMALL | {"drop_path": 0.5}))
     rates = [block.steps[0].drop for stage in model.stages for block in stage.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates == pytest.approx([0.5 * index / 7 for index in range(8)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,7 +225,7 @@ def test_checkpointing_changes_no_gradient(name):
     "name", [name if name == "davit_tiny" else pytest.param(name, marks=pytest.mark.compiled) for name in NAMES]
 )
 def test_one_graph_forward_and_backward(name):
-    model = build(name, SMALL | {"depth": (2, 1, 1, 1)})
+    model = build(name, SMALL)
     images = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative(compiled(images), model(images)) < 1e-5
@@ -221,7 +255,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
     assert len(scales) == len(list(model.parameters()))
     depth = [scales[id(block.steps[-1].branch.out.weight)] for stage in model.stages for block in stage.blocks]
     stem = max(scales[id(parameter)] for parameter in model.stem.parameters())
-    assert stem < depth[0] and depth == sorted(depth) and len(set(depth)) == 6
+    assert stem < depth[0] and depth == sorted(depth) and len(set(depth)) == 8
     assert all(scales[id(parameter)] == 1.0 for parameter in model.head.parameters())
 
 
@@ -233,7 +267,19 @@ def test_layer_wise_decay_knows_every_parameter(name):
         ({"dim": 64}, ["dim", "64"]),
         ({"heads": (3, 2, 5, 8)}, ["3 heads", "64"]),
         ({"mixer": ("sla", "sla")}, ["mixer", "2 choices for 4 stages"]),
-        ({"mixer": ("sla", "sla", (), "sla")}, ["mixer", "empty"]),
+        ({"mixer": ("sla", "sla", (), "sla")}, ["mixer", "1 to 2 names", "()"]),
+        ({"mixer": ("sla", "sla", ("sla", "pool", "sla"), "sla")}, ["mixer", "1 to 2 names"]),
+        ({"position": ("none", ("sincos", "none"), "none", "none")}, ["position", "1 to 1 names"]),
+        (
+            {"position": "rope", "mixer": (("softmax", "channel"), "sla", "sla", "sla")},
+            ["stage 1", "channel", "rotary"],
+        ),
+        (
+            {"position": "rope", "mixer": (("softmax(head_dim=8)", "softmax(head_dim=4)"), "sla", "sla", "sla")},
+            ["stage 1", "rope", "[4, 8]"],
+        ),
+        ({"head": "conv(norm_first=False)", "final_norm": "rmsnorm"}, ["final_norm", "ignored"]),
+        ({"reduction": "conv(kernel=4, stride=4)"}, ["no option 'stride'"]),
         ({"mixer": ("sla", "sla", "slab", "sla")}, ["stage 3", "mixer", "slab", "softmax"]),
         ({"mixer": ("sla", ("sla", "pool(sise=3)"), "sla", "sla")}, ["stage 2", "sise", "size"]),
         ({"position": "rope", "mixer": "pool"}, ["stage 1", "rope", "pool"]),

@@ -21,7 +21,8 @@ def grid_mean(x: Tensor, context: Context) -> Tensor:
     tokens, mask = x[:, context.prefix :], context.grid_mask
     if mask is None:
         return tokens.mean(1)
-    return zeroed(tokens, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (zeroed(tokens, mask).sum(1, dtype=wide) / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 class SqueezeExcite(Channel):

@@ -147,7 +147,10 @@ class BlockConfig(Config):
                 continue
             if (value := getattr(self, field.name)) != field.default:
                 raise ValueError(f"{field.name} '{value}' would be ignored: the layout has no {' or '.join(words)}")
-        if CONVS[parse(self.conv)[0]].bare and self.conv_norm != "batchnorm":
+        bare = CONVS[parse(self.conv)[0]].bare
+        if bare and {*self.words} <= {"conv", "norm"}:
+            raise ValueError(f"layout: conv '{self.conv}' stands bare and needs a branch with norms beside it")
+        if bare and self.conv_norm != "batchnorm":
             raise ValueError(f"conv_norm '{self.conv_norm}' would be ignored: conv '{self.conv}' has no norm")
         if "mixer" not in self.words and self.writes & {"rotary", "bias"}:
             raise ValueError(f"position '{self.position}' would be ignored: the layout has no mixer")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import grid_mean
-from zoo.fusion import fold_in, fold_site, not_affine
+from zoo.fusion import fold_in, fold_site, keep, not_affine
 from zoo.layer import Context, Fold, linear, make
 from zoo.norms import NORMS, BatchNorm, Norm
 
@@ -81,7 +81,7 @@ def _fold_norm(head: nn.Module, site: str, target: nn.Linear | None) -> Fold:
     if (affine := norm.affine()) is None:
         return Fold(site, None, not_affine(norm))
     if target is None:
-        return Fold(site, None, "there is no linear behind it")
+        return keep(head, site, "there is no linear behind it")
     fold_in(target, *affine)
     setattr(head, site, None)
     return Fold(site, "the linear behind it")

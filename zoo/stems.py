@@ -68,9 +68,9 @@ class Reduction(nn.Module):
         inputs: int,
         dim: int,
         norm: str,
+        stride: int = 2,
         *,
         kernel: int = 2,
-        stride: int = 2,
         padding: int = 0,
         before: bool = True,
         after: bool = False,
@@ -99,7 +99,11 @@ class Reduction(nn.Module):
         return x if self.after is None else self.after(x, context), context
 
     def fold(self) -> list[Fold]:
-        front = [] if self.before is None else [keep(self, "before", "a zero-padded convolution reads it")]
+        front = (
+            []
+            if self.before is None
+            else [keep(self, "before", "a convolution that pads with zeros, if only odd sides, reads it")]
+        )
         return front + fold_site(self, "after", self.conv)
 
 
@@ -117,7 +121,7 @@ class ConvStem(nn.Module):
         super().__init__()
         self.channels = channels
         self.reduction = Reduction(
-            channels, dim, norm, kernel=kernel, stride=self.stride, padding=padding, before=False, after=after
+            channels, dim, norm, self.stride, kernel=kernel, padding=padding, before=False, after=after
         )
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:

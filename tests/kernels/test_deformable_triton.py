@@ -163,7 +163,7 @@ def test_batch_mates_change_no_bit(kernels, kind):
         assert torch.equal(kernels.forward(value[part], offsets[part], weights[part], *rest, 1.0), whole[part])
 
 
-def compiled(monkeypatch, name, grid, channels, kind):
+def compiled(monkeypatch, name, grid, channels, kind, groups=2):
     """What a launch with these shapes compiles to for compute capability 9.0, specialised as a launch would be."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -172,12 +172,12 @@ def compiled(monkeypatch, name, grid, channels, kind):
     import zoo.kernels.deformable_triton as module
 
     kernel, calls = getattr(module, name), []
-    monkeypatch.setattr(module, name, {(2,): lambda *args, **kwargs: calls.append((args, kwargs))})
-    given = inputs(grid, (1,) * len(grid), groups=2, channels=channels, batch=1, kind=kind)
+    monkeypatch.setattr(module, name, {(groups,): lambda *args, **kwargs: calls.append((args, kwargs))})
+    given = inputs(grid, (1,) * len(grid), groups=groups, channels=channels, batch=1, kind=kind)
     if name == "_forward":
         module.forward(*given, 1.0)
     else:
-        module.backward(torch.randn(1, 1, 2 * channels).to(kind), *given, 1.0)
+        module.backward(torch.randn(1, 1, groups * channels).to(kind), *given, 1.0)
     [(values, constants)] = calls
     warps = constants.pop("num_warps")
     signature, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), {}
@@ -224,6 +224,15 @@ def test_hopper_takes_the_kernels_without_spilling(monkeypatch, tmp_path, name, 
     assert stack == 0 and shared == 0
     assert registers <= 80
     assert ".v4" in kernel.asm["ptx"]  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_sizes_of_one_compile(monkeypatch, tmp_path, name):
+    """A launch gives the compiler numbers that are 1 as plain constants: one group on a map of one pixel."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path / "cache")
+        kernel = compiled(monkeypatch, name, (1, 1), 16, torch.float32, groups=1)
+    assert kernel.asm["cubin"]
 
 
 def test_importing_needs_no_gpu_and_interprets_nothing():

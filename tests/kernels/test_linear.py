@@ -77,13 +77,46 @@ def test_half_precision_holds_at_12544_tokens(kind, size):
     assert relative(got.double(), written_out(query[:, :64], key, value)) < 2e-2
 
 
-def test_a_query_that_meets_no_key_gives_zero():
-    query, key, value = (each.detach() for each in given())
-    query[0, 2] = 0.0
-    got = linear_attention(query, key, value)
-    assert torch.equal(got[0, 2], torch.zeros(3, 8, dtype=torch.float64))
-    none = torch.zeros(2, 9, dtype=torch.bool)
-    assert torch.equal(linear_attention(query, key, value, none), torch.zeros_like(got))
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("few", [1e-6, 1e-3])
+def test_a_query_that_hardly_meets_a_key_stays_within_the_values(kind, few):
+    """Half of the channels are dead in the keys; the first queries live in those alone, the next ones nearly so."""
+    query, key, value = (each.detach() for each in given(queries=64, keys=64, kind=kind))
+    key[..., 4:] = 0.0
+    query[:, :3, :, :4] = 0.0
+    query[:, 3:6, :, :4] *= few
+    leaves = [each.requires_grad_() for each in (query, key, value)]
+    got = linear_attention(*leaves)
+    assert torch.equal(got[:, :3], torch.zeros_like(got[:, :3]))
+    assert got.abs().max() <= 1.01 * value.abs().max()
+    got.sum().backward()
+    assert all(each.grad.isfinite().all() for each in leaves)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_turning_cannot_blow_up_what_hardly_overlaps(kind):
+    query, key, value = (each.detach() for each in given(queries=64, keys=64, kind=kind))
+    key[..., 4:] = 0.0
+    query[:, :3, :, :4] = 0.0
+    leaves = [each.requires_grad_() for each in (query, key, value)]
+    got = linear_attention(*leaves, turned=(query.roll(4, -1), key))
+    assert got[:, :3].abs().max() > 0 and got.abs().max() <= 200 * value.abs().max()
+    got.sum().backward()
+    assert all(each.grad.isfinite().all() for each in leaves)
+
+
+def test_numbers_of_autocast_in_fp16_stay_finite():
+    query, key, value = (10 + 10 * each.detach().abs() for each in given(queries=4096, keys=4096, kind=torch.float32))
+    wanted = written_out(query[:, :32], key, value)
+    with torch.autocast("cpu", torch.float16):
+        got = linear_attention(query, key, value)
+    assert relative(got[:, :32].double(), wanted) < 5e-3
+
+
+def test_without_a_real_key_the_result_is_zero():
+    leaves = [each.detach() for each in given()]
+    got = linear_attention(*leaves, torch.zeros(2, 9, dtype=torch.bool))
+    assert torch.equal(got, torch.zeros_like(got))
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -11,6 +11,7 @@ it makes of gathers written out tap by tap, and compiles in one sixtieth of the 
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ def _fast(device: str) -> Any:
 
 
 def _has_fast(device: str) -> bool:
-    return _fast(device) is not None
+    """Exporters do not know the operator. They are asked about here, for the compiler would take it that all export."""
+    return not torch.compiler.is_exporting() and _fast(device) is not None
 
 
 # torch.compiler.assume_constant_result, without the second that it takes to import the compiler.
@@ -129,9 +131,11 @@ def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, tap
     [B, P, C]. Base and taps are constants; gradients go to the others."""
     if not offsets.shape[2] or value.shape[-1] % offsets.shape[2]:
         raise ValueError(f"{offsets.shape[2]} groups do not divide {value.shape[-1]} channels")
-    # The compiler takes is_exporting to be true, whether it exports or not.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting or not _has_fast(value.device.type):
+    if not value.device == offsets.device == weights.device:
+        raise ValueError(
+            f"value, offsets and weights lie on one device, not {value.device}, {offsets.device} and {weights.device}"
+        )
+    if not _has_fast(value.device.type):
         return reference(value, positions(offsets, base, taps, scale), weights)
     return operator(value, offsets, weights, base, taps, scale)
 
@@ -155,28 +159,30 @@ def deformable(
     convolution padded by p has its first kernel's centre. ValueError where shapes do not fit each other.
     """
     grid, axes = tuple(value.shape[1:-1]), value.ndim - 2
-    kernel = (kernel,) * axes if isinstance(kernel, int) else kernel
+    kernel = (kernel,) * axes if isinstance(kernel, int) else tuple(kernel)
     if axes not in (1, 2) or len(kernel) != axes:
         raise ValueError(f"deformable takes grids of 1 or 2 axes and a kernel of as many, not {grid} and {kernel}")
-    if min(*kernel, stride, dilation) < 1:
-        raise ValueError(f"kernel, stride and dilation are at least 1, not {kernel}, {stride} and {dilation}")
+    if not all(isinstance(number, int) and number > 0 for number in (*kernel, stride, dilation)):
+        raise ValueError(
+            f"kernel, stride and dilation are whole numbers of at least 1, not {kernel}, {stride} and {dilation}"
+        )
     reach = [dilation * (taps - 1) for taps in kernel]
     if padding == "same":
         out = tuple(-(-size // stride) for size in grid)
         origin = (0,) * axes
-    elif isinstance(padding, int):
+    elif isinstance(padding, int) and not isinstance(padding, bool):
         out = tuple((size + 2 * padding - span - 1) // stride + 1 for size, span in zip(grid, reach, strict=True))
         origin = tuple(dilation * ((taps - 1) // 2) - padding for taps in kernel)
     else:
         raise ValueError(f'padding is a number or "same", not {padding!r}')
     groups, points = offsets.shape[-3] if offsets.ndim == axes + 4 else 1, tuple(weights.shape[1 : axes + 1])
-    wanted = (value.shape[0], *out, groups, _product(kernel), axes)
+    wanted = (value.shape[0], *out, groups, math.prod(kernel), axes)
     if tuple(offsets.shape) != wanted or weights.shape != offsets.shape[:-1]:
         raise ValueError(
-            f"deformable expects offsets {(value.shape[0], *out, 'groups', _product(kernel), axes)} and weights "
+            f"deformable expects offsets {(value.shape[0], *out, 'groups', math.prod(kernel), axes)} and weights "
             f"without the last axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
         )
-    kind = torch.promote_types(offsets.dtype, torch.float32)
+    kind = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), torch.float32)
     base = table(_lattice, out, (stride,) * axes, origin, kind, device=value.device)
     centre = tuple(-dilation * ((taps - 1) // 2) for taps in kernel)
     taps = table(_lattice, kernel, (dilation,) * axes, centre, kind, device=value.device)
@@ -198,7 +204,7 @@ def multiscale(value: Tensor, grids: Sequence[tuple[int, int]], places: Tensor, 
         raise ValueError(f"{sizes[1]} tokens and {levels} levels do not fit the grids {tuple(grids)}")
     if len(sizes) != 3 or sizes[0] != places.shape[0]:
         raise ValueError(f"multiscale expects a value ({places.shape[0]}, tokens, channels), not {sizes}")
-    kind = torch.promote_types(places.dtype, torch.float32)
+    kind = torch.promote_types(torch.promote_types(value.dtype, places.dtype), torch.float32)
     nowhere = torch.zeros(places.shape[1], 2, dtype=kind, device=value.device)
     centre = torch.zeros(places.shape[4], 2, dtype=kind, device=value.device)
     maps = value.split([rows * columns for rows, columns in grids], 1)
@@ -209,10 +215,6 @@ def multiscale(value: Tensor, grids: Sequence[tuple[int, int]], places: Tensor, 
         total = one if total is None else total + one
     assert total is not None
     return total
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return sizes[0] * (sizes[1] if len(sizes) == 2 else 1)
 
 
 def _lattice(

@@ -98,7 +98,7 @@ struct Shape {
 };
 
 // One axis of the samples of one point: the lower corner, its share and the share of the upper one. A corner outside
-// the grid has a share of zero and stands at a place inside it.
+// the grid has a share of zero and stands at the nearest place inside it.
 template <class Real>
 struct Axis {
   std::vector<std::int32_t> low, high;
@@ -121,7 +121,7 @@ struct Axis {
       const Real part = clear - Real(floor);
       const bool has_low = floor >= 0 && floor < size, has_high = floor >= -1 && floor + 1 < size;
       low[i] = has_low ? floor : 0;
-      high[i] = has_high ? floor + 1 : 0;
+      high[i] = has_high ? floor + 1 : size - 1;
       low_inside[i] = has_low ? Real(1) : Real(0);
       high_inside[i] = has_high ? Real(1) : Real(0);
       low_share[i] = has_low ? 1 - part : Real(0);
@@ -144,6 +144,12 @@ struct Samples {
       if (AXES == 2) tap_y[i] = scale * at[i % taps * 2];
       tap_x[i] = scale * at[i % taps * AXES + AXES - 1];
     }
+  }
+
+  // Whether a sample lies on the grid with one corner at least.
+  bool meets(Index i) const {
+    return (x.low_inside[i] != 0 || x.high_inside[i] != 0) &&
+           (AXES == 1 || y.low_inside[i] != 0 || y.high_inside[i] != 0);
   }
 
   // Places the samples of the groups [from, to) of one point.
@@ -191,6 +197,7 @@ void forward(const Shape& shape, const Stored* value, const Stored* offsets, con
           Vector sum = {};
           auto taken = [&](int part) {
             for (Index i = group * shape.taps; i < (group + 1) * shape.taps; ++i) {
+              if (!samples.meets(i)) continue;
               const Index left = samples.x.low[i] * shape.channels, right = samples.x.high[i] * shape.channels;
               const Real lower = samples.weight[i] * samples.x.low_share[i];
               const Real upper = samples.weight[i] * samples.x.high_share[i];

@@ -100,7 +100,7 @@ def _forward(
     image, group, point, live = _program(total, groups, POINTS)  # pyright: ignore[reportGeneralTypeIssues]
     offsets += image * offsets_image + group * offsets_group + point * offsets_point
     weights += image * weights_image + group * weights_group + point * weights_point
-    stride = (groups * D).to(INDEX)
+    stride = tl.cast(groups * D, INDEX)  # one group is a plain number to the compiler
     line = width * stride
     channel = (tl.arange(0, CHUNKS) * WIDTH)[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
     inside = channel < D
@@ -193,7 +193,7 @@ def _backward(
     weights += image * weights_image + group * weights_group + point * weights_point
     grad_weights += ((image * total + point) * groups + group) * K
     grad_offsets += ((image * total + point) * groups + group) * K * AXES
-    stride = (groups * D).to(INDEX)
+    stride = tl.cast(groups * D, INDEX)  # one group is a plain number to the compiler
     line = width * stride
     channel = (tl.arange(0, CHUNKS) * WIDTH)[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
     channel = tl.max_contiguous(channel, [1, 1, VECTOR])  # or loads and atomic additions lie differently over threads

@@ -17,10 +17,11 @@ def linear_attention(
     """sum_j (q_i . k_j) v_j / sum_j (q_i . k_j), for query [B, N, H, d], key [B, M, H, d] and value [B, M, H, e], keys
     and queries not negative: [B, N, H, e].
 
-    mask [B, M] is True on real keys. turned replaces query and key in the numerator alone (rotary positions); beside
+    mask [B, M] is True on real keys. turned replaces query and key in the numerator alone (rotary positions); the
+    denominator is then at least a hundredth of |q_i| |mean k|, for nothing else would bound the result. beside
     [B, N, H, e] is added to the result. Sums over keys are means, so no number grows with their number: half precision
-    holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query without any overlap gives 0. A head
-    costs N M (d + e) or (N + M) d e products, whichever are fewer.
+    holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query that meets no key gives 0. A head costs
+    N M (d + e) or (N + M) d e products, whichever are fewer.
     """
     key = zeroed(key, mask)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -30,14 +31,19 @@ def linear_attention(
     else:
         share = 1.0 / mask.sum(1).clamp(min=1).to(wide)[:, None, None, None]
         mean = key.sum(1, keepdim=True, dtype=wide) * share
-    scale = 1.0 / ((query * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6 * share)  # [B, N, H, 1]
+    total = (query * mean).sum(-1, keepdim=True, dtype=wide)  # [B, N, H, 1]
+    if turned is not None:
+        total = torch.maximum(total, 0.01 * query.to(wide).norm(dim=-1, keepdim=True) * mean.norm(dim=-1, keepdim=True))
+    scale = 1.0 / (total + 1e-6 * share)
+    highest = query.amax(-1, keepdim=True) if (short := _short(query)) else query
     if turned is not None:
         query, key = turned[0], zeroed(turned[1], mask)
-    if query.dtype == torch.float16:
-        # Its range is short: keys of about 1, queries that their sum has divided, and half of 1 / M on either side.
-        largest = mean.amax(-1, keepdim=True).clamp(min=1e-30)
-        half = share.sqrt()
-        query, scale = (query * (scale * largest)).to(query.dtype), torch.ones_like(scale)
+    if short:
+        # Keys of about 1, queries that their sum has divided, and half of 1 / M on either side. An overlap counts as at
+        # least 1 / 256 of what it could be, or gradients would not fit.
+        largest, half = mean.amax(-1, keepdim=True).clamp(min=1e-30), share.sqrt()
+        factor = torch.minimum(scale * largest, 256.0 / highest.to(wide).clamp(min=1e-30))
+        query, scale = (query * factor).to(query.dtype), torch.ones_like(scale)
         key, value, share = (
             (key * (half / largest)).to(key.dtype),
             (value * half).to(value.dtype),
@@ -52,3 +58,10 @@ def linear_attention(
         mixed = query @ (key.transpose(-1, -2) @ value * share).to(query.dtype)
     mixed, scale = mixed.transpose(1, 2), scale.to(mixed.dtype)
     return mixed * scale if beside is None else torch.addcmul(beside, mixed, scale)
+
+
+def _short(x: Tensor) -> bool:
+    """Whether products are taken in fp16, whose range is short."""
+    device = x.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return kind == torch.float16

@@ -31,7 +31,12 @@ def library(name: str) -> ctypes.CDLL | None:
     if os.environ.get("ZOO_NATIVE", "1") == "0":
         return None
     try:
-        return ctypes.CDLL(str(build(source)))
+        path = build(source)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged, or made on another system that shares the folder
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(build(source)))
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         warnings.warn(

@@ -62,6 +62,9 @@ class DCNv4(Layer):
         self.sample = nn.Linear(dim, self.heads * self.taps * (axes + 1))
         nn.init.zeros_(self.sample.weight)
         nn.init.zeros_(self.sample.bias)
+        if weights == "sigmoid":  # starts, as softmax does, as the mean
+            with torch.no_grad():
+                self.sample.bias.view(self.heads, -1)[:, -self.taps :] = -math.log(max(self.taps - 1, 1e-3))
         self.centre = linear(dim, self.heads) if centre else None
         self.sites = {"inner": dim}
         self.inner: Layer | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.block import Block, drop_rates, run
 from zoo.config import BlockConfig, Config
 from zoo.heads import HEADS
-from zoo.layer import Context, check, make
+from zoo.layer import Context, check, make, to_map
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
 from zoo.stems import REDUCTIONS, STEMS
@@ -27,8 +27,9 @@ class PyramidConfig(Config):
     or a name for each stage, or in place of one such name a tuple of names that the stage's blocks take in turns.
 
     stem and reduction name what leads to the first stage and from a stage to the next, head what comes after the last
-    one; stem and reduction take the norm of the stage that they lead to, the head takes final_norm, which "" makes the
-    norm of the last stage. position is that of each stage's tokens. classes = 0 leaves the head's last linear away.
+    one. The stem and a reduction take the norm of the first block that they lead to; the head takes final_norm, which
+    "" makes that of the last stage's first block. position is that of a stage's tokens, one for all its blocks; image
+    is the side for which learned positions have their rows. classes = 0 leaves the head's last linear away.
     """
 
     dim: tuple[int, ...]
@@ -57,8 +58,8 @@ class PyramidConfig(Config):
         super().__post_init__()
         if not len(self.dim) == len(self.depth) == len(self.heads) > 0:
             raise ValueError(f"dim, depth and heads have a number a stage, not {self.dim}, {self.depth}, {self.heads}")
-        if min(self.image, self.channels) < 1 or self.classes < 0:
-            raise ValueError("image and channels are at least 1, classes at least 0")
+        if min(*self.dim, *self.depth, *self.heads, self.image, self.channels) < 1 or self.classes < 0:
+            raise ValueError("dim, depth, heads, image and channels are at least 1, classes at least 0")
         if "cross" in {word for entry in self.layout for word in entry.split("+")}:
             raise ValueError("layout: a pyramid has no memory for 'cross' to read")
         for field, table in (("stem", STEMS), ("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
@@ -66,25 +67,33 @@ class PyramidConfig(Config):
                 check(table, getattr(self, field) or self.last_norm)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        if self.final_norm and check(HEADS, self.head).get("norm_first") is False:
+            raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no such norm")
         for field in CHOICES:
-            if isinstance(choice := getattr(self, field), tuple) and len(choice) != len(self.dim):
+            if isinstance(choice := getattr(self, field), str):
+                continue
+            if len(choice) != len(self.dim):
                 raise ValueError(f"{field} has {len(choice)} choices for {len(self.dim)} stages: {choice!r}")
-        for stage in range(len(self.dim)):
-            for index in range(self.depth[stage]):
-                try:
-                    self.block(stage, index)
-                except ValueError as error:
-                    raise ValueError(f"stage {stage + 1}: {error}") from None
+            for names, most in zip(choice, self.depth, strict=True):
+                most = 1 if field == "position" else most
+                if isinstance(names, tuple) and not 0 < len(names) <= most:
+                    raise ValueError(f"{field} takes 1 to {most} names in turns in that stage, not {names!r}")
+        for stage, depth in enumerate(self.depth):
+            try:
+                blocks = [self.block(stage, index) for index in range(depth)]
+            except ValueError as error:
+                raise ValueError(f"stage {stage + 1}: {error}") from None
+            widths = {block.head_dim for block in blocks}
+            if "rotary" in blocks[0].writes and len(widths) > 1:
+                raise ValueError(
+                    f"stage {stage + 1}: position '{blocks[0].position}' turns heads of one width, not {sorted(widths)}"
+                )
 
     def choice(self, field: str, stage: int, index: int) -> str:
         """The name that a block of a stage has for one of CHOICES."""
         choice: Choice = getattr(self, field)
         names = choice if isinstance(choice, str) else choice[stage]
-        if isinstance(names, str):
-            return names
-        if not names:
-            raise ValueError(f"{field} is an empty tuple")
-        return names[index % len(names)]
+        return names if isinstance(names, str) else names[index % len(names)]
 
     def block(self, stage: int, index: int) -> BlockConfig:
         """The config of one block."""
@@ -156,17 +165,17 @@ class Pyramid(nn.Module):
         """How many pixels of a side become one token in each stage."""
         return [self.stem.stride * 2**stage for stage in range(len(self.config.dim))]
 
-    def run(self, images: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Context]]:
-        """The tokens after each stage, and where they lie."""
+    def run(self, images: Tensor, mask: Tensor | None, stages: int) -> list[tuple[Tensor, Context]]:
+        """The tokens after each of the first stages, and where they lie."""
         x, context = self.stem(images, mask)
         outputs = []
-        for stage in self.stages:
+        for stage in self.stages[:stages]:
             x, context = stage(x, context, self.checkpointing and self.training)
             outputs.append((x, context))
         return outputs
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.head(*self.run(images, mask)[-1])
+        return self.head(*self.run(images, mask, len(self.stages))[-1])
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """The tokens after the given stages (all where None; -1 is the last), not normalized, as maps [B, C, H', W'] at
@@ -175,8 +184,9 @@ class Pyramid(nn.Module):
         wanted = range(number) if layers is None else layers
         if bad := [layer for layer in wanted if not -number <= layer < number]:
             raise ValueError(f"layers: there is no stage {bad[0]}; the model has {number} stages, from 0")
-        outputs = self.run(images, mask)
-        return [outputs[layer][0].unflatten(1, outputs[layer][1].grid).movedim(-1, 1) for layer in wanted]
+        wanted = [layer % number for layer in wanted]
+        outputs = self.run(images, mask, 1 + max(wanted, default=0))
+        return [to_map(outputs[layer][0], outputs[layer][1].grid) for layer in wanted]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that weight decay leaves alone."""

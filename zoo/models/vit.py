@@ -11,7 +11,7 @@ from zoo.block import Block, drop_rates, run
 from zoo.channels import grid_mean
 from zoo.config import BlockConfig
 from zoo.fusion import fold_in, keep, not_affine
-from zoo.layer import Context, Fold, linear, make
+from zoo.layer import Context, Fold, linear, make, to_map
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
 from zoo.stems import Patches
@@ -130,7 +130,7 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x, context)
             maps.append(x)
-        return [maps[layer][:, context.prefix :].transpose(1, 2).unflatten(2, context.grid) for layer in wanted]
+        return [to_map(maps[layer][:, context.prefix :], context.grid) for layer in wanted]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that weight decay leaves alone."""
