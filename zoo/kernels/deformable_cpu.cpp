@@ -1,6 +1,7 @@
 // Deformable aggregation on the CPU; zoo/kernels/deformable.py says what it computes. Plain C symbols, no header of
 // torch: the file compiles in seconds and does not depend on torch's version.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -97,81 +98,107 @@ struct Shape {
   Index offsets_image, offsets_point, offsets_group, weights_image, weights_point, weights_group;
 };
 
-// One axis of the samples of one point: the lower corner, its share and the share of the upper one. A corner outside
-// the grid has a share of zero and stands at the nearest place inside it.
+// See Samples. A function by itself, not to be inlined: there compilers see that nothing overlaps, and make vector code.
 template <class Real>
-struct Axis {
-  std::vector<std::int32_t> low, high;
-  std::vector<Real> low_share, high_share, low_inside, high_inside;
-
-  explicit Axis(Index count)
-      : low(count), high(count), low_share(count), high_share(count), low_inside(count), high_inside(count) {}
-
-  void place(const Real* __restrict position, Index count, Index length) {
-    const std::int32_t size = std::int32_t(length);
-    const Real end = Real(size);
-    std::int32_t *__restrict low = this->low.data(), *__restrict high = this->high.data();
-    Real *__restrict low_share = this->low_share.data(), *__restrict high_share = this->high_share.data();
-    Real *__restrict low_inside = this->low_inside.data(), *__restrict high_inside = this->high_inside.data();
-    for (Index i = 0; i < count; ++i) {
-      Real clear = position[i] > Real(-2) ? position[i] : Real(-2);
-      clear = clear < end + 1 ? clear : end + 1;
-      std::int32_t floor = std::int32_t(clear);
-      floor -= Real(floor) > clear;
-      const Real part = clear - Real(floor);
-      const bool has_low = floor >= 0 && floor < size, has_high = floor >= -1 && floor + 1 < size;
-      low[i] = has_low ? floor : 0;
-      high[i] = has_high ? floor + 1 : size - 1;
-      low_inside[i] = has_low ? Real(1) : Real(0);
-      high_inside[i] = has_high ? Real(1) : Real(0);
-      low_share[i] = has_low ? 1 - part : Real(0);
-      high_share[i] = has_high ? part : Real(0);
-    }
+__attribute__((noinline)) void settle(const std::int32_t* __restrict size, const Real* __restrict position,
+                                      std::int32_t* __restrict low, std::int32_t* __restrict high,
+                                      Real* __restrict low_share, Real* __restrict high_share,
+                                      Real* __restrict low_inside, Real* __restrict high_inside, Index count) {
+  // In one loop compilers would see branches; these three they turn into vector code.
+  for (Index i = 0; i < count; ++i) {
+    const Real end = Real(size[i] + 1);
+    const Real above = position[i] > Real(-2) ? position[i] : Real(-2);  // NaN, too, lies outside
+    const Real clear = above < end ? above : end;
+    const std::int32_t whole = std::int32_t(clear);
+    const std::int32_t floor = whole - std::int32_t(Real(whole) > clear);
+    low[i] = floor;
+    high_share[i] = clear - Real(floor);
   }
-};
+  for (Index i = 0; i < count; ++i) {
+    const std::int32_t floor = low[i], next = floor + 1, last = size[i] - 1;
+    const std::int32_t low_place = std::min(std::max(floor, 0), last);
+    const std::int32_t high_place = std::min(std::max(next, 0), last);
+    low[i] = low_place;
+    high[i] = high_place;
+    low_inside[i] = Real(low_place == floor);
+    high_inside[i] = Real(high_place == next);
+  }
+  for (Index i = 0; i < count; ++i) {
+    low_share[i] = low_inside[i] * (1 - high_share[i]);
+    high_share[i] = high_inside[i] * high_share[i];
+  }
+}
 
+// Where the samples of one point lie. Numbers of an axis stand side by side, (y, x) on two axes, as offsets do: the
+// pixels below and above, their shares, and 1 where they lie on the grid. A pixel outside it has a share of zero and
+// stands at the nearest place inside.
 template <class Stored, class Real, int AXES>
 struct Samples {
-  Axis<Real> y, x;
-  std::vector<Real> position_y, position_x, weight, tap_y, tap_x;
+  std::vector<std::int32_t> size, low, high;
+  std::vector<Real> tap, position, low_share, high_share, low_inside, high_inside, weight;
   Index taps;
 
-  Samples(const Shape& shape, const Real* at, Real scale)
-      : y(shape.groups * shape.taps), x(shape.groups * shape.taps), taps(shape.taps) {
+  Samples(const Shape& shape, const Real* at, Real scale) : taps(shape.taps) {
     const Index count = shape.groups * shape.taps;
-    for (auto* each : {&position_y, &position_x, &weight, &tap_y, &tap_x}) each->resize(count);
-    for (Index i = 0; i < count; ++i) {
-      if (AXES == 2) tap_y[i] = scale * at[i % taps * 2];
-      tap_x[i] = scale * at[i % taps * AXES + AXES - 1];
+    for (auto* each : {&size, &low, &high}) each->resize(count * AXES);
+    for (auto* each : {&tap, &position, &low_share, &high_share, &low_inside, &high_inside}) each->resize(count * AXES);
+    weight.resize(count);
+    for (Index i = 0; i < count * AXES; ++i) {
+      size[i] = std::int32_t(AXES == 2 && i % 2 == 0 ? shape.rows : shape.columns);
+      tap[i] = scale * at[i % (taps * AXES)];
     }
-  }
-
-  // Whether a sample lies on the grid with one corner at least.
-  bool meets(Index i) const {
-    return (x.low_inside[i] != 0 || x.high_inside[i] != 0) &&
-           (AXES == 1 || y.low_inside[i] != 0 || y.high_inside[i] != 0);
   }
 
   // Places the samples of the groups [from, to) of one point.
   void read(const Shape& shape, const Stored* offsets, const Stored* weights, const Real* base, Real scale, Index from,
             Index to) {
+    const Real first = base[0], last = base[AXES - 1];
     for (Index group = from; group < to; ++group) {
-      const Stored* offset = offsets + group * shape.offsets_group;
-      const Stored* factor = weights + group * shape.weights_group;
-      const Index start = (group - from) * taps;
-      for (Index tap = 0; tap < taps; ++tap) {
-        if (AXES == 2) position_y[start + tap] = widen<Stored, Real>(offset[2 * tap]);
-        position_x[start + tap] = widen<Stored, Real>(offset[AXES * tap + AXES - 1]);
-        weight[start + tap] = widen<Stored, Real>(factor[tap]);
+      const Stored* __restrict offset = offsets + group * shape.offsets_group;
+      const Stored* __restrict given = weights + group * shape.weights_group;
+      const Real* __restrict steps = tap.data();
+      Real* __restrict place = position.data() + (group - from) * taps * AXES;
+      Real* __restrict factor = weight.data() + (group - from) * taps;
+      for (Index i = 0; i < taps; ++i) {
+        place[AXES * i] = first + steps[AXES * i] + scale * widen<Stored, Real>(offset[AXES * i]);
+        if (AXES == 2) place[2 * i + 1] = last + steps[2 * i + 1] + scale * widen<Stored, Real>(offset[2 * i + 1]);
+      }
+      for (Index i = 0; i < taps; ++i) factor[i] = widen<Stored, Real>(given[i]);
+    }
+    settle(size.data(), position.data(), low.data(), high.data(), low_share.data(), high_share.data(),
+           low_inside.data(), high_inside.data(), (to - from) * taps * AXES);
+  }
+};
+
+// The corners of all samples of one point: where each lies in an image, and weight times share.
+template <class Real, int AXES>
+struct Corners {
+  static constexpr int count = AXES == 2 ? 4 : 2;
+  std::vector<std::int32_t> at[count];
+  std::vector<Real> factor[count];
+
+  explicit Corners(Index size) {
+    for (int corner = 0; corner < count; ++corner) at[corner].resize(size), factor[corner].resize(size);
+  }
+
+  template <class Stored>
+  void join(const Samples<Stored, Real, AXES>& samples, const Shape& shape) {
+    const Index size = shape.groups * shape.taps;
+    const std::int32_t channels = std::int32_t(shape.channels), line = std::int32_t(shape.columns * shape.channels);
+    const Real* __restrict weight = samples.weight.data();
+    for (int corner = 0; corner < count; ++corner) {
+      const bool right = corner % 2, lower = corner / 2;
+      const std::int32_t* __restrict x = (right ? samples.high : samples.low).data();
+      const std::int32_t* __restrict y = (lower ? samples.high : samples.low).data();
+      const Real* __restrict x_share = (right ? samples.high_share : samples.low_share).data();
+      const Real* __restrict y_share = (lower ? samples.high_share : samples.low_share).data();
+      std::int32_t* __restrict place = at[corner].data();
+      Real* __restrict share = factor[corner].data();
+      for (Index i = 0; i < size; ++i) {
+        place[i] = x[AXES * i + AXES - 1] * channels + (AXES == 2 ? y[AXES * i] * line : 0);
+        share[i] = weight[i] * x_share[AXES * i + AXES - 1] * (AXES == 2 ? y_share[AXES * i] : Real(1));
       }
     }
-    const Index count = (to - from) * taps;
-    for (Index i = 0; i < count; ++i) {
-      if (AXES == 2) position_y[i] = base[0] + tap_y[i] + scale * position_y[i];
-      position_x[i] = base[AXES - 1] + tap_x[i] + scale * position_x[i];
-    }
-    if (AXES == 2) y.place(position_y.data(), count, shape.rows);
-    x.place(position_x.data(), count, shape.columns);
   }
 };
 
@@ -180,41 +207,33 @@ void forward(const Shape& shape, const Stored* value, const Stored* offsets, con
              const Real* taps, Real scale, int threads, Stored* out) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int lanes = Lanes<Real>::count;
+  constexpr int corners = Corners<Real, AXES>::count;
   const Index width = shape.channels / shape.groups, image_size = shape.rows * shape.columns * shape.channels;
 #pragma omp parallel num_threads(threads)
   {
     Samples<Stored, Real, AXES> samples(shape, taps, scale);
+    Corners<Real, AXES> joined(shape.groups * shape.taps);
 #pragma omp for schedule(static)
     for (Index row = 0; row < shape.batch * shape.points; ++row) {
       const Index image = row / shape.points, point = row % shape.points;
       samples.read(shape, offsets + image * shape.offsets_image + point * shape.offsets_point,
                    weights + image * shape.weights_image + point * shape.weights_point, base + point * AXES, scale, 0,
                    shape.groups);
+      joined.join(samples, shape);
       for (Index group = 0; group < shape.groups; ++group) {
         for (Index start = 0; start < width; start += lanes) {
           const int part = width - start < lanes ? int(width - start) : lanes;
           const Stored* from = value + image * image_size + group * width + start;
-          Vector sum = {};
+          Vector sums[corners] = {};  // one for each corner: they need not wait for each other
           auto taken = [&](int part) {
-            for (Index i = group * shape.taps; i < (group + 1) * shape.taps; ++i) {
-              if (!samples.meets(i)) continue;
-              const Index left = samples.x.low[i] * shape.channels, right = samples.x.high[i] * shape.channels;
-              const Real lower = samples.weight[i] * samples.x.low_share[i];
-              const Real upper = samples.weight[i] * samples.x.high_share[i];
-              if (AXES == 2) {
-                const Stored* top = from + samples.y.low[i] * shape.columns * shape.channels;
-                const Stored* bottom = from + samples.y.high[i] * shape.columns * shape.channels;
-                sum += samples.y.low_share[i] *
-                       (lower * load<Stored, Real>(top + left, part) + upper * load<Stored, Real>(top + right, part));
-                sum += samples.y.high_share[i] * (lower * load<Stored, Real>(bottom + left, part) +
-                                                  upper * load<Stored, Real>(bottom + right, part));
-              } else {
-                sum += lower * load<Stored, Real>(from + left, part) + upper * load<Stored, Real>(from + right, part);
-              }
-            }
+            for (Index i = group * shape.taps; i < (group + 1) * shape.taps; ++i)
+              for (int corner = 0; corner < corners; ++corner)
+                sums[corner] += joined.factor[corner][i] * load<Stored, Real>(from + joined.at[corner][i], part);
           };
           if (part == lanes) taken(lanes);
           else taken(part);
+          Vector sum = sums[0] + sums[1];
+          if (AXES == 2) sum += sums[corners - 2] + sums[corners - 1];
           Stored* to = out + row * shape.channels + group * width + start;
           for (int lane = 0; lane < part; ++lane) to[lane] = narrow<Stored, Real>(sum[lane]);
         }
@@ -234,7 +253,7 @@ void backward(const Shape& shape, const Stored* gradient, const Stored* value, c
 #pragma omp parallel num_threads(threads)
   {
     Samples<Stored, Real, AXES> samples(shape, taps, scale);
-    const auto &x = samples.x, &y = samples.y;
+    const auto& at = samples;
 #pragma omp for schedule(static)
     for (Index task = 0; task < shape.batch * shape.groups; ++task) {
       const Index image = task / shape.groups, group = task % shape.groups;
@@ -248,30 +267,31 @@ void backward(const Shape& shape, const Stored* gradient, const Stored* value, c
         const Stored* above = gradient + row * shape.channels + group * width;
         for (Index i = 0; i < shape.taps; ++i) {
           const Real weight = samples.weight[i];
-          const Index left = x.low[i] * shape.channels, right = x.high[i] * shape.channels;
-          const Index top = AXES == 2 ? y.low[i] * shape.columns * shape.channels : 0;
-          const Index bottom = AXES == 2 ? y.high[i] * shape.columns * shape.channels : 0;
-          const Real high = AXES == 2 ? y.low_share[i] : Real(1), low = AXES == 2 ? y.high_share[i] : Real(0);
+          const Index x = AXES * i + AXES - 1, y = AXES * i;
+          const Index left = at.low[x] * shape.channels, right = at.high[x] * shape.channels;
+          const Index top = AXES == 2 ? at.low[y] * shape.columns * shape.channels : 0;
+          const Index bottom = AXES == 2 ? at.high[y] * shape.columns * shape.channels : 0;
+          const Real high = AXES == 2 ? at.low_share[y] : Real(1), low = AXES == 2 ? at.high_share[y] : Real(0);
           Vector by_weight = {}, by_y = {}, by_x = {};
           auto taken = [&](Index start, int part) {
             const Vector given = load<Stored, Real>(above + start, part);
             const Vector top_left = load<Stored, Real>(from + top + left + start, part);
             const Vector top_right = load<Stored, Real>(from + top + right + start, part);
-            const Vector upper = x.low_share[i] * top_left + x.high_share[i] * top_right;
-            const Vector upper_slope = x.high_inside[i] * top_right - x.low_inside[i] * top_left;
+            const Vector upper = at.low_share[x] * top_left + at.high_share[x] * top_right;
+            const Vector upper_slope = at.high_inside[x] * top_right - at.low_inside[x] * top_left;
             const Vector share = weight * given;
-            add<Real>(into + top + left + start, (high * x.low_share[i]) * share, part);
-            add<Real>(into + top + right + start, (high * x.high_share[i]) * share, part);
+            add<Real>(into + top + left + start, (high * at.low_share[x]) * share, part);
+            add<Real>(into + top + right + start, (high * at.high_share[x]) * share, part);
             if (AXES == 2) {
               const Vector bottom_left = load<Stored, Real>(from + bottom + left + start, part);
               const Vector bottom_right = load<Stored, Real>(from + bottom + right + start, part);
-              const Vector lower = x.low_share[i] * bottom_left + x.high_share[i] * bottom_right;
-              const Vector lower_slope = x.high_inside[i] * bottom_right - x.low_inside[i] * bottom_left;
+              const Vector lower = at.low_share[x] * bottom_left + at.high_share[x] * bottom_right;
+              const Vector lower_slope = at.high_inside[x] * bottom_right - at.low_inside[x] * bottom_left;
               by_weight += given * (high * upper + low * lower);
-              by_y += given * (y.high_inside[i] * lower - y.low_inside[i] * upper);
+              by_y += given * (at.high_inside[y] * lower - at.low_inside[y] * upper);
               by_x += given * (high * upper_slope + low * lower_slope);
-              add<Real>(into + bottom + left + start, (low * x.low_share[i]) * share, part);
-              add<Real>(into + bottom + right + start, (low * x.high_share[i]) * share, part);
+              add<Real>(into + bottom + left + start, (low * at.low_share[x]) * share, part);
+              add<Real>(into + bottom + right + start, (low * at.high_share[x]) * share, part);
             } else {
               by_weight += given * upper;
               by_x += given * upper_slope;
@@ -280,10 +300,10 @@ void backward(const Shape& shape, const Stored* gradient, const Stored* value, c
           Index start = 0;
           for (; start + lanes <= width; start += lanes) taken(start, lanes);
           if (start < width) taken(start, int(width - start));
-          const Index at = (row * shape.groups + group) * shape.taps + i;
-          weights_gradient[at] = narrow<Stored, Real>(total<Real>(by_weight));
-          if (AXES == 2) offsets_gradient[2 * at] = narrow<Stored, Real>(scale * weight * total<Real>(by_y));
-          offsets_gradient[AXES * at + AXES - 1] = narrow<Stored, Real>(scale * weight * total<Real>(by_x));
+          const Index to = (row * shape.groups + group) * shape.taps + i;
+          weights_gradient[to] = narrow<Stored, Real>(total<Real>(by_weight));
+          if (AXES == 2) offsets_gradient[2 * to] = narrow<Stored, Real>(scale * weight * total<Real>(by_y));
+          offsets_gradient[AXES * to + AXES - 1] = narrow<Stored, Real>(scale * weight * total<Real>(by_x));
         }
       }
     }
