@@ -32,7 +32,8 @@ class SimplifiedLinear(Projected):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        query, key, value = F.relu(query), F.relu(key), zeroed(value, context.mask)
+        spare = not torch.is_grad_enabled()  # the projections are read by nobody else
+        query, key, value = F.relu(query, spare), F.relu(key, spare), zeroed(value, context.mask)
         turned = None
         if context.rotary is not None:
             turned = rotate(query, context.rotary), rotate(key, context.rotary)
