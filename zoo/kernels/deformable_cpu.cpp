@@ -174,7 +174,7 @@ struct Samples {
 template <class Real, int AXES>
 struct Corners {
   static constexpr int count = AXES == 2 ? 4 : 2;
-  std::vector<std::int32_t> at[count];
+  std::vector<Index> at[count];  // an image may have more than 2^31 numbers
   std::vector<Real> factor[count];
 
   explicit Corners(Index size) {
@@ -184,7 +184,7 @@ struct Corners {
   template <class Stored>
   void join(const Samples<Stored, Real, AXES>& samples, const Shape& shape) {
     const Index size = shape.groups * shape.taps;
-    const std::int32_t channels = std::int32_t(shape.channels), line = std::int32_t(shape.columns * shape.channels);
+    const Index channels = shape.channels, line = shape.columns * shape.channels;
     const Real* __restrict weight = samples.weight.data();
     for (int corner = 0; corner < count; ++corner) {
       const bool right = corner % 2, lower = corner / 2;
@@ -192,7 +192,7 @@ struct Corners {
       const std::int32_t* __restrict y = (lower ? samples.high : samples.low).data();
       const Real* __restrict x_share = (right ? samples.high_share : samples.low_share).data();
       const Real* __restrict y_share = (lower ? samples.high_share : samples.low_share).data();
-      std::int32_t* __restrict place = at[corner].data();
+      Index* __restrict place = at[corner].data();
       Real* __restrict share = factor[corner].data();
       for (Index i = 0; i < size; ++i) {
         place[i] = x[AXES * i + AXES - 1] * channels + (AXES == 2 ? y[AXES * i] * line : 0);
