@@ -113,7 +113,7 @@ class GroupNorm(Norm):
             return torch.addcmul(self.bias, y, self.weight).to(x.dtype)
         values = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
         across = (*range(1, values.ndim - 2), values.ndim - 1)
-        number = math.prod(values.shape[axis] for axis in across[1:])
+        number = math.prod([values.shape[axis] for axis in across[1:]])
         if context.mask is None:
             count = values.shape[1] * number
         else:
