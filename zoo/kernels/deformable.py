@@ -9,6 +9,7 @@ CPU and Triton on CUDA stand behind one operator, which the compiler calls, too:
 it makes of gathers written out tap by tap, and compiles in one sixtieth of the time.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -82,11 +83,16 @@ def operator_backward(
     return _fast(value.device.type).backward(gradient, value, offsets, weights, base, taps, scale)
 
 
+@functools.cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _fast(device: str) -> Any:
     """The module with the fast form for the device, or None."""
     if device == "cpu":
         return deformable_cpu if deformable_cpu.available() else None
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device == "cuda" and _triton_is_there():
         from zoo.kernels import deformable_triton
 
         return deformable_triton
