@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.ffns import FFNS
-from zoo.layer import Context, Layer, Memory, advance, make
+from zoo.layer import Context, Layer, Memory, advance, make, parse
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS, Position
 
 DIM, HEADS = 32, 2
+ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
+SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)",)
 
 
@@ -71,6 +73,15 @@ def _rows() -> dict[str, Callable[[int], Layer]]:
 
 
 ROWS = _rows()
+
+
+def _dimensions(name: str) -> tuple[int, ...]:
+    kind, _, spec = name.partition("-")
+    return MIXERS[parse(spec)[0]].dimensions if kind == "mixer" else (1, 2)
+
+
+# Each row on each kind of grid that it works on.
+PLACES = [(name, axes) for name in ROWS for axes in _dimensions(name)]
 
 
 def reads_prefix(layer: Layer) -> bool:

@@ -17,8 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
-
-from zoo.mixers import MIXERS
+from helpers import ON_PICTURES
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MODES = ("forward", "forward+backward")
@@ -62,7 +61,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_every_mixer_has_a_row_at_every_size(measured):
     rows = rows_of(measured[1], "mixers")
-    assert [(row["mixer"], row["tokens"]) for row in rows] == [(name, size) for size in ("4", "9") for name in MIXERS]
+    assert [(row["mixer"], row["tokens"]) for row in rows] == [
+        (name, size) for size in ("4", "9") for name in ON_PICTURES
+    ]
     assert all(row["ratio"] == "1.0" for row in rows if row["mixer"] == "softmax")
 
 
@@ -131,7 +132,7 @@ def test_each_table_is_headed_by_its_conditions(measured):
     for line in lines:
         assert re.search(r", 1 thread, b?float\d\d, eager, .*, load average \d", line)
     assert sum(", at most 1 pairs and 8 s a point, CPU time, load " in line for line in lines) == len(TIMED)
-    for name in MIXERS:
+    for name in ON_PICTURES:
         assert f"\n| {name} " in measured[0]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DIM, ROWS, context_for, randomise, relative, tokens_for
+from helpers import DIM, PLACES, ROWS, context_for, randomise, relative, tokens_for
 from test_block import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
 
 import zoo.fusion
@@ -146,11 +146,10 @@ def test_a_decoder_that_adds_code_keeps_its_norm():
     assert "code" in {word for fold in fuse(block).fusion for word in fold.reason.split()}
 
 
-declared = [name for name in ROWS if name.split("-")[0] in ("mixer", "conv", "cross", "ffn")]
+declared = [place for place in PLACES if place[0].split("-")[0] in ("mixer", "conv", "cross", "ffn")]
 
 
-@pytest.mark.parametrize("axes", [1, 2])
-@pytest.mark.parametrize("name", declared)
+@pytest.mark.parametrize(("name", "axes"), declared)
 def test_declared_linears_are_all_there_are(name, axes):
     """branch(a x + b) equals the folded branch(x), and a branch(x) + b the one folded behind; with mask and prefix."""
     layer = randomise(ROWS[name](axes)).double().eval()

@@ -12,9 +12,9 @@ ROOT = Path(zoo.__file__).parent
 # Each line may import from itself and the lines above it.
 LAYERS = [
     ["layer"],
-    ["norms", "kernels", "preprocess"],
+    ["norms", "kernels", "preprocess", "audio", "tokens"],
     ["fusion", "channels", "positions", "ffns"],
-    ["stems", "heads"],
+    ["stems", "heads", "subsampling", "streaming", "decoding"],
     ["mixers"],
     ["config"],
     ["block"],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     DIM,
+    PLACES,
     ROWS,
     context_for,
     cropped,
@@ -23,8 +24,7 @@ from zoo.positions import Position
 
 GRIDS = {1: (11,), 2: (5, 7)}
 WIDE = {1: (19,), 2: (9, 8)}
-everywhere = pytest.mark.parametrize("axes", [1, 2])
-every_row = pytest.mark.parametrize("name", ROWS)
+every_place = pytest.mark.parametrize(("name", "axes"), PLACES)
 
 
 def build(name: str, axes: int) -> Layer:
@@ -32,8 +32,7 @@ def build(name: str, axes: int) -> Layer:
     return randomise(layer).eval()  # pyright: ignore[reportReturnType]
 
 
-@every_row
-@everywhere
+@every_place
 def test_keeps_shape_and_dtype(name, axes):
     layer = build(name, axes)
     context = context_for(layer, GRIDS[axes], 2)
@@ -43,8 +42,7 @@ def test_keeps_shape_and_dtype(name, axes):
     assert torch.equal(y, layer(x, context)), "inference is not deterministic"
 
 
-@every_row
-@everywhere
+@every_place
 def test_every_parameter_gets_a_gradient(name, axes):
     layer = build(name, axes).train()
     context = context_for(layer, GRIDS[axes], 2)
@@ -56,8 +54,7 @@ def test_every_parameter_gets_a_gradient(name, axes):
             assert parameter.grad.abs().max() > 0, f"{key} has no influence"
 
 
-@every_row
-@everywhere
+@every_place
 def test_padding_and_batch_mates_change_nothing(name, axes):
     """A sample alone, without a mask, equals the same sample padded beside a larger one."""
     layer = build(name, axes)
@@ -75,8 +72,7 @@ def test_padding_and_batch_mates_change_nothing(name, axes):
     assert relative(other[:1], layer(batch, wide)[:1]) < 1e-5, "a batch mate leaks"
 
 
-@every_row
-@everywhere
+@every_place
 def test_padding_changes_nothing_in_training(name, axes):
     """Outputs, running statistics and gradients of a batch are the same with twice the padding."""
     layer = build(name, axes).train()
@@ -105,8 +101,7 @@ def test_padding_changes_nothing_in_training(name, axes):
         assert (other - one).abs().max() < 1e-4 * largest, key
 
 
-@every_row
-@everywhere
+@every_place
 @pytest.mark.parametrize("training", [False, True])
 def test_half_precision_stays_finite(name, axes, training):
     layer = build(name, axes).to(torch.bfloat16).train(training)
@@ -121,8 +116,7 @@ def test_half_precision_stays_finite(name, axes, training):
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
 
 
-@every_row
-@everywhere
+@every_place
 def test_a_sample_without_real_tokens_is_finite(name, axes):
     layer = build(name, axes)
     none = tuple(0 for _ in GRIDS[axes])
@@ -137,8 +131,7 @@ def test_a_sample_without_real_tokens_is_finite(name, axes):
         assert x.grad is not None and x.grad.isfinite().all()
 
 
-@every_row
-@everywhere
+@every_place
 def test_export(name, axes):
     layer = build(name, axes)
     context = context_for(layer, GRIDS[axes], 2, [GRIDS[axes], tuple(size - 1 for size in GRIDS[axes])])
@@ -148,8 +141,7 @@ def test_export(name, axes):
 
 
 @pytest.mark.compiled
-@every_row
-@everywhere
+@every_place
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_graph_breaks(name, axes, training):
     torch._dynamo.reset()
@@ -199,9 +191,9 @@ def test_inductor_equals_eager(name):
     assert relative(compiled(x, context), layer(x, context)) < 1e-4
 
 
-@every_row
-def test_declared_reads_are_fields(name):
-    layer = ROWS[name](2)
+@every_place
+def test_declared_reads_are_fields(name, axes):
+    layer = ROWS[name](axes)
     assert layer.reads <= set(Context._fields)
     if isinstance(layer, Position):
         assert layer.writes <= set(Context._fields)
@@ -211,8 +203,9 @@ def test_no_name_shadows_a_module_attribute():
     from torch.fx import GraphModule
 
     taken = set(dir(torch.nn.Module())) | set(dir(GraphModule)) | {"code", "graph", "meta"}
-    for name, row in ROWS.items():
-        for key in [key for key, _ in row(2).named_parameters()] + [key for key, _ in row(2).named_modules()]:
+    for name, axes in PLACES:
+        layer = ROWS[name](axes)
+        for key in [key for key, _ in layer.named_parameters()] + [key for key, _ in layer.named_modules()]:
             assert not taken & set(key.split(".")), (name, key)
 
 

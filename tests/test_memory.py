@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import zoo
+from helpers import ON_PICTURES
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SIDES = (28, 56, 112)
@@ -24,13 +23,13 @@ for mixer in sys.argv[1:]:
 def test_peak_memory_of_every_mixer_grows_linearly_with_tokens():
     """From 784 to 12,544 tokens, softmax included. A matrix of all pairs of tokens would take 630 MiB in one head."""
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", CHILD, *zoo.MIXERS]
+    command = [sys.executable, "-c", CHILD, *ON_PICTURES]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
     words, peaks = said.split(), {}
     for at, word in enumerate(words):
-        if word in zoo.MIXERS:
+        if word in ON_PICTURES:
             peaks[word] = [float(number) for number in words[at + 1 : at + 1 + len(SIDES)]]
-    assert set(peaks) == set(zoo.MIXERS)
+    assert set(peaks) == set(ON_PICTURES)
     tokens = [side * side for side in SIDES]
     for mixer, (first, second, third) in peaks.items():
         early, late = (second - first) / (tokens[1] - tokens[0]), (third - second) / (tokens[2] - tokens[1])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import randomise, relative
+from helpers import ON_PICTURES, randomise, relative
 
 import zoo
 from zoo.config import PLACEMENTS
@@ -14,7 +14,7 @@ from zoo.models import PRESETS, configure
 
 TINY = {"dim": 32, "depth": 2, "heads": 2, "image": 24, "patch": 8, "classes": 5}
 CHOICES = {
-    "mixer": list(zoo.MIXERS),
+    "mixer": ON_PICTURES,
     "norm": list(zoo.NORMS),
     "channel": list(zoo.CHANNELS),
     "position": list(zoo.POSITIONS),
@@ -103,7 +103,7 @@ def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
     assert type(model.config)(**stored) == PRESETS[name]
 
 
-@pytest.mark.parametrize("mixer", zoo.MIXERS)
+@pytest.mark.parametrize("mixer", ON_PICTURES)
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (7, 90), (1, 1)])
 def test_any_picture_size(mixer, size):
     model = randomise(zoo.create_model("vit_micro", **(TINY | {"mixer": mixer, "channels": 1}))).eval()
@@ -249,7 +249,7 @@ def test_export_of_a_whole_model_takes_any_batch(choices):
     assert relative(program.module()(images), model(images)) < 1e-5
 
 
-@pytest.mark.parametrize("mixer", zoo.MIXERS)
+@pytest.mark.parametrize("mixer", ON_PICTURES)
 def test_an_empty_batch(mixer):
     model = zoo.create_model("vit_micro", **(TINY | {"mixer": mixer, "norm": "prepbn", "channel": "ela"}))
     for training in (True, False):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import randomise, relative
+from helpers import ON_PICTURES, randomise, relative
 
 import zoo
 from zoo.config import PLACEMENTS
@@ -29,7 +29,7 @@ SIZES = {
     "pvt_sla_tiny": 10.99,
 }
 CHOICES = [
-    *({"mixer": mixer} for mixer in [*zoo.MIXERS, "dcnv4(weights='softmax', local=3, centre=True)"]),
+    *({"mixer": mixer} for mixer in [*ON_PICTURES, "dcnv4(weights='softmax', local=3, centre=True)"]),
     *({"norm": norm} for norm in zoo.NORMS),
     *({"channel": channel} for channel in zoo.CHANNELS),
     *({"position": position} for position in zoo.POSITIONS),

@@ -1,5 +1,6 @@
 """One Block for every family: a layout spelt out as residual branches, norms put where the placement says."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -102,6 +103,7 @@ class Residual(Layer):
             nn.init.zeros_(self.modulation.bias)
         self.factor = 0.5 if "half" in words else 1.0
         self.drop = 0.0 if bare else drop
+        self.dropout = 0.0 if bare else config.dropout
         self.adds_code = "code" in config.writes
 
     @staticmethod
@@ -152,7 +154,9 @@ class Residual(Layer):
         return x if self.total is None else self.total(x, context)
 
     def drop_path(self, y: Tensor) -> Tensor:
-        """Drops the branch for some samples and scales the others up (Huang et al. 2016, arXiv:1603.09382)."""
+        """Drops single values of the branch, and the branch for some samples (Huang et al. 2016, arXiv:1603.09382), and
+        scales the others up."""
+        y = F.dropout(y, self.dropout, self.training)
         if not self.training or self.drop == 0.0:
             return y
         keep = 1.0 - self.drop
@@ -253,7 +257,7 @@ def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractConte
     return nullcontext(), recomputing()
 
 
-def run(blocks: nn.ModuleList, x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
+def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
     """The blocks one after the other; with checkpointing, activations are computed again in the backward pass, and
     running statistics move once."""
     # The compiler traces a block once, so its statistics move once by themselves.

@@ -97,14 +97,16 @@ class BlockConfig(Config):
     position: str = "sincos"
     modulate: bool = False
     drop_path: float = 0.0
+    dropout: float = 0.0
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.dim, self.depth, self.heads) < 1:
             raise ValueError(f"dim, depth and heads are at least 1, not {self.dim}, {self.depth} and {self.heads}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path lies in 0..1, not {self.drop_path}")
+        for name in ("drop_path", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} lies in 0..1, not {getattr(self, name)}")
         for field, table in TABLES.items():
             try:
                 if field == "placement":
@@ -154,21 +156,31 @@ class BlockConfig(Config):
             raise ValueError(f"conv_norm '{self.conv_norm}' would be ignored: conv '{self.conv}' has no norm")
         if "mixer" not in self.words and self.writes & {"rotary", "bias"}:
             raise ValueError(f"position '{self.position}' would be ignored: the layout has no mixer")
-        tokens = self.writes & {"prefix", "mask"}
+        tokens = self.writes & {"prefix", "mask", "visible"}
         needs = {"mixer": self.writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | self.writes & {"code"}}
-        needs |= {"channel": tokens, "position": tokens}
+        needs |= {"channel": tokens, "position": tokens, "norm": self.writes & {"visible"}}
+        needs |= {"conv_norm": self.writes & {"visible"}} if "conv" in self.words else {}
         for field, needed in needs.items():
-            if field not in ("channel", "position") and field not in self.words:
+            if field in ("mixer", "conv", "cross") and field not in self.words:
                 continue
             name = parse(getattr(self, field))[0]
             row = TABLES[field][name]
+            if field in ("mixer", "conv") and self.axes not in row.dimensions:
+                works = "along time" if row.dimensions == (1,) else "on pictures"
+                able = [other for other, each in TABLES[field].items() if self.axes in each.dimensions]
+                raise ValueError(f"{field} '{name}' works {works} only; choose another {field} ({', '.join(able)})")
             if name == "none" or not row.mixes or not (unread := sorted(needed - row.reads)):
                 continue
             if self.writes & {"rotary", "bias"} & set(unread):
                 source = f"position '{self.position}'"
             else:
                 source = "this model" + (", which has prefix tokens," if "prefix" in unread else "")
-            able = [other for other, each in TABLES[field].items() if needed <= each.reads or other == "none"]
+                source += ", which works in chunks," if "visible" in unread else ""
+            able = [
+                other
+                for other, each in TABLES[field].items()
+                if (needed <= each.reads or not each.mixes or other == "none") and self.axes in each.dimensions
+            ]
             raise ValueError(
                 f"{field} '{name}' does not read {' and '.join(unread)}, which {source} sets; "
                 f"choose another {field} ({', '.join(able)}) or drop what sets it"

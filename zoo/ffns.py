@@ -39,13 +39,23 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 
 class MLP(Layer):
     """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False leaves both
-    biases away, out_bias=False that of W2."""
+    biases away, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
 
     def __init__(
-        self, dim: int, *, ratio: float = 4.0, activation: str = "gelu", bias: bool = True, out_bias: bool = True
+        self,
+        dim: int,
+        *,
+        ratio: float = 4.0,
+        activation: str = "gelu",
+        bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = int(dim * ratio)
+        if dropout >= 1.0:
+            raise ValueError(f"mlp takes a dropout below 1, not {dropout}")
+        self.dropout = dropout
         if hidden < 1:
             raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
         self.activation = activation_of(activation)
@@ -54,7 +64,7 @@ class MLP(Layer):
         self.inner: Layer | None = None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        y = self.activation(self.expand(x))
+        y = F.dropout(self.activation(self.expand(x)), self.dropout, self.training)
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:

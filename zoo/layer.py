@@ -22,20 +22,36 @@ class Memory(NamedTuple):
     reference: Tensor | None = None  # [B, N, 2 or 4], where each query looks, in 0..1
 
 
+class Chunks(NamedTuple):
+    """Which tokens see which, along time: each sees its own chunk whole, and `left` tokens in front of that chunk."""
+
+    chunk: int
+    left: int  # a multiple of chunk
+
+    def allow(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether the queries [N] see the keys [M], both given by their places: [N, M]."""
+        behind = (queries // self.chunk)[:, None] - keys // self.chunk
+        return (behind >= 0) & (behind <= self.left // self.chunk)
+
+
 class Context(NamedTuple):
     """What tokens [B, N, D] know besides their values. N = prefix + product(grid); masks are True on what is real.
 
     Real tokens form a top-left rectangle of the grid (left-aligned in time), so a layer may use each sample's extent.
+    With a cache, the tokens are one chunk of a stream: the keys are those that the cache holds and then the new ones,
+    and rotary and bias speak of all of them, the queries being the last N.
     """
 
     grid: tuple[int, ...]  # (H, W) or (T,)
     prefix: int = 0  # class token and registers, in front of the grid
     mask: Tensor | None = None  # [B, N]
-    rotary: Tensor | None = None  # [2, N, d / 2] fp32: cosine and sine that turn queries and keys
-    bias: Tensor | None = None  # [heads, N, N], added to attention scores
+    rotary: Tensor | None = None  # [2, keys, d / 2] fp32: cosine and sine that turn queries and keys
+    bias: Tensor | None = None  # [heads, N, keys], added to attention scores
     cond: Tensor | None = None  # [B, 1 or N, D], what modulates the blocks
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None
+    visible: Chunks | None = None
+    cache: dict[str, Tensor] | None = None  # what a stream remembers, by `<module path>.<slot>`; layers write into it
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -57,17 +73,29 @@ class Layer(nn.Module):
     `reads` names the fields of the Context that the layer honours; `mixes` says whether one token's output depends on
     other tokens; `bare`, that a Block puts nothing around it. `sites` maps the names of the places that a Block may
     fill with a norm to their widths: `inner` stands in front of the output linear, `query`, `key` and `value` behind
-    the projections. `heads`, where above 0, splits the `inner` site into heads.
+    the projections. `heads`, where above 0, splits the `inner` site into heads. `dimensions` are the numbers of axes
+    that its grid may have. `address` is the layer's path in its model, by which it finds what a stream remembers.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
+    dimensions: ClassVar[tuple[int, ...]] = (1, 2)
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
     sites: dict[str, int] = {}
     heads: int = 0
+    address: str = ""
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
+        """What a stream has to remember for this layer, by slot, as it is before the first chunk."""
+        return {}
+
+    def recall(self, context: Context, slot: str) -> Tensor:
+        """What the stream remembers in a slot of this layer; it is changed in place."""
+        assert context.cache is not None
+        return context.cache[f"{self.address}.{slot}"]
 
     def fill(self, site: str, layer: "Layer") -> None:
         """Puts a layer into a site; ValueError where there is no such site or it is taken."""

@@ -86,7 +86,7 @@ SHAPES = {
     "attention_sides": operators.SIDES,
     "norm_shapes": layers.NORM_SHAPES,
     "memory_sides": layers.MEMORY_SIDES,
-    "memory_mixers": list(layers.zoo.MIXERS),
+    "memory_mixers": layers.ON_PICTURES,
     "side": models.SIDE,
 }
 QUICK = {

@@ -5,10 +5,14 @@ from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.relative import Grouped, Local, Relative
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
+    "relative": Relative,
+    "grouped": Grouped,
     "window": Window,
+    "local": Local,
     "sla": SimplifiedLinear,
     "dcnv4": DCNv4,
     "pool": Pool,

@@ -5,14 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion import fold_site
-from zoo.layer import Context, Fold, Layer, linear
+from zoo.layer import Chunks, Context, Fold, Layer, linear
 from zoo.norms import LayerNorm
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
-    """Turns the pairs (first half, second half) of x [B, N, H, d] by the angles of rotary [2, N, d / 2]."""
+    """Turns the pairs (first half, second half) of x [B, N, H, d] by the last N angles of rotary [2, keys, d / 2]."""
     if rotary is None:
         return x
+    rotary = rotary[:, -x.shape[1] :]
     cosine, sine = rotary[0][:, None], rotary[1][:, None]
     first, second = x.chunk(2, -1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
@@ -90,7 +91,44 @@ class Projected(Layer):
         return done
 
 
-class Softmax(Projected):
+class Attention(Projected):
+    """The frame of attention over whatever a token may see: all tokens, or its chunk and some before it (`visible`),
+    or in a stream the keys that are kept and the new ones. A subclass writes `mix`."""
+
+    reads = Projected.reads | {"visible"}
+
+    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
+        weight = self.qkv.weight
+        kept = weight.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
+        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=weight.device)
+        return {"key": kept, "value": kept.clone(), "real": real}
+
+    def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values with those that the stream keeps in front of them, and which of them each query may see:
+        None for all, [B, M], or [1 or B, N, M]. What comes is kept."""
+        number, mask, visible = key.shape[1], context.mask, context.visible
+        if visible is None:
+            return key, value, mask
+        if context.cache is None:
+            places = torch.arange(number, device=key.device)
+            allowed = visible.allow(places, places)[None]
+            return key, value, allowed if mask is None else allowed & mask[:, None]
+        if mask is None:
+            mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+        key, value, mask = (
+            self.extended(self.recall(context, slot), new)
+            for slot, new in (("key", key), ("value", value), ("real", mask))
+        )
+        return key, value, mask
+
+    @staticmethod
+    def extended(kept: Tensor, new: Tensor) -> Tensor:
+        whole = torch.cat([kept, new], 1)
+        kept.copy_(whole[:, whole.shape[1] - kept.shape[1] :])
+        return whole
+
+
+class Softmax(Attention):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
     qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442); kv_heads below `heads` shares
@@ -98,7 +136,7 @@ class Softmax(Projected):
     bias=False leaves the biases of both projections away.
     """
 
-    reads = Projected.reads | {"rotary", "bias"}
+    reads = Attention.reads | {"rotary", "bias"}
 
     def __init__(
         self,
@@ -117,8 +155,9 @@ class Softmax(Projected):
             self.fill("key", LayerNorm(self.head_dim))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        key, value, allowed = self.seen(key, value, context)
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        return attend(query, key, value, context.mask, context.bias)
+        return attend(query, key, value, allowed, context.bias)
 
 
 class Window(Projected):
@@ -166,17 +205,17 @@ class Window(Projected):
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of query [B, N, H, d] over key and value [B, M, K, d]: [B, N, H, d].
 
-    mask [B, M] is True on real keys, bias [H, N, M] is added to the scores. Without a real key the result is finite and
-    means nothing.
+    mask [B, M] or [1 or B, N, M] is True where a key may be seen, bias [H, N, M] or [B, H, N, M] is added to the
+    scores. A query that sees no key gets a finite result that means nothing.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     allowed = None
     if mask is not None:
-        allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        allowed = mask | ~mask.any(-1, keepdim=True)
+        allowed = allowed[:, None, None] if mask.ndim == 2 else allowed[:, None]
     if bias is not None:
-        allowed = (
-            bias.to(query.dtype)[None] if allowed is None else bias.to(query.dtype).masked_fill(~allowed, -torch.inf)
-        )
+        bias = (bias if bias.ndim == 4 else bias[None]).to(query.dtype)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
     shared = key.shape[1] != query.shape[1]
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
     return y.transpose(1, 2)

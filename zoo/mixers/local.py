@@ -1,11 +1,12 @@
 """Mixers and branches that look at neighbours on the grid: pooling, separable convolution, speech convolution, none."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffns import StarReLU
 from zoo.fusion import fold_site
-from zoo.layer import Context, Fold, Layer, linear, make, to_map, to_tokens, zeroed
+from zoo.layer import Chunks, Context, Fold, Layer, linear, make, to_map, to_tokens, zeroed
 from zoo.norms import NORMS, Norm
 
 
@@ -48,6 +49,20 @@ class Pool(Layer):
         return to_tokens(self.pool(maps, counted=True) / share) - x
 
 
+def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor | None = None) -> Tensor:
+    """A depthwise convolution of tokens on the grid; under `visible` it reads no later token, but those in front:
+    `past` [B, kernel - 1, C] of a stream, else zeros. What comes is written into `past`."""
+    if context.visible is None:
+        return to_tokens(conv(to_map(y, context.grid)))
+    front = conv.kernel_size[0] - 1
+    if past is None:
+        y = F.pad(y, (0, 0, front, 0))
+    else:
+        y = torch.cat([past, y], 1)
+        past.copy_(y[:, y.shape[1] - front :])
+    return to_tokens(F.conv1d(y.transpose(1, 2), conv.weight, conv.bias, groups=conv.groups))
+
+
 def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.Conv2d:
     """A convolution of each channel by itself that keeps the grid's size."""
     if kernel % 2 == 0:
@@ -86,9 +101,9 @@ class SeparableConv(Layer):
 
 class Convolution(Layer):
     """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish, linear
-    (Gulati et al. 2020, arXiv:2005.08100). `norm` names a row of NORMS."""
+    (Gulati et al. 2020, arXiv:2005.08100). `norm` names a row of NORMS. Under `visible` the convolution is causal."""
 
-    reads = frozenset({"mask"})
+    reads = frozenset({"mask", "visible"})
     mixes = True
     gate = "glu"
 
@@ -101,10 +116,14 @@ class Convolution(Layer):
         self.sites = {"inner": hidden}
         self.inner: Layer | None = None
 
+    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
+        width, front = self.conv.in_channels, self.conv.kernel_size[0] - 1
+        return {"past": self.conv.weight.new_zeros(batch, front, width)}
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.expand(x)
         y = zeroed(F.glu(y, -1) if self.gate == "glu" else F.silu(y), context.mask)
-        y = to_tokens(self.conv(to_map(y, context.grid)))
+        y = along(self.conv, y, context, None if context.cache is None else self.recall(context, "past"))
         y = F.silu(y if self.norm is None else self.norm(y, context))
         return self.out(y if self.inner is None else self.inner(y, context))
 

@@ -10,10 +10,14 @@ from torch import nn
 
 from zoo.config import Config
 from zoo.layer import count_parameters
-from zoo.models import pyramid, vit
+from zoo.models import conformer, pyramid, vit
 
-PRESETS: dict[str, Config] = {**vit.PRESETS, **pyramid.PRESETS}
-FAMILIES: dict[str, type[Config]] = {"vit": vit.ViTConfig, "pyramid": pyramid.PyramidConfig}
+PRESETS: dict[str, Config] = {**vit.PRESETS, **pyramid.PRESETS, **conformer.PRESETS}
+FAMILIES: dict[str, type[Config]] = {
+    "vit": vit.ViTConfig,
+    "pyramid": pyramid.PyramidConfig,
+    "conformer": conformer.ConformerConfig,
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:

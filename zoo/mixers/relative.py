@@ -1,0 +1,175 @@
+"""Attention along time: scores that depend on how far two frames are apart, and windows that make long audio cheap."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.layer import Context, linear, table, zeroed
+from zoo.mixers.attention import Attention, attend, rotate
+
+
+def _offsets(first: int, number: int, dim: int, device: torch.device) -> Tensor:
+    """Sines and cosines, taking turns, of the offsets first, first - 1, ...: [number, dim] fp32."""
+    rates = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    places = first - torch.arange(number, device=device, dtype=torch.float64)
+    angles = places[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim].float()
+
+
+def shifted(scores: Tensor, keys: int) -> Tensor:
+    """Scores [..., N, keys + N - 1] by falling offset become scores [..., N, keys] by key, the first query's offsets
+    beginning N - 1 later than the last one's. A view of what it is given."""
+    queries, width = scores.shape[-2:]
+    if queries == 1:
+        return scores[..., :keys]
+    flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]
+    return flat.unflatten(-1, (queries, width - 1))[..., :keys]
+
+
+def banded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int,
+    shared: int = 0,
+    bias: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attention of query [B, N, H, d] over the keys and values [B, N, K, d] that are at most `window` places away.
+
+    The first `shared` tokens see all and are seen by all. mask [B, N] is True on real keys. bias gives, for blocks of
+    queries [B', window, H, d], what is added to their scores against the block and its two neighbours
+    [B', H, window, 3 * window]. Time and memory grow with N * window (Beltagy et al. 2020, arXiv:2004.05150).
+    """
+    batch, number = query.shape[:2]
+    after = -number % window
+    blocks = (number + after) // window
+    real = torch.ones(1, number, dtype=torch.bool, device=query.device) if mask is None else mask
+    alone = torch.arange(number, device=query.device) >= shared
+
+    def cut(x: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, blocks, 3 * window, ...]"""
+        margin = [0, 0] * (x.ndim - 2) + [window, window + after]
+        return F.pad(x, margin).unfold(1, 3 * window, window).movedim(-1, 2)
+
+    places = torch.arange(3 * window, device=query.device)
+    band = (places[:window, None] + window - places).abs() <= window
+    allowed = band & cut(real & alone)[:, :, None]  # [B, blocks, window, 3 * window]
+    keys, values = cut(key).flatten(0, 1), cut(value).flatten(0, 1)
+    if shared:
+        head = real[:, None, None, :shared].expand(-1, blocks, window, -1)
+        allowed = torch.cat([allowed, head], -1)
+        keys, values = (
+            torch.cat([near, all[:, None, :shared].expand(-1, blocks, -1, -1, -1).flatten(0, 1)], 1)
+            for near, all in ((keys, key), (values, value))
+        )
+    allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1)
+    parts = F.pad(query, (0, 0, 0, 0, 0, after)).unflatten(1, (blocks, window)).flatten(0, 1)
+    added = None if bias is None else bias(parts)
+    y = attend(parts, keys, values, allowed, added).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :number]
+    if shared:
+        y = torch.cat([attend(query[:, :shared], key, value, mask), y[:, shared:]], 1)
+    return y
+
+
+class Relative(Attention):
+    """softmax(((q_i + u) . k_j + (q_i + v) . W r(i - j)) / sqrt(d)) v: Transformer-XL's scores, r being the sines and
+    cosines of the offset, u and v learned per head (Dai et al. 2019, arXiv:1901.02860; Gulati et al. 2020,
+    arXiv:2005.08100).
+
+    window above 0 lets a token see at most so many places to either side, at a cost that grows linearly with time;
+    a model that was trained without a window may be used with one. bias=False leaves the biases of the queries, keys,
+    values and the output away.
+    """
+
+    dimensions = (1,)
+    reads = Attention.reads - {"prefix"}
+
+    def __init__(self, dim: int, heads: int, axes: int = 1, *, window: int = 0, bias: bool = True) -> None:
+        super().__init__(dim, heads, bias=bias)
+        self.window = window
+        self.relative = linear(dim, dim, bias=False)
+        self.content = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.offset = nn.Parameter(torch.zeros(heads, self.head_dim))
+
+    def rows(self, first: int, number: int, like: Tensor) -> Tensor:
+        """W r of `number` falling offsets: [heads, number, d]."""
+        dim = self.relative.in_features
+        waves = table(_offsets, first, number, dim, device=like.device).to(like.dtype)
+        return self.relative(waves).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+
+    def bias(self, query: Tensor, keys: int, before: int) -> Tensor:
+        """The part of the scores that depends on offsets, `before` keys lying in front of the first query:
+        query [B, N, H, d] -> [B, H, N, keys]."""
+        number = query.shape[1]
+        rows = self.rows(number - 1 + before, number + keys - 1, query)
+        turned = ((query + self.offset) * query.shape[-1] ** -0.5).transpose(1, 2)
+        return shifted(turned @ rows.transpose(1, 2), keys)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        window = self.window
+        if window and context.visible is None and key.shape[1] > window:
+            return banded(
+                query + self.content,
+                key,
+                value,
+                context.mask,
+                window,
+                bias=lambda part: self.bias(part - self.content, 3 * window, window),
+            )
+        new = key.shape[1]
+        key, value, allowed = self.seen(key, value, context)
+        bias = self.bias(query, key.shape[1], key.shape[1] - new)
+        return attend(query + self.content, key, value, allowed, bias)
+
+
+class Grouped(Relative):
+    """Relative attention between groups of `size` neighbouring frames, whose channels stand side by side: size times
+    fewer queries and keys, each size times as wide (Efficient Conformer, Burchi and Vielzeuf 2021,
+    arXiv:2109.01163)."""
+
+    reads = Relative.reads - {"visible"}
+
+    def __init__(self, dim: int, heads: int, axes: int = 1, *, size: int = 3, bias: bool = True) -> None:
+        super().__init__(dim, heads, bias=bias)
+        self.size = size
+        self.content = nn.Parameter(torch.zeros(heads, size * self.head_dim))
+        self.offset = nn.Parameter(torch.zeros(heads, size * self.head_dim))
+
+    def rows(self, first: int, number: int, like: Tensor) -> Tensor:
+        dim, size = self.relative.in_features, self.size
+        waves = table(_offsets, first * size, number * size, dim, device=like.device).to(like.dtype)
+        return self.relative(waves).view(number, self.heads, -1).transpose(0, 1)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        number = query.shape[1]
+        after = -number % self.size
+
+        def folded(x: Tensor) -> Tensor:
+            x = F.pad(zeroed(x, context.mask), (0, 0, 0, 0, 0, after)).flatten(2)
+            return x.unflatten(1, (-1, self.size)).flatten(2).unflatten(-1, (self.heads, -1))
+
+        real = None if context.mask is None else context.mask[:, :: self.size]
+        y = super().mix(folded(query), folded(key), folded(value), context._replace(mask=real))
+        y = y.flatten(2).unflatten(-1, (self.size, -1)).flatten(1, 2)[:, :number]
+        return y.unflatten(-1, (self.heads, -1))
+
+
+class Local(Attention):
+    """Softmax attention to at most `window` places on either side, and to the first `tokens` of the sequence, which see
+    all and are seen by all, as prefix tokens are (Longformer, Beltagy et al. 2020, arXiv:2004.05150; Fast Conformer,
+    Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length."""
+
+    dimensions = (1,)
+    reads = (Attention.reads | {"rotary"}) - {"visible"}
+
+    def __init__(self, dim: int, heads: int, axes: int = 1, *, window: int = 128, tokens: int = 0) -> None:
+        super().__init__(dim, heads)
+        self.window, self.tokens = window, tokens
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        shared = min(context.prefix + self.tokens, key.shape[1])
+        return banded(query, key, value, context.mask, self.window, shared)

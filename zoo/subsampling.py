@@ -1,0 +1,148 @@
+"""From log-mel features to tokens at a lower frame rate: strided convolutions over time and frequency, a linear."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.channels import CHANNELS
+from zoo.layer import Context, compiling, linear, make, parse
+
+# Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
+PADDINGS = {"symmetric": (1, 1), "right": (0, 1), "causal": (2, 1)}
+
+
+def halved(lengths: Any, padding: str) -> Any:
+    """Frames after one strided convolution, of a number or a tensor of them; none where there was none."""
+    after = (lengths + sum(PADDINGS[padding]) - 3) // 2 + 1
+    return torch.where(lengths > 0, after, 0) if isinstance(lengths, Tensor) else after * (lengths > 0)
+
+
+class Stage(nn.Module):
+    """A 3 x 3 convolution of stride 2 over maps [B, C, T, F], or a depthwise one and a pointwise linear; ReLU."""
+
+    def __init__(self, inputs: int, channels: int, depthwise: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, channels, 3, stride=2, groups=channels if depthwise else 1)
+        self.point = nn.Linear(channels, channels) if depthwise else None
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.conv(maps)
+        if self.point is not None:
+            maps = self.point(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.relu(maps, inplace=not torch.is_grad_enabled())
+
+
+class Subsampling(nn.Module):
+    """Features [B, T, mels] to tokens [B, T', dim], T' about T / stride: `stages` strided convolutions and a linear.
+
+    The first convolution is full, the others depthwise with a pointwise linear, or full too. Frames that the mask
+    [B, T] calls padding are zero before every convolution, so they change nothing. padding is `symmetric` (1 zero on
+    either side), `right` (1 behind) or `causal` (2 in front, 1 behind: no frame reads a later one). channels is the
+    width of the maps, 0 for that of the class. channel is a row of CHANNELS, applied to the maps of the last
+    convolution, whose grid is time x frequency.
+    """
+
+    depthwise = True
+    stages = 2
+    usual = 0  # width of the maps; 0 for dim
+
+    def __init__(
+        self, mels: int, dim: int, *, channels: int = 0, padding: str = "symmetric", channel: str = "none"
+    ) -> None:
+        super().__init__()
+        if padding not in PADDINGS:
+            raise ValueError(f"padding of the subsampling: there is no '{padding}'; choose from: {', '.join(PADDINGS)}")
+        self.mels, self.padding = mels, padding
+        self.width = width = channels or self.usual or dim
+        self.convs = nn.ModuleList(
+            Stage(width if stage else 1, width, self.depthwise and stage > 0) for stage in range(self.stages)
+        )
+        self.channel = None if parse(channel)[0] == "none" else make(CHANNELS, channel, width, 2)
+        rows = [mels]
+        for _ in range(self.stages):
+            rows.append(halved(rows[-1], padding))
+        self.rows = rows  # of frequency, before each convolution and after the last
+        if min(rows) < 1:
+            raise ValueError(f"mels: {mels} bands are too few to be halved {self.stages} times")
+        self.out = linear(width * rows[-1], dim)
+
+    def state(self, batch: int) -> dict[str, Tensor]:
+        """The last frame in front of each convolution, before the first chunk of a stream."""
+        weight = self.out.weight
+        widths = [1] + [self.width] * (self.stages - 1)
+        return {
+            f"stem.{number}": weight.new_zeros(batch, width, 1, rows)
+            for number, (width, rows) in enumerate(zip(widths, self.rows[:-1], strict=True))
+        }
+
+    @property
+    def stride(self) -> int:
+        """Frames of the features to one token."""
+        return 2**self.stages
+
+    def tokens(self, lengths: Any) -> Any:
+        """Tokens that so many frames become."""
+        for _ in range(self.stages):
+            lengths = halved(lengths, self.padding)
+        return lengths
+
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, cache: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, T', dim] and their mask [B, T'] or None; with a cache, those of the next chunk of a stream.
+
+        In a stream the mask may begin with padding, the time before the first frame.
+        """
+        before, behind = PADDINGS[self.padding]
+        maps, real = features[:, None], mask
+        for number, conv in enumerate(self.convs):
+            if real is not None:
+                maps = maps.masked_fill(~real[:, None, :, None], 0.0)
+            if cache is None:
+                short = 0 if compiling() else max(0, 3 - before - behind - maps.shape[2])
+                maps = conv(F.pad(maps, (before, behind, before, behind + short)))
+                if real is not None:
+                    lengths = halved(real.sum(1), self.padding)
+                    real = torch.arange(maps.shape[2], device=maps.device) < lengths[:, None]
+            else:
+                past, last = cache[f"stem.{number}"], maps[:, :, -1:]
+                maps = F.pad(torch.cat([past, maps], 2), (before, behind))
+                past.copy_(last)
+                maps = conv(maps)
+                # A window is (past, odd, even); its token is there where odd or even is.
+                real = None if real is None else real.unflatten(1, (-1, 2)).any(2)
+        if self.channel is not None:
+            tokens = maps.permute(0, 2, 3, 1)
+            grid = (tokens.shape[1], tokens.shape[2])
+            flat = None if real is None else real[:, :, None].expand(-1, -1, grid[1]).flatten(1)
+            gated = self.channel(tokens.flatten(1, 2), Context(grid=grid, mask=flat))
+            maps = gated.unflatten(1, grid).permute(0, 3, 1, 2)
+        return self.out(maps.transpose(1, 2).flatten(2)), real
+
+
+class FullSubsampling(Subsampling):
+    """Conformer's: two full convolutions, a fourth of the frames (Gulati et al. 2020, arXiv:2005.08100)."""
+
+    depthwise = False
+
+
+class DepthwiseSubsampling(Subsampling):
+    """Squeezeformer's: a full and a depthwise convolution, a fourth of the frames (Kim et al. 2022,
+    arXiv:2206.00888)."""
+
+
+class DeepSubsampling(Subsampling):
+    """FastConformer's: a full and two depthwise convolutions of 256 channels, an eighth of the frames (Rekesh et al.
+    2023, arXiv:2305.05084)."""
+
+    stages = 3
+    usual = 256
+
+
+SUBSAMPLINGS: dict[str, type[Subsampling]] = {
+    "conv4": FullSubsampling,
+    "depthwise4": DepthwiseSubsampling,
+    "depthwise8": DeepSubsampling,
+}
