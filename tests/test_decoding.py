@@ -16,6 +16,7 @@ from torch import Tensor
 from zoo.decoding import KenLM, beam, flashlight, greedy, transducer_greedy, words
 from zoo.decoding.ctc import Hypothesis
 from zoo.heads import TransducerHead
+from zoo.tokens import SPACE, Characters, train_pieces
 
 try:
     from torchaudio.models.decoder import ctc_decoder
@@ -38,7 +39,7 @@ class Speller:
         return self.pieces[index].startswith(" ")
 
 
-CHARACTERS: Any = Speller(" ", "a", "b", "c")
+CHARACTERS = Characters(" abc")
 PIECES: Any = Speller(" a", " ba", "b", " ", "c")
 
 
@@ -448,6 +449,17 @@ def test_pieces_make_words():
     logits = peaks(0, 5, 2, 1, 5, 3, 4, vocabulary=6)
     found = words(logits, [0, 2, 1, 3, 4], PIECES, 1.0)
     assert [(word.text, word.start, word.end) for word in found] == [("ab", 0, 3), ("ba", 3, 4), ("c", 6, 7)]
+
+
+def test_trained_pieces_make_words():
+    text = "the cat and the other cat chatted"
+    tokenizer = train_pieces([text, "a cat that ate", "hen on the den"], 21)
+    tokens = tokenizer.encode(text)
+    path = [index for token in tokens for index in (token, tokenizer.blank)]
+    found = words(peaks(*path, vocabulary=tokenizer.vocabulary), tokens, tokenizer, 0.5)
+    assert [word.text for word in found] == text.split() and len(tokens) > len(found)
+    starts = [index for index, token in enumerate(tokens) if tokenizer.pieces[token].strip(SPACE)]
+    assert found[0].start == starts[0] and found[-1].end == len(tokens) - 0.5
 
 
 def test_alignment_is_the_likeliest():

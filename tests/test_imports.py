@@ -19,6 +19,7 @@ LAYERS = [
     ["config"],
     ["block"],
     ["models"],
+    ["card"],
     ["convert", "weights"],
     ["data", "tasks"],
     ["__main__"],

@@ -150,9 +150,10 @@ def test_files(folder, tmp_path):
     assert contents(save(tmp_path / "other" / "good", load_model(folder))) == contents(folder)
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((folder / "config.json").read_text())
-    assert [config[key] for key in ("format", "zoo", "family", "preset")] == [1, zoo.__version__, "vit", "vit_micro"]
+    assert [config[key] for key in ("format", "zoo", "family", "preset")] == [2, zoo.__version__, "vit", "vit_micro"]
     assert config["model"].keys() == {field.name for field in fields(zoo.create_model("vit_micro").config)}  # pyright: ignore
     assert config["preprocess"] == PREPROCESS.to_dict() and config["labels"] == LABELS and config["fused"] is False
+    assert config["tokenizer"] is None
     probe = safetensors.torch.load_file(folder / "probe.safetensors")
     raw = probe["input"]
     assert raw.dtype == torch.uint8 and raw.shape[2] == 3
@@ -370,7 +371,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "list": (write(CONFIG, b"[1]"), CONFIG, "no config of a checkpoint"),
     "no format": (lambda folder: edit(folder, lambda config: config.pop("format")), CONFIG, "format"),
     "true format": (put("format", True), CONFIG, "format"),
-    "newer": (put("format", 2), CONFIG, f"format 2 of zoo {zoo.__version__}.*upgrade zoo"),
+    "newer": (put("format", 3), CONFIG, f"format 3 of zoo {zoo.__version__}.*upgrade zoo"),
     "older": (put("format", 0), CONFIG, "format 0"),
     "no field": (lambda folder: edit(folder, lambda config: config.pop("fused")), CONFIG, "lacks field 'fused'"),
     "new field": (put("extra", 1), CONFIG, "unknown field 'extra'"),
@@ -478,6 +479,7 @@ def test_migration(folder, monkeypatch):
     def age(config: dict[str, Any]) -> None:
         config["format"] = -1
         config["names"] = config.pop("labels")
+        del config["tokenizer"]
         config["model"]["attention"] = config["model"].pop("mixer")
 
     def rename_labels(config: dict[str, Any]) -> dict[str, Any]:
@@ -489,7 +491,8 @@ def test_migration(folder, monkeypatch):
     newest = load_checkpoint(folder).config
     edit(folder, age)
     assert "format -1" in refusal(folder)
-    monkeypatch.setattr(zoo.weights, "MIGRATIONS", {-1: rename_labels, 0: rename_mixer})
+    table = {-1: rename_labels, 0: rename_mixer, 1: zoo.weights.MIGRATIONS[1]}
+    monkeypatch.setattr(zoo.weights, "MIGRATIONS", table)
     loaded = load_checkpoint(folder, check=True)
     assert loaded.labels == tuple(LABELS)
     assert loaded.config == newest | {"model": loaded.config["model"]}

@@ -5,11 +5,16 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-# What each task trains and on what, and what answers its `predict`; imported when asked for.
-TASKS: dict[str, tuple[str, str, str]] = {
-    "classify": ("zoo.tasks.classify:Classify", "zoo.data.images:Images", "zoo.tasks.answer:main"),
+# What each task trains and on what, and what does its other verbs; imported when asked for.
+TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "classify": ("zoo.tasks.classify:Classify", "zoo.data.images:Images", {"predict": "zoo.tasks.answer:main"}),
+    "transcribe": (
+        "zoo.tasks.transcribe:Transcribe",
+        "zoo.data.speech:Speech",
+        {"predict": "zoo.tasks.transcripts:main", "stream": "zoo.tasks.listen:main"},
+    ),
 }
-VERBS = ("fit", "validate", "test", "predict")
+TRAINING = ("fit", "validate", "test")
 
 EPILOG = """examples:
   zoo list 'vit_*'
@@ -32,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
     listed.add_argument("pattern", nargs="?", default="*", help="a shell pattern, such as 'vit_*'")
     info = commands.add_parser("info", help="show a model's config and size")
     info.add_argument("name")
-    for task in TASKS:
+    for task, (_, _, others) in TASKS.items():
         each = commands.add_parser(task, help="train, measure or use a model")
-        each.add_argument("verb", choices=VERBS, help=f"`zoo {task} VERB --help` lists its options")
+        each.add_argument("verb", choices=(*TRAINING, *others), help=f"`zoo {task} VERB --help` lists its options")
     return top
 
 
@@ -44,13 +49,13 @@ def target(path: str) -> Callable[..., None]:
 
 
 def run(arguments: list[str]) -> None:
-    if arguments[:1] and arguments[0] in TASKS and arguments[1:2] and arguments[1] in VERBS:
-        task, data, answer = TASKS[arguments[0]]
-        if arguments[1] == "predict":
-            target(answer)(arguments[2:])
-        else:
-            import_module("zoo.tasks.command").main(target(task), target(data), arguments[0], arguments[1:])
-        return
+    if len(arguments) > 1 and arguments[0] in TASKS:
+        task, data, others = TASKS[arguments[0]]
+        if arguments[1] in others:
+            return target(others[arguments[1]])(arguments[2:])
+        if arguments[1] in TRAINING:
+            command = import_module("zoo.tasks.command")
+            return command.main(target(task), target(data), arguments[0], arguments[1:])
     given = parser().parse_args(arguments)
     from zoo import models
 

@@ -317,7 +317,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     """Replaces running statistics by the plain average over batches; weights stand still, nothing is dropped out.
 
     Stochastic depth shifts the variances that training records; SLAB ends with such a pass. Returns the number of
-    batches. Each batch is what model(batch) takes.
+    batches. Each batch is what model(batch) takes, or a tuple of all that it takes.
     """
     layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
     modes = {module: module.training for module in model.modules()}
@@ -329,7 +329,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
             for number, batch in enumerate(batches, start=1):
                 for layer in layers:
                     layer.training, layer.momentum = True, 1.0 / number
-                model(batch)
+                model(*batch) if isinstance(batch, tuple) else model(batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

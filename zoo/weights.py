@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.audio import AudioPreprocess
+from zoo.card import model_card, one_line
 from zoo.config import Config
 from zoo.fusion import fuse
-from zoo.layer import advance, count_parameters, parse
+from zoo.layer import advance, count_parameters
 from zoo.models import FAMILIES, PRESETS
+from zoo.preprocess import ImagePreprocess
+from zoo.tokens import Tokenizer, tokenizer_from_dict
 
-if TYPE_CHECKING:
-    from zoo.preprocess import ImagePreprocess
+Preprocess = ImagePreprocess | AudioPreprocess
 
 FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -32,32 +35,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = 1e-4  # how far a probe's output may be off, as a share of the largest output
 LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
 
-FORMAT = 1
+FORMAT = 2
 KINDS = {"format": int, "zoo": str, "family": str, "preset": str | None, "model": dict, "preprocess": dict | None}
-KINDS |= {"labels": list | None, "fused": bool, "source": str}
+KINDS |= {"labels": list | None, "tokenizer": dict | None, "fused": bool, "source": str}
 # From a format to the next: takes a whole config.json of that format, returns it in the format one higher.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-
-CARD = """---
-{front}
----
-
-# {name}
-
-{text}
-
-| choice or figure | value |
-|---|---|
-{rows}
-
-Source: {source}. Written by zoo {version}.
-
-```python
-from zoo.weights import load_checkpoint
-model, preprocess, labels, config = load_checkpoint({name!r})  # this folder; on the Hub OWNER/{name}
-{call}
-```
-"""
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda written: written | {"format": 2, "tokenizer": None},
+}
 
 
 class CheckpointError(ValueError):
@@ -68,8 +52,8 @@ class Checkpoint(NamedTuple):
     """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it."""
 
     model: nn.Module
-    preprocess: "ImagePreprocess | None"
-    labels: tuple[str, ...] | None
+    preprocess: Preprocess | None
+    labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name a class, or the tokens
     config: dict[str, Any]  # config.json, in the newest format
 
 
@@ -78,8 +62,8 @@ def save_model(
     folder: str | os.PathLike[str],
     *,
     preset: str | None = None,
-    preprocess: "ImagePreprocess | None" = None,
-    labels: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | Tokenizer | None = None,
     source: str = "",
     card: str | None = None,
     license: str = "unknown",
@@ -94,8 +78,8 @@ def save_model(
         model: a model of the zoo, fused or not, unwrapped, in float32, float16 or bfloat16.
         folder: where to write; a checkpoint that is there already is replaced.
         preset: the preset that the model was made from.
-        preprocess: how a picture becomes the model's input; with it the probe starts from a raw picture.
-        labels: one name a class.
+        preprocess: how a picture, or a waveform, becomes the model's input; the probe then starts from a raw one.
+        labels: one name a class, or the tokenizer of a speech model.
         source: where the weights come from: a command, an address.
         card: what the model is, in Markdown; a plain sentence where None.
         license: of the weights, by its name on the Hub.
@@ -123,18 +107,19 @@ def save_model(
         "preset": preset,
         "model": asdict(config),
         "preprocess": None if preprocess is None else preprocess.to_dict(),
-        "labels": None if labels is None else list(labels),
+        "labels": None if labels is None or isinstance(labels, Tokenizer) else list(labels),
+        "tokenizer": labels.to_dict() if isinstance(labels, Tokenizer) else None,
         "fused": hasattr(model, "fusion"),
         "source": source,
     }
     figures = {"parameters": f"{count_parameters(model):,}"} | dict(metrics or {})
     texts = {
         "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": _card(written, target.name, card, license, figures),
+        "README.md": model_card(written, target.name, card, license, figures),
     }
     twin = copy.deepcopy(model).cpu().eval()
     tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
-    probe = {"input": _probe_input(written["model"], preprocess)}
+    probe = {"input": _probe_input(config, preprocess)}
     probe["output"] = _run(twin.float(), preprocess, probe["input"])
     if not bool(probe["output"].isfinite().all()):
         raise ValueError(f"the model's output is not finite, so it is not saved to {target}")
@@ -159,45 +144,71 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
         CheckpointError: there is no such checkpoint; a file of it is missing, truncated, a pickle, or does not fit the
             others; it was written by a newer zoo; or its probe fails.
     """
-    from zoo.preprocess import ImagePreprocess
-
     folder = _locate(name)
     path = _file(folder, "config.json")
     written = _read_config(path)
     tensors = _read_tensors(_file(folder, "model.safetensors"))
-    labels = None if written["labels"] is None else tuple(written["labels"])
     preprocess = None
     try:
         config = FAMILIES[written["family"]](**written["model"])
+        labels = None if written["labels"] is None else tuple(written["labels"])
+        if written["tokenizer"] is not None:
+            if labels is not None:
+                raise ValueError("there are both labels and a tokenizer")
+            labels = tokenizer_from_dict(written["tokenizer"])
         if written["preprocess"] is not None:
-            preprocess = ImagePreprocess.from_dict(written["preprocess"])
+            kind = AudioPreprocess if hears(config) else ImagePreprocess
+            preprocess = kind.from_dict(written["preprocess"])
         _check_fit(config, preprocess, labels)
         model = _build(config, written["fused"], tensors, folder / "model.safetensors")
     except CheckpointError:
         raise
     except Exception as error:  # a config from elsewhere may break a constructor in any way
-        raise CheckpointError(f"{path}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
     if check:
         _check_probe(_file(folder, "probe.safetensors"), model, preprocess)
     return Checkpoint(model, preprocess, labels, written)
 
 
-def _check_fit(config: Config, preprocess: "ImagePreprocess | None", labels: Sequence[str] | None) -> None:
-    classes, channels = getattr(config, "classes", None), getattr(config, "channels", None)
-    if labels is not None:
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-            raise ValueError("labels must be a list of names")
-        if len(labels) != classes:
-            raise ValueError(f"labels has {len(labels)} names, but the model has {classes} classes")
-    if preprocess is not None and preprocess.channels != channels:
-        raise ValueError(f"preprocess makes {preprocess.channels} channels, but the model takes {channels}")
+def hears(config: Config) -> bool:
+    """Whether a config is that of a speech model."""
+    return hasattr(config, "mels")
 
 
-def _probe_input(model: dict[str, Any], preprocess: "ImagePreprocess | None") -> Tensor:
-    """A raw picture, uint8 [H, W, C], larger than the model takes; without preprocessing float32 [1, C, H, W]."""
+def _check_fit(config: Config, preprocess: Preprocess | None, labels: Sequence[str] | Tokenizer | None) -> None:
+    kind, takes = (AudioPreprocess, "mels") if hears(config) else (ImagePreprocess, "channels")
+    if preprocess is not None:
+        if not isinstance(preprocess, kind):
+            raise ValueError(f"this model takes {kind.__name__}, not {type(preprocess).__name__}")
+        if (given := getattr(preprocess, takes)) != (taken := getattr(config, takes)):
+            raise ValueError(f"preprocess makes {given} {takes}, but the model takes {taken}")
+    if labels is None:
+        return
+    if isinstance(labels, Tokenizer) != hears(config):
+        raise ValueError("labels are the tokenizer of a speech model, and the names of the classes of any other")
+    if isinstance(labels, Tokenizer):
+        if labels.vocabulary != (wanted := getattr(config, "vocabulary", None)):
+            raise ValueError(f"the tokenizer has {labels.vocabulary} tokens with the blank, but the model {wanted}")
+        return
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("labels must be a list of names")
+    if len(labels) != (classes := getattr(config, "classes", None)):
+        raise ValueError(f"labels has {len(labels)} names, but the model has {classes} classes")
+
+
+def _probe_input(config: Config, preprocess: Preprocess | None) -> Tensor:
+    """A raw picture, uint8 [H, W, C], larger than the model takes, or a waveform of 1.3 s; without preprocessing
+    float32 [1, C, H, W] or [1, 131, mels]."""
     generator = torch.Generator().manual_seed(0)
+    if hears(config):
+        if preprocess is None:
+            return torch.randn(1, 131, config.mels, generator=generator, device="cpu")  # pyright: ignore
+        noise = torch.randn(preprocess.rate * 13 // 10, generator=generator, device="cpu")  # pyright: ignore
+        return 0.1 * noise * torch.linspace(0, 20, len(noise)).sin()
     if preprocess is None:
-        return torch.randn(1, model["channels"], model["image"], model["image"], generator=generator, device="cpu")
+        shape = (1, config.channels, config.image, config.image)  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.randn(shape, generator=generator, device="cpu")
+    assert isinstance(preprocess, ImagePreprocess)
     height, width = preprocess.size * 3 // 2 + 7, preprocess.size * 2 + 3
     shape = (height // 4 + 1, width // 4 + 1, preprocess.channels)
     coarse = torch.randint(256, shape, generator=generator, device="cpu")
@@ -206,45 +217,15 @@ def _probe_input(model: dict[str, Any], preprocess: "ImagePreprocess | None") ->
 
 
 @torch.no_grad()
-def _run(model: nn.Module, preprocess: "ImagePreprocess | None", raw: Tensor) -> Tensor:
+def _run(model: nn.Module, preprocess: Preprocess | None, raw: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return model(raw if preprocess is None else preprocess(raw)[None])
-
-
-def _card(written: dict[str, Any], name: str, text: str | None, license: str, figures: Mapping[str, object]) -> str:
-    from huggingface_hub import ModelCardData
-
-    model = written["model"]
-    choices = {field: model[field] for field in ("mixer", "norm", "placement", "channel", "position", "ffn")}
-    parts = [parse(name)[0] for choice in choices.values() for name in _names(choice)]
-    front = ModelCardData(
-        library_name="zoo",
-        license=license,
-        pipeline_tag="image-classification" if model["classes"] else "image-feature-extraction",
-        tags=list(dict.fromkeys(["zoo", written["family"], *(part for part in parts if part != "none")])),
-    )
-    rows = {field: _listed(choice) for field, choice in choices.items()}
-    rows |= {field: _listed(model[field]) for field in ("dim", "depth", "heads", "classes")}
-    rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
-    return CARD.format(
-        front=front.to_yaml(),
-        name=name,
-        text=text or f"A `{written['preset'] or written['family']}` of the zoo.",
-        rows="\n".join(f"| {_one_line(key)} | {_one_line(value)} |" for key, value in rows.items()),
-        source=written["source"] or "not stated",
-        version=zoo.__version__,
-        call="logits = model(preprocess(picture)[None])" if written["preprocess"] else "output = model(images)",
-    )
-
-
-def _names(choice: Any) -> list[str]:
-    """The names in a choice, which may differ from stage to stage and from block to block."""
-    return [choice] if isinstance(choice, str) else [name for each in choice for name in _names(each)]
-
-
-def _listed(value: Any, between: str = ", ") -> str:
-    """A value of each stage with commas between them, what blocks take in turns with a slash."""
-    return between.join(_listed(each, " / ") for each in value) if isinstance(value, tuple) else str(value)
+        ready = raw if preprocess is None else preprocess(raw)[None]
+        made = model(ready)
+        if isinstance(made, Tensor):
+            return made
+        if callable(getattr(model.head, "joint", None)):  # an RNN-T head has its say too
+            return model.head(made[0], torch.zeros(1, 2, dtype=torch.long))  # pyright: ignore
+        return made[0]
 
 
 def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -274,7 +255,7 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
         reason = str(error).replace(str(aside), str(target))
         raise ValueError(f"this model cannot be saved, its config does not describe it: {reason}; {fate}") from error
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write the checkpoint {target}: {_one_line(error)}; {fate}") from error
+        raise OSError(f"cannot write the checkpoint {target}: {one_line(error)}; {fate}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -345,7 +326,7 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
         at = f" at '{revision}'" if revision else ""
-        reason = _one_line(error)
+        reason = one_line(error)
         raise CheckpointError(f"no folder {repository} here, and the Hub does not give it{at}: {reason}") from error
 
 
@@ -362,13 +343,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         written = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:
         raise CheckpointError(f"{path} is no config of a checkpoint: it has no whole number as format")
     writer = f"zoo {written.get('zoo')}"
     if written["format"] > FORMAT:
         news = f"format {written['format']} of {writer}; zoo {zoo.__version__} reads up to {FORMAT}: upgrade zoo"
-        raise CheckpointError(f"{path} has {_one_line(news)}")
+        raise CheckpointError(f"{path} has {one_line(news)}")
     while written["format"] < FORMAT:
         if written["format"] not in MIGRATIONS:
             raise CheckpointError(f"{path} has format {written['format']}, which zoo {zoo.__version__} does not know")
@@ -382,7 +363,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
     known = {field.name for field in fields(FAMILIES[written["family"]])}
     if unknown := [field for field in written["model"] if field not in known]:
-        age = f"{_one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
+        age = f"{one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
         raise CheckpointError(f"{path}: {age}")
     return written
 
@@ -398,7 +379,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2).startswith((b"\x80", b"PK")):
                 kind = "seems to be a pickle, which is never read"
-        raise CheckpointError(f"{path} {kind}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} {kind}: {one_line(error)}") from error
 
 
 def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> nn.Module:
@@ -439,14 +420,14 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
     return {name: tensor.dtype for name, tensor in wanted.items()}
 
 
-def _check_probe(path: Path, model: nn.Module, preprocess: "ImagePreprocess | None") -> None:
+def _check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> None:
     probe = _read_tensors(path)
     if probe.keys() != {"input", "output"}:
         raise CheckpointError(f"{path} is no probe: it has to hold input and output")
     try:
         got = _run(model, preprocess, probe["input"])
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the model cannot take the probe's input: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: the model cannot take the probe's input: {one_line(error)}") from error
     if got.shape != probe["output"].shape:
         raise CheckpointError(f"{path}: the output is {list(got.shape)}, not {list(probe['output'].shape)}")
     largest = probe["output"].abs().max()
@@ -454,8 +435,3 @@ def _check_probe(path: Path, model: nn.Module, preprocess: "ImagePreprocess | No
     if not error <= TOLERANCE * largest:  # true for what is no number, too
         share = f"{(error / largest).item():.3g} of the largest output, and {TOLERANCE:g} is allowed"
         raise CheckpointError(f"{path}: the output is off by {share}; weights, preprocessing or code have changed")
-
-
-def _one_line(value: object) -> str:
-    reason = getattr(value, "strerror", None) or str(value) or type(value).__name__
-    return " ".join(reason.split())[:300]

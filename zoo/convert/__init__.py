@@ -1,5 +1,7 @@
 """Models of other libraries as models of this one, weights and all."""
 
+from zoo.convert.nemo import from_nemo
 from zoo.convert.timm import from_timm
+from zoo.convert.transformers import from_transformers
 
-__all__ = ["from_timm"]
+__all__ = ["from_nemo", "from_timm", "from_transformers"]

@@ -1,10 +1,7 @@
 """Image classification: DeiT's recipe by timm's pieces (Touvron et al. 2021, arXiv:2012.12877)."""
 
-import warnings
-from collections import Counter
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,6 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.data.images import Batch
 from zoo.tasks.task import Task
+
+UNREADABLE = "skipped {}: it is not a readable picture"
 
 
 class Classify(Task):
@@ -37,6 +36,9 @@ class Classify(Task):
         refresh: training batches on which batch statistics are measured anew before the last validation.
         seed: what dropped paths and mixing depend on, besides the epoch; null for that of seed_everything.
     """
+
+    score = ("val/accuracy", "max")
+    faulty = ("unreadable pictures",)
 
     def __init__(
         self,
@@ -86,8 +88,6 @@ class Classify(Task):
         self.metrics = MetricCollection(metrics)
         self.mean_loss = MeanMetric()
         self.number = SumMetric()
-        self.skipped: set[str] = set()
-        self.skipped_now = Counter[str]()
 
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -103,7 +103,7 @@ class Classify(Task):
         if self.start is None:
             return
         labels, kept = self.start.labels, self.start.preprocess
-        if labels is not None and list(labels) != names:
+        if isinstance(labels, tuple) and list(labels) != names:
             apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
             where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"{len(labels)} classes there"
             if stage != "fit":
@@ -112,16 +112,20 @@ class Classify(Task):
         if kept is not None and kept != data.preprocess:
             rank_zero_warn(f"the checkpoint was trained with {kept}, the data comes with {data.preprocess}")
 
-    def input_of(self, batch: Batch) -> Tensor:
-        return batch.images
+    def inputs_of(self, batch: Batch) -> tuple[Tensor]:
+        return (batch.images,)
+
+    @property
+    def labels(self) -> list[str]:
+        return self.trainer.datamodule.classes  # pyright: ignore[reportAttributeAccessIssue]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.note(batch.skipped, "training")
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, batch.labels
         if self.mix is not None and len(images) % 2:
             images, labels = images[:-1], labels[:-1]  # mixing takes pairs
         if len(images) == 0:
-            return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0
+            return self.no_loss()
         if self.mix is not None:
             images, labels = self.mix(images, labels)
             loss = F.cross_entropy(self.model(images), labels)
@@ -132,10 +136,10 @@ class Classify(Task):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        self.report_skipped("training")
+        self.report("training")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.note(batch.skipped, "validation")
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
         if len(batch.images) == 0:
             return
         logits = self.measured(batch.images)
@@ -144,7 +148,7 @@ class Classify(Task):
         self.number.update(len(logits))
 
     def on_validation_epoch_end(self) -> None:
-        self.report_skipped("validation")
+        self.report("validation")
         number = int(self.number.compute())
         if number == 0 and self.trainer.sanity_checking:
             return
@@ -163,20 +167,6 @@ class Classify(Task):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-    def note(self, skipped: tuple[str, ...], stage: str) -> None:
-        """Warns of each unreadable picture once, and counts."""
-        self.skipped_now[stage] += len(skipped)
-        for path in set(skipped) - self.skipped:
-            warnings.warn(f"skipped {path}: it is not a readable picture", stacklevel=2)
-        self.skipped |= set(skipped)
-
-    def report_skipped(self, stage: str) -> None:
-        """Says how many pictures were unreadable, over all ranks."""
-        total = self.all_gather(torch.tensor(self.skipped_now[stage], device=self.device))
-        self.skipped_now[stage] = 0
-        if number := int(torch.as_tensor(total).sum()):
-            rank_zero_warn(f"{number} unreadable pictures were skipped in the {stage} of epoch {self.current_epoch}")
 
 
 def interval(correct: int, number: int) -> tuple[float, float]:

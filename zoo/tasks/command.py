@@ -37,14 +37,14 @@ def no_advertisement(record: logging.LogRecord) -> bool:
 
 
 class Keep(Callback):
-    """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by accuracy.
+    """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by the score.
 
     While a progressive norm still blends, there is no `best`: such a model cannot be folded.
     """
 
-    def __init__(self, folder: Path, score: str) -> None:
-        self.folder, self.score = folder, score
-        self.best = -float("inf")
+    def __init__(self, folder: Path, score: str, mode: str) -> None:
+        self.folder, self.score, self.sign = folder, score, 1.0 if mode == "max" else -1.0
+        self.best = -self.sign * float("inf")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -59,7 +59,7 @@ class Keep(Callback):
         value = float(trainer.callback_metrics[self.score])
         # While prepbn blends, the model cannot be folded: that is not yet what is trained.
         blends = any(isinstance(module, PRepBN) and not module.finished for module in pl_module.measured.modules())
-        better = value > self.best and not blends
+        better = self.sign * value > self.sign * self.best and not blends
         if better:
             self.best = value
         for name in ("last", "best") if better else ("last",):
@@ -74,7 +74,7 @@ class Keep(Callback):
             self.folder / name,
             preset=task.preset,
             preprocess=data.preprocess,
-            labels=data.classes,
+            labels=task.labels,
             source=f"trained by zoo on {data.dataset}, epoch {trainer.current_epoch + 1}",
             metrics={self.score: round(value, 4)},
         )
@@ -157,9 +157,10 @@ class Command(LightningCLI):
                 kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
             if settings.enable_checkpointing is not False:
                 place = {"dirpath": folder / "resume", "save_on_train_epoch_end": True, "enable_version_counter": False}
-                best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **place)
+                score, mode = self.model.score
+                best = ModelCheckpoint(filename="best", monitor=score, mode=mode, **place)
                 last = ModelCheckpoint(filename="last", **place)  # save_last would wait for the next best
-                extra += [Keep(folder, "val/accuracy"), best, last]
+                extra += [Keep(folder, score, mode), best, last]
             if settings.logger is not False:
                 extra.append(LearningRateMonitor("step"))
         else:

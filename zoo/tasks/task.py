@@ -3,14 +3,17 @@
 import itertools
 import math
 import random
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -34,9 +37,14 @@ class NotFinite(ValueError):
 class Task(lightning.LightningModule):
     """A model in training. `backbone` is literally the call of `zoo.create_model`.
 
+    `score` is the metric that is monitored, and `max` or `min`; `faulty` lists what may be wrong with samples.
+
     Every step advances the model (and its averaged copy) to the share of training that is over. Randomness is a
     function of seed and epoch, so a run resumed at the end of an epoch gives the weights of one that never stopped.
     """
+
+    score: ClassVar[tuple[str, str]]
+    faulty: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class Task(lightning.LightningModule):
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
         self.warmup, self.final_rate, self.refresh = warmup, final_rate, refresh
         self.seed = global_seed() if seed is None else seed
+        self.counted, self.warned = Counter[tuple[str, str]](), set[str]()
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     @property
@@ -111,7 +120,7 @@ class Task(lightning.LightningModule):
         return min(1.0, self.trainer.global_step / total) if math.isfinite(total) else 0.0
 
     def configure_optimizers(self) -> Any:
-        """AdamW without decay on norms, biases and positions; a linear warm-up (in epochs), then half a cosine."""
+        """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
         spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # pyright: ignore
         if self.layer_decay < 1.0:
             groups = param_groups_layer_decay(
@@ -126,16 +135,16 @@ class Task(lightning.LightningModule):
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end; give trainer.max_epochs or trainer.max_steps")
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        warmup = round(self.warmup * per_epoch)
-        low = self.final_rate / self.rate
+        schedule = LambdaLR(optimizer, lambda step: self.factor(step, per_epoch, int(steps)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            share = (step - warmup) / max(1, steps - warmup)
-            return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, share))) / 2
-
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
+    def factor(self, step: int, per_epoch: int, steps: int) -> float:
+        """The learning rate of a step as a share of the peak: a linear warm-up, then half a cosine."""
+        warmup, low = round(self.warmup * per_epoch), self.final_rate / self.rate
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = (step - warmup) / max(1, steps - warmup)
+        return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
     def on_fit_start(self) -> None:
         if self.start is not None and self.start.config["fused"]:
@@ -197,8 +206,8 @@ class Task(lightning.LightningModule):
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         precision = self.trainer.precision_plugin
         moved = (self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0) for batch in loader)
-        inputs = (self.input_of(batch) for batch in moved)
-        filled = (each for each in inputs if len(each))
+        inputs = (self.inputs_of(batch) for batch in moved)
+        filled = (each for each in inputs if len(each[0]))
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
         rank_zero_info(f"batch statistics measured anew on {used} batches")
@@ -208,9 +217,33 @@ class Task(lightning.LightningModule):
         if differ := sorted(key for key in own.keys() | found.keys() if shape(own, key) != shape(found, key)):
             raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
 
-    def input_of(self, batch: Any) -> Tensor:
+    def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """What the model takes of a batch."""
-        raise TypeError(f"{type(self).__name__} has no input_of")
+        raise TypeError(f"{type(self).__name__} has no inputs_of")
+
+    @property
+    def labels(self) -> Any:
+        """What a checkpoint says of the model's outputs."""
+        raise TypeError(f"{type(self).__name__} has no labels")
+
+    def note(self, faults: Iterable[str], kind: str, stage: str) -> None:
+        """Warns of each fault once, and counts them all; kind is one of `faulty`."""
+        faults = list(faults)
+        self.counted[stage, kind] += len(faults)
+        for fault in sorted(set(faults) - self.warned):
+            warnings.warn(fault, stacklevel=2)
+        self.warned |= set(faults)
+
+    def report(self, stage: str) -> None:
+        """Says how many faults of each kind a stage had, over all ranks."""
+        for kind in self.faulty:
+            total = self.all_gather(torch.tensor(self.counted.pop((stage, kind), 0), device=self.device))
+            if number := int(torch.as_tensor(total).sum()):
+                rank_zero_warn(f"{number} {kind} were skipped in the {stage} of epoch {self.current_epoch}")
+
+    def no_loss(self) -> Tensor:
+        """A loss of 0 that every parameter has a part in, for a batch without any sample."""
+        return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0
 
 
 def shape(state: dict[str, Tensor], key: str) -> torch.Size | None:

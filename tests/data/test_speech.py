@@ -1,0 +1,556 @@
+import inspect
+import json
+import logging
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from zoo.audio import RECIPES, change_speed, read_audio
+from zoo.data import corpora
+from zoo.data.speech import Batch, Clips, Speech, collate
+from zoo.tokens import train_characters, train_pieces
+
+TRAIN = ["A CAT SAT", "THE DOG RAN FAR AWAY", "NO", "A BIRD SANG THEN FLEW OFF", "YES IT DID", "GO HOME NOW"]
+VAL = ["A DOG SANG", "NO CAT"]
+
+
+def states() -> list[str]:
+    return [repr(random.getstate()), repr(np.random.get_state()), repr(torch.get_rng_state().tolist())]
+
+
+def write(path: Path, seconds: float, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(seed).normal(0, 0.1, round(16000 * seconds)), 16000)
+
+
+def write_chapter(folder: Path, speaker: int, texts: list[str], extension: str = "flac") -> Path:
+    """A chapter as LibriSpeech has it; utterance k lasts 0.5 + 0.1 k seconds. Returns its transcript."""
+    place = folder / str(speaker) / "7"
+    lines = []
+    for number, text in enumerate(texts):
+        name = f"{speaker}-7-{number:04}"
+        write(place / f"{name}.{extension}", 0.5 + 0.1 * number, 100 * speaker + number)
+        lines.append(f"{name} {text}\n")
+    transcript = place / f"{speaker}-7.trans.txt"
+    transcript.write_text("".join(lines))
+    return transcript
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_chapter(tmp_path / "train-clean-100", 1, TRAIN[:4])
+    write_chapter(tmp_path / "train-clean-100", 2, TRAIN[4:], "wav")
+    write_chapter(tmp_path / "dev-clean", 3, VAL)
+    return tmp_path
+
+
+def libri(root: Path, **options: Any) -> Speech:
+    given = {"train": ["train-clean-100"], "val": ["dev-clean"], "tokenizer": "characters"}
+    return Speech(**({"dataset": "librispeech", "root": str(root)} | given | options))
+
+
+def listed(folder: Path, lines: list[Any], **options: Any) -> Speech:
+    """A manifest of these lines, for training and validation."""
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "list.json").write_text(text + "\n")
+    given = {"dataset": "manifest", "train": [str(folder / "list.json")], "val": [str(folder / "list.json")]}
+    return Speech(**(given | options))
+
+
+def texts(corpus: Any) -> list[str]:
+    return [corpus.text(index) for index in range(len(corpus))]
+
+
+def by_name(loader: Any) -> dict[str, tuple[str, Tensor]]:
+    found = {}
+    for features, lengths, written, names, _ in loader:
+        for row, name in enumerate(names):
+            assert name not in found and not features[row, lengths[row] :].any()
+            found[name] = written[row], features[row, : lengths[row]]
+    return found
+
+
+# Folders in LibriSpeech's layout
+
+
+def test_librispeech(root: Path):
+    (root / "train-clean-100/1/7/.hidden.flac").write_bytes(b"")
+    (root / "train-clean-100/.old").mkdir()
+    data = libri(root)
+    train = data.source("train")
+    assert texts(train) == TRAIN and texts(data.source("val")) == VAL == texts(data.source("test"))
+    assert [train.name(index) for index in (0, 5)] == ["1-7-0000", "2-7-0001"]
+    np.testing.assert_allclose(train.durations, [0.5, 0.6, 0.7, 0.8, 0.5, 0.6])
+    found = by_name(data.val_dataloader())
+    for number, text in enumerate(VAL):
+        waveform = read_audio(root / f"dev-clean/3/7/3-7-000{number}.flac")
+        assert found[f"3-7-000{number}"][0] == text
+        torch.testing.assert_close(found[f"3-7-000{number}"][1], RECIPES["nemo"](waveform))
+    (batch,) = data.val_dataloader()
+    assert isinstance(batch, Batch) and batch.features.shape == (2, 60, 80) and batch.skipped == ()
+    assert batch.features.dtype == torch.float32 and batch.lengths.dtype == torch.int64
+    assert batch.lengths.tolist() == [60, 50] and batch.texts == (VAL[1], VAL[0])
+
+
+def test_librispeech_one_folder_below(root: Path):
+    (root / "LibriSpeech").mkdir()
+    for name in ("train-clean-100", "dev-clean"):
+        (root / name).rename(root / "LibriSpeech" / name)
+    assert texts(libri(root).source("train")) == TRAIN == texts(libri(root / "LibriSpeech").source("train"))
+
+
+def test_several_splits(root: Path):
+    data = libri(root, train=["dev-clean", "train-clean-100"], test=["train-clean-100"])
+    assert texts(data.source("train")) == VAL + TRAIN
+    assert len(by_name(data.test_dataloader())) == 6
+
+
+def test_missing_folders(root: Path, tmp_path: Path):
+    (root / "file").write_text("")
+    with pytest.raises(ValueError, match=r"has no folder 'dev-other'; it has: dev-clean, train-clean-100$"):
+        libri(root, val=["dev-other"]).setup("fit")
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        libri(root / "nowhere").setup("fit")
+    with pytest.raises(ValueError, match=r"^data.train is not given; it must list folders below root"):
+        libri(root, train=None).setup("fit")
+    with pytest.raises(ValueError, match=r"^data.val is not given"):
+        libri(root, val=None).setup("test")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match=r"void has no transcribed utterances; they are laid out as speaker/chapter/"):
+        libri(root, val=["void"]).setup("validate")
+
+
+def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
+    write(root / "train-clean-100/1/7/1-7-0009.flac", 0.5)
+    transcript = root / "train-clean-100/2/7/2-7.trans.txt"
+    transcript.write_text("2-7-0000 \n2-7-0001  GO  HOME \r\n\n2-7-0005 GONE\n2-7-0006 AWAY\n")
+    data = libri(root)
+    with pytest.warns(UserWarning) as caught:
+        train = data.source("train")
+    (message,) = [str(warning.message) for warning in caught]
+    assert message == (
+        f"{root / 'train-clean-100'}: utterances left out: 1 without a transcript (such as "
+        f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 without a sound file (such as 2-7-0005), "
+        "1 with an empty transcript (such as 2-7-0000)"
+    )
+    assert texts(train) == [*TRAIN[:4], "GO  HOME"]
+    with pytest.warns(UserWarning, match=r"2 without a sound file \(such as 2-7-0005\)$"):
+        assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO  HOME"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1-7-0000 A\n 1-7-0001 B\n", "line 2: it does not begin with an utterance's name"),
+        (b"1-7-0000\tA\n", "line 1: it does not begin with an utterance's name and a space"),
+        (b"1-7-0000 A\n\n1-7-0000 B\n", "line 3: 1-7-0000 has a transcript already"),
+        (b"1-7-0000 A\n1-7-0001 \xff\n", "line 2: it is not in UTF-8"),
+    ],
+)
+def test_malformed_transcripts(root: Path, content: bytes, message: str):
+    path = root / "train-clean-100/1/7/1-7.trans.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        libri(root).setup("fit")
+    assert str(error.value).startswith(f"{path}, line ") and "\n" not in str(error.value)
+
+
+# Manifests
+
+
+def test_manifest(tmp_path: Path):
+    for number in range(3):
+        write(tmp_path / f"audio/{number}.wav", 1.0 + number, number)
+    lines = [
+        {"audio_filepath": "audio/0.wav", "text": "Größe 漢", "duration": 1.0},
+        {"audio_filepath": str(tmp_path / "audio/1.wav"), "text": "measured", "speaker": 3},
+        {"audio_filepath": "audio/2.wav", "text": "a part", "offset": 0.5, "duration": 1.25},
+    ]
+    data = listed(tmp_path, lines, tokenizer="characters", seconds=20, padding=0.9)
+    source = data.source("val")
+    np.testing.assert_allclose(source.durations, [1.0, 2.0, 1.25])
+    assert texts(source) == ["Größe 漢", "measured", "a part"] and source.name(2) == "audio/2.wav from 0.5 s"
+    assert [len(source.waveform(index, 16000)) for index in range(3)] == [16000, 32000, 20000]
+    assert torch.equal(source.waveform(2, 16000), read_audio(tmp_path / "audio/2.wav")[8000:28000])
+    (batch,) = data.val_dataloader()
+    assert batch.names == (str(tmp_path / "audio/1.wav"), "audio/2.wav from 0.5 s", "audio/0.wav")
+    assert len(by_name(listed(tmp_path, lines, root=str(tmp_path), val=["list.json"]).val_dataloader())) == 3
+
+
+def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
+    write(tmp_path / "a.wav", 0.5)
+    lines = [{"audio_filepath": "a.wav", "text": text} for text in ("A", "", " ")]
+    lines += [{"audio_filepath": "gone.wav", "text": "B"}, {"audio_filepath": "a.wav"}]
+    data = listed(tmp_path, lines)
+    with pytest.warns(UserWarning) as caught:
+        assert texts(data.source("train")) == ["A"]
+    (message,) = [str(warning.message) for warning in caught]
+    assert message == (
+        f"{tmp_path / 'list.json'}: utterances left out: 1 without a transcript (such as a.wav), "
+        f"1 without a sound file (such as {tmp_path / 'gone.wav'}), 2 with an empty transcript (such as a.wav)"
+    )
+    with pytest.warns(UserWarning, match="1 without a transcript"):
+        assert texts(data.source("val")) == ["A", "", " "]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "A"', r"no JSON \(Expecting ',' delimiter\)"),
+        ("[1]", "it is no JSON object but list"),
+        ({"text": "A"}, "audio_filepath must be a path, not None"),
+        ({"audio_filepath": "a.wav", "text": 3}, "text must be a string, not 3"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be above 0, not 0"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, not '1'"),
+        ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, not nan"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be of at least 0, not -1"),
+        ({"audio_filepath": "a.wav", "text": "A", "offset": 1}, "offset needs duration beside it"),
+    ],
+    ids=str,
+)
+def test_malformed_manifests(tmp_path: Path, line: Any, message: str):
+    write(tmp_path / "a.wav", 0.5)
+    data = listed(tmp_path, [{"audio_filepath": "a.wav", "text": "A"}, "", line])
+    with pytest.raises(ValueError, match=f"list.json, line 3: {message}$") as error:
+        data.setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_empty_manifests(tmp_path: Path):
+    with pytest.raises(ValueError, match="gone.json is not a file; a manifest has one JSON object a line"):
+        listed(tmp_path, [], train=["gone.json"]).setup("fit")
+    with pytest.raises(ValueError, match="list.json lists no transcribed utterances"):
+        listed(tmp_path, []).setup("fit")
+
+
+# Durations
+
+
+def test_durations_are_kept_and_read_again_when_files_change(root: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+
+    def counted(path: str) -> float:
+        calls.append(path)
+        return original(path)
+
+    original = corpora.audio_seconds
+    monkeypatch.setenv("ZOO_CACHE", str(root / "cache"))
+    monkeypatch.setattr(corpora, "audio_seconds", counted)
+    monkeypatch.setattr(corpora, "SMALL", 0)
+    first = libri(root).source("train").durations
+    assert len(calls) == 6
+    (kept,) = (root / "cache").iterdir()
+    assert np.array_equal(libri(root).source("train").durations, first) and len(calls) == 6
+
+    write(root / "train-clean-100/1/7/1-7-0002.flac", 2.0)
+    changed = libri(root).source("train").durations
+    assert changed[2] == 2 and len(calls) == 12 and len(list((root / "cache").iterdir())) == 2
+
+    os.utime(root / "train-clean-100/1/7/1-7-0002.flac", (1, 1))
+    assert np.array_equal(libri(root).source("train").durations, changed) and len(calls) == 18
+
+    for place in (root / "cache").iterdir():
+        place.write_bytes(kept.read_bytes()[:100])
+    assert np.array_equal(libri(root).source("train").durations, changed) and len(calls) == 24
+
+    monkeypatch.setenv("ZOO_CACHE", str(root / "train-clean-100/1/7/1-7.trans.txt"))
+    assert np.array_equal(libri(root).source("train").durations, changed)
+
+
+def test_small_sets_leave_no_cache(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ZOO_CACHE", str(root / "cache"))
+    libri(root).setup("fit")
+    assert not (root / "cache").exists()
+
+
+def test_filter_is_for_training_alone_and_said_once(root: Path, caplog: pytest.LogCaptureFixture):
+    data = libri(root, shortest=0.55, longest=0.75, val=["train-clean-100"])
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        found = by_name(data.train_dataloader())
+        by_name(data.train_dataloader())
+    assert sorted(found) == ["1-7-0001", "1-7-0002", "2-7-0001"]
+    said = [record.message for record in caplog.records if "left out of training" in record.message]
+    assert said == ["of 6 utterances, 2 shorter than 0.55 s and 1 longer than 0.75 s are left out of training"]
+    assert len(by_name(data.val_dataloader())) == 6
+    with pytest.raises(ValueError, match="no utterance is left to train on: of 6, 6 longer than 0.4 s are left out"):
+        libri(root, shortest=0.0, longest=0.4).setup("fit")
+
+
+def test_limit(root: Path):
+    assert texts(libri(root, limit=3).source("train")) == TRAIN[::2]
+    assert texts(libri(root, limit=99).source("train")) == TRAIN
+    assert len(Speech(limit=10).source("val")) == 10
+
+
+# Unreadable files
+
+
+def break_files(root: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = root / "train-clean-100/1/7" / f"{name}.flac"
+        content = path.read_bytes()
+        path.write_bytes({"1-7-0000": content[: len(content) // 2], "1-7-0001": b"", "1-7-0002": b"text"}[name])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_files_are_skipped_and_named(root: Path, workers: int):
+    intact = by_name(libri(root).train_dataloader())
+    names = ("1-7-0000", "1-7-0001", "1-7-0002")
+    break_files(root, names)
+    data = libri(root, workers=workers, shortest=0.4, val=["train-clean-100"])
+    data.setup("fit")
+    for loader, exact in ((data.train_dataloader(), True), (data.val_dataloader(), False)):
+        batches = list(loader)
+        found = by_name(batches)
+        assert sorted(found) == sorted(intact.keys() - set(names))
+        for name in found if exact else ():
+            assert torch.equal(found[name][1], intact[name][1])
+        skipped = sorted(line for batch in batches for line in batch.skipped)
+        for line, name, reason in zip(skipped, names, ("lost sync", "is empty", "not recognised"), strict=True):
+            assert line.startswith(f"{root}/train-clean-100/1/7/{name}.flac: ") and reason in line and "\n" not in line
+
+
+def test_batch_of_unreadable_files_is_empty(root: Path):
+    for path in (root / "dev-clean").rglob("*.flac"):
+        path.write_bytes(b"")
+    (batch,) = libri(root, mels=40).val_dataloader()
+    assert batch.features.shape == (0, 0, 40) and batch.lengths.shape == (0,) and len(batch.skipped) == 2
+    assert batch.lengths.dtype == torch.int64 and batch.texts == batch.names == ()
+
+
+def test_other_errors_are_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*arguments: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(corpora, "read_audio", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(iter(libri(root).train_dataloader()))
+
+
+# Randomness
+
+
+def test_speed_and_dither_are_functions_of_seed_epoch_and_index():
+    def epoch(number: int, seed: int = 0, workers: int = 0) -> dict[str, tuple[str, Tensor]]:
+        torch.manual_seed(number + 17 * workers)
+        data = Speech(seed=seed, workers=workers, speeds=[0.9, 1.0, 1.1], limit=40, shortest=0.5)
+        loader = data.train_dataloader()
+        batches: Any = loader.batch_sampler
+        batches.sampler.set_epoch(number)
+        return by_name(loader)
+
+    def same(first: dict[str, tuple[str, Tensor]], second: dict[str, tuple[str, Tensor]]) -> int:
+        assert first.keys() == second.keys()
+        return sum(torch.equal(first[name][1], second[name][1]) for name in first)
+
+    first = epoch(0)
+    assert same(first, epoch(0, workers=2)) == len(first)
+    assert same(first, epoch(1)) == 0 and same(first, epoch(0, seed=1)) == 0
+    lengths = {name: len(features) for name, (_, features) in first.items()}
+    later = {name: len(features) for name, (_, features) in epoch(1).items()}
+    assert 0.3 < np.mean([lengths[name] != later[name] for name in lengths]) < 0.95
+
+
+def test_speed_is_that_of_the_waveform(root: Path):
+    data = libri(root, speeds=[1.1], dither=0.0)
+    waveform = read_audio(root / "train-clean-100/1/7/1-7-0003.flac")
+    torch.testing.assert_close(
+        by_name(data.train_dataloader())["1-7-0003"][1], RECIPES["nemo"](change_speed(waveform, 1.1))
+    )
+    slow = libri(root, speeds=[0.5, 1.0], seconds=3.0)
+    for batch in slow.train_dataloader():
+        assert batch.features.shape[0] * batch.features.shape[1] * 0.01 <= 3.0 or len(batch.lengths) == 1
+
+
+def test_validation_has_neither(root: Path):
+    data = libri(root, speeds=[0.9], dither=0.1, val=["train-clean-100"])
+    waveform = read_audio(root / "train-clean-100/2/7/2-7-0000.wav")
+    expected = RECIPES["nemo"](waveform)
+    torch.testing.assert_close(by_name(data.val_dataloader())["2-7-0000"][1], expected)
+    trained = by_name(libri(root, dither=0.1).train_dataloader())["2-7-0000"][1]
+    assert (trained - expected).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_main_generators_are_left_alone(workers: int):
+    data = Speech(workers=workers, limit=8)
+    before = states()
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()))
+    assert states() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning_sets_the_epoch():
+    class Recorder(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: dict[int, list[tuple[str, ...]]] = {0: [], 1: []}
+            self.validated = 0
+
+        def training_step(self, batch: Batch) -> Tensor:
+            assert isinstance(batch, Batch)
+            self.seen[self.current_epoch].append(batch.names)
+            return self.weight * 0
+
+        def validation_step(self, batch: Batch) -> None:
+            self.validated += len(batch.texts)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = Speech(limit=60, seconds=20)
+    module = Recorder()
+    lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    ).fit(module, datamodule=data)
+    for epoch in (0, 1):
+        loader = data.train_dataloader()
+        batches: Any = loader.batch_sampler
+        batches.sampler.set_epoch(epoch)
+        assert module.seen[epoch] == [batch.names for batch in loader]
+    assert module.seen[0] != module.seen[1] and module.validated == 2 * 60
+
+
+# Tokenizers
+
+
+def test_tokenizers(root: Path):
+    data = libri(root)
+    assert data.tokenizer == train_characters(TRAIN) and data.labels is data.tokenizer
+    data = libri(root, tokenizer="pieces", pieces=28)
+    assert data.tokenizer == train_pieces(TRAIN, 28)
+    (root / "t.model").write_bytes(train_pieces(VAL, 10).model)
+    data = libri(root, train=None, tokenizer=str(root / "t.model"))
+    assert data.tokenizer == train_pieces(VAL, 10)
+    with pytest.raises(ValueError, match="at most .* can be made"):
+        _ = libri(root, tokenizer="pieces", pieces=1000).tokenizer
+    with pytest.raises(ValueError, match="data.train is not given"):
+        _ = libri(root, train=None).tokenizer
+    assert len(Speech(tokenizer="characters").tokenizer.pieces) == 9 and len(Speech().tokenizer.pieces) == 128
+
+
+def test_validation_needs_no_training_texts(root: Path):
+    data = libri(root, train=None)
+    data.setup("validate")
+    assert len(by_name(data.val_dataloader())) == 2
+
+
+# Synthetic
+
+
+def test_synthetic_is_fixed_and_learnable():
+    """The letter whose band is loudest, frame by frame and collapsed as in CTC, spells the text."""
+    data = Speech(recipe="streaming")
+    source = data.source("val")
+    assert len(source) == 64 and len(data.source("train")) == 512
+    assert set("".join(texts(source))) == set("ABCDEFGH ") and len(set(texts(source))) > 50
+    right = 0
+    for index in range(20):
+        waveform = source.waveform(index, 16000)
+        assert torch.equal(waveform, data.source("test" if index < 0 else "val").waveform(index, 16000))
+        assert len(waveform) == pytest.approx(16000 * source.durations[index], abs=1)
+        power = torch.stft(waveform, 512, 160, window=torch.hann_window(512), return_complex=True).abs() ** 2
+        bins = [round(300 * 1.4**letter / 16000 * 512) for letter in range(8)]
+        bands = torch.stack([power[place - 1 : place + 2].sum(0) for place in bins])
+        heard = torch.where(bands.amax(0) > 40, bands.argmax(0), -1).tolist()
+        spelt = "".join(
+            "ABCDEFGH"[now] for before, now in zip([-1, *heard], heard, strict=False) if now not in (-1, before)
+        )
+        right += spelt == source.text(index).replace(" ", "")
+    assert right >= 19
+    assert not set(texts(data.source("train"))[:40]) <= set(texts(source))
+
+
+def test_synthetic_at_another_rate():
+    waveform = Speech().source("val").waveform(0, 8000)
+    assert len(waveform) == pytest.approx(8000 * Speech().source("val").durations[0], abs=1)
+
+
+# The module itself
+
+
+def test_what_workers_get_pickles(root: Path):
+    for data in (libri(root), Speech(limit=5)):
+        loader = data.train_dataloader()
+        again, gather = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+        batch = gather([again[1, 2]])
+        expected = loader.dataset[1, 2]
+        assert torch.equal(batch.features[0], expected.features) and batch.texts == (expected.text,)
+
+
+def test_collate_keeps_order(root: Path):
+    clips = Clips(libri(root).source("train"), RECIPES["nemo"])
+    batch = collate([clips[0, index] for index in (3, 0, 2)], 80)
+    assert batch.lengths.tolist() == [80, 50, 70] and batch.texts == (TRAIN[3], TRAIN[0], TRAIN[2])
+
+
+def test_recipes_and_mels():
+    data = Speech(recipe="squeezeformer", mels=64, limit=4)
+    assert data.preprocess.mels == 64 and data.preprocess.log == "db"
+    assert next(iter(data.val_dataloader())).features.shape[2] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "voice"}, "unknown dataset 'voice'; allowed: librispeech, manifest, synthetic"),
+        ({"root": "x"}, "'synthetic' takes neither root nor train"),
+        ({"train": ["x"]}, "'synthetic' takes neither root nor train"),
+        ({"dataset": "librispeech"}, "'librispeech' needs root, a folder"),
+        ({"recipe": "kaldi"}, "unknown recipe 'kaldi'; allowed: nemo, squeezeformer, streaming"),
+        ({"mels": 0}, "mels must be a whole number above 0"),
+        ({"tokenizer": "words"}, "tokenizer must be pieces, characters or the path of a .model file, not 'words'"),
+        ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"padding": 1.0}, "padding is a share"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"pieces": 1}, "pieces must be at least 2, not 1"),
+        ({"workers": -1}, "workers must be at least 0, not -1"),
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"shortest": 20.0}, "shortest must be at least 0 and below longest, not 20.0 and 20.0"),
+        ({"speeds": []}, "speeds must hold at least one factor"),
+        ({"speeds": [3.0]}, "a speed must be between 0.5 and 2 in steps of 0.01, not 3.0"),
+        ({"dither": 1.0}, "dither must be at least 0 and below 1"),
+    ],
+    ids=str,
+)
+def test_wrong_values(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        Speech(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_every_argument_is_described():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Speech, "data")
+    shown = parser.format_help()
+    for name in inspect.signature(Speech).parameters:
+        assert f"--data.{name}" in shown
+        (action,) = [action for action in parser._actions if action.dest == f"data.{name}"]
+        assert action.help and len(action.help) >= 10, name
+    given = parser.parse_args(["--data.speeds=[0.9,1.0]", "--data.longest=null", "--data.train=[a,b]"])
+    assert given.data.speeds == [0.9, 1.0] and given.data.longest is None and given.data.train == ["a", "b"]
+
+
+def test_seed_is_that_of_seed_everything(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    assert Speech().seed == 11 and Speech(seed=3).seed == 3

@@ -1,0 +1,256 @@
+"""What the conversions of speech models share: the names of NVIDIA's layout, and the filling of our Conformer.
+
+NeMo and the Parakeet of transformers store one and the same network; the second spells some names in another way.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.audio import AudioPreprocess
+from zoo.convert.timm_parts import spelled, with_width
+from zoo.ffns import FFNS
+from zoo.layer import options_of
+from zoo.models.conformer import CONFORMER, SQUEEZEFORMER, Conformer, ConformerConfig
+from zoo.subsampling import SUBSAMPLINGS
+from zoo.tokens import Tokenizer
+
+SUBSAMPLING = {(False, 4): "conv4", (True, 4): "depthwise4", (True, 8): "depthwise8"}
+"""Ours, by whether the later convolutions are depthwise, and the factor."""
+
+_BRANCHES = {
+    "mixer": ("self_attn", "norm_self_att", {"qkv": "linear_q linear_k linear_v", "out": "linear_out"}),
+    "conv": ("conv", "norm_conv", {"expand": "pointwise_conv1", "out": "pointwise_conv2", "conv": "depthwise_conv"}),
+    "ffn": ("feed_forward", "norm_feed_forward", {"expand": "linear1", "out": "linear2"}),
+}
+_BRANCHES["mixer"][2].update({"relative": "linear_pos", "content": "pos_bias_u", "offset": "pos_bias_v"})
+_BRANCHES["conv"][2]["norm"] = "batch_norm"
+_WHOLE = {
+    "stem.out": "encoder.pre_encode.out",
+    "first": "encoder.pre_ln",
+    "reduce.conv": "encoder.time_reduce_layer.dw_conv",
+    "reduce.point": "encoder.time_reduce_layer.pw_conv",
+    "recover": "encoder.time_recovery_layer",
+    "head": "decoder.decoder_layers.0",
+}
+
+
+class Converted(NamedTuple):
+    """A speech model of another library: the model in eval mode, what makes its features of a waveform, and what makes
+    text of its tokens. The last two are None where the files do not hold them in a form that the zoo knows."""
+
+    model: Conformer
+    preprocess: AudioPreprocess | None
+    tokenizer: Tokenizer | None
+
+
+class Facts(NamedTuple):
+    """What a file says about its network, in the terms of that network."""
+
+    dim: int
+    depth: int
+    heads: int
+    hidden: int  # of the feed-forward layers
+    kernel: int  # of the convolution branch
+    mels: int
+    outputs: int  # of the CTC head, the blank among them; 0 for none
+    depthwise: bool  # the subsampling's later convolutions
+    factor: int  # of the subsampling
+    channels: int  # of the subsampling
+    causal: bool = False  # the subsampling
+    scale: bool = True
+    bias: bool = True  # of attention and feed-forward layers
+    conv_bias: bool = True
+    conv_norm: str = "batchnorm"
+    window: int = 0
+    chunk: int | None = None
+    left: int = 70
+    squeeze: bool = False
+    reduce: int | None = None  # the block in front of which Squeezeformer halves the frame rate; None for none
+
+
+class Section:
+    """One section of a config file. Every key has to be taken or to be known to change nothing at inference."""
+
+    def __init__(self, values: Any, name: str, where: str) -> None:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where} has no section '{name}'")
+        self.left, self.name, self.where = dict(values), f"{name}." if name else "", where
+
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of a key; a key without a default is needed. ValueError where it is of another kind."""
+        value = self.left.pop(key, None)
+        if value is None:
+            if default is None:
+                raise self.refused(key, "it is missing")
+            return default
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise self.refused(key, f"it takes a value of kind {kind.__name__}, not {value!r}")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        if (value := self.take(key, int, default)) < 1:
+            raise self.refused(key, f"it is at least 1, not {value}")
+        return value
+
+    def fixed(self, key: str, *allowed: Any) -> Any:
+        """The value of a key that has to be one of those; the first where it is not there."""
+        value = self.left.pop(key, allowed[0])
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
+            raise self.refused(key, f"the zoo takes {' or '.join(map(repr, allowed))}, not {value!r}")
+        return value
+
+    def finish(self, *harmless: str) -> None:
+        """ValueError where a key is left over that is not harmless."""
+        if unknown := [key for key in self.left if key not in harmless]:
+            raise self.refused(unknown[0], f"the zoo does not know this key (its value is {self.left[unknown[0]]!r})")
+
+    def refused(self, key: Any, why: str) -> ValueError:
+        return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
+
+
+def one_line(value: object) -> str:
+    """What an error says, in one line of bearable length."""
+    return " ".join((str(value) or type(value).__name__).split())[:300]
+
+
+def configure(facts: Facts) -> ConformerConfig:
+    """The config of the model that the facts describe; ValueError where ours cannot say it."""
+    stem = SUBSAMPLING[facts.depthwise, facts.factor]
+    options = [] if facts.channels == (SUBSAMPLINGS[stem].usual or facts.dim) else [f"channels={facts.channels}"]
+    options += ["padding='causal'"] if facts.causal else []
+    mixer = [f"window={facts.window}"] if facts.window else []
+    conv = "swish" if facts.squeeze else "glu"
+    ffn = ["activation='silu'"] + ([] if facts.bias else ["bias=False"])
+    reduce = None if facts.reduce in (None, facts.depth // 2 - 1) else facts.reduce
+    return ConformerConfig(
+        dim=facts.dim,
+        depth=facts.depth,
+        heads=facts.heads,
+        layout=SQUEEZEFORMER if facts.squeeze else CONFORMER,
+        placement="scaled" if facts.squeeze else "pre",
+        mixer=spelled("relative", mixer + ([] if facts.bias else ["bias=False"])),
+        conv=spelled(conv, [f"kernel={facts.kernel}"]),
+        conv_norm=facts.conv_norm,
+        ffn=with_width(FFNS, "mlp", options_of(FFNS["mlp"])["ratio"], facts.hidden, ffn, facts.dim),
+        mels=facts.mels,
+        vocabulary=facts.outputs,
+        subsampling=spelled(stem, options),
+        scale_input=facts.scale,
+        first_norm=facts.squeeze,
+        unet=facts.reduce is not None,
+        reduce=reduce,
+        chunk=facts.chunk,
+        left=facts.left,
+    )
+
+
+def build(
+    facts: Facts,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    rename: Callable[[str], str] = str,
+    blank: int | None = None,
+) -> Conformer:
+    """The model of these facts with the tensors of a file: each is used once, and each of ours is filled.
+
+    rename makes the file's name of NeMo's. blank is the row of the head that is the blank; None for the last one. The
+    model has the widest kind of number among the file's. ValueError, in one line, where the facts do not fit each
+    other, or where a tensor is missing, left over, of a wrong shape or of whole numbers.
+    """
+    try:
+        config = configure(facts)
+        with torch.device("meta"):
+            model = config.build()
+    except ValueError as error:
+        raise ValueError(one_line(f"{where}: {error}")) from error
+    left = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
+    kind, device = _kind(left, where)
+    no_bias = r"blocks\.\d+\.steps\.\d+\.branch\.(expand|out|conv)\.bias"
+    convolutions = {f".{index}." for index, word in enumerate(config.layout) if word == "conv"}
+    state = {}
+
+    def take(name: str, *shape: int) -> Tensor:
+        if name not in left:
+            raise ValueError(f"{where}: the tensor '{name}' is missing")
+        value = left.pop(name).detach()
+        if value.shape[: len(shape)] != shape or value.shape[len(shape) :].numel() != 1:
+            raise ValueError(f"{where}: '{name}' is {list(value.shape)}; this model takes {list(shape)}")
+        return value.reshape(shape).to(kind)
+
+    for key, slot in model.state_dict().items():
+        branch = key.partition(".steps")[2][:3]
+        if not facts.conv_bias and branch in convolutions and re.fullmatch(no_bias, key):
+            state[key] = torch.zeros(slot.shape, dtype=kind, device=device)
+            continue
+        names = [rename(name) for name in names_of(key, config)]
+        value = torch.cat([take(name, len(slot) // len(names), *slot.shape[1:]) for name in names])
+        if blank is not None and key.startswith("head."):
+            value = torch.cat([value[:blank], value[blank + 1 :], value[blank : blank + 1]])
+        state[key] = value
+    if left:
+        raise ValueError(f"{where}: the tensor '{next(iter(left))}' has no place in this model")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _kind(tensors: Mapping[str, Tensor], where: str) -> tuple[torch.dtype, torch.device]:
+    """The widest kind of number among the tensors, and where they are."""
+    kind, devices = None, {torch.device("cpu")}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{where}: '{name}' is no tensor of floating-point numbers, but {tensor.dtype}")
+        kind = tensor.dtype if kind is None else torch.promote_types(kind, tensor.dtype)
+        devices = {tensor.device}
+    return kind or torch.float32, devices.pop()
+
+
+def names_of(key: str, config: ConformerConfig) -> list[str]:
+    """NeMo's names of what one of our tensors is made of, in the order in which they are joined."""
+    owner, _, last = key.rpartition(".")
+    if owner in _WHOLE:
+        return [f"{_WHOLE[owner]}.{last}"]
+    parts = key.split(".")
+    if parts[0] == "stem":
+        stage, point = int(parts[2]), parts[3] == "point"
+        depthwise = not config.subsampling.startswith("conv")
+        place = (3 * stage - 1 + point if stage else 0) if depthwise else 2 * stage
+        return [f"encoder.pre_encode.conv.{place}.{last}"]
+    block, step = f"encoder.layers.{parts[1]}", int(parts[3])
+    word = config.layout[step].replace("half", "ffn")
+    if word == "norm":
+        return [f"{block}.norm_out.{last}"]
+    branch, norm, inner = _BRANCHES[word]
+    if word == "ffn":
+        number = 1 + sum(each in ("half", "ffn") for each in config.layout[:step])
+        branch, norm = f"{branch}{number}", f"{norm}{number}"
+    if parts[4] == "branch":
+        names = inner[parts[5]].split()
+        return [f"{block}.{branch}.{name}" + ("" if len(parts) == 6 else f".{last}") for name in names]
+    if parts[4] == "before" and config.placement == "scaled":
+        return [f"{block}.{branch}_scale.{'scale' if last == 'weight' else last}"]
+    return [f"{block}.{norm}.{last}"]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError, in one line, where it is none, or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(one_line(f"{path} is no whole safetensors file: {error}")) from error
+
+
+def checked_mels(preprocess: AudioPreprocess, mels: int, where: str) -> AudioPreprocess:
+    """What it is given; ValueError where it makes another number of mel bands than the model takes."""
+    if preprocess.mels != mels:
+        raise ValueError(f"{where}: the features have {preprocess.mels} mel bands, and the model takes {mels}")
+    return preprocess

@@ -1,0 +1,110 @@
+"""Batches of utterances that last about equally long."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from zoo.data import sampling
+
+
+class DurationBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for this rank, of similar duration and of limited size.
+
+    Utterances are sorted into buckets, each so narrow that no batch from it has more padding than allowed, and each
+    bucket is cut into batches of nearly equal number.
+
+    In training, which utterances of a bucket meet and the order of the batches are functions of seed and epoch. Ranks
+    have equally many batches, for the order is continued from its start until it divides, and every epoch has as many.
+    In evaluation every utterance comes exactly once over all ranks, longest first, and ranks have equally many batches,
+    of which the last may be empty.
+
+    Args:
+        durations: seconds of each utterance.
+        seconds: most seconds in a batch, padding included; a longer utterance has a batch of its own.
+        padding: largest share of a batch that is padding, from 0 to below 1.
+        batch: most utterances in a batch; null for no limit.
+        training: shuffle, and make the ranks equal.
+        seed: what the order depends on, besides the epoch.
+
+    Raises:
+        ValueError: a value is out of its range, or a duration is no positive number.
+    """
+
+    def __init__(
+        self,
+        durations: Sequence[float] | np.ndarray,
+        *,
+        seconds: float,
+        padding: float = 0.2,
+        batch: int | None = None,
+        training: bool,
+        seed: int = 0,
+    ):
+        check_limits(seconds, padding, batch)
+        lasting = np.asarray(durations, dtype=np.float64)
+        if not (np.isfinite(lasting) & (lasting > 0)).all():
+            raise ValueError("durations must be numbers above 0")
+        self.buckets = _buckets(lasting, seconds, padding, batch)
+        self.training, self.seed, self.epoch = training, seed, 0
+
+    @property
+    def sampler(self) -> "DurationBatches":
+        """Itself: Lightning sets the epoch of a batch sampler's `sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the iterations to come. Lightning calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = sampling._rank_and_world()
+        batches = self._batches()
+        for position in range(rank, len(self) * world, world):
+            if self.training:
+                position %= len(batches)
+            indices = batches[position] if position < len(batches) else []
+            yield [(self.epoch, int(index)) for index in indices]
+
+    def __len__(self) -> int:
+        _, world = sampling._rank_and_world()
+        return math.ceil(sum(parts for _, parts in self.buckets) / world)
+
+    def _batches(self) -> list[np.ndarray]:
+        """All batches of the epoch, those of every rank."""
+        if not self.training:
+            return [part for members, parts in self.buckets for part in np.array_split(members, parts)]
+        generator = torch.Generator().manual_seed(sampling._hash(self.seed, self.epoch))
+        batches = []
+        for members, parts in self.buckets:
+            shuffled = members[torch.randperm(len(members), generator=generator).numpy()]
+            batches += np.array_split(shuffled, parts)
+        return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def check_limits(seconds: float, padding: float, batch: int | None) -> None:
+    """Raises ValueError where `DurationBatches` does not take a limit."""
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be above 0, not {seconds!r}")
+    if not 0 <= padding < 1:
+        raise ValueError(f"padding is a share, at least 0 and below 1, not {padding!r}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch!r}")
+
+
+def _buckets(durations: np.ndarray, seconds: float, padding: float, batch: int | None) -> list[tuple[np.ndarray, int]]:
+    """Indices of each bucket from the longest utterance to the shortest, and into how many batches it is cut."""
+    order = np.argsort(-durations, kind="stable")
+    falling = durations[order]
+    buckets, start = [], 0
+    while start < len(order):
+        longest = falling[start]
+        end = int(np.searchsorted(-falling, -longest * (1 - padding), side="right"))
+        most = max(1, int(seconds / longest))
+        if batch is not None:
+            most = min(most, batch)
+        buckets.append((order[start:end], math.ceil((end - start) / most)))
+        start = end
+    return buckets

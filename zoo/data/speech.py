@@ -1,0 +1,271 @@
+"""Transcribed speech for training, validation and test: LibriSpeech's folders, manifests, generated tones."""
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.audio import RECIPES, AudioPreprocess, UnreadableAudio, change_speed, check_speed, pad_features
+from zoo.data.buckets import DurationBatches, check_limits
+from zoo.data.corpora import CORPORA, Corpus
+from zoo.data.sampling import global_seed, seeded
+from zoo.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces
+
+
+class Batch(NamedTuple):
+    """Utterances of one step.
+
+    `features` is float32 [B, T, mels], zero beyond each of `lengths`, int64 [B]; `texts` and `names` have B entries.
+    `skipped` holds a line for each file that could not be read, which names it and says why; those utterances are
+    missing from the others, and where every file of a batch is unreadable, B is 0.
+    """
+
+    features: Tensor
+    lengths: Tensor
+    texts: tuple[str, ...]
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+class Clip(NamedTuple):
+    """One utterance: features [T, mels], or None and the reason `fault` where the file is unreadable."""
+
+    features: Tensor | None
+    text: str
+    name: str
+    fault: str = ""
+
+
+class Clips(Dataset[Clip]):
+    """A corpus's utterances as features; a key is (epoch, index).
+
+    With a seed, speed and dither are random, as a function of seed, epoch and index alone; without, there are none.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        preprocess: AudioPreprocess,
+        seed: int | None = None,
+        speeds: tuple[float, ...] = (1.0,),
+        dither: float = 0.0,
+    ):
+        self.corpus, self.preprocess, self.seed, self.speeds, self.dither = corpus, preprocess, seed, speeds, dither
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, key: tuple[int, int]) -> Clip:
+        epoch, index = key
+        text, name = self.corpus.text(index), self.corpus.name(index)
+        try:
+            waveform = self.corpus.waveform(index, self.preprocess.rate)
+        except UnreadableAudio as error:
+            return Clip(None, text, name, str(error))
+        if self.seed is None:
+            return Clip(self.preprocess(waveform), text, name)
+        with seeded(self.seed, epoch, index):
+            waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
+            return Clip(self.preprocess(waveform, dither=self.dither), text, name)
+
+
+def collate(clips: list[Clip], mels: int) -> Batch:
+    """Pads and stacks what `Clips` returned; `mels` is for a batch without any."""
+    read = [(clip.features, clip.text, clip.name) for clip in clips if clip.features is not None]
+    skipped = tuple(clip.fault for clip in clips if clip.features is None)
+    if not read:
+        return Batch(torch.zeros(0, 0, mels), torch.zeros(0, dtype=torch.int64), (), (), skipped)
+    features, texts, names = zip(*read, strict=True)
+    return Batch(*pad_features(features), texts, names, skipped)
+
+
+class Speech(lightning.LightningDataModule):
+    """Transcribed utterances in batches of type `Batch`, of similar duration each.
+
+    Files that cannot be read are left out of their batch and named in it. The Trainer must run with
+    `use_distributed_sampler=False`: the samplers split the set over ranks by themselves.
+
+    Args:
+        dataset: `librispeech` (folders as released: `root/SPLIT/speaker/chapter/speaker-chapter-utterance.flac` beside
+            `speaker-chapter.trans.txt`, or the same below `root/LibriSpeech`), `manifest` (NeMo's files with one JSON
+            object a line: audio_filepath, absolute or relative to the manifest, text, and optionally duration; with
+            offset beside duration, in seconds, only that part of the file is read), or `synthetic` (generated tones,
+            one for each of eight letters).
+        root: folder of librispeech; for manifests, the folder that their names are relative to.
+        train: folders, such as train-clean-100, or manifests to train on; a tokenizer is trained on their texts.
+        val: folders, such as dev-clean, or manifests for validation.
+        test: folders or manifests for testing; null for those of val.
+        recipe: how features are made: nemo, squeezeformer or streaming.
+        mels: mel bands.
+        tokenizer: `pieces` or `characters`, trained on the training texts, or the path of a sentencepiece .model file.
+        pieces: word pieces, where they are trained.
+        seconds: most seconds of sound in a batch, padding included, per device; a longer utterance has its own batch.
+        padding: largest share of a batch that is padding, before the speed is changed.
+        batch: most utterances in a batch, per device; null for no limit.
+        shortest: shorter utterances, in seconds, are left out of training.
+        longest: longer utterances, in seconds, are left out of training; null for no limit.
+        speeds: factors from which that of a training utterance is drawn, between 0.5 and 2 in steps of 0.01.
+        dither: standard deviation of white noise on training waveforms, full scale being 1.
+        workers: processes that read files; 0 reads in the main process.
+        limit: most utterances of each split, taken at even distances; null for all.
+        seed: what order, speed and dither depend on, besides epoch and index; null for that of seed_everything.
+
+    Attributes:
+        preprocess: how a waveform becomes features.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+
+    preprocess: AudioPreprocess
+
+    def __init__(
+        self,
+        dataset: str = "synthetic",
+        root: str | None = None,
+        train: list[str] | None = None,
+        val: list[str] | None = None,
+        test: list[str] | None = None,
+        recipe: str = "nemo",
+        mels: int = 80,
+        tokenizer: str = "pieces",
+        pieces: int = 128,
+        seconds: float = 120.0,
+        padding: float = 0.2,
+        batch: int | None = None,
+        shortest: float = 0.1,
+        longest: float | None = 20.0,
+        speeds: list[float] = [1.0],  # noqa: B006 (it is never changed, and --help shows it)
+        dither: float = 1e-5,
+        workers: int = 0,
+        limit: int | None = None,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        if dataset not in CORPORA:
+            raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(CORPORA)}")
+        if dataset == "synthetic" and (root or train or val or test):
+            raise ValueError("dataset 'synthetic' takes neither root nor train, val and test")
+        if dataset == "librispeech" and root is None:
+            raise ValueError("dataset 'librispeech' needs root, a folder")
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; allowed: {', '.join(RECIPES)}")
+        if tokenizer not in ("pieces", "characters") and not tokenizer.endswith(".model"):
+            raise ValueError(f"tokenizer must be pieces, characters or the path of a .model file, not {tokenizer!r}")
+        check_limits(seconds, padding, batch)
+        for name, value, least in (("pieces", pieces, 2), ("workers", workers, 0), ("limit", limit, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not 0 <= shortest < (float("inf") if longest is None else longest):
+            raise ValueError(f"shortest must be at least 0 and below longest, not {shortest} and {longest}")
+        if not speeds:
+            raise ValueError("speeds must hold at least one factor; [1.0] changes nothing")
+        for factor in speeds:
+            check_speed(factor)
+        if not 0 <= dither < 1:
+            raise ValueError(f"dither must be at least 0 and below 1, not {dither}")
+        self.preprocess = replace(RECIPES[recipe], mels=mels)
+        self.dataset, self.root, self.batch, self.workers = dataset, root, batch, workers
+        self.splits = {"train": train, "val": val, "test": test or val}
+        self.wanted_tokenizer, self.pieces = tokenizer, pieces
+        self.seconds, self.padding, self.shortest, self.longest = seconds, padding, shortest, longest
+        self.speeds, self.dither, self.limit = tuple(speeds), dither, limit
+        self.seed = global_seed() if seed is None else seed
+        self._sources: dict[str, Corpus] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to numbers and back; trained on the training texts or read from a file at first use.
+
+        Raises:
+            ValueError: there are no training texts, or they do not have so many word pieces.
+        """
+        if self.wanted_tokenizer.endswith(".model"):
+            return read_tokenizer(self.wanted_tokenizer)
+        source = self.source("train")
+        texts = [source.text(index) for index in range(len(source))]
+        return train_characters(texts) if self.wanted_tokenizer == "characters" else train_pieces(texts, self.pieces)
+
+    @property
+    def labels(self) -> Tokenizer:
+        """What a checkpoint stores beside the model: the tokenizer."""
+        return self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Finds the utterances of a stage, and their faults, before the first step."""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in splits.get(stage, ()):
+            self.source(split)
+        if stage == "fit":
+            _ = self.training
+
+    def source(self, split: str) -> Corpus:
+        """The utterances of split `train`, `val` or `test`, of any duration.
+
+        Raises:
+            ValueError: the split is not given, or its folders or manifests are not as they should be.
+        """
+        if split not in self._sources:
+            names = self.splits[split] or []
+            if not names and self.dataset != "synthetic":
+                kind = "manifests" if self.dataset == "manifest" else "folders below root"
+                missing = "val" if split == "test" else split
+                raise ValueError(f"data.{missing} is not given; it must list {kind}")
+            build = CORPORA[self.dataset]
+            self._sources[split] = build(split, names, self.root, split == "train", self.limit)
+        return self._sources[split]
+
+    @functools.cached_property
+    def training(self) -> Corpus:
+        """The training utterances that are neither too short nor too long.
+
+        Raises:
+            ValueError: there are none.
+        """
+        source = self.source("train")
+        short = source.durations < self.shortest
+        long = source.durations > (float("inf") if self.longest is None else self.longest)
+        kinds = {f"shorter than {self.shortest} s": short, f"longer than {self.longest} s": long}
+        out = " and ".join(f"{int(found.sum())} {kind}" for kind, found in kinds.items() if found.any())
+        if not out:
+            return source
+        if (short | long).all():
+            raise ValueError(f"no utterance is left to train on: of {len(source)}, {out} are left out")
+        rank_zero_info(f"of {len(source)} utterances, {out} are left out of training")
+        return source.take(np.flatnonzero(~(short | long)))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training utterances in random order, of which none is dropped."""
+        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.dither)
+        return self._loader(dataset, slowest=min(self.speeds), training=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every utterance of the validation set once, the longest first."""
+        return self._loader(Clips(self.source("val"), self.preprocess), training=False)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every utterance of the test set once, the longest first; the validation set if there is none."""
+        return self._loader(Clips(self.source("test"), self.preprocess), training=False)
+
+    def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:
+        # A file whose header cannot be read has no duration; reading it will say why.
+        durations = np.nan_to_num(dataset.corpus.durations, nan=1.0) / slowest
+        batches = DurationBatches(
+            durations, seconds=self.seconds, padding=self.padding, batch=self.batch, training=training, seed=self.seed
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=functools.partial(collate, mels=self.preprocess.mels),
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            # Without its own generator an iterator would draw from the main one.
+            generator=torch.Generator().manual_seed(0),
+        )

@@ -1,0 +1,290 @@
+"""Speech recognition: CTC (Graves et al. 2006) with intermediate losses and consistency between views, or RNN-T (Graves
+2012, arXiv:1211.3711), on spectra with random bands removed."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.text import CharErrorRate, WordErrorRate
+
+from zoo.audio import StreamingFeatures, spec_augment
+from zoo.data.speech import Batch
+from zoo.decoding import greedy, transducer_greedy
+from zoo.layer import Chunks
+from zoo.models.conformer import Conformer
+from zoo.tasks.task import Task
+from zoo.tokens import Tokenizer
+
+SCHEDULES = ("cosine", "noam", "noam_hold")
+UNREADABLE, LONG, UNKNOWN, EMPTY = FAULTS = (
+    "unreadable files",
+    "transcripts with more tokens than frames",
+    "transcripts with characters outside the vocabulary",
+    "empty transcripts",
+)
+
+
+class Transcribe(Task):
+    """A speech recogniser in training.
+
+    Args:
+        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        weights: a checkpoint to start from or to measure: a folder, a name in checkpoints/, or owner/name on the Hub.
+            Fields of backbone then replace those of its config.
+        rate: peak learning rate of AdamW.
+        weight_decay: of matrices only; norms, biases and positions have none.
+        layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
+        schedule: `cosine`; `noam` (Vaswani et al. 2017: falls with the root of the step); `noam_hold` (Kim et al. 2022:
+            stays at the peak, then falls with the step).
+        warmup: epochs of linear warm-up.
+        hold: epochs at the peak, for noam_hold.
+        final_rate: learning rate at the end of the cosine, and the least of the others.
+        average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
+        frequency_masks: bands of mel bins that training removes from each utterance.
+        frequency_width: most mel bins in such a band.
+        time_masks: bands of frames that training removes from each utterance.
+        time_share: most frames in such a band, as a share of the utterance.
+        intermediate: blocks whose tokens are trained by CTC too, through the same head (Lee and Watanabe 2021,
+            arXiv:2102.03216).
+        intermediate_weight: share of their mean in the loss.
+        consistency: weight of the symmetric divergence between two views of each utterance that are masked differently
+            (CR-CTC, Yao et al. 2024, arXiv:2410.05101); 0 for one view. A batch then counts twice in memory.
+        chunks: sizes of chunks from which that of each batch is drawn, for a model that streams with any of them;
+            null for that of the config.
+        checkpointing: computes activations again in the backward pass, to save memory.
+        refresh: training batches on which batch statistics are measured anew before the last validation.
+        seed: what dropout and masks depend on, besides the epoch; null for that of seed_everything.
+    """
+
+    score = ("val/wer", "min")
+    faulty = FAULTS
+    model: Conformer
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] = {},  # noqa: B006
+        weights: str | None = None,
+        rate: float = 1e-3,
+        weight_decay: float = 1e-3,
+        layer_decay: float = 1.0,
+        schedule: str = "cosine",
+        warmup: float = 5.0,
+        hold: float = 0.0,
+        final_rate: float = 1e-5,
+        average: float = 0.0,
+        frequency_masks: int = 2,
+        frequency_width: int = 27,
+        time_masks: int = 5,
+        time_share: float = 0.05,
+        intermediate: list[int] | None = None,
+        intermediate_weight: float = 0.3,
+        consistency: float = 0.0,
+        chunks: list[int] | None = None,
+        checkpointing: bool = False,
+        refresh: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            weights=weights,
+            rate=rate,
+            weight_decay=weight_decay,
+            layer_decay=layer_decay,
+            warmup=warmup,
+            final_rate=final_rate,
+            average=average,
+            checkpointing=checkpointing,
+            refresh=refresh,
+            seed=seed,
+        )
+        if not isinstance(self.model, Conformer) or not self.model.config.vocabulary:
+            raise ValueError("model.backbone is a speech model with a vocabulary, such as name=squeezeformer_xs")
+        config = self.model.config
+        if schedule not in SCHEDULES:
+            raise ValueError(f"model.schedule: there is no '{schedule}'; choose from: {', '.join(SCHEDULES)}")
+        if hold < 0 or (hold and schedule != "noam_hold"):
+            raise ValueError(f"model.hold is at least 0, and for noam_hold alone; not {hold} with {schedule}")
+        if not 0.0 <= intermediate_weight < 1.0 or consistency < 0:
+            raise ValueError("model.intermediate_weight lies in 0..1 and model.consistency is at least 0")
+        self.transducer = not config.head.startswith("ctc")
+        if self.transducer and (intermediate or consistency):
+            raise ValueError("model.intermediate and model.consistency need a CTC head; this model has a transducer")
+        if any(not 0 <= layer < config.depth - 1 for layer in intermediate or ()):
+            raise ValueError(f"model.intermediate lists blocks below the last, 0..{config.depth - 2}: {intermediate}")
+        if chunks and (config.chunk is None or min(chunks) < 1):
+            raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
+        self.masks = (frequency_masks, frequency_width, time_masks, time_share)
+        spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # refuses what cannot be
+        self.schedule, self.hold, self.consistency = schedule, hold, consistency
+        self.intermediate, self.intermediate_weight = tuple(intermediate or ()), intermediate_weight
+        self.chunks = tuple(chunks or ())
+        self.tokenizer: Tokenizer | None = None
+        self.wer, self.cer = WordErrorRate(), CharErrorRate()
+        self.mean_loss, self.number, self.words = MeanMetric(), SumMetric(), SumMetric()
+
+    @property
+    def labels(self) -> Tokenizer:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        config, vocabulary = self.model.config, self.model.config.vocabulary
+        kept = None if self.start is None else self.start.labels
+        if isinstance(kept, Tokenizer) and kept.vocabulary == vocabulary:
+            self.tokenizer = kept
+            if stage == "fit" and data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
+                raise ValueError("data.tokenizer does not match that of model.weights; leave one of the two away")
+        else:
+            self.tokenizer = data.tokenizer
+        if self.labels.vocabulary != vocabulary:
+            raise ValueError(
+                f"the tokenizer has {self.labels.vocabulary} tokens with the blank and the model {vocabulary}; "
+                f"set model.backbone.vocabulary={self.labels.vocabulary}"
+            )
+        if data.preprocess.mels != config.mels:
+            raise ValueError(
+                f"the data has {data.preprocess.mels} mel bands and the model {config.mels}; set model.backbone.mels"
+            )
+        if config.chunk is not None:
+            StreamingFeatures(data.preprocess)  # refuses features that wait for the end of an utterance
+        if self.start is not None and self.start.preprocess not in (None, data.preprocess):
+            rank_zero_warn(f"the checkpoint was trained with {self.start.preprocess}, the data has {data.preprocess}")
+
+    def factor(self, step: int, per_epoch: int, steps: int) -> float:
+        warmup = max(1, round(self.warmup * per_epoch))
+        if self.schedule == "cosine":
+            return super().factor(step, per_epoch, steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule == "noam":
+            share = (warmup / (step + 1)) ** 0.5
+        else:
+            share = min(1.0, warmup / max(1, step + 1 - round(self.hold * per_epoch)))
+        return max(share, self.final_rate / self.rate)
+
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.features, batch.lengths
+
+    def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
+        """Which utterances a loss can be taken of, and their tokens; the others are noted."""
+        self.note(batch.skipped, UNREADABLE, stage)
+        frames = self.model.stem.tokens(batch.lengths).tolist()
+        kept, tokens = [], []
+        for index, (text, name) in enumerate(zip(batch.texts, batch.names, strict=True)):
+            try:
+                found = self.labels.encode(text)
+            except ValueError as error:
+                self.note([f"skipped {name}: {error}"], UNKNOWN, stage)
+                continue
+            needed = len(found) + sum(one == other for one, other in zip(found, found[1:], strict=False))
+            if not found:
+                self.note([f"skipped {name}: its transcript is empty"], EMPTY, stage)
+            elif frames[index] < (1 if self.transducer else needed):
+                self.note([f"skipped {name}: {frames[index]} frames cannot hold {needed} tokens"], LONG, stage)
+            else:
+                kept.append(index)
+                tokens.append(found)
+        return kept, tokens
+
+    def losses(self, logits: Tensor, lengths: Tensor, tokens: list[list[int]]) -> Tensor:
+        """The CTC loss, or that of RNN-T, of each utterance: [B]."""
+        device = logits.device
+        sizes = torch.tensor([len(each) for each in tokens])
+        targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in tokens], batch_first=True).to(device)
+        blank = self.labels.blank
+        if not self.transducer:
+            scores = F.log_softmax(logits, -1, dtype=torch.float32).transpose(0, 1)
+            return F.ctc_loss(scores, targets, lengths, sizes.to(device), blank, "none", zero_infinity=True)
+        from torchaudio.functional import rnnt_loss
+
+        made = self.model.head(logits, targets).float()  # pyright: ignore[reportOptionalCall]
+        return rnnt_loss(made, targets.int(), lengths.int(), sizes.to(device).int(), blank, reduction="none")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        kept, tokens = self.encoded(batch, "training")
+        if not tokens:
+            return self.no_loss()
+        features, lengths, views = batch.features[kept], batch.lengths[kept], 2 if self.consistency else 1
+        if views == 2:
+            features, lengths, tokens = features.repeat(2, 1, 1), lengths.repeat(2), tokens * 2
+        features = spec_augment(features, lengths, *self.masks)
+        made = self.model.encode(features, lengths, self.visible(), (*self.intermediate, -1))
+        real = [each.lengths for each in made]
+        logits = [self.model.logits(each.tokens) for each in made]
+        losses = [self.losses(each, number, tokens) for each, number in zip(logits, real, strict=True)]  # pyright: ignore
+        loss = losses[-1].mean()
+        if self.intermediate:
+            between = torch.stack(losses[:-1]).mean()
+            loss = (1 - self.intermediate_weight) * loss + self.intermediate_weight * between
+        if views == 2:
+            apart = divergence(logits[-1], real[-1])  # pyright: ignore[reportArgumentType]
+            self.log("train/divergence", apart)
+            loss = loss + self.consistency * apart
+        self.log("train/loss", self.checked(loss), prog_bar=True, batch_size=len(tokens))
+        return loss * self.share(len(tokens) // views)
+
+    def share(self, number: int) -> Tensor | float:
+        """What this rank's mean counts, so that the mean over ranks is that over utterances."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        numbers = self.all_gather(torch.tensor(float(number), device=self.device))
+        return number * self.trainer.world_size / torch.as_tensor(numbers).sum()
+
+    def visible(self) -> Chunks | None:
+        if not self.chunks:
+            return None
+        chunk = self.chunks[int(torch.randint(len(self.chunks), ()))]
+        return Chunks(chunk, self.model.config.left // chunk * chunk)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.report("training")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        kept, tokens = self.encoded(batch, "validation")
+        if batch.texts:
+            logits, lengths = self.measured(batch.features, batch.lengths)
+            head: Any = self.measured.head
+            found = transducer_greedy(head, logits, lengths) if self.transducer else greedy(logits.float(), lengths)
+            said = [self.labels.decode(each) for each in found]
+            self.wer.update(said, list(batch.texts))
+            self.cer.update(said, list(batch.texts))
+            self.number.update(len(said))
+            self.words.update(sum(len(text.split()) for text in batch.texts))
+            if tokens:
+                self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("validation")
+        number, words = int(self.number.compute()), int(self.words.compute())
+        if number == 0 and self.trainer.sanity_checking:
+            return
+        if words == 0:
+            raise ValueError("no utterance of the validation set could be read, or none has a transcript")
+        part = "test" if self.trainer.testing else "val"
+        wer, cer = self.wer.compute(), self.cer.compute()
+        self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer}, prog_bar=True)
+        self.log(f"{part}/loss", self.mean_loss.compute())
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            size = f"{words} words in {number} utterances"
+            rank_zero_info(f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})")
+        for metric in (self.wer, self.cer, self.mean_loss, self.number, self.words):
+            metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def divergence(logits: Tensor, lengths: Tensor) -> Tensor:
+    """The symmetric Kullback-Leibler divergence between the two halves of a batch of logits [2 B, T, V], each against
+    the other held fixed: summed over the real frames of an utterance, the mean over utterances."""
+    scores = F.log_softmax(logits, -1, dtype=torch.float32)
+    other = torch.cat(scores.detach().chunk(2)[::-1])
+    apart = (other.exp() * (other - scores)).sum(-1)
+    real = torch.arange(apart.shape[1], device=apart.device) < lengths[:, None]
+    return apart.masked_fill(~real, 0.0).sum(1).mean()
