@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -140,6 +141,18 @@ def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
 def to_tokens(x: Tensor) -> Tensor:
     """A map [B, C, *grid] as tokens [B, product(grid), C]."""
     return x.flatten(2).transpose(1, 2)
+
+
+def filtered(
+    tokens: Tensor, grid: tuple[int, ...], weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1
+) -> Tensor:
+    """A depthwise convolution along the grid of tokens [B, product(grid), C], zeros outside: [B, N', C]. weight is that
+    of a Conv1d or a Conv2d."""
+    if len(grid) == 2:
+        return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
+    # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
+    maps, kernel = tokens.transpose(1, 2)[:, :, None], weight[:, :, None]
+    return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
 
 
 def extent(context: Context) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Layer, extent, table, to_map, to_tokens, zeroed
+from zoo.layer import Context, Layer, extent, filtered, table, to_map, to_tokens, zeroed
 
 
 class Position(Layer):
@@ -154,7 +154,7 @@ class Conditional(Position):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = zeroed(x[:, context.prefix :], context.grid_mask)
-        added = to_tokens(self.conv(to_map(tokens, context.grid)))
+        added = filtered(tokens, context.grid, self.conv.weight, self.conv.bias, int(self.conv.padding[0]))
         return x + F.pad(added, (0, 0, context.prefix, 0))
 
 

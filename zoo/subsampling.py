@@ -27,8 +27,10 @@ class Stage(nn.Module):
         self.conv = nn.Conv2d(inputs, channels, 3, stride=2, groups=channels if depthwise else 1)
         self.point = nn.Linear(channels, channels) if depthwise else None
 
-    def forward(self, maps: Tensor) -> Tensor:
-        maps = self.conv(maps)
+    def forward(self, maps: Tensor, padding: int = 0) -> Tensor:
+        # Channels last in memory, two to three times as fast on the CPU.
+        weight = self.conv.weight.contiguous(memory_format=torch.channels_last)
+        maps = F.conv2d(maps, weight, self.conv.bias, 2, padding, groups=self.conv.groups)
         if self.point is not None:
             maps = self.point(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.relu(maps, inplace=not torch.is_grad_enabled())
@@ -102,7 +104,10 @@ class Subsampling(nn.Module):
                 maps = maps.masked_fill(~real[:, None, :, None], 0.0)
             if cache is None:
                 short = 0 if compiling() else max(0, 3 - before - behind - maps.shape[2])
-                maps = conv(F.pad(maps, (before, behind, before, behind + short)))
+                if before == behind and not short:
+                    maps = conv(maps, before)
+                else:
+                    maps = conv(F.pad(maps, (before, behind, before, behind + short)))
                 if real is not None:
                     lengths = halved(real.sum(1), self.padding)
                     real = torch.arange(maps.shape[2], device=maps.device) < lengths[:, None]

@@ -46,14 +46,26 @@ def transducer_greedy(head: Transducer, encoded: Tensor, lengths: Tensor, most: 
     Raises:
         ValueError: `most` is below 1.
     """
+    found, _ = transducer_search(head, encoded, lengths, head.start(len(encoded)), most)
+    return [[token for token, _ in each] for each in found]
+
+
+@torch.no_grad()
+def transducer_search(
+    head: Transducer, encoded: Tensor, lengths: Tensor, state: Any, most: int = 10
+) -> tuple[list[list[tuple[int, int]]], Any]:
+    """`transducer_greedy` from a state on, for encoder tokens that come in parts.
+
+    Returns:
+        The tokens of each clip with the frame that gave them, and the state after the last of them.
+    """
     if most < 1:
         raise ValueError(f"a frame may give 1 token or more, not {most}")
     batch = encoded.shape[0]
     rows = torch.arange(batch, device=encoded.device)
     lengths = lengths.to(encoded.device)
     frame, given = torch.zeros_like(rows), torch.zeros_like(rows)
-    state = head.start(batch)
-    found: list[list[int]] = [[] for _ in range(batch)]
+    found: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
     while bool((active := frame < lengths).any()):
         logits = head.joint(encoded[rows, frame.clamp(max=encoded.shape[1] - 1)], state[0])
         best = logits.argmax(-1)
@@ -61,12 +73,13 @@ def transducer_greedy(head: Transducer, encoded: Tensor, lengths: Tensor, most: 
         if bool(emits.any()):
             advanced = head.advance(torch.where(emits, best, 0), state)
             state = _where(emits, advanced, state)
-            for row, token in zip(rows[emits].tolist(), best[emits].tolist(), strict=True):
-                found[row].append(token)
+            emitted = torch.stack([rows, best, frame], 1)[emits]
+            for row, token, at in emitted.tolist():
+                found[row].append((token, at))
         given = torch.where(emits, given + 1, 0)
         moves = ~emits | (given >= most)
         frame, given = frame + moves.long(), torch.where(moves, 0, given)
-    return found
+    return found, state
 
 
 def _where(chosen: Tensor, new: Any, old: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels import deformable, multiscale
-from zoo.layer import Context, Layer, linear, to_map, to_tokens, zeroed
+from zoo.layer import Context, Layer, filtered, linear, zeroed
 from zoo.mixers.local import depthwise
 
 WEIGHTS = ("raw", "sigmoid", "softmax")
@@ -73,7 +73,8 @@ class DCNv4(Layer):
         grid = context.grid
         value = zeroed(self.value(x), context.mask)
         if self.local is not None:
-            x = to_tokens(self.local(to_map(zeroed(x, context.mask), grid)))
+            near = self.local.weight, self.local.bias, int(self.local.padding[0])
+            x = filtered(zeroed(x, context.mask), grid, *near)
         # Group by group: the offsets of all taps, then the weights of all taps.
         sample = self.sample(x).unflatten(1, grid).unflatten(-1, (self.heads, -1))
         offsets, scores = sample.split([self.taps * self.axes, self.taps], -1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import linear_attention
-from zoo.layer import Context, to_map, to_tokens, zeroed
+from zoo.layer import Context, filtered, zeroed
 from zoo.mixers.attention import Projected, rotate
 
 
@@ -41,10 +41,8 @@ class SimplifiedLinear(Projected):
 
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""
-        conv = F.conv1d if len(context.grid) == 1 else F.conv2d
         weight, bias = self.weight.repeat(self.heads, *[1] * (self.weight.ndim - 1)), self.bias.repeat(self.heads)
-        maps = to_map(value[:, context.prefix :].flatten(2), context.grid)
-        near = to_tokens(conv(maps, weight, bias, padding=self.kernel // 2, groups=len(weight)))
+        near = filtered(value[:, context.prefix :].flatten(2), context.grid, weight, bias, self.kernel // 2)
         if context.prefix:
             near = F.pad(near, (0, 0, context.prefix, 0))
         return near.unflatten(-1, (self.heads, -1))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zoo.ffns import StarReLU
 from zoo.fusion import fold_site
-from zoo.layer import Chunks, Context, Fold, Layer, linear, make, to_map, to_tokens, zeroed
+from zoo.layer import Chunks, Context, Fold, Layer, filtered, linear, make, to_map, to_tokens, zeroed
 from zoo.norms import NORMS, Norm
 
 
@@ -49,26 +49,26 @@ class Pool(Layer):
         return to_tokens(self.pool(maps, counted=True) / share) - x
 
 
-def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor | None = None) -> Tensor:
-    """A depthwise convolution of tokens on the grid; under `visible` it reads no later token, but those in front:
-    `past` [B, kernel - 1, C] of a stream, else zeros. What comes is written into `past`."""
-    if context.visible is None:
-        return to_tokens(conv(to_map(y, context.grid)))
-    front = conv.kernel_size[0] - 1
-    if past is None:
-        y = F.pad(y, (0, 0, front, 0))
-    else:
-        y = torch.cat([past, y], 1)
-        past.copy_(y[:, y.shape[1] - front :])
-    return to_tokens(F.conv1d(y.transpose(1, 2), conv.weight, conv.bias, groups=conv.groups))
-
-
 def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.Conv2d:
     """A convolution of each channel by itself that keeps the grid's size."""
     if kernel % 2 == 0:
         raise ValueError(f"a convolution on tokens takes an odd kernel, not {kernel}")
     conv = nn.Conv1d if axes == 1 else nn.Conv2d
     return conv(width, width, kernel, padding=kernel // 2, groups=width, bias=bias)
+
+
+def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor | None = None) -> Tensor:
+    """A depthwise convolution of tokens on the grid; under `visible` it reads no later token, but those in front:
+    `past` [B, kernel - 1, C] of a stream, else zeros. What comes is written into `past`."""
+    if context.visible is None:
+        return filtered(y, context.grid, conv.weight, conv.bias, int(conv.padding[0]))
+    front = conv.kernel_size[0] - 1
+    if past is None:
+        y = F.pad(y, (0, 0, front, 0))
+    else:
+        y = torch.cat([past, y], 1)
+        past.copy_(y[:, y.shape[1] - front :])
+    return filtered(y, (y.shape[1],), conv.weight, conv.bias, 0)
 
 
 class SeparableConv(Layer):
@@ -89,7 +89,7 @@ class SeparableConv(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(self.activation(self.expand(x)), context.mask)
-        y = to_tokens(self.conv(to_map(y, context.grid)))
+        y = along(self.conv, y, context)
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:
@@ -157,4 +157,4 @@ class Depthwise(Layer):
         self.conv = depthwise(dim, kernel, axes, bias=True)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return to_tokens(self.conv(to_map(zeroed(x, context.mask), context.grid)))
+        return along(self.conv, zeroed(x, context.mask), context)

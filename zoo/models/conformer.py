@@ -14,7 +14,7 @@ from zoo.block import Block, drop_rates, run
 from zoo.config import BlockConfig
 from zoo.fusion import fold_in, keep
 from zoo.heads import SPEECH_HEADS, CTCHead
-from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, linear, make, parse, to_tokens, zeroed
+from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, filtered, linear, make, parse, zeroed
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
 from zoo.streaming import Stream
@@ -142,8 +142,8 @@ class Reduce(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         number = (x.shape[1] + 1) // 2
-        frames = F.pad(zeroed(x, context.mask).transpose(1, 2), (self.left, 5))
-        x = self.point(to_tokens(self.conv(frames))[:, :number])
+        frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 5))
+        x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2)[:, :number])
         mask = None if context.mask is None else context.mask[:, ::2]
         return x, Context(grid=(number,), mask=mask)
 
