@@ -155,6 +155,12 @@ def filtered(
     return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
 
 
+def halved(context: Context) -> Context:
+    """The Context of every second token along time."""
+    mask = None if context.mask is None else context.mask[:, ::2]
+    return Context(grid=((context.grid[0] + 1) // 2,), mask=mask)
+
+
 def extent(context: Context) -> list[Tensor]:
     """How far each sample's real tokens reach along each axis of the grid: one tensor [B] per axis."""
     mask = context.grid_mask

@@ -55,7 +55,7 @@ class Stream:
         if self.finished:
             raise ValueError("this stream has ended; start another with model.stream()")
         self.finished = True
-        left = self.model.stem.tokens(self.frames) - self.given
+        left = self.model.tokens(self.frames) - self.given
         if left == 0:
             return self.nothing()
         missing = self.size - self.waiting.shape[1]

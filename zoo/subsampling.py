@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
-from zoo.layer import Context, compiling, linear, make, parse
+from zoo.fusion import fold_site
+from zoo.layer import Context, Fold, compiling, linear, make, parse
+from zoo.norms import NORMS, Norm
 
 # Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
+SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
+SLICE = 8192  # elsewhere
 PADDINGS = {"symmetric": (1, 1), "right": (0, 1), "causal": (2, 1)}
 
 
@@ -20,10 +24,12 @@ def halved(lengths: Any, padding: str) -> Any:
 
 
 class Stage(nn.Module):
-    """A 3 x 3 convolution of stride 2 over maps [B, C, T, F], or a depthwise one and a pointwise linear; ReLU."""
+    """A 3 x 3 convolution of stride 2 over maps [B, C, T, F], or a depthwise one and a pointwise linear."""
 
-    def __init__(self, inputs: int, channels: int, depthwise: bool) -> None:
+    def __init__(self, inputs: int, channels: int, depthwise: bool, norm: str) -> None:
         super().__init__()
+        self.normed = norm != ""
+        self.norm: Norm | None = make(NORMS, norm, channels) if norm else None
         self.conv = nn.Conv2d(inputs, channels, 3, stride=2, groups=channels if depthwise else 1)
         self.point = nn.Linear(channels, channels) if depthwise else None
 
@@ -33,7 +39,19 @@ class Stage(nn.Module):
         maps = F.conv2d(maps, weight, self.conv.bias, 2, padding, groups=self.conv.groups)
         if self.point is not None:
             maps = self.point(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.relu(maps, inplace=not torch.is_grad_enabled())
+        return maps
+
+    def activated(self, maps: Tensor, real: Tensor | None) -> Tensor:
+        """ReLU of the maps, or the norm over their real frames and swish."""
+        if not self.normed:
+            return F.relu(maps, inplace=not torch.is_grad_enabled())
+        frames = maps.permute(0, 2, 3, 1)
+        if self.norm is not None:  # else it is folded
+            frames = self.norm(frames, Context(grid=(maps.shape[2],), mask=real))
+        return F.silu(frames).permute(0, 3, 1, 2)
+
+    def fold(self) -> list[Fold]:
+        return fold_site(self, "norm", self.conv)
 
 
 class Subsampling(nn.Module):
@@ -49,6 +67,7 @@ class Subsampling(nn.Module):
     depthwise = True
     stages = 2
     usual = 0  # width of the maps; 0 for dim
+    norm = ""  # behind each convolution
 
     def __init__(
         self, mels: int, dim: int, *, channels: int = 0, padding: str = "symmetric", channel: str = "none"
@@ -59,7 +78,7 @@ class Subsampling(nn.Module):
         self.mels, self.padding = mels, padding
         self.width = width = channels or self.usual or dim
         self.convs = nn.ModuleList(
-            Stage(width if stage else 1, width, self.depthwise and stage > 0) for stage in range(self.stages)
+            Stage(width if stage else 1, width, self.depthwise and stage > 0, self.norm) for stage in range(self.stages)
         )
         self.channel = None if parse(channel)[0] == "none" else make(CHANNELS, channel, width, 2)
         rows = [mels]
@@ -97,17 +116,43 @@ class Subsampling(nn.Module):
 
         In a stream the mask may begin with padding, the time before the first frame.
         """
+        whole = cache is not None or torch.is_grad_enabled() or compiling()
+        whole = whole or self.channel is not None or self.norm != ""  # which look at all frames
+        size = SLICES.get(features.device.type, SLICE)
+        if whole or features.shape[1] <= size:
+            maps, real = self.convolved(features, mask, cache)
+            return self.out(maps), real
+        return self.sliced(features, mask, size)
+
+    def sliced(self, features: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+        """The same slice by slice, for inference: the maps, many times the size of the features, stay small. Tokens
+        beside a cut, which lack frames, are left out; two on either side are enough for every padding."""
+        number, stride = int(self.tokens(features.shape[1])), self.stride
+        step, made, reals = size // stride, [], []
+        for start in range(0, number, step):
+            first, end = max(0, start - 2), min(number, start + step)
+            frames = slice(first * stride, (end + 2) * stride)
+            tokens, real = self.convolved(features[:, frames], None if mask is None else mask[:, frames])
+            made.append(self.out(tokens[:, start - first : end - first]))
+            reals.append(None if real is None else real[:, start - first : end - first])
+        return torch.cat(made, 1), None if mask is None else torch.cat(reals, 1)
+
+    def convolved(
+        self, features: Tensor, mask: Tensor | None, cache: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the linear reads [B, T', channels x frequency], and its mask."""
         before, behind = PADDINGS[self.padding]
         maps, real = features[:, None], mask
-        for number, conv in enumerate(self.convs):
+        for number, stage in enumerate(self.convs):
+            assert isinstance(stage, Stage)
             if real is not None:
                 maps = maps.masked_fill(~real[:, None, :, None], 0.0)
             if cache is None:
                 short = 0 if compiling() else max(0, 3 - before - behind - maps.shape[2])
                 if before == behind and not short:
-                    maps = conv(maps, before)
+                    maps = stage(maps, before)
                 else:
-                    maps = conv(F.pad(maps, (before, behind, before, behind + short)))
+                    maps = stage(F.pad(maps, (before, behind, before, behind + short)))
                 if real is not None:
                     lengths = halved(real.sum(1), self.padding)
                     real = torch.arange(maps.shape[2], device=maps.device) < lengths[:, None]
@@ -115,16 +160,17 @@ class Subsampling(nn.Module):
                 past, last = cache[f"stem.{number}"], maps[:, :, -1:]
                 maps = F.pad(torch.cat([past, maps], 2), (before, behind))
                 past.copy_(last)
-                maps = conv(maps)
+                maps = stage(maps)
                 # A window is (past, odd, even); its token is there where odd or even is.
                 real = None if real is None else real.unflatten(1, (-1, 2)).any(2)
+            maps = stage.activated(maps, real)
         if self.channel is not None:
             tokens = maps.permute(0, 2, 3, 1)
             grid = (tokens.shape[1], tokens.shape[2])
             flat = None if real is None else real[:, :, None].expand(-1, -1, grid[1]).flatten(1)
             gated = self.channel(tokens.flatten(1, 2), Context(grid=grid, mask=flat))
             maps = gated.unflatten(1, grid).permute(0, 3, 1, 2)
-        return self.out(maps.transpose(1, 2).flatten(2)), real
+        return maps.transpose(1, 2).flatten(2), real
 
 
 class FullSubsampling(Subsampling):
@@ -146,7 +192,16 @@ class DeepSubsampling(Subsampling):
     usual = 256
 
 
+class NormedSubsampling(Subsampling):
+    """Efficient Conformer's: one convolution, batch normalization and swish, half of the frames (Burchi and Vielzeuf
+    2021, arXiv:2109.01163)."""
+
+    stages = 1
+    norm = "batchnorm"
+
+
 SUBSAMPLINGS: dict[str, type[Subsampling]] = {
+    "conv2": NormedSubsampling,
     "conv4": FullSubsampling,
     "depthwise4": DepthwiseSubsampling,
     "depthwise8": DeepSubsampling,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zoo.ffns import StarReLU
 from zoo.fusion import fold_site
-from zoo.layer import Chunks, Context, Fold, Layer, filtered, linear, make, to_map, to_tokens, zeroed
+from zoo.layer import Chunks, Context, Fold, Layer, filtered, halved, linear, make, to_map, to_tokens, zeroed
 from zoo.norms import NORMS, Norm
 
 
@@ -135,6 +135,20 @@ class Convolution(Layer):
 
     def fold(self) -> list[Fold]:
         return fold_site(self, "norm", self.conv)
+
+
+class StridedConvolution(Convolution):
+    """Conformer's convolution with stride 2 along time, from `inputs` channels to dim: [B, N, inputs] to
+    [B, (N + 1) // 2, dim] (Burchi and Vielzeuf 2021, arXiv:2109.01163)."""
+
+    def __init__(self, inputs: int, dim: int, norm: str, *, kernel: int = 15) -> None:
+        super().__init__(dim, 1, norm, kernel=kernel)
+        self.expand = linear(inputs, 2 * dim)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = zeroed(F.glu(self.expand(x), -1), context.mask)
+        y = filtered(y, context.grid, self.conv.weight, self.conv.bias, int(self.conv.padding[0]), 2)
+        return self.out(F.silu(y if self.norm is None else self.norm(y, halved(context))))
 
 
 class SwishConvolution(Convolution):

@@ -3,7 +3,7 @@ and Fast Conformer (Rekesh et al. 2023, arXiv:2305.05084), with a CTC or an RNN-
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from zoo.block import Block, drop_rates, run
 from zoo.config import BlockConfig
-from zoo.fusion import fold_in, keep
+from zoo.fusion import fold_in, keep, not_affine
 from zoo.heads import SPEECH_HEADS, CTCHead
-from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, filtered, linear, make, parse, zeroed
+from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, filtered, halved, linear, make, parse, zeroed
+from zoo.mixers import CONVS
+from zoo.mixers.local import StridedConvolution
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
 from zoo.streaming import Stream
@@ -32,6 +34,8 @@ class ConformerConfig(BlockConfig):
     unet halves the frame rate before the block of index `reduce` (None: half the depth less one) and restores it
     before the last block; recover_left is how many of the four frames around a kept one that the halving reads lie in
     front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
+    strided names blocks whose convolution halves the frame rate for good and leads from one of widths, a number a
+    stage, to the next; mixers has a mixer a stage then, where they differ (Efficient Conformer).
     chunk, in tokens, makes a model that streams: each token sees its own chunk and `left` tokens in front of the chunk,
     and convolutions are causal, so the look-ahead is chunk - 1 tokens. frames is the size of a table of `learned`
     positions.
@@ -49,6 +53,9 @@ class ConformerConfig(BlockConfig):
     vocabulary: int = 129
     head: str = "ctc"
     subsampling: str = "conv4"
+    widths: tuple[int, ...] = ()
+    strided: tuple[int, ...] = ()
+    mixers: tuple[str, ...] = ()
     scale_input: bool = True
     first_norm: bool = False
     unet: bool = False
@@ -69,8 +76,44 @@ class ConformerConfig(BlockConfig):
                 check(table, getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        self._check_stages()
         self._check_unet()
         self._check_chunk()
+
+    def _check_stages(self) -> None:
+        if not self.strided:
+            if self.widths or self.mixers:
+                raise ValueError("widths and mixers would be ignored: strided names no block at which stages end")
+            return
+        stages = len(self.strided) + 1
+        if len(self.widths) != stages or self.widths[0] != self.dim or len(self.mixers) not in (0, stages):
+            raise ValueError(
+                f"widths has a number for each of {stages} stages, the first being dim={self.dim}, and mixers a name "
+                f"each or none; not {self.widths} and {self.mixers}"
+            )
+        if list(self.strided) != sorted({*self.strided}) or not 0 <= self.strided[0] <= self.strided[-1] < self.depth:
+            raise ValueError(f"strided lists rising indices of blocks, 0..{self.depth - 1}, not {self.strided}")
+        if self.unet or self.chunk is not None:
+            raise ValueError("strided: a model with stages has neither a temporal U-Net nor chunks")
+        if self.layout != CONFORMER or self.placement != "pre" or parse(self.conv)[0] != "glu":
+            raise ValueError("strided: stages need Conformer's layout, placement 'pre' and conv 'glu'")
+        if self.position != "none" or self.channel != "none" or self.layer_scale is not None:
+            raise ValueError("strided: stages take position 'none', channel 'none' and no layer_scale")
+        for index in range(self.depth):
+            self.at(index)
+
+    def at(self, index: int, after: int = 0) -> "ConformerConfig":
+        """What the block of an index is, its stage spelt out; after=1 for what follows its convolution."""
+        stage = sum(block < index + after for block in self.strided)
+        if not self.strided:
+            return self
+        mixer = self.mixers[stage] if self.mixers else self.mixer
+        return replace(self, dim=self.widths[stage], mixer=mixer, widths=(), strided=(), mixers=())
+
+    @property
+    def width(self) -> int:
+        """The width of the last block."""
+        return self.widths[-1] if self.widths else self.dim
 
     def _check_unet(self) -> None:
         if not self.unet:
@@ -116,7 +159,7 @@ class ConformerConfig(BlockConfig):
     @property
     def stride(self) -> int:
         """Frames of the features to one output."""
-        return 2 ** SUBSAMPLINGS[parse(self.subsampling)[0]].stages
+        return 2 ** (SUBSAMPLINGS[parse(self.subsampling)[0]].stages + len(self.strided))
 
     def build(self) -> "Conformer":
         return Conformer(self)
@@ -144,8 +187,39 @@ class Reduce(nn.Module):
         number = (x.shape[1] + 1) // 2
         frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 5))
         x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2)[:, :number])
-        mask = None if context.mask is None else context.mask[:, ::2]
-        return x, Context(grid=(number,), mask=mask)
+        return x, halved(context)
+
+
+class Strided(nn.Module):
+    """A Conformer block whose convolution has stride 2 and leads to another width; its shortcut takes every second
+    token and maps it by a linear."""
+
+    def __init__(self, before: ConformerConfig, after: ConformerConfig, drop: float) -> None:
+        super().__init__()
+        unused = {"conv": "glu", "conv_norm": "batchnorm"}
+        self.front = Block(replace(before, layout=("half", "mixer"), **unused), drop)
+        self.norm: Norm | None = make(NORMS, before.norm, before.dim)
+        kernel = check(CONVS, after.conv)["kernel"]
+        self.conv = StridedConvolution(before.dim, after.dim, after.conv_norm, kernel=kernel)
+        self.shortcut = linear(before.dim, after.dim)
+        self.back = Block(replace(after, layout=("half", "norm"), mixer="relative", **unused), drop)
+        self.dropout = before.dropout
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        x = self.front(x, context)
+        y = self.conv(x if self.norm is None else self.norm(x, context), context)
+        context = halved(context)
+        x = self.shortcut(x[:, ::2]) + F.dropout(y, self.dropout, self.training)
+        return self.back(x, context), context
+
+    def fold(self) -> list[Fold]:
+        if self.norm is None:
+            return []
+        if (affine := self.norm.affine()) is None:
+            return [Fold("norm", None, not_affine(self.norm))]
+        fold_in(self.conv.expand, *affine)
+        self.norm = None
+        return [Fold("norm", "the branch's input linears")]
 
 
 class Conformer(nn.Module):
@@ -163,10 +237,15 @@ class Conformer(nn.Module):
         self.scale = math.sqrt(config.dim) if config.scale_input else 1.0
         self.position = make(POSITIONS, config.position, config.dim, config.head_dim, (config.frames,), 0)
         self.first: Norm | None = make(NORMS, config.norm, config.dim) if config.first_norm else None
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_rates(config.drop_path, config.depth))
+        self.blocks = nn.ModuleList(
+            Strided(config.at(index), config.at(index, 1), rate)
+            if index in config.strided
+            else Block(config.at(index), rate)
+            for index, rate in enumerate(drop_rates(config.drop_path, config.depth))
+        )
         self.reduce = Reduce(config.dim, config.reduce_left) if config.unet else None
         self.recover = linear(config.dim, config.dim) if config.unet else None
-        self.head = make(SPEECH_HEADS, config.head, config.dim, config.vocabulary) if config.vocabulary else None
+        self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary) if config.vocabulary else None
         self.checkpointing = False
         for name, module in self.named_modules():
             if isinstance(module, Layer):
@@ -222,7 +301,12 @@ class Conformer(nn.Module):
                 number = saved[0].shape[1]
                 x = saved[0] + self.recover(x.repeat_interleave(2, 1)[:, :number])
                 context, real = saved[1:]
-            x = run((block,), x, context, self.checkpointing and self.training)
+            if isinstance(block, Strided):
+                pair: Any = run((block,), x, context, self.checkpointing and self.training)
+                x, context = pair
+                real = None if real is None else (real + 1) // 2
+            else:
+                x = run((block,), x, context, self.checkpointing and self.training)
             made.append(Encoded(x, context, real))
         return [made[layer] for layer in wanted]
 
@@ -237,6 +321,13 @@ class Conformer(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """A CTC head's logits of tokens; without one the tokens."""
         return self.head(tokens) if self.head is not None and self.config.head.startswith("ctc") else tokens
+
+    def tokens(self, lengths: Any) -> Any:
+        """Tokens that so many frames become, of a number or a tensor of them."""
+        lengths = self.stem.tokens(lengths)
+        for _ in self.config.strided:
+            lengths = (lengths + 1) // 2
+        return lengths
 
     def state(self, batch: int, visible: Chunks | None = None) -> dict[str, Tensor]:
         """What a stream remembers, before its first chunk: a dict of tensors of fixed sizes."""
@@ -312,6 +403,20 @@ def _squeezeformer(dim: int, depth: int, heads: int) -> ConformerConfig:
     )
 
 
+def _efficient(widths: tuple[int, ...], strided: tuple[int, ...], depth: int, heads: int) -> ConformerConfig:
+    return ConformerConfig(
+        dim=widths[0],
+        depth=depth,
+        heads=heads,
+        widths=widths,
+        strided=strided,
+        mixers=("grouped(size=3)", "relative", "relative"),
+        conv="glu(kernel=15)",
+        subsampling="conv2",
+        vocabulary=257,
+    )
+
+
 def _fastconformer(dim: int, depth: int, heads: int) -> ConformerConfig:
     return ConformerConfig(dim=dim, depth=depth, heads=heads, conv="glu(kernel=9)", subsampling="depthwise8")
 
@@ -329,6 +434,7 @@ PRESETS: dict[str, ConformerConfig] = {
     "squeezeformer_m": _squeezeformer(324, 20, 4),
     "squeezeformer_ml": _squeezeformer(512, 18, 8),
     "squeezeformer_l": _squeezeformer(640, 22, 8),
+    "efficient_conformer_s": _efficient((120, 168, 240), (4, 9), 15, 4),
     "fastconformer_s": _fastconformer(176, 16, 4),
     "fastconformer_m": _fastconformer(256, 16, 4),
     "fastconformer_l": _fastconformer(512, 17, 8),

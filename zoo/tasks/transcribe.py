@@ -172,8 +172,8 @@ class Transcribe(Task):
 
     def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
         """Which utterances a loss can be taken of, and their tokens; the others are noted."""
-        self.note(batch.skipped, UNREADABLE, stage)
-        frames = self.model.stem.tokens(batch.lengths).tolist()
+        self.note([f"skipped {fault}" for fault in batch.skipped], UNREADABLE, stage)
+        frames = self.model.tokens(batch.lengths).tolist()
         kept, tokens = [], []
         for index, (text, name) in enumerate(zip(batch.texts, batch.names, strict=True)):
             try:
@@ -208,7 +208,7 @@ class Transcribe(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         kept, tokens = self.encoded(batch, "training")
         if not tokens:
-            return self.no_loss()
+            return self.nothing()
         features, lengths, views = batch.features[kept], batch.lengths[kept], 2 if self.consistency else 1
         if views == 2:
             features, lengths, tokens = features.repeat(2, 1, 1), lengths.repeat(2), tokens * 2
@@ -227,6 +227,15 @@ class Transcribe(Task):
             loss = loss + self.consistency * apart
         self.log("train/loss", self.checked(loss), prog_bar=True, batch_size=len(tokens))
         return loss * self.share(len(tokens) // views)
+
+    def nothing(self) -> Tensor:
+        """The loss of a batch without any utterance: 0, from all that ranks do together, so that none waits."""
+        if self.trainer.world_size == 1:
+            return self.no_loss()
+        frames = torch.zeros(1, self.model.config.stride, self.model.config.mels, device=self.device)
+        made = self.model.encode(frames, torch.zeros(1, dtype=torch.long, device=self.device))[0].tokens
+        self.share(0)
+        return self.no_loss() + made.sum() * 0.0
 
     def share(self, number: int) -> Tensor | float:
         """What this rank's mean counts, so that the mean over ranks is that over utterances."""
