@@ -236,7 +236,7 @@ def advance(model: nn.Module, progress: float) -> None:
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress lies in 0..1, not {progress}")
     for module in model.modules():
-        if callable(step := getattr(module, "advance", None)):
+        if isinstance(module, Layer) and callable(step := getattr(module, "advance", None)):
             step(progress)
 
 

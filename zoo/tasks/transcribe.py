@@ -115,6 +115,8 @@ class Transcribe(Task):
             raise ValueError("model.intermediate and model.consistency need a CTC head; this model has a transducer")
         if any(not 0 <= layer < config.depth - 1 for layer in intermediate or ()):
             raise ValueError(f"model.intermediate lists blocks below the last, 0..{config.depth - 2}: {intermediate}")
+        if min(intermediate or (config.depth,)) < (first := max(config.strided, default=0)):
+            raise ValueError(f"model.intermediate: the head reads the width of blocks from {first} on: {intermediate}")
         if chunks and (config.chunk is None or min(chunks) < 1):
             raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
         self.masks = (frequency_masks, frequency_width, time_masks, time_share)
