@@ -9,7 +9,7 @@ import yaml
 import zoo
 from zoo.config import PLACEMENTS
 from zoo.layer import count_parameters, options_of
-from zoo.models import configure, pyramid
+from zoo.models import configure, conformer, pyramid
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,14 +52,14 @@ def test_the_tables_of_choices_are_the_tables_of_the_code(kind):
             assert options == list(options_of(TABLES[kind][name])), name
 
 
-def test_the_table_of_hierarchical_models_is_that_of_the_code():
+def test_the_tables_of_models_are_those_of_the_code():
     import torch
 
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) M \|", README, flags=re.MULTILINE))
-    assert set(rows) == set(pyramid.PRESETS)
+    assert set(rows) == {*pyramid.PRESETS, *conformer.PRESETS}
     for name, millions in rows.items():
         with torch.device("meta"):
-            assert f"{count_parameters(pyramid.PRESETS[name].build()) / 1e6:.1f}" == millions, name
+            assert f"{count_parameters(configure(name).build()) / 1e6:.1f}" == millions, name
 
 
 def test_files_that_the_readme_names_exist():
@@ -74,7 +74,8 @@ def test_every_config_builds_and_is_headed(path):
 
     lines = path.read_text().splitlines()
     header = [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    assert any(f"zoo classify fit --config configs/classify/{path.name}" in line for line in header)
+    task = path.parent.name
+    assert any(f"zoo {task} fit --config configs/{task}/{path.name}" in line for line in header)
     for word in ("hardware", "time", "result"):
         assert any(word in line.lower() for line in header), word
     backbone = yaml.safe_load("\n".join(lines))["model"]["backbone"]
@@ -89,5 +90,5 @@ def test_every_config_parses(path):
     from zoo.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
-        main(["classify", "fit", "--config", str(path), "--print_config"])
+        main([path.parent.name, "fit", "--config", str(path), "--print_config"])
     assert ended.value.code in (0, None)

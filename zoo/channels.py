@@ -131,7 +131,7 @@ class LocalChannel(Channel):
     def gate(self, strip: Tensor, real: Tensor | None) -> Tensor:
         """strip [B, D, L] -> gate [B, D, L]; real [B, L] marks the places that exist."""
         if real is None:
-            y = F.group_norm(self.conv(strip), self.groups, self.weight, self.bias)
+            y = torch.group_norm(self.conv(strip), self.groups, self.weight, self.bias)
             return torch.sigmoid(y)
         real = real[:, None]
         y = self.conv(strip * real).unflatten(1, (self.groups, -1))

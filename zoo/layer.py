@@ -260,6 +260,11 @@ def table(make: Callable[..., Tensor], *shape: Any, device: torch.device) -> Ten
         return _cached(make, device, *shape)
 
 
+def exporting() -> bool:
+    """Whether the call is being traced by the exporter, whose program takes other sizes than it saw."""
+    return torch.compiler.is_exporting()
+
+
 def compiling() -> bool:
     """Whether the call is being traced by the compiler or the exporter."""
     return torch.compiler.is_compiling()

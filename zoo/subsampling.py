@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.fusion import fold_site
-from zoo.layer import Context, Fold, compiling, linear, make, parse
+from zoo.layer import Context, Fold, check, compiling, linear, make, parse
 from zoo.norms import NORMS, Norm
 
 # Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
@@ -80,6 +80,10 @@ class Subsampling(nn.Module):
         self.convs = nn.ModuleList(
             Stage(width if stage else 1, width, self.depthwise and stage > 0, self.norm) for stage in range(self.stages)
         )
+        try:
+            check(CHANNELS, channel)
+        except ValueError as error:
+            raise ValueError(f"channel of the subsampling: {error}") from None
         self.channel = None if parse(channel)[0] == "none" else make(CHANNELS, channel, width, 2)
         rows = [mels]
         for _ in range(self.stages):

@@ -365,7 +365,10 @@ def changed(ctc: Path, folder: Path, recipe: str = "streaming", **choices: Any) 
 @pytest.mark.parametrize(
     ("choices", "reason"),
     [
-        ({"chunk": None}, "cannot stream: its config has no chunk, so it hears a sound only as a whole; use `zoo tr"),
+        (
+            {"chunk": None, "left": 70},
+            "cannot stream: its config has no chunk, so it hears a sound only as a whole; use `zoo tr",
+        ),
         ({"recipe": "nemo"}, "cannot stream: normalize='bin' needs the whole utterance"),
         ({"vocabulary": 0}, "is no speech model: its config.json has no preprocess for sound or no tokenizer"),
     ],
@@ -437,7 +440,7 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
     ids=str,
 )
 def test_listener_refuses(options: dict[str, Any], words: str):
-    choices = TINY if options else TINY | {"chunk": None}
+    choices = TINY if options else TINY | {"chunk": None, "left": 70}
     model = zoo.create_model(**choices, vocabulary=LETTERS.vocabulary).eval()
     with pytest.raises(ValueError, match=words):
         Listener(model, PREPROCESS, **{"tokenizer": LETTERS, **options})

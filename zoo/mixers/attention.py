@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion import fold_site
-from zoo.layer import Chunks, Context, Fold, Layer, linear
+from zoo.layer import Chunks, Context, Fold, Layer, exporting, linear
 from zoo.norms import LayerNorm
 
 
@@ -218,7 +218,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
         allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
     shared = key.shape[1] != query.shape[1]
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
-    return y.transpose(1, 2)
+    y = y.transpose(1, 2)
+    return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX lays it out otherwise
 
 
 class Cross(Layer):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, linear, table, zeroed
+from zoo.layer import Context, exporting, linear, table, zeroed
 from zoo.mixers.attention import Attention, attend, rotate
 
 
@@ -22,6 +22,10 @@ def shifted(scores: Tensor, keys: int) -> Tensor:
     """Scores [..., N, keys + N - 1] by falling offset become scores [..., N, keys] by key, the first query's offsets
     beginning N - 1 later than the last one's. A view of what it is given."""
     queries, width = scores.shape[-2:]
+    if exporting():  # a view would bind the program to what it was traced with
+        rows, columns = torch.arange(queries, device=scores.device), torch.arange(keys, device=scores.device)
+        places = columns + (queries - 1 - rows)[:, None]
+        return scores.gather(-1, places.expand(*scores.shape[:-1], -1))
     if queries == 1:
         return scores[..., :keys]
     flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]

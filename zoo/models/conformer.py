@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.block import Block, drop_rates, run
-from zoo.config import BlockConfig
+from zoo.config import TABLES, BlockConfig
 from zoo.fusion import fold_in, keep, not_affine
 from zoo.heads import SPEECH_HEADS, CTCHead
 from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, filtered, halved, linear, make, parse, zeroed
@@ -32,7 +32,7 @@ class ConformerConfig(BlockConfig):
 
     vocabulary counts the outputs, the blank being the last; 0 leaves the head away. head is `ctc` or `transducer`.
     unet halves the frame rate before the block of index `reduce` (None: half the depth less one) and restores it
-    before the last block; recover_left is how many of the four frames around a kept one that the halving reads lie in
+    before the last block; reduce_left is how many of the four frames around a kept one that the halving reads lie in
     front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
     strided names blocks whose convolution halves the frame rate for good and leads from one of widths, a number a
     stage, to the next; mixers has a mixer a stage then, where they differ (Efficient Conformer).
@@ -76,6 +76,10 @@ class ConformerConfig(BlockConfig):
                 check(table, getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        if self.frames != 512 and parse(self.position)[0] != "learned":
+            raise ValueError(f"frames={self.frames} would be ignored: position '{self.position}' has no table")
+        if not self.vocabulary and self.head != "ctc":
+            raise ValueError(f"head '{self.head}' would be ignored: vocabulary is 0")
         self._check_stages()
         self._check_unet()
         self._check_chunk()
@@ -117,11 +121,13 @@ class ConformerConfig(BlockConfig):
 
     def _check_unet(self) -> None:
         if not self.unet:
-            if self.reduce is not None:
-                raise ValueError(f"reduce={self.reduce} would be ignored: unet is False")
+            if self.reduce is not None or self.reduce_left != 3:
+                raise ValueError("reduce and reduce_left would be ignored: unet is False")
             return
         if not 0 <= self.reduce_left <= 4:
             raise ValueError(f"reduce_left lies in 0..4, not {self.reduce_left}")
+        if self.depth < 2:
+            raise ValueError(f"unet: reduce has no block to stand before; depth is at least 2, not {self.depth}")
         if not 0 <= self.reduced < self.depth - 1:
             raise ValueError(
                 f"reduce: the rate is halved before block {self.reduced} and restored before the last of {self.depth}, "
@@ -130,6 +136,8 @@ class ConformerConfig(BlockConfig):
 
     def _check_chunk(self) -> None:
         if self.chunk is None:
+            if self.left != 70:
+                raise ValueError(f"left={self.left} would be ignored: chunk is None")
             return
         if self.chunk < 1 or self.left < 0 or self.left % self.chunk:
             raise ValueError(f"chunk is at least 1 and divides left, not chunk={self.chunk} and left={self.left}")
@@ -140,6 +148,8 @@ class ConformerConfig(BlockConfig):
             raise ValueError("subsampling: a model with chunks takes padding='causal'; others read later frames")
         if parse(options["channel"])[0] != "none":
             raise ValueError("subsampling: channel attention reads the whole utterance; a model with chunks cannot")
+        if check(TABLES["mixer"], self.mixer).get("window"):
+            raise ValueError(f"mixer '{self.mixer}': a model with chunks would ignore the window; set chunk and left")
         if parse(self.position)[0] not in ("none", "rope"):
             raise ValueError(f"position '{self.position}' counts from the start of a stream; choose rope or none")
 
@@ -184,9 +194,8 @@ class Reduce(nn.Module):
         self.point = linear(dim, dim)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        number = (x.shape[1] + 1) // 2
-        frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 5))
-        x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2)[:, :number])
+        frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 4 - self.left))
+        x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2))
         return x, halved(context)
 
 
@@ -261,11 +270,23 @@ class Conformer(nn.Module):
                 raise ValueError(f"lengths has one number a clip, not the shape {list(lengths.shape)}")
             # Where it costs nothing to know, clips without padding take the way without masks.
             quick = lengths.device.type == "cpu" and not compiling() and not self.training
+            if quick and bool((lengths > features.shape[1]).any()):
+                raise ValueError(f"a clip of {int(lengths.max())} frames does not fit features {list(features.shape)}")
             if not quick or bool((lengths < features.shape[1]).any()):
                 mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
         x, mask = self.stem(features, mask)
         context = self.position.place(Context(grid=(x.shape[1],), mask=mask))
-        return self.start(x, context), context._replace(visible=visible or self.config.visible)
+        return self.start(x, context), context._replace(visible=self.chunks(visible))
+
+    def chunks(self, visible: Chunks | None) -> Chunks | None:
+        """The chunks to work in, those of the config or, in a model that has some, others."""
+        if visible is None:
+            return self.config.visible
+        if self.config.chunk is None:
+            raise ValueError("visible: this model was not made to work in chunks; its config has no chunk")
+        if visible.chunk < 1 or visible.left < 0 or visible.left % visible.chunk:
+            raise ValueError(f"visible: chunk is at least 1 and divides left, not {visible}")
+        return visible
 
     def start(self, x: Tensor, context: Context) -> Tensor:
         x = self.position(x * self.scale if self.scale != 1.0 else x, context)
@@ -286,8 +307,6 @@ class Conformer(nn.Module):
         wanted = (-1,) if layers is None else layers
         if bad := [layer for layer in wanted if not -self.config.depth <= layer < self.config.depth]:
             raise ValueError(f"layers: there is no block {bad[0]}; the model has {self.config.depth} blocks, from 0")
-        if visible is not None and self.config.chunk is None:
-            raise ValueError("visible: this model was not made to work in chunks; its config has no chunk")
         x, context = self.embed(features, lengths, visible)
         real = None if lengths is None else self.stem.tokens(lengths)
         saved, made = (x, context, real), []
@@ -298,8 +317,8 @@ class Conformer(nn.Module):
                 context = self.position.place(context)
                 real = None if real is None else (real + 1) // 2
             if self.recover is not None and index == self.config.depth - 1:
-                number = saved[0].shape[1]
-                x = saved[0] + self.recover(x.repeat_interleave(2, 1)[:, :number])
+                twice = torch.arange(saved[0].shape[1], device=x.device) // 2
+                x = saved[0] + self.recover(x.index_select(1, twice))
                 context, real = saved[1:]
             if isinstance(block, Strided):
                 pair: Any = run((block,), x, context, self.checkpointing and self.training)
@@ -315,7 +334,7 @@ class Conformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x, _, real = self.encode(features, lengths, visible)[0]
         if real is None:
-            real = torch.full((x.shape[0],), x.shape[1], dtype=torch.long, device=x.device)
+            real = torch.full((x.shape[0],), self.tokens(features.shape[1]), dtype=torch.long, device=x.device)
         return self.logits(x), real
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -331,7 +350,7 @@ class Conformer(nn.Module):
 
     def state(self, batch: int, visible: Chunks | None = None) -> dict[str, Tensor]:
         """What a stream remembers, before its first chunk: a dict of tensors of fixed sizes."""
-        visible = visible or self.config.visible
+        visible = self.chunks(visible)
         if visible is None:
             raise ValueError("this model was not made to stream; its config has no chunk")
         cache = self.stem.state(batch)
@@ -356,7 +375,7 @@ class Conformer(nn.Module):
 
     def stream(self, batch: int = 1, visible: Chunks | None = None) -> Stream:
         """Takes features in pieces of any size and gives logits as soon as a chunk is whole."""
-        return Stream(self, batch, visible or self.config.visible)
+        return Stream(self, batch, self.chunks(visible))
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that weight decay leaves alone."""

@@ -45,6 +45,7 @@ class Task(lightning.LightningModule):
 
     score: ClassVar[tuple[str, str]]
     faulty: ClassVar[tuple[str, ...]] = ()
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Task(lightning.LightningModule):
             groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
-        optimizer = AdamW(groups, lr=self.rate)
+        optimizer = AdamW(groups, lr=self.rate, betas=self.betas)
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end; give trainer.max_epochs or trainer.max_steps")

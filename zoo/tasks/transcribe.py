@@ -62,6 +62,7 @@ class Transcribe(Task):
 
     score = ("val/wer", "min")
     faulty = FAULTS
+    betas = (0.9, 0.98)
     model: Conformer
 
     def __init__(
