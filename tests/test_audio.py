@@ -19,12 +19,11 @@ from zoo.audio import (
     StreamingFeatures,
     UnreadableAudio,
     audio_seconds,
-    change_speed,
     pad_features,
     read_audio,
-    spec_augment,
     split_at_silence,
 )
+from zoo.data.augment import change_speed, spec_augment
 
 
 def tone(seconds: float, pitch: float = 440.0, rate: int = 16000) -> Tensor:

@@ -44,3 +44,26 @@ def test_what_is_wrong_is_one_line(checkpoint):
     done = evaluate(str(checkpoint[0]), "--root", "/nowhere")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("scripts/evaluate: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_speech_checkpoint_is_measured_on_folders_in_librispeechs_layout(tmp_path):
+    import soundfile
+
+    from zoo.audio import RECIPES
+    from zoo.tokens import train_characters
+
+    tokenizer = train_characters(["ABC"])
+    choices = {"dim": 16, "depth": 2, "heads": 2, "vocabulary": tokenizer.vocabulary}
+    model = randomise(zoo.create_model("squeezeformer_xs", **choices)).eval()
+    zoo.save_model(model, tmp_path / "model", preprocess=RECIPES["nemo"], labels=tokenizer)
+    chapter = tmp_path / "data/dev/1/2"
+    chapter.mkdir(parents=True)
+    for number in range(3):
+        soundfile.write(chapter / f"1-2-000{number}.flac", 0.1 * torch.randn(8000 + number).numpy(), 16000)
+    (chapter / "1-2.trans.txt").write_text("1-2-0000 ABC\n1-2-0001 A B\n1-2-0002 C\n")
+    done = evaluate(str(tmp_path / "model"), "--root", str(tmp_path / "data"), "--splits", "dev")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :])["val/wer"] > 0
+    assert "4 words in 3 utterances" in done.stdout + done.stderr
+    done = evaluate(str(tmp_path / "model"))
+    assert done.returncode == 1 and "--splits" in done.stderr.splitlines()[-1]

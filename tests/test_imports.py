@@ -26,6 +26,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = ["lightning", "torchaudio", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "transformers", "PIL"]
+HEAVY += ["soundfile", "sentencepiece", "kenlm", "flashlight"]
 
 
 def imported(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""From a sound file to the log-mel features that a model takes, whole or piece by piece, and their augmentation."""
+"""From a sound file to the log-mel features that a model takes, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_audio(
     """
     from torchaudio.functional import resample
 
-    with _opened(path) as file:
+    with opened(path) as file:
         if file.frames < 1:
             raise UnreadableAudio(f"{os.fspath(path)}: it has no samples")
         first = round(start * file.samplerate)
@@ -58,7 +58,7 @@ def read_audio(
         if first:
             file.seek(first)
         samples = file.read(wanted, dtype="float32", always_2d=True)
-        if len(samples) < wanted or _cut_off(file):
+        if len(samples) < wanted or cut_off(file):
             raise UnreadableAudio(f"{os.fspath(path)}: it is truncated")
         found = file.samplerate
     waveform = torch.from_numpy(samples).mean(1)
@@ -73,12 +73,13 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
     Raises:
         UnreadableAudio: the file is missing, empty or no sound.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return file.frames / file.samplerate
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
+def opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
+    """The file, open; UnreadableAudio where it, or what is read of it meanwhile, is no sound."""
     import soundfile
 
     name = os.fspath(path)
@@ -96,7 +97,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
         raise UnreadableAudio(f"{name}: no readable sound ({' '.join(reason.split())})") from error
 
 
-def _cut_off(file: SoundFile) -> bool:
+def cut_off(file: SoundFile) -> bool:
     """Whether a wav file promises more than it has. Programs that write into a pipe promise the largest number."""
     sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     return sizes is not None and int(sizes[2]) < int(sizes[1]) < 0x7FFF0000
@@ -231,7 +232,7 @@ class AudioPreprocess:
         frames = (lengths // self.hop).clamp(min=1).minimum(lengths)
         if waveforms.numel() == 0:
             return torch.zeros(len(waveforms), count, self.mels, device=waveforms.device), frames
-        real = _mask(lengths, waveforms.shape[1])
+        real = mask_of(lengths, waveforms.shape[1])
         waveforms = waveforms.float().masked_fill(~real, 0)
         if self.peak:
             waveforms = waveforms / (waveforms.abs().amax(1, keepdim=True) + 1e-9)
@@ -239,7 +240,7 @@ class AudioPreprocess:
             waveforms = waveforms + dither * torch.randn_like(waveforms)
         waveforms = preemphasis(waveforms, self.preemphasis).masked_fill(~real, 0)
         features = self.log_mels(waveforms, center=True)[:, :count]
-        padding = ~_mask(frames, count)[..., None]
+        padding = ~mask_of(frames, count)[..., None]
         if self.top_db is not None:
             loudest = features.masked_fill(padding, -math.inf).amax((1, 2), keepdim=True)
             features = features.maximum(loudest - self.top_db)
@@ -351,72 +352,6 @@ class StreamingFeatures:
         return made.log_mels(piece[None], center=False)[0]
 
 
-def spec_augment(
-    features: Tensor,
-    lengths: Tensor,
-    frequency_masks: int,
-    frequency_width: int,
-    time_masks: int,
-    time_share: float,
-) -> Tensor:
-    """Sets random bands of mel bins and of frames to 0, others for each sample.
-
-    SpecAugment (Park et al. 2019, arXiv:1904.08779) without its time warping. Widths and places are uniform.
-
-    Args:
-        features: [B, T, mels].
-        lengths: [B], real frames of each sample; what lies beyond is left alone.
-        frequency_masks: bands of mel bins per sample.
-        frequency_width: most mel bins in a band.
-        time_masks: bands of frames per sample.
-        time_share: most frames in a band, as a share of the sample's length.
-
-    Returns:
-        A new tensor [B, T, mels].
-
-    Raises:
-        ValueError: a number is below 0, or `time_share` above 1.
-    """
-    if min(frequency_masks, frequency_width, time_masks) < 0 or not 0 <= time_share <= 1:
-        found = f"{frequency_masks}, {frequency_width}, {time_masks} and {time_share}"
-        raise ValueError(f"masks and widths must be at least 0 and time_share between 0 and 1, not {found}")
-    batch, time, mels = features.shape
-    bins = torch.full_like(lengths, mels)
-    width = bins.clamp(max=frequency_width)
-    low = _bands(bins, width, frequency_masks, mels)
-    short = _bands(lengths, (lengths * time_share).long(), time_masks, time)
-    real = _mask(lengths, time)
-    return features.masked_fill((low[:, None, :] | short[:, :, None]) & real[..., None], 0)
-
-
-def _bands(extent: Tensor, widest: Tensor, number: int, size: int) -> Tensor:
-    """[B, size], True in `number` random bands of 0..widest places, each inside the first `extent` of its row."""
-    draws = torch.rand(2, len(extent), number, 1, device=extent.device)
-    width = (draws[0] * (widest[:, None, None] + 1)).long()
-    start = (draws[1] * (extent[:, None, None] - width + 1)).long()
-    place = torch.arange(size, device=extent.device)
-    return ((place >= start) & (place < start + width)).any(1)
-
-
-def change_speed(waveform: Tensor, factor: float) -> Tensor:
-    """The waveform [S] played `factor` times as fast, pitch and all: [about S / factor] (Ko et al. 2015).
-
-    Raises:
-        ValueError: the factor is not between 0.5 and 2, in steps of 0.01.
-    """
-    from torchaudio.functional import resample
-
-    check_speed(factor)
-    return resample(waveform, round(100 * factor), 100)
-
-
-def check_speed(factor: float) -> None:
-    """Raises ValueError where `change_speed` does not take the factor."""
-    # Resampling by a fraction of two large numbers would need a kernel for each phase.
-    if not 0.5 <= factor <= 2 or abs(100 * factor - round(100 * factor)) > 1e-6:
-        raise ValueError(f"a speed must be between 0.5 and 2 in steps of 0.01, not {factor!r}")
-
-
 def split_at_silence(waveform: Tensor, rate: int, longest: float) -> list[tuple[int, int]]:
     """Cuts a waveform [S] into parts of at most `longest` seconds.
 
@@ -447,7 +382,8 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), lengths
 
 
-def _mask(lengths: Tensor, size: int) -> Tensor:
+def mask_of(lengths: Tensor, size: int) -> Tensor:
+    """[B, size], True on the first of lengths [B]."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 

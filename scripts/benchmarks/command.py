@@ -1,4 +1,4 @@
-"""Measures models against timm's, mixers, operators and norms against other forms of them; writes CSVs and pictures.
+"""Measures models, speech encoders, mixers, operators and norms against others; writes CSVs and pictures.
 
 What is compared runs in one process, in turn and in alternating order. A time is the CPU time of the process (all of
 its threads), a ratio the median over rounds with its quartiles beside it, and the noise the ratio that the same thing
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import layers, models, operators, plots
+from benchmarks import layers, models, operators, plots, speech
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 
 
@@ -80,6 +80,33 @@ CHOICES: dict[str, dict[str, Table]] = {
             form="eager",
         )
     },
+    "speech": {
+        "speech": Table(
+            "Speech encoders with CTC heads, random weights, batch 1, forward", speech.pairs, speech.pair_table
+        ),
+        "parakeet": Table(
+            f"{speech.TWIN} without a head against transformers' Parakeet of the same weights, batch 1, forward",
+            speech.parakeet,
+            speech.pair_table,
+        ),
+    },
+    "rtf": {
+        "rtf": Table(
+            "Speech encoders in real time, CTC heads included, random weights, batch 1, forward",
+            speech.real_time,
+            speech.real_time_table,
+        )
+    },
+    "long": {
+        "long": Table(
+            f"Long audio: {speech.LONG} with one block (depth=1) by its mixer, time and peak memory above the size "
+            "before the call, batch 1, forward",
+            speech.long,
+            speech.long_table,
+            plots.by_seconds,
+            form="eager",
+        )
+    },
 }
 SHAPES = {
     "maps": operators.MAPS,
@@ -88,6 +115,10 @@ SHAPES = {
     "memory_sides": layers.MEMORY_SIDES,
     "memory_mixers": layers.ON_PICTURES,
     "side": models.SIDE,
+    "speech": speech.RIVALS,
+    "depth": speech.DEPTH,
+    "encoders": speech.ENCODERS,
+    "mixers_of_long": list(speech.MIXERS),
 }
 QUICK = {
     "pairs": 1,
@@ -101,6 +132,12 @@ QUICK = {
     "memory_sides": (14, 56),
     "memory_mixers": ["sla"],
     "side": 32,
+    "audio": [1],
+    "speech": {"squeezeformer_xs": "conformer_ctc_s"},
+    "depth": 1,
+    "encoders": ["conformer_ctc_s", "efficient_conformer_s"],
+    "long": [5],
+    "mixers_of_long": ["relative", "sla, rope"],
 }
 
 
@@ -157,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--modes", nargs="+", choices=modes, default=modes, help="of models; default both")
     add("--sizes", nargs="+", type=positive, default=[7, 14, 28, 56], help="sides of the mixers' grids")
     add("--large", action="store_true", help="mixers on a grid of 112x112, too")
+    add("--audio", nargs="+", type=positive, default=[10, 60], help="seconds of it, of speech and rtf; default 10 60")
+    add("--long", nargs="+", type=positive, default=[10, 60, 600], help="seconds of audio, of long; default 10 60 600")
     add("--limit", type=float, default=10.0, help="seconds a call of a mixer or an operator may take; default 10")
     add("--quick", action="store_true", help="one round of tiny shapes, to see that all works; ignores their options")
     add("--output", type=Path, default=Path("runs/benchmark"), help="default runs/benchmark")

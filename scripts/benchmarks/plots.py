@@ -11,8 +11,8 @@ from benchmarks.measure import Row
 MARKERS = "osD^vP*X<>"
 
 
-def tokens_axis(axes: Axes, sizes: Sequence[float]) -> None:
-    axes.set(xscale="log", yscale="log", xlabel="tokens")
+def size_axis(axes: Axes, sizes: Sequence[float], label: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=label)
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
@@ -33,10 +33,26 @@ def by_tokens(rows: Sequence[Row], title: str, path: Path) -> None:
     ranked = sorted(lines.items(), key=lambda item: -item[1][-1][1])
     for number, (name, points) in enumerate(ranked):
         axes.plot(*zip(*points, strict=True), marker=MARKERS[number % 10], label=name, color=f"C{number % 10}")
-    tokens_axis(axes, sorted({float(row["tokens"]) for row in rows}))
+    size_axis(axes, sorted({float(row["tokens"]) for row in rows}), "tokens")
     axes.set_ylabel("CPU time of one layer, ms")
     axes.set_title(title, fontsize=8)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def by_seconds(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Time and peak memory of one block against seconds of audio, a line a mixer."""
+    blocks = [row for row in rows if row["part"] == "block"]
+    figure = Figure(figsize=(12.0, 5.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, column, label in zip(panels, ("ms", "mib"), ("CPU time, ms", "peak memory, MiB"), strict=True):
+        for number, name in enumerate(dict.fromkeys(str(row["mixer"]) for row in blocks)):
+            points = [(float(row["seconds"]), float(row[column])) for row in blocks if row["mixer"] == name]
+            axes.plot(*zip(*points, strict=True), marker=MARKERS[number], label=name, color=f"C{number}")
+        size_axis(axes, sorted({float(row["seconds"]) for row in blocks}), "seconds of audio")
+        axes.set_ylabel(f"{label}, one block")
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

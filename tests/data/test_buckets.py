@@ -12,7 +12,7 @@ DURATIONS = np.random.default_rng(0).gamma(4.0, 3.0, 500).clip(1, 35)
 
 
 def set_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(sampling, "_rank_and_world", lambda: (rank, world))
+    monkeypatch.setattr(sampling, "rank_and_world", lambda: (rank, world))
 
 
 def over_ranks(monkeypatch: pytest.MonkeyPatch, sampler: DurationBatches, world: int) -> list[list[list[int]]]:

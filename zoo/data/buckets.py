@@ -60,7 +60,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rank, world = sampling._rank_and_world()
+        rank, world = sampling.rank_and_world()
         batches = self._batches()
         for position in range(rank, len(self) * world, world):
             if self.training:
@@ -69,14 +69,14 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in indices]
 
     def __len__(self) -> int:
-        _, world = sampling._rank_and_world()
+        _, world = sampling.rank_and_world()
         return math.ceil(sum(parts for _, parts in self.buckets) / world)
 
     def _batches(self) -> list[np.ndarray]:
         """All batches of the epoch, those of every rank."""
         if not self.training:
             return [part for members, parts in self.buckets for part in np.array_split(members, parts)]
-        generator = torch.Generator().manual_seed(sampling._hash(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(sampling.hashed(self.seed, self.epoch))
         batches = []
         for members, parts in self.buckets:
             shuffled = members[torch.randperm(len(members), generator=generator).numpy()]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.audio import UnreadableAudio, audio_seconds, read_audio
+from zoo.kernels.native import cache_folder
 
 EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3")
 SMALL = 1000
@@ -127,7 +128,7 @@ def _measured(paths: list[str]) -> np.ndarray:
         if len(paths) < SMALL:
             return np.array(list(pool.map(seconds, paths)), dtype=np.float64)
         digest = hashlib.sha256("".join(pool.map(stamp, paths)).encode(errors="surrogatepass")).hexdigest()
-        place = _cache_folder() / f"durations-{digest[:32]}.npy"
+        place = cache_folder() / f"durations-{digest[:32]}.npy"
         try:
             kept = np.load(place, allow_pickle=False)
             if kept.shape == (len(paths),) and kept.dtype == np.float64:
@@ -144,11 +145,6 @@ def _measured(paths: list[str]) -> np.ndarray:
     except OSError:  # a home that cannot be written: they are read anew the next time
         pass
     return durations
-
-
-def _cache_folder() -> Path:
-    folder = os.environ.get("ZOO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zoo")
-    return Path(folder).expanduser()
 
 
 def _librispeech(split: str, names: list[str], root: str | None, training: bool, limit: int | None) -> Corpus:

@@ -19,7 +19,7 @@ def seeded(*numbers: int) -> Iterator[None]:
     Their states from before are put back at the end; generators of accelerators are not touched.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = _hash(*numbers)
+    seed = hashed(*numbers)
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -53,9 +53,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         if self.training:
-            generator = torch.Generator().manual_seed(_hash(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
             order = torch.randperm(self.count, generator=generator).tolist()
             total = math.ceil(self.count / world) * world
         else:
@@ -64,7 +64,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, order[position % self.count]
 
     def __len__(self) -> int:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         total = math.ceil(self.count / world) * world if self.training else self.count
         return len(range(rank, total, world))
 
@@ -90,17 +90,18 @@ class EvenBatches(Sampler[list[tuple[int, int]]]):
             yield pairs[part * len(pairs) // batches : (part + 1) * len(pairs) // batches]
 
     def __len__(self) -> int:
-        _, world = _rank_and_world()
+        _, world = rank_and_world()
         return math.ceil(math.ceil(self.sampler.count / world) / self.batch)
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
-def _hash(*numbers: int) -> int:
+def hashed(*numbers: int) -> int:
     """A number below 2**63 that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
 

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.audio import RECIPES, AudioPreprocess, UnreadableAudio, change_speed, check_speed, pad_features
+from zoo.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
+from zoo.data.augment import change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
 from zoo.data.corpora import CORPORA, Corpus
 from zoo.data.sampling import global_seed, seeded

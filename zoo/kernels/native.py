@@ -48,6 +48,11 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Where what was made on this machine is kept: ZOO_CACHE, or `zoo` in the user's cache folder."""
+    return Path(os.environ.get("ZOO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zoo")).expanduser()
+
+
 def build(source: Path) -> Path:
     """The path of the compiled library, made where it is not there yet; RuntimeError says why it cannot be made."""
     compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
@@ -55,10 +60,7 @@ def build(source: Path) -> Path:
         raise RuntimeError(f"no C++ compiler found among {', '.join(_compilers())}")
     made_for = (source.read_bytes(), repr((FLAGS, EXTRAS, compiler, platform.machine(), _processor())).encode())
     key = hashlib.sha256(b"\0".join(made_for)).hexdigest()[:16]
-    folder = Path(
-        os.environ.get("ZOO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zoo")
-    ).expanduser()
-    folder = folder.absolute()  # a name without a slash would be looked up among the system's libraries
+    folder = cache_folder().absolute()  # a name without a slash would be looked up among the system's libraries
     path = folder / f"{source.stem}-{key}.so"
     if path.exists():
         return path

@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> None:
         )
     rate = given.rate or preprocess.rate
     if not live:
-        with audio._opened(given.file) as file:
+        with audio.opened(given.file) as file:
             rate = file.samplerate
     options = {"rate": rate, "look_ahead": given.look_ahead, "times": given.times}
     try:
@@ -243,7 +243,7 @@ def _print(text: str) -> None:
 
 def _recorded(path: str) -> Iterator[Tensor]:
     """A file's samples [n], block by block."""
-    with audio._opened(path) as file:
+    with audio.opened(path) as file:
         if file.frames < 1:
             raise UnreadableAudio(f"{path}: it has no samples")
         read, size = 0, max(1, round(BLOCK * file.samplerate))
@@ -252,7 +252,7 @@ def _recorded(path: str) -> Iterator[Tensor]:
                 raise UnreadableAudio(f"{path}: it has samples that are not finite numbers")
             read += len(samples)
             yield torch.from_numpy(samples).mean(1)
-        if read < file.frames or audio._cut_off(file):
+        if read < file.frames or audio.cut_off(file):
             raise UnreadableAudio(f"{path}: it is truncated")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from zoo.audio import StreamingFeatures, spec_augment
+from zoo.audio import StreamingFeatures
+from zoo.data.augment import spec_augment
 from zoo.data.speech import Batch
 from zoo.decoding import greedy, transducer_greedy
 from zoo.layer import Chunks

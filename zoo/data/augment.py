@@ -1,0 +1,72 @@
+"""What training does to waveforms and features: another speed, and bands that are removed."""
+
+import torch
+from torch import Tensor
+
+from zoo.audio import mask_of
+
+
+def spec_augment(
+    features: Tensor,
+    lengths: Tensor,
+    frequency_masks: int,
+    frequency_width: int,
+    time_masks: int,
+    time_share: float,
+) -> Tensor:
+    """Sets random bands of mel bins and of frames to 0, others for each sample.
+
+    SpecAugment (Park et al. 2019, arXiv:1904.08779) without its time warping. Widths and places are uniform.
+
+    Args:
+        features: [B, T, mels].
+        lengths: [B], real frames of each sample; what lies beyond is left alone.
+        frequency_masks: bands of mel bins per sample.
+        frequency_width: most mel bins in a band.
+        time_masks: bands of frames per sample.
+        time_share: most frames in a band, as a share of the sample's length.
+
+    Returns:
+        A new tensor [B, T, mels].
+
+    Raises:
+        ValueError: a number is below 0, or `time_share` above 1.
+    """
+    if min(frequency_masks, frequency_width, time_masks) < 0 or not 0 <= time_share <= 1:
+        found = f"{frequency_masks}, {frequency_width}, {time_masks} and {time_share}"
+        raise ValueError(f"masks and widths must be at least 0 and time_share between 0 and 1, not {found}")
+    batch, time, mels = features.shape
+    bins = torch.full_like(lengths, mels)
+    width = bins.clamp(max=frequency_width)
+    low = _bands(bins, width, frequency_masks, mels)
+    short = _bands(lengths, (lengths * time_share).long(), time_masks, time)
+    real = mask_of(lengths, time)
+    return features.masked_fill((low[:, None, :] | short[:, :, None]) & real[..., None], 0)
+
+
+def _bands(extent: Tensor, widest: Tensor, number: int, size: int) -> Tensor:
+    """[B, size], True in `number` random bands of 0..widest places, each inside the first `extent` of its row."""
+    draws = torch.rand(2, len(extent), number, 1, device=extent.device)
+    width = (draws[0] * (widest[:, None, None] + 1)).long()
+    start = (draws[1] * (extent[:, None, None] - width + 1)).long()
+    place = torch.arange(size, device=extent.device)
+    return ((place >= start) & (place < start + width)).any(1)
+
+
+def change_speed(waveform: Tensor, factor: float) -> Tensor:
+    """The waveform [S] played `factor` times as fast, pitch and all: [about S / factor] (Ko et al. 2015).
+
+    Raises:
+        ValueError: the factor is not between 0.5 and 2, in steps of 0.01.
+    """
+    from torchaudio.functional import resample
+
+    check_speed(factor)
+    return resample(waveform, round(100 * factor), 100)
+
+
+def check_speed(factor: float) -> None:
+    """Raises ValueError where `change_speed` does not take the factor."""
+    # Resampling by a fraction of two large numbers would need a kernel for each phase.
+    if not 0.5 <= factor <= 2 or abs(100 * factor - round(100 * factor)) > 1e-6:
+        raise ValueError(f"a speed must be between 0.5 and 2 in steps of 0.01, not {factor!r}")
