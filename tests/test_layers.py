@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from zoo import create_model
-from zoo.layer import Context, Layer, advance
+from zoo.layer import Context, Layer, advance, filtered
 from zoo.norms import BatchNorm
 from zoo.positions import Position
 
@@ -213,3 +213,13 @@ def test_batch_statistics_of_an_empty_batch_stand_still():
     norm = BatchNorm(DIM).train()
     norm(torch.randn(2, 4, DIM), Context(grid=(4,), mask=torch.zeros(2, 4, dtype=torch.bool)))
     assert torch.equal(norm.running_mean, torch.zeros(DIM)) and torch.equal(norm.running_var, torch.ones(DIM))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [8, 16, 24])
+def test_convolutions_along_time_are_those_of_torch(channels, dtype):
+    """Narrow ones too, which oneDNN cannot do as a map of one row in bf16."""
+    tokens, weight = torch.randn(2, 40, channels), torch.randn(channels, 1, 31)
+    wanted = torch.nn.functional.conv1d(tokens.transpose(1, 2), weight, None, 2, 15, groups=channels).transpose(1, 2)
+    got = filtered(tokens.to(dtype), (40,), weight.to(dtype), None, 15, 2)
+    assert relative(got.float(), wanted) < (1e-6 if dtype == torch.float32 else 2e-2)

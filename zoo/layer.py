@@ -150,6 +150,8 @@ def filtered(
     of a Conv1d or a Conv2d."""
     if len(grid) == 2:
         return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
+    if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
+        return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
     # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
     maps, kernel = tokens.transpose(1, 2)[:, :, None], weight[:, :, None]
     return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
