@@ -206,6 +206,15 @@ def test_fused_encoders_give_the_same(name):
     assert affines == {"conformer_ctc_s": 3, "squeezeformer_xs": 1 + 4 * 4 - 1, "fastconformer_s": 3}[name]
 
 
+def test_a_fused_model_whose_last_block_is_strided_gives_the_same():
+    fields = {"depth": 2, "widths": (32, 48), "strided": (1,), "mixers": ("grouped(size=3)", "relative"), "heads": 2}
+    model = tiny("efficient_conformer_s", dim=32, vocabulary=7, norm="prepbn", **fields).double()
+    zoo.advance(model, 1.0)
+    fused, features = zoo.fuse(model), torch.randn(1, 90, 20, dtype=torch.float64)
+    assert relative(fused(features)[0], model(features)[0]) < 1e-12
+    assert fused.fusion[0].into == "the head" and "back" in fused.fusion[0].layer
+
+
 def real_mask(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(x.shape[1]) < lengths[:, None]
 

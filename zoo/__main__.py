@@ -1,4 +1,4 @@
-"""The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo list`, `zoo info`."""
+"""The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo transcribe stream`, `zoo list`, `zoo info`."""
 
 import argparse
 import sys
@@ -22,13 +22,15 @@ EPILOG = """examples:
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
   zoo classify fit --config configs/classify/vit_micro_digits.yaml --model.backbone.mixer=sla
   zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights=runs/vit_micro_digits/best
-  zoo classify predict runs/vit_micro_digits/best pictures/ photo.jpg"""
+  zoo classify predict runs/vit_micro_digits/best pictures/ photo.jpg
+  zoo transcribe fit --config configs/transcribe/squeezeformer_micro_fsdd.yaml --data.root DIR
+  zoo transcribe predict runs/squeezeformer_micro_fsdd/best recordings/"""
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="zoo",
-        description="Vision models whose parts are chosen by name.",
+        description="Vision and speech models whose parts are chosen by name.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

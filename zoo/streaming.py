@@ -39,13 +39,12 @@ class Stream:
             wanted = f"[{len(self.waiting)}, any, {self.waiting.shape[2]}]"
             raise ValueError(f"the stream takes features {wanted}, not {list(features.shape)}")
         self.frames += features.shape[1]
-        self.waiting = torch.cat([self.waiting, features], 1)
+        self.waiting = torch.cat([self.waiting, features.type_as(self.waiting)], 1)
         self.real = torch.cat([self.real, self.real.new_ones(features.shape[:2])], 1)
-        made = []
-        while self.waiting.shape[1] >= self.size:
-            part, real = self.waiting[:, : self.size], self.real[:, : self.size]
-            made.append(self.model.step(part, real, self.cache, self.visible))
-            self.waiting, self.real = self.waiting[:, self.size :].clone(), self.real[:, self.size :].clone()
+        whole = self.waiting.shape[1] // self.size * self.size
+        chunks = [slice(start, start + self.size) for start in range(0, whole, self.size)]
+        made = [self.model.step(self.waiting[:, c], self.real[:, c], self.cache, self.visible) for c in chunks]
+        self.waiting, self.real = self.waiting[:, whole:].clone(), self.real[:, whole:].clone()
         self.given += sum(part.shape[1] for part in made)
         return torch.cat(made, 1) if made else self.nothing()
 

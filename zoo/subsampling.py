@@ -17,7 +17,7 @@ SLICE = 8192  # elsewhere
 PADDINGS = {"symmetric": (1, 1), "right": (0, 1), "causal": (2, 1)}
 
 
-def halved(lengths: Any, padding: str) -> Any:
+def shortened(lengths: Any, padding: str) -> Any:
     """Frames after one strided convolution, of a number or a tensor of them; none where there was none."""
     after = (lengths + sum(PADDINGS[padding]) - 3) // 2 + 1
     return torch.where(lengths > 0, after, 0) if isinstance(lengths, Tensor) else after * (lengths > 0)
@@ -87,7 +87,7 @@ class Subsampling(nn.Module):
         self.channel = None if parse(channel)[0] == "none" else make(CHANNELS, channel, width, 2)
         rows = [mels]
         for _ in range(self.stages):
-            rows.append(halved(rows[-1], padding))
+            rows.append(shortened(rows[-1], padding))
         self.rows = rows  # of frequency, before each convolution and after the last
         if min(rows) < 1:
             raise ValueError(f"mels: {mels} bands are too few to be halved {self.stages} times")
@@ -110,7 +110,7 @@ class Subsampling(nn.Module):
     def tokens(self, lengths: Any) -> Any:
         """Tokens that so many frames become."""
         for _ in range(self.stages):
-            lengths = halved(lengths, self.padding)
+            lengths = shortened(lengths, self.padding)
         return lengths
 
     def forward(
@@ -158,7 +158,7 @@ class Subsampling(nn.Module):
                 else:
                     maps = stage(F.pad(maps, (before, behind, before, behind + short)))
                 if real is not None:
-                    lengths = halved(real.sum(1), self.padding)
+                    lengths = shortened(real.sum(1), self.padding)
                     real = torch.arange(maps.shape[2], device=maps.device) < lengths[:, None]
             else:
                 past, last = cache[f"stem.{number}"], maps[:, :, -1:]

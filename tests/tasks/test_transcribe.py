@@ -25,7 +25,8 @@ from zoo.data.speech import Batch, Speech
 from zoo.decoding import greedy
 from zoo.norms import PRepBN
 from zoo.preprocess import ImagePreprocess
-from zoo.tasks.transcribe import EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence
+from zoo.tasks.classify import Classify
+from zoo.tasks.transcribe import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence
 from zoo.tokens import Characters, Tokenizer, train_characters, train_pieces
 from zoo.weights import load_checkpoint, save_model
 
@@ -218,6 +219,39 @@ def test_transducer_losses_are_those_of_one_utterance_at_a_time():
         sizes = (torch.tensor([length]).int(), torch.tensor([len(ids)]).int())
         wanted = rnnt_loss(logits, torch.tensor([ids]).int(), *sizes, blank=9, reduction="none")
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    # The longest clip was left out: its frames are in the batch, and no loss has them.
+    assert torch.equal(task.losses(encoded[1:], lengths[1:], tokens[1:]), found[1:])
+
+
+def test_an_intermediate_block_with_too_few_frames_is_counted():
+    task = recogniser({"depth": 3}, intermediate=[1])
+    task.trainer = SimpleNamespace(world_size=1)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(UserWarning, match="no intermediate loss of second: too few frames"):
+        tokens = [LETTERS.encode("AB"), LETTERS.encode("AABBC")]
+        fits = task.fitting_frames([torch.tensor([5, 5])], tokens, ["first", "second"])
+    assert fits.tolist() == [[1.0, 0.0]] and task.counted["training", BETWEEN] == 1
+
+
+def test_a_run_goes_on_with_its_own_tokens():
+    before, after = recogniser(), recogniser()
+    saved: dict[str, Any] = {"state_dict": before.state_dict()}
+    before.on_save_checkpoint(saved)
+    after.on_load_checkpoint(saved)
+    after.tokenizer = Characters(tuple(reversed(LETTERS.pieces)))
+    with pytest.warns(UserWarning, match="whose tokens are kept"):
+        after.on_load_checkpoint(saved)
+    assert after.labels == LETTERS
+
+
+def test_rates_decay_from_block_to_block():
+    from timm.optim._param_groups import param_groups_layer_decay
+
+    model = recogniser().model
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert scales["stem.out.weight"] < scales["blocks.0.steps.0.branch.out.weight"] < 1.0
+    assert scales["blocks.0.steps.0.branch.out.weight"] < scales["blocks.1.steps.0.branch.out.weight"] <= 1.0
 
 
 def test_divergence():
@@ -373,6 +407,8 @@ def test_options_that_cannot_be(options: dict[str, Any], words: str):
 def test_a_model_of_pictures_is_refused():
     with pytest.raises(ValueError, match="model.backbone is a speech model with a vocabulary, such as name=squeeze"):
         Transcribe({"name": "vit_micro"})
+    with pytest.raises(ValueError, match="is no model of pictures; a speech model is trained by zoo transcribe"):
+        Classify(TINY)
 
 
 @pytest.mark.parametrize(
@@ -452,13 +488,13 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     with pytest.warns(UserWarning) as seen:
         fit(tmp_path, *flags)
     messages = [str(each.message) for each in seen]
-    named = [message for message in messages if message.startswith("skipped ")]
+    named = [message for message in messages if message.startswith(("skipped ", "no loss of "))]
     assert len(named) == len(set(named)) == 7
     for words in (
         "skipped 1-2-0003: ",
         "frames cannot hold 599 tokens",
-        "skipped 1-2-0000: its transcript is empty",
-        "skipped 1-2-0002: the vocabulary has no 'R', 'Z', which is in 'A ZEBRA'",
+        "no loss of 1-2-0000: its transcript is empty",
+        "no loss of 1-2-0002: the vocabulary has no 'R', 'Z', which is in 'A ZEBRA'",
         "frames cannot hold 400 tokens",
         "1-2-0001.flac: ",
         "1-2-0006.flac: no readable sound",
@@ -466,12 +502,13 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
         assert sum(words in message for message in named) == 1, (words, named)
     counts = {"training": {UNREADABLE: 1, LONG: 2}, "validation": {UNREADABLE: 1, LONG: 1, UNKNOWN: 1, EMPTY: 1}}
     wanted = [
-        f"{number} {kind} were skipped in the {stage} of epoch {epoch}"
+        f"{number} {kind} were {'skipped' if stage == 'training' or kind == UNREADABLE else 'left out of a loss'} "
+        f"in the {stage} of epoch {epoch}"
         for stage, kinds in counts.items()
         for kind, number in kinds.items()
         for epoch in range(2)
     ]
-    assert sorted(message for message in messages if " were skipped in the " in message) == sorted(wanted)
+    assert sorted(message for message in messages if " of epoch " in message) == sorted(wanted)
 
     # What cannot be learned from counts as words all the same, and the test set is that of validation here.
     lines: list[str] = []

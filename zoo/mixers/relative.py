@@ -18,6 +18,13 @@ def _offsets(first: int, number: int, dim: int, device: torch.device) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim].float()
 
 
+def waves_of(first: int, number: int, dim: int, like: Tensor) -> Tensor:
+    """The sines and cosines, kept for the next time unless they are long."""
+    if number > 8192:
+        return _offsets(first, number, dim, like.device).to(like.dtype)
+    return table(_offsets, first, number, dim, device=like.device).to(like.dtype)
+
+
 def shifted(scores: Tensor, keys: int) -> Tensor:
     """Scores [..., N, keys + N - 1] by falling offset become scores [..., N, keys] by key, the first query's offsets
     beginning N - 1 later than the last one's. A view of what it is given."""
@@ -101,7 +108,7 @@ class Relative(Attention):
     def rows(self, first: int, number: int, like: Tensor) -> Tensor:
         """W r of `number` falling offsets: [heads, number, d]."""
         dim = self.relative.in_features
-        waves = table(_offsets, first, number, dim, device=like.device).to(like.dtype)
+        waves = waves_of(first, number, dim, like)
         return self.relative(waves).unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
     def bias(self, query: Tensor, keys: int, before: int) -> Tensor:
@@ -144,7 +151,7 @@ class Grouped(Relative):
 
     def rows(self, first: int, number: int, like: Tensor) -> Tensor:
         dim, size = self.relative.in_features, self.size
-        waves = table(_offsets, first * size, number * size, dim, device=like.device).to(like.dtype)
+        waves = waves_of(first * size, number * size, dim, like)
         return self.relative(waves).view(number, self.heads, -1).transpose(0, 1)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:

@@ -268,11 +268,11 @@ class Conformer(nn.Module):
         if lengths is not None:
             if lengths.shape != features.shape[:1]:
                 raise ValueError(f"lengths has one number a clip, not the shape {list(lengths.shape)}")
-            # Where it costs nothing to know, clips without padding take the way without masks.
-            quick = lengths.device.type == "cpu" and not compiling() and not self.training
-            if quick and bool((lengths > features.shape[1]).any()):
+            known = lengths.device.type == "cpu" and not compiling()
+            if known and bool((lengths > features.shape[1]).any()):
                 raise ValueError(f"a clip of {int(lengths.max())} frames does not fit features {list(features.shape)}")
-            if not quick or bool((lengths < features.shape[1]).any()):
+            # Where it costs nothing to know, clips without padding take the way without masks.
+            if not known or self.training or bool((lengths < features.shape[1]).any()):
                 mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
         x, mask = self.stem(features, mask)
         context = self.position.place(Context(grid=(x.shape[1],), mask=mask))
@@ -382,21 +382,30 @@ class Conformer(nn.Module):
         ends = ("position.table", ".content", ".offset")
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
+        return {
+            "stem": r"^(?:stem|first|position)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:reduce|recover)", (99999,))],
+        }
+
     def fold(self) -> list[Fold]:
         """Folds the norm at the end of the last block into a CTC head, which alone reads it."""
         done = [] if self.first is None else [keep(self, "first", "the stream reads it")]
-        steps: Any = self.blocks[-1].steps  # pyright: ignore[reportAttributeAccessIssue]
+        last: Any = self.blocks[-1]
+        steps = last.back.steps if isinstance(last, Strided) else last.steps
         norm = steps[-1] if isinstance(steps[-1], Norm) else steps[-1].total
         if not isinstance(norm, Norm) or not isinstance(self.head, CTCHead):
             return done
-        name = f"blocks.{self.config.depth - 1}.steps.{len(steps) - 1}" + ("" if norm is steps[-1] else ".total")
+        name = f"blocks.{self.config.depth - 1}.{'back.' if isinstance(last, Strided) else ''}steps.{len(steps) - 1}"
+        name += "" if norm is steps[-1] else ".total"
         if (affine := norm.affine()) is None:
             return done
         fold_in(self.head, *affine)
         if norm is steps[-1]:
             del steps[-1]
         else:
-            steps[-1].total = None
+            setattr(steps[-1], "total", None)  # noqa: B010
         return [*done, Fold(name, "the head")]
 
 

@@ -70,6 +70,8 @@ class Classify(Task):
             refresh=refresh,
             seed=seed,
         )
+        if not hasattr(self.config, "classes"):
+            raise ValueError("model.backbone is no model of pictures; a speech model is trained by zoo transcribe")
         self.classes: int = self.config.classes  # pyright: ignore[reportAttributeAccessIssue]
         if min(mixup, cutmix) < 0 or not 0.0 <= smoothing < 1.0:
             raise ValueError(

@@ -240,7 +240,13 @@ class Task(lightning.LightningModule):
         for kind in self.faulty:
             total = self.all_gather(torch.tensor(self.counted.pop((stage, kind), 0), device=self.device))
             if number := int(torch.as_tensor(total).sum()):
-                rank_zero_warn(f"{number} {kind} were skipped in the {stage} of epoch {self.current_epoch}")
+                rank_zero_warn(
+                    f"{number} {kind} were {self.fate(kind, stage)} the {stage} of epoch {self.current_epoch}"
+                )
+
+    def fate(self, kind: str, stage: str) -> str:
+        """What became of samples with a fault, as `report` says it."""
+        return "skipped in"
 
     def no_loss(self) -> Tensor:
         """A loss of 0 that every parameter has a part in, for a batch without any sample."""

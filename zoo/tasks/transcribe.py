@@ -18,14 +18,15 @@ from zoo.decoding import greedy, transducer_greedy
 from zoo.layer import Chunks
 from zoo.models.conformer import Conformer
 from zoo.tasks.task import Task
-from zoo.tokens import Tokenizer
+from zoo.tokens import Tokenizer, tokenizer_from_dict
 
 SCHEDULES = ("cosine", "noam", "noam_hold")
-UNREADABLE, LONG, UNKNOWN, EMPTY = FAULTS = (
+UNREADABLE, LONG, UNKNOWN, EMPTY, BETWEEN = FAULTS = (
     "unreadable files",
     "transcripts with more tokens than frames",
     "transcripts with characters outside the vocabulary",
     "empty transcripts",
+    "transcripts with more tokens than frames between the blocks",
 )
 
 
@@ -115,6 +116,8 @@ class Transcribe(Task):
         self.transducer = not config.head.startswith("ctc")
         if self.transducer and (intermediate or consistency):
             raise ValueError("model.intermediate and model.consistency need a CTC head; this model has a transducer")
+        if intermediate_weight != 0.3 and not intermediate:
+            raise ValueError("model.intermediate_weight would be ignored: model.intermediate lists no block")
         if any(not 0 <= layer < config.depth - 1 for layer in intermediate or ()):
             raise ValueError(f"model.intermediate lists blocks below the last, 0..{config.depth - 2}: {intermediate}")
         if min(intermediate or (config.depth,)) < (first := max(config.strided, default=0)):
@@ -159,6 +162,15 @@ class Transcribe(Task):
         if self.start is not None and self.start.preprocess not in (None, data.preprocess):
             rank_zero_warn(f"the checkpoint was trained with {self.start.preprocess}, the data has {data.preprocess}")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer"] = self.labels.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if (kept := checkpoint.get("tokenizer")) is not None and kept != self.labels.to_dict():
+            rank_zero_warn("the data would give another tokenizer than that of --ckpt_path, whose tokens are kept")
+            self.tokenizer = tokenizer_from_dict(kept)
+
     def factor(self, step: int, per_epoch: int, steps: int) -> float:
         warmup = max(1, round(self.warmup * per_epoch))
         if self.schedule == "cosine":
@@ -177,23 +189,28 @@ class Transcribe(Task):
     def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
         """Which utterances a loss can be taken of, and their tokens; the others are noted."""
         self.note([f"skipped {fault}" for fault in batch.skipped], UNREADABLE, stage)
+        done = "skipped" if stage == "training" else "no loss of"
         frames = self.model.tokens(batch.lengths).tolist()
         kept, tokens = [], []
         for index, (text, name) in enumerate(zip(batch.texts, batch.names, strict=True)):
             try:
                 found = self.labels.encode(text)
             except ValueError as error:
-                self.note([f"skipped {name}: {error}"], UNKNOWN, stage)
+                self.note([f"{done} {name}: {error}"], UNKNOWN, stage)
                 continue
-            needed = len(found) + sum(one == other for one, other in zip(found, found[1:], strict=False))
+            needed = frames_for(found)
             if not found:
-                self.note([f"skipped {name}: its transcript is empty"], EMPTY, stage)
+                self.note([f"{done} {name}: its transcript is empty"], EMPTY, stage)
             elif frames[index] < (1 if self.transducer else needed):
-                self.note([f"skipped {name}: {frames[index]} frames cannot hold {needed} tokens"], LONG, stage)
+                self.note([f"{done} {name}: {frames[index]} frames cannot hold {needed} tokens"], LONG, stage)
             else:
                 kept.append(index)
                 tokens.append(found)
         return kept, tokens
+
+    def fate(self, kind: str, stage: str) -> str:
+        measured = kind == BETWEEN or (kind != UNREADABLE and stage == "validation")
+        return "left out of a loss in" if measured else "skipped in"
 
     def losses(self, logits: Tensor, lengths: Tensor, tokens: list[list[int]]) -> Tensor:
         """The CTC loss, or that of RNN-T, of each utterance: [B]."""
@@ -206,6 +223,7 @@ class Transcribe(Task):
             return F.ctc_loss(scores, targets, lengths, sizes.to(device), blank, "none", zero_infinity=True)
         from torchaudio.functional import rnnt_loss
 
+        logits = logits[:, : int(lengths.max())]  # the longest clip of the batch may have been left out
         made = self.model.head(logits, targets).float()  # pyright: ignore[reportOptionalCall]
         return rnnt_loss(made, targets.int(), lengths.int(), sizes.to(device).int(), blank, reduction="none")
 
@@ -223,7 +241,8 @@ class Transcribe(Task):
         losses = [self.losses(each, number, tokens) for each, number in zip(logits, real, strict=True)]  # pyright: ignore
         loss = losses[-1].mean()
         if self.intermediate:
-            between = torch.stack(losses[:-1]).mean()
+            fits = self.fitting_frames(real[:-1], tokens, [batch.names[index] for index in kept])
+            between = (torch.stack(losses[:-1]) * fits).sum() / fits.sum().clamp(min=1)
             loss = (1 - self.intermediate_weight) * loss + self.intermediate_weight * between
         if views == 2:
             apart = divergence(logits[-1], real[-1])  # pyright: ignore[reportArgumentType]
@@ -231,6 +250,15 @@ class Transcribe(Task):
             loss = loss + self.consistency * apart
         self.log("train/loss", self.checked(loss), prog_bar=True, batch_size=len(tokens))
         return loss * self.share(len(tokens) // views)
+
+    def fitting_frames(self, lengths: list[Any], tokens: list[list[int]], names: list[str]) -> Tensor:
+        """[blocks, B], 1.0 where the frames of an intermediate block can hold the tokens; the others are noted."""
+        needed = torch.tensor([frames_for(each) for each in tokens], device=self.device)
+        fits = torch.stack([number >= needed for number in lengths])
+        short = (~fits).any(0).nonzero()[:, 0].tolist()
+        lines = [f"no intermediate loss of {names[index % len(names)]}: too few frames" for index in short]
+        self.note(lines, BETWEEN, "training")
+        return fits.float()
 
     def nothing(self) -> Tensor:
         """The loss of a batch without any utterance: 0, from all that ranks do together, so that none waits."""
@@ -291,6 +319,11 @@ class Transcribe(Task):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def frames_for(tokens: list[int]) -> int:
+    """How many frames CTC needs: one a token, and a blank between equal ones."""
+    return len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
 
 
 def divergence(logits: Tensor, lengths: Tensor) -> Tensor:
