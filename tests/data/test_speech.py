@@ -15,8 +15,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from zoo.audio import RECIPES, change_speed, read_audio
+from zoo.audio import RECIPES, read_audio
 from zoo.data import corpora
+from zoo.data.augment import change_speed
 from zoo.data.speech import Batch, Clips, Speech, collate
 from zoo.tokens import train_characters, train_pieces
 
