@@ -222,6 +222,7 @@ def real_mask(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 # What is refused
 
 CHUNKS = {"chunk": 2, "left": 4, "subsampling": "conv4(padding='causal')"}
+STAGES = {"dim": 32, "widths": (32, 48), "strided": (0,), "mixers": ("relative", "relative")}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,7 @@ CHUNKS = {"chunk": 2, "left": 4, "subsampling": "conv4(padding='causal')"}
         ({"head": "ctc(hidden=8)"}, ["head", "hidden"]),
         ({"layout": ("mixer", "cross", "conv")}, ["cross", "memory"]),
         ({"modulate": True}, ["modulate"]),
+        (STAGES | {"mixer": "sla"}, ["mixer 'sla'", "mixers"]),
     ],
     ids=str,
 )

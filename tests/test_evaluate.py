@@ -6,11 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from helpers import randomise
+from torchmetrics.functional.text import word_error_rate
 
 import zoo
+from zoo.audio import RECIPES
 from zoo.data.images import Images
+from zoo.data.speech import Speech
+from zoo.decoding import greedy
+from zoo.tokens import train_characters
 
 SCRIPT = Path(__file__).parent.parent / "scripts/evaluate"
 
@@ -47,11 +53,6 @@ def test_what_is_wrong_is_one_line(checkpoint):
 
 
 def test_a_speech_checkpoint_is_measured_on_folders_in_librispeechs_layout(tmp_path):
-    import soundfile
-
-    from zoo.audio import RECIPES
-    from zoo.tokens import train_characters
-
     tokenizer = train_characters(["ABC"])
     choices = {"dim": 16, "depth": 2, "heads": 2, "vocabulary": tokenizer.vocabulary}
     model = randomise(zoo.create_model("squeezeformer_xs", **choices)).eval()
@@ -61,9 +62,16 @@ def test_a_speech_checkpoint_is_measured_on_folders_in_librispeechs_layout(tmp_p
     for number in range(3):
         soundfile.write(chapter / f"1-2-000{number}.flac", 0.1 * torch.randn(8000 + number).numpy(), 16000)
     (chapter / "1-2.trans.txt").write_text("1-2-0000 ABC\n1-2-0001 A B\n1-2-0002 C\n")
+    data = Speech(dataset="librispeech", root=str(tmp_path / "data"), val=["dev"])
+    said, wanted = [], []
+    for batch in data.val_dataloader():
+        with torch.inference_mode():
+            said += [tokenizer.decode(tokens) for tokens in greedy(*model(batch.features, batch.lengths))]
+        wanted += batch.texts
     done = evaluate(str(tmp_path / "model"), "--root", str(tmp_path / "data"), "--splits", "dev")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout[done.stdout.index("{") :])["val/wer"] > 0
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert any(said) and found["val/wer"] == pytest.approx(word_error_rate(said, wanted).item(), abs=1e-6)
     assert "4 words in 3 utterances" in done.stdout + done.stderr
     done = evaluate(str(tmp_path / "model"))
     assert done.returncode == 1 and "--splits" in done.stderr.splitlines()[-1]

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from zoo.tokens import Characters, Tokenizer, WordPieces, read_tokenizer, tokenizer_from_dict, train_characters
+from zoo.tokens import (
+    Characters,
+    Tokenizer,
+    WordPieces,
+    read_tokenizer,
+    tokenizer_from_dict,
+    train_characters,
+    train_words,
+)
 from zoo.tokens import train_pieces as train
 
 TEXTS = [
@@ -123,6 +131,24 @@ def test_the_sizes_that_are_named_do():
             train(["AB BA ABBA"], size)
         named = next(int(word) for word in reversed(str(error.value).split()) if word.isdigit())
         assert len(train(["AB BA ABBA"], named).pieces) == named
+
+
+def test_words_are_pieces(pieces: WordPieces, capfd: pytest.CaptureFixture[str]):
+    words = train_words([*TEXTS, ""])
+    assert words.whole_words and not pieces.whole_words
+    assert sorted(words.pieces[1:]) == sorted({"\u2581" + word for text in TEXTS for word in text.split()})
+    assert words.pieces[1] == "\u2581THE"
+    for text in TEXTS:
+        ids = words.encode(text)
+        assert len(ids) == len(text.split()) and all(words.starts_word(id) for id in ids)
+        assert words.decode(ids) == " ".join(text.split())
+    assert words.encode("  FOX  DOG ") == words.encode("FOX DOG") and words.encode("") == words.encode(" ") == []
+    assert tokenizer_from_dict(json.loads(json.dumps(words.to_dict()))) == words == train_words(TEXTS)
+    with pytest.raises(ValueError, match="^the vocabulary has no 'CAT', 'É', which is in 'THE CAT É DOG'$"):
+        words.encode("THE CAT É DOG")
+    with pytest.raises(ValueError, match="^there is no text to train word pieces on$"):
+        train_words([" ", ""])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_training_is_quiet(capfd: pytest.CaptureFixture[str]):

@@ -7,13 +7,15 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
+
+from zoo.preprocess import Stored
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -104,7 +106,7 @@ def cut_off(file: SoundFile) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioPreprocess:
+class AudioPreprocess(Stored):
     """Log-mel features of a waveform; stored in a checkpoint's `config.json`. Named ones are in `RECIPES`.
 
     Frame t is centred on sample t * hop; what lies outside the waveform is zero. A clip of S samples has
@@ -271,25 +273,6 @@ class AudioPreprocess:
         if self.log == "ln":
             return (mels + self.floor).log()
         return amplitude_to_DB(mels, 10.0, self.floor, 0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, in types that JSON knows."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AudioPreprocess:
-        """The inverse of `to_dict`; a field that is left out has its default.
-
-        Raises:
-            ValueError: `values` is no mapping, has an unknown key, or a value out of its range.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"preprocess must be a mapping, not {type(values).__name__}")
-        allowed = [field.name for field in fields(cls)]
-        unknown = [str(key) for key in values if key not in allowed]
-        if unknown:
-            raise ValueError(f"unknown preprocess key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-        return cls(**values)
 
 
 class StreamingFeatures:

@@ -1,4 +1,4 @@
-"""From a picture file to the tensor that a model takes: reading, resizing, normalisation."""
+"""What a checkpoint says of its input; and from a picture file to the tensor that a model takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,31 @@ class UnreadableImage(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePreprocess:
+class Stored:
+    """What is done to an input before a model sees it, as plain fields that `config.json` holds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, in types that JSON knows."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; a field that is left out has its default.
+
+        Raises:
+            ValueError: `values` is no mapping, has an unknown key, or a value out of its range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"preprocess must be a mapping, not {type(values).__name__}")
+        allowed = [field.name for field in fields(cls)]
+        unknown = [str(key) for key in values if key not in allowed]
+        if unknown:
+            raise ValueError(f"unknown preprocess key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreprocess(Stored):
     """What is done to a picture before a model sees it; stored in a checkpoint's `config.json`.
 
     The short side is resized to `size / crop` (rounded down), the centre of `size` by `size` pixels
@@ -82,26 +106,6 @@ class ImagePreprocess:
         if isinstance(picture, Tensor):
             picture = _from_tensor(picture)
         return _evaluation_transform(self)(convert_image(picture, self.channels))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, in types that JSON knows."""
-        values = asdict(self)
-        return values | {"mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImagePreprocess:
-        """The inverse of `to_dict`; a field that is left out has its default.
-
-        Raises:
-            ValueError: `values` is no mapping, has an unknown key, or a value out of its range.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"preprocess must be a mapping, not {type(values).__name__}")
-        allowed = [field.name for field in fields(cls)]
-        unknown = [str(key) for key in values if key not in allowed]
-        if unknown:
-            raise ValueError(f"unknown preprocess key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-        return cls(**values)
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -64,5 +64,4 @@ class Stream:
         return self.model.step(part, real, self.cache, self.visible)[:, :left]
 
     def nothing(self) -> Tensor:
-        width = self.model.config.vocabulary if self.model.config.head.startswith("ctc") else 0
-        return self.waiting.new_zeros(len(self.waiting), 0, width or self.model.config.dim)
+        return self.waiting.new_zeros(len(self.waiting), 0, self.model.config.outputs)

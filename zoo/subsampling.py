@@ -11,9 +11,9 @@ from zoo.fusion import fold_site
 from zoo.layer import Context, Fold, check, compiling, linear, make, parse
 from zoo.norms import NORMS, Norm
 
-# Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
 SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
 SLICE = 8192  # elsewhere
+# Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
 PADDINGS = {"symmetric": (1, 1), "right": (0, 1), "causal": (2, 1)}
 
 

@@ -1,4 +1,4 @@
-"""Between text and the tokens that a speech model emits: characters, or word pieces of sentencepiece."""
+"""Between text and the tokens that a speech model emits: characters, or sentencepiece's word pieces or words."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ class Characters(Tokenizer):
 
 
 class WordPieces(Tokenizer):
-    """Pieces of a sentencepiece model, with their numbers there (Kudo 2018, arXiv:1804.10959).
+    """Pieces of a sentencepiece model, which may be whole words, with their numbers there (Kudo and Richardson 2018,
+    arXiv:1808.06226).
 
     Args:
         model: the bytes of a `.model` file.
@@ -122,9 +123,15 @@ class WordPieces(Tokenizer):
         ids = self._processor.encode(text)
         none = self._processor.unk_id()
         if none in ids or SPACE in text:
-            unknown = {character for character in text if none in self._processor.encode(character)}
+            parts = text.split() if self.whole_words else text
+            unknown = {part for part in parts if none in self._processor.encode(part)}
             raise ValueError(_unknown(unknown | ({SPACE} & set(text)), text))
         return ids
+
+    @property
+    def whole_words(self) -> bool:
+        """Whether each piece but `<unk>` is a word with the space in front of it."""
+        return all(piece.startswith(SPACE) for id, piece in enumerate(self.pieces) if id != self._processor.unk_id())
 
     def decode(self, ids: Sequence[int]) -> str:
         self._check(ids)
@@ -188,34 +195,54 @@ def train_pieces(texts: Iterable[str], size: int = 128) -> WordPieces:
     Raises:
         ValueError: the texts are empty, or have too few or too many distinct pieces for the size.
     """
-    import sentencepiece
+    lines = _lines(texts)
+    try:
+        return _train(lines, "unigram", size)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(_misfit(str(error), size)) from error
 
-    lines = [text for text in texts if text]
+
+def train_words(texts: Iterable[str]) -> WordPieces:
+    """A tokenizer of the words that texts have, each a piece, the most frequent first: for small vocabularies, such as
+    digits and commands. Piece 0 is sentencepiece's `<unk>`, which `encode` never gives.
+
+    Raises:
+        ValueError: the texts are empty.
+    """
+    lines = _lines(texts)
+    return _train(lines, "word", 1 + len({word for line in lines for word in line.split()}))
+
+
+def _lines(texts: Iterable[str]) -> list[str]:
+    lines = [text for text in texts if text.strip()]
     if not lines:
         raise ValueError("there is no text to train word pieces on")
     marked = next((line for line in lines if SPACE in line), None)
     if marked is not None:
         raise ValueError(f"{SPACE!r}, which stands for a space in word pieces, is in {_shortened(marked)}")
+    return lines
+
+
+def _train(lines: Iterable[str], kind: str, size: int) -> WordPieces:
+    import sentencepiece
+
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            max_sentence_length=1 << 30,
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(_misfit(str(error), size)) from error
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=size,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=kind == "word",
+        max_sentence_length=1 << 30,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     return WordPieces(model.getvalue())
 
 

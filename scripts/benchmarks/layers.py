@@ -3,11 +3,7 @@
 import argparse
 import copy
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +13,6 @@ import zoo
 from benchmarks.measure import (
     DTYPES,
     Call,
-    NotMeasured,
     Row,
     agree,
     crossed,
@@ -29,6 +24,7 @@ from benchmarks.measure import (
     ratio_cell,
     timed,
 )
+from benchmarks.peak import check_peaks, said_alone
 from zoo.fusion import fold_in
 from zoo.layer import Context, make
 from zoo.norms import NORMS, PRepBN
@@ -70,24 +66,12 @@ def mixers(options: argparse.Namespace) -> Iterator[Row]:
 
 def memory(options: argparse.Namespace) -> Iterator[Row]:
     """The peak of resident memory while each mixer runs, in a process of its own."""
-    if sys.platform != "linux":
-        raise NotMeasured(f"peak memory is read as Linux tells it, and this is {sys.platform}")
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        raise NotMeasured("/proc/self/clear_refs, which resets the peak, cannot be written")
-    folder = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    # What is freed goes back to the system at once.
-    environment = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    check_peaks()
     sizes = [str(side) for side in options.memory_sides]
     for name in tqdm(options.memory_mixers, desc="memory"):
-        command = [sys.executable, "-m", "benchmarks.peak", name, str(DIM), str(HEADS)]
-        command += [options.dtype, str(options.threads), *sizes]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(f"the memory of {name} was not measured: {said[-1]}")
+        lines = said_alone("benchmarks.peak", name, str(DIM), str(HEADS), options.dtype, str(options.threads), *sizes)
         before: tuple[int, float] | None = None
-        for side, line in zip(options.memory_sides, done.stdout.splitlines(), strict=True):
+        for side, line in zip(options.memory_sides, lines, strict=True):
             tokens, above = side**2, float(line)
             slope = "" if before is None else 1000 * (above - before[1]) / (tokens - before[0])
             row: Row = {"mixer": name, "side": side, "tokens": tokens, "mib": above}

@@ -1,14 +1,16 @@
 """python -m benchmarks.peak MIXER DIM HEADS DTYPE THREADS SIDE...: for each side of a grid a line with the peak of
 resident memory, in MiB, above what the process held before the first."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 import zoo
-from benchmarks.measure import DTYPES, randomise
+from benchmarks.measure import DTYPES, NotMeasured, randomise
 from zoo.layer import Context, make
 
 
@@ -18,6 +20,28 @@ def resident(field: str) -> float:
     if found is None:
         raise OSError(f"/proc/self/status has no {field}")
     return int(found[1]) / 1024
+
+
+def check_peaks() -> None:
+    """NotMeasured where the system does not tell the peak of a process."""
+    if sys.platform != "linux":
+        raise NotMeasured(f"peak memory is read as Linux tells it, and this is {sys.platform}")
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        raise NotMeasured("/proc/self/clear_refs, which resets the peak, cannot be written")
+
+
+def said_alone(module: str, *arguments: str) -> list[str]:
+    """The lines that a module of this folder prints in a process of its own; RuntimeError with its last words."""
+    folder = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    # What is freed goes back to the system at once.
+    environment = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"the memory of {arguments[0]} was not measured: {said[-1]}")
+    return done.stdout.splitlines()
 
 
 @torch.no_grad()

@@ -8,9 +8,7 @@ It starts without timm, which benchmarks.models imports.
 import argparse
 import copy
 import functools
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,7 +36,7 @@ from benchmarks.measure import (
     ratio_cell,
     timed,
 )
-from benchmarks.peak import resident
+from benchmarks.peak import check_peaks, resident, said_alone
 from zoo.convert import from_transformers
 from zoo.layer import Context, count_parameters
 from zoo.models.conformer import Conformer
@@ -176,10 +174,7 @@ def shaped(name: str, dtype: str) -> Conformer:
 
 def check_memory(seconds: int) -> None:
     """NotMeasured where relative attention over so much audio does not fit, or where memory cannot be told."""
-    if sys.platform != "linux":
-        raise NotMeasured(f"memory is read as Linux tells it, and this is {sys.platform}")
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        raise NotMeasured("/proc/self/clear_refs, which resets the peak, cannot be written")
+    check_peaks()
     config = zoo.models.configure(LONG)
     tokens = seconds * RATE // config.stride
     # Scores by offset are twice as many as pairs of tokens; half as much again is left for what else there is.
@@ -193,17 +188,8 @@ def check_memory(seconds: int) -> None:
 
 def peaks(name: str, options: argparse.Namespace) -> dict[int, dict[str, float]]:
     """MiB of each part for each length of audio, from a process of its own."""
-    folder = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    # What is freed goes back to the system at once.
-    environment = os.environ | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.speech", name, options.dtype, str(options.threads)]
-    command += map(str, options.long)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"the memory of {name} was not measured: {said[-1]}")
-    lines = zip(options.long, done.stdout.splitlines(), strict=True)
+    given = (name, options.dtype, str(options.threads), *map(str, options.long))
+    lines = zip(options.long, said_alone("benchmarks.speech", *given), strict=True)
     return {seconds: dict(zip(PARTS, map(float, line.split()), strict=True)) for seconds, line in lines}
 
 

@@ -47,7 +47,7 @@ class Ear(nn.Module):
         bands = torch.stack([PREPROCESS(tone)[3] for tone in tones]).argmax(1)
         assert len(set(bands.tolist())) == 4
         self.weight = nn.Parameter(F.one_hot(bands, 80).float())
-        self.config = SimpleNamespace(vocabulary=5, stride=STRIDE, head=head)
+        self.config = SimpleNamespace(vocabulary=5, stride=STRIDE, transducer=head == "transducer")
         self.head: Any = Joint() if head == "transducer" else nn.Identity()
         self.batches: list[tuple[int, int]] = []
 
@@ -55,7 +55,7 @@ class Ear(nn.Module):
         self.batches.append((len(features), features.shape[1]))
         last = torch.arange(0, features.shape[1], STRIDE)
         logits = F.linear(features[:, last], self.weight)
-        if self.config.head == "transducer":  # it may ask twice for what one frame holds
+        if self.config.transducer:  # it may ask twice for what one frame holds
             logits = logits.where(logits == logits.amax(-1, keepdim=True), -99.0)
         return F.pad(logits, (0, 1), value=-2.0), (lengths + STRIDE - 1) // STRIDE
 
@@ -103,7 +103,7 @@ def ear(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ear:
     """The model "ear"; the test runs beside a folder of recordings, which is sorted."""
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints()
-    monkeypatch.setattr(transcripts, "load_checkpoint", checkpoints)
+    monkeypatch.setattr(transcripts.files, "load_checkpoint", checkpoints)
     for name, text in TEXTS.items():
         record(Path("sounds", name), text)
     record(Path("sounds/.hidden.wav"), "c")

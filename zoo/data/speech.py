@@ -1,6 +1,7 @@
 """Transcribed speech for training, validation and test: LibriSpeech's folders, manifests, generated tones."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,13 @@ from zoo.data.augment import change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
 from zoo.data.corpora import CORPORA, Corpus
 from zoo.data.sampling import global_seed, seeded
-from zoo.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces
+from zoo.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces, train_words
+
+TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
+    "pieces": train_pieces,
+    "words": lambda texts, _: train_words(texts),
+    "characters": lambda texts, _: train_characters(texts),
+}
 
 
 class Batch(NamedTuple):
@@ -104,7 +111,8 @@ class Speech(lightning.LightningDataModule):
         test: folders or manifests for testing; null for those of val.
         recipe: how features are made: nemo, squeezeformer or streaming.
         mels: mel bands.
-        tokenizer: `pieces` or `characters`, trained on the training texts, or the path of a sentencepiece .model file.
+        tokenizer: `pieces`, `words` or `characters`, trained on the training texts, or the path of a sentencepiece
+            .model file.
         pieces: word pieces, where they are trained.
         seconds: most seconds of sound in a batch, padding included, per device; a longer utterance has its own batch.
         padding: largest share of a batch that is padding, before the speed is changed.
@@ -157,8 +165,10 @@ class Speech(lightning.LightningDataModule):
             raise ValueError("dataset 'librispeech' needs root, a folder")
         if recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; allowed: {', '.join(RECIPES)}")
-        if tokenizer not in ("pieces", "characters") and not tokenizer.endswith(".model"):
-            raise ValueError(f"tokenizer must be pieces, characters or the path of a .model file, not {tokenizer!r}")
+        if tokenizer not in TOKENIZERS and not tokenizer.endswith(".model"):
+            raise ValueError(
+                f"tokenizer must be {', '.join(TOKENIZERS)} or the path of a .model file, not {tokenizer!r}"
+            )
         check_limits(seconds, padding, batch)
         for name, value, least in (("pieces", pieces, 2), ("workers", workers, 0), ("limit", limit, 1)):
             if value is not None and value < least:
@@ -191,12 +201,7 @@ class Speech(lightning.LightningDataModule):
             return read_tokenizer(self.wanted_tokenizer)
         source = self.source("train")
         texts = [source.text(index) for index in range(len(source))]
-        return train_characters(texts) if self.wanted_tokenizer == "characters" else train_pieces(texts, self.pieces)
-
-    @property
-    def labels(self) -> Tokenizer:
-        """What a checkpoint stores beside the model: the tokenizer."""
-        return self.tokenizer
+        return TOKENIZERS[self.wanted_tokenizer](texts, self.pieces)
 
     def setup(self, stage: str) -> None:
         """Finds the utterances of a stage, and their faults, before the first step."""

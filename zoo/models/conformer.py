@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from zoo.block import Block, drop_rates, run
 from zoo.config import TABLES, BlockConfig
-from zoo.fusion import fold_in, keep, not_affine
+from zoo.fusion import fold_in, keep
 from zoo.heads import SPEECH_HEADS, CTCHead
-from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, filtered, halved, linear, make, parse, zeroed
-from zoo.mixers import CONVS
-from zoo.mixers.local import StridedConvolution
+from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, linear, make, parse
+from zoo.models.rates import Reduce, Strided
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
 from zoo.streaming import Stream
@@ -89,6 +88,8 @@ class ConformerConfig(BlockConfig):
             if self.widths or self.mixers:
                 raise ValueError("widths and mixers would be ignored: strided names no block at which stages end")
             return
+        if self.mixers and self.mixer != "relative":
+            raise ValueError(f"mixer '{self.mixer}' would be ignored: mixers names one a stage; set mixers=() or those")
         stages = len(self.strided) + 1
         if len(self.widths) != stages or self.widths[0] != self.dim or len(self.mixers) not in (0, stages):
             raise ValueError(
@@ -167,6 +168,16 @@ class ConformerConfig(BlockConfig):
         return None if self.chunk is None else Chunks(self.chunk, self.left)
 
     @property
+    def transducer(self) -> bool:
+        """Whether the head is an RNN-T's, so that the model's first output is tokens."""
+        return self.vocabulary > 0 and parse(self.head)[0] == "transducer"
+
+    @property
+    def outputs(self) -> int:
+        """The last size of the model's first output: the vocabulary, or the width of the tokens."""
+        return self.vocabulary if self.vocabulary and not self.transducer else self.width
+
+    @property
     def stride(self) -> int:
         """Frames of the features to one output."""
         return 2 ** (SUBSAMPLINGS[parse(self.subsampling)[0]].stages + len(self.strided))
@@ -181,54 +192,6 @@ class Encoded(NamedTuple):
     tokens: Tensor
     context: Context
     lengths: Tensor | None
-
-
-class Reduce(nn.Module):
-    """Halves the frame rate: a depthwise convolution of 5 frames and stride 2, then a linear. `left` zeros stand in
-    front of the first frame."""
-
-    def __init__(self, dim: int, left: int) -> None:
-        super().__init__()
-        self.left = left
-        self.conv = nn.Conv1d(dim, dim, 5, stride=2, groups=dim)
-        self.point = linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 4 - self.left))
-        x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2))
-        return x, halved(context)
-
-
-class Strided(nn.Module):
-    """A Conformer block whose convolution has stride 2 and leads to another width; its shortcut takes every second
-    token and maps it by a linear."""
-
-    def __init__(self, before: ConformerConfig, after: ConformerConfig, drop: float) -> None:
-        super().__init__()
-        unused = {"conv": "glu", "conv_norm": "batchnorm"}
-        self.front = Block(replace(before, layout=("half", "mixer"), **unused), drop)
-        self.norm: Norm | None = make(NORMS, before.norm, before.dim)
-        kernel = check(CONVS, after.conv)["kernel"]
-        self.conv = StridedConvolution(before.dim, after.dim, after.conv_norm, kernel=kernel)
-        self.shortcut = linear(before.dim, after.dim)
-        self.back = Block(replace(after, layout=("half", "norm"), mixer="relative", **unused), drop)
-        self.dropout = before.dropout
-
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        x = self.front(x, context)
-        y = self.conv(x if self.norm is None else self.norm(x, context), context)
-        context = halved(context)
-        x = self.shortcut(x[:, ::2]) + F.dropout(y, self.dropout, self.training)
-        return self.back(x, context), context
-
-    def fold(self) -> list[Fold]:
-        if self.norm is None:
-            return []
-        if (affine := self.norm.affine()) is None:
-            return [Fold("norm", None, not_affine(self.norm))]
-        fold_in(self.conv.expand, *affine)
-        self.norm = None
-        return [Fold("norm", "the branch's input linears")]
 
 
 class Conformer(nn.Module):
@@ -339,7 +302,7 @@ class Conformer(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """A CTC head's logits of tokens; without one the tokens."""
-        return self.head(tokens) if self.head is not None and self.config.head.startswith("ctc") else tokens
+        return self.head(tokens) if isinstance(self.head, CTCHead) else tokens
 
     def tokens(self, lengths: Any) -> Any:
         """Tokens that so many frames become, of a number or a tensor of them."""

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch import nn
 from tqdm import tqdm
+
+from zoo.audio import AudioPreprocess
+from zoo.tokens import Tokenizer
+from zoo.weights import load_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +39,14 @@ def device_for(wanted: str) -> str:
     if wanted == "cuda" and not cuda:
         raise ValueError("--device cuda: there is no CUDA device here; use cpu or auto")
     return "cuda" if cuda and wanted != "cpu" else "cpu"
+
+
+def load_recogniser(name: str) -> tuple[nn.Module, AudioPreprocess, Tokenizer]:
+    """A speech checkpoint's model, features and tokens; ValueError where it is none."""
+    model, preprocess, tokenizer, _ = load_checkpoint(name)
+    if not isinstance(preprocess, AudioPreprocess) or not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"{name} is no speech model: its config.json has no preprocess for sound or no tokenizer")
+    return model, preprocess, tokenizer
 
 
 def make_output(folder: Path) -> None:

@@ -17,9 +17,8 @@ from zoo import audio
 from zoo.audio import AudioPreprocess, StreamingFeatures, UnreadableAudio
 from zoo.decoding.transducer import transducer_search
 from zoo.layer import Chunks
-from zoo.tasks.files import count, device_for, plain
+from zoo.tasks.files import count, device_for, load_recogniser, plain
 from zoo.tokens import Tokenizer
-from zoo.weights import load_checkpoint
 
 BLOCK = 0.1  # seconds of sound that are computed at once
 HEADERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
@@ -71,7 +70,7 @@ class Listener:
         self.stream = self.model.stream(1, Chunks(chunk, config.left // chunk * chunk))
         self.tokenizer, self.times = tokenizer, times
         self.step = preprocess.seconds_per_frame * config.stride
-        self.transducer = not config.head.startswith("ctc")
+        self.transducer = config.transducer
         self.state: Any = self.model.head.start(1) if self.transducer else tokenizer.blank
         self.frame = 0
         self.pending: list[tuple[int, int]] = []
@@ -192,11 +191,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("standard input is a terminal; pipe raw sound into it, as --help shows")
     if given.look_ahead is not None and given.look_ahead < 0:
         raise ValueError(f"--look-ahead is at least 0, not {given.look_ahead}")
-    model, preprocess, tokenizer, _ = load_checkpoint(given.name)
-    if not isinstance(preprocess, AudioPreprocess) or not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            f"{given.name} is no speech model: its config.json has no preprocess for sound or no tokenizer"
-        )
+    model, preprocess, tokenizer = load_recogniser(given.name)
     rate = given.rate or preprocess.rate
     if not live:
         with audio.opened(given.file) as file:

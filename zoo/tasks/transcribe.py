@@ -113,7 +113,7 @@ class Transcribe(Task):
             raise ValueError(f"model.hold is at least 0, and for noam_hold alone; not {hold} with {schedule}")
         if not 0.0 <= intermediate_weight < 1.0 or consistency < 0:
             raise ValueError("model.intermediate_weight lies in 0..1 and model.consistency is at least 0")
-        self.transducer = not config.head.startswith("ctc")
+        self.transducer = config.transducer
         if self.transducer and (intermediate or consistency):
             raise ValueError("model.intermediate and model.consistency need a CTC head; this model has a transducer")
         if intermediate_weight != 0.3 and not intermediate:
@@ -146,6 +146,8 @@ class Transcribe(Task):
             self.tokenizer = kept
             if stage == "fit" and data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
                 raise ValueError("data.tokenizer does not match that of model.weights; leave one of the two away")
+            if stage == "fit":
+                rank_zero_info("the tokens are those of model.weights, whatever data.tokenizer says")
         else:
             self.tokenizer = data.tokenizer
         if self.labels.vocabulary != vocabulary:

@@ -25,7 +25,6 @@ from zoo.decoding import KenLM, beam, flashlight, greedy, transducer_greedy, wor
 from zoo.tasks import files
 from zoo.tasks.files import BAR, CARD, GREY, INK, count, plain, say, short
 from zoo.tokens import Tokenizer
-from zoo.weights import load_checkpoint
 
 FILES = ("transcripts.json", "transcripts.csv", "transcripts.png")
 COLUMNS = ("path", "text", "seconds", "error")
@@ -80,11 +79,7 @@ def main(arguments: list[str]) -> None:
     output, device = Path(given.output), files.device_for(given.device)
     _check_options(given)
     paths = files.find_files(given.paths, lambda name: name.lower().endswith(ENDINGS), "sound file")
-    model, preprocess, tokenizer, _ = load_checkpoint(given.name)
-    if not isinstance(preprocess, AudioPreprocess) or not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            f"{given.name} is no speech model: its config.json has no preprocess for sound or no tokenizer"
-        )
+    model, preprocess, tokenizer = files.load_recogniser(given.name)
     if model.head is None:
         raise ValueError(f"{given.name} is an encoder without a head, so it has no text")
     decode = _decoder(given, model, tokenizer)
@@ -116,7 +111,7 @@ def _check_options(given: argparse.Namespace) -> None:
 def _decoder(given: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> Decode | None:
     """From logits [T, V] to tokens; None for a transducer, which has a search of its own."""
     config: Any = model.config
-    if config.head.startswith("transducer"):
+    if config.transducer:
         if given.decode != "greedy":
             raise ValueError(f"--decode {given.decode}: {given.name} is a transducer; only greedy is there for it")
         return None
