@@ -23,7 +23,7 @@ from zoo.audio import (
     read_audio,
     split_at_silence,
 )
-from zoo.data.augment import change_speed, spec_augment
+from zoo.data.augment import change_speed, spec_augment, warp_frequencies
 
 
 def tone(seconds: float, pitch: float = 440.0, rate: int = 16000) -> Tensor:
@@ -352,6 +352,45 @@ def test_streaming_refuses_what_needs_the_whole(recipe: str):
 
 
 # Augmentation
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_centres_are_where_the_bands_peak(recipe: str):
+    from torchaudio.functional import melscale_fbanks
+
+    made = replace(RECIPES[recipe], mels=20, lowest=50.0, highest=7000.0)
+    filters = melscale_fbanks(8193, 50.0, 7000.0, 20, made.rate, None, made.scale)
+    peaks = torch.linspace(0, made.rate / 2, 8193)[filters.argmax(0)]
+    torch.testing.assert_close(made.centres, peaks.double(), atol=made.rate / 16384, rtol=0)
+
+
+def test_warped_frequencies():
+    centres = RECIPES["squeezeformer"].centres
+    features = centres.float().expand(400, 3, 80)  # each band holds its own frequency
+    assert torch.equal(warp_frequencies(features, centres, 0.0), features)
+    warped = warp_frequencies(features, centres, 0.2)
+    assert (warped.diff(dim=-1) > 0).all() and torch.equal(warped[:, 0], warped[:, 2])
+    torch.testing.assert_close(warped[..., -1], features[..., -1])  # the last band stays
+    low = (centres > 200) & (centres < 4800 / 1.2)
+    ratios = (warped / features)[:, 0, low]
+    torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios), atol=1e-4, rtol=0)  # one factor per utterance
+    assert 0.8 <= ratios.min() < 0.82 and 1.18 < ratios.max() <= 1.2001
+
+    # A tone that is warped is another tone.
+    plain = RECIPES["streaming"]
+    torch.manual_seed(3)
+    moved = warp_frequencies(plain(tone(0.5, 1000.0))[None], plain.centres, 0.2)[0, 10:40].mean(0)
+    torch.manual_seed(3)
+    factor = float(warp_frequencies(features[:1], centres, 0.2)[0, 0, 20] / features[0, 0, 20])
+    assert abs(float(plain.centres[moved.argmax()]) * factor / 1000 - 1) < 0.03 < abs(factor - 1)
+
+    padded = features.clone()
+    padded[1, 2:] = 0
+    assert (warp_frequencies(padded, centres, 0.2)[1, 2:] == 0).all()
+    assert warp_frequencies(features[:0], centres, 0.2).shape == (0, 3, 80)
+    for most in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="at least 0 and less than 1"):
+            warp_frequencies(features, centres, most)
 
 
 def test_spec_augment_bounds():

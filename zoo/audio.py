@@ -186,6 +186,16 @@ class AudioPreprocess(Stored):
         """Time from one frame to the next."""
         return self.hop / self.rate
 
+    @property
+    def centres(self) -> Tensor:
+        """The centre of each mel band in Hz, float64 [mels]."""
+        highest = self.rate / 2 if self.highest is None else self.highest
+        edges = _mels_of(torch.tensor([self.lowest, highest], dtype=torch.float64), self.scale)
+        mels = torch.linspace(float(edges[0]), float(edges[1]), self.mels + 2, dtype=torch.float64)[1:-1]
+        if self.scale == "htk":
+            return 700 * (10 ** (mels / 2595) - 1)
+        return torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
+
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples."""
         return min(max(1, samples // self.hop), samples)
@@ -273,6 +283,13 @@ class AudioPreprocess(Stored):
         if self.log == "ln":
             return (mels + self.floor).log()
         return amplitude_to_DB(mels, 10.0, self.floor, 0.0)
+
+
+def _mels_of(hertz: Tensor, scale: str) -> Tensor:
+    if scale == "htk":
+        return 2595 * torch.log10(1 + hertz / 700)
+    beyond = 15 + 27 * torch.log(hertz.clamp(min=1000) / 1000) / math.log(6.4)
+    return torch.where(hertz < 1000, hertz * 3 / 200, beyond)
 
 
 class StreamingFeatures:

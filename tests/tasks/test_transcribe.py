@@ -392,6 +392,7 @@ def test_transducer(transducer: Path):
         ({"consistency": 0.1, "backbone": RNNT}, "need a CTC head; this model has a transducer"),
         ({"chunks": [4]}, "model.chunks lists sizes of at least 1, for a model whose config has a chunk"),
         ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks lists sizes of at least 1"),
+        ({"warp": 1.0}, "model.warp is at least 0 and less than 1"),
         ({"time_share": 2.0}, "time_share between 0 and 1"),
         ({"frequency_masks": -1}, "must be at least 0"),
         ({"rate": 0.0}, "model.rate"),

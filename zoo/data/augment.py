@@ -1,4 +1,4 @@
-"""What training does to waveforms and features: another speed, and bands that are removed."""
+"""What training does to waveforms and features: another speed, other voices, and bands that are removed."""
 
 import torch
 from torch import Tensor
@@ -51,6 +51,38 @@ def _bands(extent: Tensor, widest: Tensor, number: int, size: int) -> Tensor:
     start = (draws[1] * (extent[:, None, None] - width + 1)).long()
     place = torch.arange(size, device=extent.device)
     return ((place >= start) & (place < start + width)).any(1)
+
+
+def warp_frequencies(features: Tensor, centres: Tensor, most: float, bend: float = 4800.0) -> Tensor:
+    """Stretches each utterance's frequencies, as if the speaker's vocal tract were of another length.
+
+    Vocal tract length perturbation (Jaitly and Hinton 2013): frequency f takes what was at a * f, with a uniform in
+    1 - most..1 + most, up to `bend`; above, a line leads to the last band, which stays. Between bands it is linear.
+
+    Args:
+        features: [B, T, mels], zero beyond each length.
+        centres: [mels], rising: the centre of each band in Hz.
+        most: largest change, from 0 to below 1.
+        bend: where the line begins, in Hz.
+
+    Returns:
+        A new tensor [B, T, mels].
+
+    Raises:
+        ValueError: `most` is out of its range.
+    """
+    if not 0 <= most < 1:
+        raise ValueError(f"the frequencies change by at least 0 and less than 1, not {most!r}")
+    centres = centres.to(features.device, torch.float32)
+    factor = 1 + most * (2 * torch.rand(len(features), 1, device=features.device) - 1)
+    top = centres[-1]
+    high = factor.clamp(max=1) * min(bend, float(top))
+    beyond = top - (top - high) * (top - centres) / (top - high / factor).clamp(min=1e-6)
+    source = torch.where(centres <= high / factor, factor * centres, beyond).clamp(centres[0], top)
+    left = (torch.searchsorted(centres, source, right=True) - 1).clamp(0, len(centres) - 2)
+    share = ((source - centres[left]) / (centres[left + 1] - centres[left])).to(features.dtype)
+    below, above = (features.gather(2, index[:, None].expand_as(features)) for index in (left, left + 1))
+    return torch.lerp(below, above, share[:, None])
 
 
 def change_speed(waveform: Tensor, factor: float) -> Tensor:

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from zoo.audio import StreamingFeatures
-from zoo.data.augment import spec_augment
+from zoo.data.augment import spec_augment, warp_frequencies
 from zoo.data.speech import Batch
 from zoo.decoding import greedy, transducer_greedy
 from zoo.layer import Chunks
@@ -46,6 +46,8 @@ class Transcribe(Task):
         hold: epochs at the peak, for noam_hold.
         final_rate: learning rate at the end of the cosine, and the least of the others.
         average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
+        warp: largest change of the frequencies of a training utterance, as of another speaker's vocal tract (Jaitly and
+            Hinton 2013); 0 for none.
         frequency_masks: bands of mel bins that training removes from each utterance.
         frequency_width: most mel bins in such a band.
         time_masks: bands of frames that training removes from each utterance.
@@ -79,6 +81,7 @@ class Transcribe(Task):
         hold: float = 0.0,
         final_rate: float = 1e-5,
         average: float = 0.0,
+        warp: float = 0.0,
         frequency_masks: int = 2,
         frequency_width: int = 27,
         time_masks: int = 5,
@@ -124,6 +127,9 @@ class Transcribe(Task):
             raise ValueError(f"model.intermediate: the head reads the width of blocks from {first} on: {intermediate}")
         if chunks and (config.chunk is None or min(chunks) < 1):
             raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
+        if not 0.0 <= warp < 1.0:
+            raise ValueError(f"model.warp is at least 0 and less than 1, not {warp}")
+        self.warp = warp
         self.masks = (frequency_masks, frequency_width, time_masks, time_share)
         spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # refuses what cannot be
         self.schedule, self.hold, self.consistency = schedule, hold, consistency
@@ -159,6 +165,7 @@ class Transcribe(Task):
             raise ValueError(
                 f"the data has {data.preprocess.mels} mel bands and the model {config.mels}; set model.backbone.mels"
             )
+        self.centres = data.preprocess.centres
         if config.chunk is not None:
             StreamingFeatures(data.preprocess)  # refuses features that wait for the end of an utterance
         if self.start is not None and self.start.preprocess not in (None, data.preprocess):
@@ -236,6 +243,8 @@ class Transcribe(Task):
         features, lengths, views = batch.features[kept], batch.lengths[kept], 2 if self.consistency else 1
         if views == 2:
             features, lengths, tokens = features.repeat(2, 1, 1), lengths.repeat(2), tokens * 2
+        if self.warp:
+            features = warp_frequencies(features, self.centres, self.warp)
         features = spec_augment(features, lengths, *self.masks)
         made = self.model.encode(features, lengths, self.visible(), (*self.intermediate, -1))
         real = [each.lengths for each in made]
