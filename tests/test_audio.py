@@ -96,7 +96,7 @@ def test_silence_and_clipping_are_legal(tmp_path: Path):
 
 
 def broken(folder: Path) -> dict[Path, str]:
-    for extension in ("wav", "flac", "mp3"):
+    for extension in ("wav", "flac", "ogg", "mp3"):
         content = write(folder / f"whole.{extension}", speechlike(16000)).read_bytes()
         (folder / f"half.{extension}").write_bytes(content[: len(content) // 2])
         (folder / f"empty.{extension}").write_bytes(b"")
@@ -108,11 +108,24 @@ def broken(folder: Path) -> dict[Path, str]:
     write(folder / "nan.wav", holes, subtype="FLOAT")
     holes[3] = math.inf
     write(folder / "inf.wav", holes, subtype="FLOAT")
+    holes[3] = 1e19
+    write(folder / "huge.wav", holes, subtype="FLOAT")
     lost = "no readable sound (Error : flac decoder lost sync.)"
-    reasons = {"half.wav": "truncated", "half.flac": lost, "half.mp3": "truncated", "missing.wav": "No such file"}
-    reasons |= {f"empty.{extension}": "the file is empty" for extension in ("wav", "flac", "mp3")}
+    reasons = {
+        "half.wav": "truncated",
+        "half.flac": lost,
+        "half.ogg": "truncated",
+        "half.mp3": "truncated",
+        "missing.wav": "No such file",
+    }
+    reasons |= {f"empty.{extension}": "the file is empty" for extension in ("wav", "flac", "ogg", "mp3")}
     reasons |= {"text.flac": "no readable sound (Format not recognised.)", "folder.wav": "it is a folder"}
-    reasons |= {"none.wav": "it has no samples", "nan.wav": "not finite", "inf.wav": "not finite"}
+    reasons |= {
+        "none.wav": "it has no samples",
+        "nan.wav": "not finite",
+        "inf.wav": "not finite",
+        "huge.wav": "not finite",
+    }
     return {folder / name: reason for name, reason in reasons.items()}
 
 

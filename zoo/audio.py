@@ -12,13 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.layer import mask_of
 from zoo.preprocess import Stored
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
+
+EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+LOUDEST = 1e6  # full scale is 1; the power of what is far beyond overflows
+OGG_PAGE = 65536  # bytes that hold at least the last page
 
 
 class UnreadableAudio(ValueError):
@@ -29,8 +35,6 @@ def read_audio(
     path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
 ) -> Tensor:
     """Reads a wav, flac, ogg or mp3 file, or a part of one; channels are averaged.
-
-    An ogg file that is cut off gives what there is of it: its format does not tell the length.
 
     Args:
         path: the file.
@@ -43,13 +47,13 @@ def read_audio(
 
     Raises:
         UnreadableAudio: the file is missing, empty, truncated or no sound, ends before `start`, or has samples that
-            are not finite numbers.
+            are not numbers between -1e6 and 1e6.
     """
     from torchaudio.functional import resample
 
     with opened(path) as file:
         if file.frames < 1:
-            raise UnreadableAudio(f"{os.fspath(path)}: it has no samples")
+            raise UnreadableAudio(f"{os.fspath(path)}: {'it is truncated' if cut_off(file) else 'it has no samples'}")
         first = round(start * file.samplerate)
         if first >= file.frames:
             ends = file.frames / file.samplerate
@@ -63,10 +67,14 @@ def read_audio(
         if len(samples) < wanted or cut_off(file):
             raise UnreadableAudio(f"{os.fspath(path)}: it is truncated")
         found = file.samplerate
-    waveform = torch.from_numpy(samples).mean(1)
-    if not waveform.isfinite().all():
-        raise UnreadableAudio(f"{os.fspath(path)}: it has samples that are not finite numbers")
-    return resample(waveform, found, rate)
+    return resample(mixed(samples, path), found, rate)
+
+
+def mixed(samples: np.ndarray, path: str | os.PathLike[str]) -> Tensor:
+    """The mean [n] of the channels of [n, channels]; UnreadableAudio where one is no number or no sound."""
+    if not (np.abs(samples) < LOUDEST).all():
+        raise UnreadableAudio(f"{os.fspath(path)}: it has samples that are not finite numbers below {LOUDEST:g}")
+    return torch.from_numpy(samples).mean(1)
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:
@@ -100,7 +108,14 @@ def opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
 
 
 def cut_off(file: SoundFile) -> bool:
-    """Whether a wav file promises more than it has. Programs that write into a pipe promise the largest number."""
+    """Whether a wav file promises more than it has (programs that write into a pipe promise the largest number), or an
+    ogg file's last page does not say that it is the last."""
+    if file.format == "OGG":
+        with open(file.name, "rb") as ogg:
+            ogg.seek(max(0, os.path.getsize(file.name) - OGG_PAGE))
+            end = ogg.read()
+        last = end.rfind(b"OggS")
+        return last < 0 or len(end) < last + 6 or not end[last + 5] & 4
     sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     return sizes is not None and int(sizes[2]) < int(sizes[1]) < 0x7FFF0000
 
@@ -380,11 +395,6 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacks features [T, mels] of several lengths: zero-padded [B, T, mels] and their lengths, int64 [B]."""
     lengths = torch.tensor([len(one) for one in features], dtype=torch.int64)
     return torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), lengths
-
-
-def mask_of(lengths: Tensor, size: int) -> Tensor:
-    """[B, size], True on the first of lengths [B]."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
+def mask_of(lengths: Tensor, size: int) -> Tensor:
+    """[B, size], True on the first of lengths [B]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
 class Memory(NamedTuple):
     """What a decoder reads: the tokens of an encoder and where they lie."""
 

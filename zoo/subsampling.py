@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.fusion import fold_site
-from zoo.layer import Context, Fold, check, compiling, linear, make, parse
+from zoo.layer import Context, Fold, check, compiling, linear, make, mask_of, parse
 from zoo.norms import NORMS, Norm
 
 SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
@@ -159,7 +159,7 @@ class Subsampling(nn.Module):
                     maps = stage(F.pad(maps, (before, behind, before, behind + short)))
                 if real is not None:
                     lengths = shortened(real.sum(1), self.padding)
-                    real = torch.arange(maps.shape[2], device=maps.device) < lengths[:, None]
+                    real = mask_of(lengths, maps.shape[2])
             else:
                 past, last = cache[f"stem.{number}"], maps[:, :, -1:]
                 maps = F.pad(torch.cat([past, maps], 2), (before, behind))

@@ -74,7 +74,7 @@ def texts(corpus: Any) -> list[str]:
 
 def by_name(loader: Any) -> dict[str, tuple[str, Tensor]]:
     found = {}
-    for features, lengths, written, names, _ in loader:
+    for features, lengths, written, names, *_ in loader:
         for row, name in enumerate(names):
             assert name not in found and not features[row, lengths[row] :].any()
             found[name] = written[row], features[row, : lengths[row]]
@@ -144,9 +144,9 @@ def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
         f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 without a sound file (such as 2-7-0005), "
         "1 with an empty transcript (such as 2-7-0000)"
     )
-    assert texts(train) == [*TRAIN[:4], "GO  HOME"]
+    assert texts(train) == [*TRAIN[:4], "GO HOME"]
     with pytest.warns(UserWarning, match=r"2 without a sound file \(such as 2-7-0005\)$"):
-        assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO  HOME"]
+        assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO HOME"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         f"1 without a sound file (such as {tmp_path / 'gone.wav'}), 2 with an empty transcript (such as a.wav)"
     )
     with pytest.warns(UserWarning, match="1 without a transcript"):
-        assert texts(data.source("val")) == ["A", "", " "]
+        assert texts(data.source("val")) == ["A", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +361,22 @@ def test_speed_and_dither_are_functions_of_seed_epoch_and_index():
     lengths = {name: len(features) for name, (_, features) in first.items()}
     later = {name: len(features) for name, (_, features) in epoch(1).items()}
     assert 0.3 < np.mean([lengths[name] != later[name] for name in lengths]) < 0.95
+
+
+def test_silent_and_clipped_utterances_are_named(tmp_path: Path):
+    folder = tmp_path / "train/1/2"
+    folder.mkdir(parents=True)
+    sounds = {0: 0.5, 1: 0.0, 2: 5.0, 3: 0.0}
+    for index, loudness in sounds.items():
+        wave = loudness * np.sin(np.arange(8000) / 10)
+        soundfile.write(folder / f"1-2-000{index}.flac", wave.clip(-1, 1), 16000)
+    (folder / "1-2.trans.txt").write_text("1-2-0000 A\n1-2-0001 A\n1-2-0002 A\n1-2-0003 \n")
+    data = Speech("librispeech", str(tmp_path), "train", "train", tokenizer="characters", speeds=[0.9])
+    with pytest.warns(UserWarning, match="1 with an empty transcript"):
+        (batch,) = data.train_dataloader()
+    assert batch.silent == ("1-2-0001",) and batch.clipped == ("1-2-0002",) and len(batch.names) == 3
+    (batch,) = data.val_dataloader()
+    assert batch.silent == ("1-2-0001",) and batch.clipped == ("1-2-0002",) and len(batch.names) == 4
 
 
 def test_speed_is_that_of_the_waveform(root: Path):

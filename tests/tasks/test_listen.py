@@ -393,6 +393,7 @@ def given(monkeypatch: pytest.MonkeyPatch, content: bytes, *arguments: object) -
         (b"\0", [], "standard input has ended without a sample"),
         (b"\0\0\0", ["--channels=2"], "standard input has ended without a sample"),
         (b"RIFF" + bytes(400), [], "standard input is a wav file; - takes raw samples"),
+        (b"ID3" + bytes(400), [], "standard input is a mp3 file; - takes raw samples"),
         (bytes(400), ["--look-ahead=-1"], "--look-ahead is at least 0, not -1"),
         (bytes(400), ["--rate=44056"], "44056 samples a second have no simple ratio to the model's 16000"),
         (bytes(400), ["--device=cuda"], "there is no CUDA device here"),
@@ -426,7 +427,7 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
     values = sound(1.0).numpy()
     values[-1] = np.nan
     soundfile.write(tmp_path / "nan.wav", values, RATE, subtype="FLOAT")
-    assert said(tmp_path / "nan.wav").endswith("it has samples that are not finite numbers")
+    assert said(tmp_path / "nan.wav").endswith("it has samples that are not finite numbers below 1e+06")
     capsys.readouterr()
     short.write_bytes(good.read_bytes()[: 44 + 32000])
     assert said(short) == f"{short}: it is truncated"

@@ -520,6 +520,49 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     assert lines[0] == lines[1] and lines[0].endswith("words in 7 utterances)")
 
 
+def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
+    paths = speak(tmp_path, "train", range(4), {})
+    soundfile.write(paths[0], torch.zeros(8000).numpy(), 16000)
+    soundfile.write(paths[1], torch.ones(8000).numpy(), 16000)
+    with pytest.warns(UserWarning) as seen:
+        fit(
+            tmp_path / "run",
+            "--data.dataset=librispeech",
+            f"--data.root={tmp_path}",
+            "--data.train=train",
+            "--data.val=train",
+        )
+    said = [str(each.message) for each in seen]
+    assert "1-2-0000 is silent, though it has a transcript" in said
+    assert "1-2-0001 is clipped: it was recorded too loud" in said
+    for kind in ("silent files with a transcript", "clipped files"):
+        assert f"1 {kind} were used in the training of epoch 0" in said
+
+
+def test_training_on_nothing_is_an_error(tmp_path: Path):
+    for path in speak(tmp_path, "train", range(4), {}):
+        path.write_bytes(b"no sound")
+    speak(tmp_path, "dev", range(20, 22), {})
+    flags = [*flags_of({}), *SHORT, *folder_flags(tmp_path), f"--trainer.default_root_dir={tmp_path}/run"]
+    with pytest.warns(UserWarning, match="skipped"):
+        assert "no utterance of the training set could be used" in refused("fit", *flags)
+    assert not (tmp_path / "run/last").exists() and not (tmp_path / "run/best").exists()
+
+
+def test_a_checkpoint_is_measured_on_its_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit(tmp_path, "--data.recipe=squeezeformer", "--data.mels=40", "--model.rate=1e-2", backbone={"mels": 40})
+    lines: list[str] = []
+    monkeypatch.setattr("zoo.tasks.transcribe.rank_zero_info", lines.append)
+    weights = f"--model.weights={tmp_path}/last"
+    for flags in (["--data.recipe=squeezeformer", "--data.mels=40"], []):
+        command("validate", weights, "--data.limit=16", *flags)
+    first, second = [line for line in lines if line.startswith("word error rate")]
+    assert first == second
+    assert sum("the features are those of model.weights" in line for line in lines) == 1
+    with pytest.warns(UserWarning, match=r"normalize bin \(was utterance\)"):
+        fit(tmp_path / "on", weights, "--data.mels=40", "--data.recipe=nemo", backbone={"mels": 40})
+
+
 def test_nothing_to_measure(faulty: Path, transducer: Path, tmp_path: Path):
     path = speak(tmp_path, "dev", range(1), {})[0]
     flags = ["--data.dataset=librispeech", f"--data.root={tmp_path}", f"--model.weights={transducer}/last"]

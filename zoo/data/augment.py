@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.audio import mask_of
+from zoo.layer import mask_of
 
 
 def spec_augment(

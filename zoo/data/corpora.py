@@ -16,10 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.audio import UnreadableAudio, audio_seconds, read_audio
+from zoo.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
 from zoo.kernels.native import cache_folder
 
-EXTENSIONS = (".flac", ".wav", ".ogg", ".mp3")
 SMALL = 1000
 """The headers of fewer files are read each time; those of more are kept in the cache folder."""
 
@@ -198,7 +197,7 @@ def _read_transcript(path: Path, texts: dict[str, str]) -> None:
             raise ValueError(f"{path}, line {number}: it does not begin with an utterance's name and a space")
         if name in texts:
             raise ValueError(f"{path}, line {number}: {name} has a transcript already")
-        texts[name] = text.strip()
+        texts[name] = " ".join(text.split())
 
 
 def _manifest(split: str, names: list[str], root: str | None, training: bool, limit: int | None) -> Corpus:
@@ -243,6 +242,7 @@ def _entry(values: Any, folder: Path) -> Utterance:
         raise ValueError(f"audio_filepath must be a path, not {path!r}")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text must be a string, not {text!r}")
+    text = " ".join((text or "").split())
     numbers = {}
     for name, wanted in (("duration", "above 0"), ("offset", "of at least 0")):
         value = numbers[name] = values.get(name)
@@ -254,10 +254,10 @@ def _entry(values: Any, folder: Path) -> Utterance:
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
     duration, offset = numbers["duration"], numbers["offset"]
     if offset is None:
-        return Utterance(path, str(folder / path), text or "", duration=duration)
+        return Utterance(path, str(folder / path), text, duration=duration)
     if duration is None:
         raise ValueError("offset needs duration beside it")
-    return Utterance(f"{path} from {offset:g} s", str(folder / path), text or "", offset, duration, duration)
+    return Utterance(f"{path} from {offset:g} s", str(folder / path), text, offset, duration, duration)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -24,6 +24,7 @@ TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
     "words": lambda texts, _: train_words(texts),
     "characters": lambda texts, _: train_characters(texts),
 }
+CLIPPED = 0.001  # share of samples at full scale from which an utterance counts as clipped
 
 
 class Batch(NamedTuple):
@@ -31,7 +32,8 @@ class Batch(NamedTuple):
 
     `features` is float32 [B, T, mels], zero beyond each of `lengths`, int64 [B]; `texts` and `names` have B entries.
     `skipped` holds a line for each file that could not be read, which names it and says why; those utterances are
-    missing from the others, and where every file of a batch is unreadable, B is 0.
+    missing from the others, and where every file of a batch is unreadable, B is 0. `silent` and `clipped` name those
+    that can be read but whose sound is all zero, though it has a transcript, or was cut at full scale.
     """
 
     features: Tensor
@@ -39,15 +41,20 @@ class Batch(NamedTuple):
     texts: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[str, ...]
+    silent: tuple[str, ...] = ()
+    clipped: tuple[str, ...] = ()
 
 
 class Clip(NamedTuple):
-    """One utterance: features [T, mels], or None and the reason `fault` where the file is unreadable."""
+    """One utterance: features [T, mels], or None and the reason `fault` where the file is unreadable; `silent` and
+    `clipped` as in `Batch`."""
 
     features: Tensor | None
     text: str
     name: str
     fault: str = ""
+    silent: bool = False
+    clipped: bool = False
 
 
 class Clips(Dataset[Clip]):
@@ -76,11 +83,15 @@ class Clips(Dataset[Clip]):
             waveform = self.corpus.waveform(index, self.preprocess.rate)
         except UnreadableAudio as error:
             return Clip(None, text, name, str(error))
+        loudness = waveform.abs()
+        silent = bool(text) and not bool(loudness.any())
+        clipped = float((loudness >= 0.999).float().mean()) > CLIPPED
         if self.seed is None:
-            return Clip(self.preprocess(waveform), text, name)
+            return Clip(self.preprocess(waveform), text, name, silent=silent, clipped=clipped)
         with seeded(self.seed, epoch, index):
             waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
-            return Clip(self.preprocess(waveform, dither=self.dither), text, name)
+            features = self.preprocess(waveform, dither=self.dither)
+            return Clip(features, text, name, silent=silent, clipped=clipped)
 
 
 def collate(clips: list[Clip], mels: int) -> Batch:
@@ -90,7 +101,8 @@ def collate(clips: list[Clip], mels: int) -> Batch:
     if not read:
         return Batch(torch.zeros(0, 0, mels), torch.zeros(0, dtype=torch.int64), (), (), skipped)
     features, texts, names = zip(*read, strict=True)
-    return Batch(*pad_features(features), texts, names, skipped)
+    silent, clipped = (tuple(clip.name for clip in clips if getattr(clip, kind)) for kind in ("silent", "clipped"))
+    return Batch(*pad_features(features), texts, names, skipped, silent, clipped)
 
 
 class Speech(lightning.LightningDataModule):
@@ -106,7 +118,8 @@ class Speech(lightning.LightningDataModule):
             offset beside duration, in seconds, only that part of the file is read), or `synthetic` (generated tones,
             one for each of eight letters).
         root: folder of librispeech; for manifests, the folder that their names are relative to.
-        train: folders, such as train-clean-100, or manifests to train on; a tokenizer is trained on their texts.
+        train: folders, such as train-clean-100, or manifests to train on, one or a list of them; a tokenizer is trained
+            on their texts.
         val: folders, such as dev-clean, or manifests for validation.
         test: folders or manifests for testing; null for those of val.
         recipe: how features are made: nemo, squeezeformer or streaming.
@@ -138,9 +151,9 @@ class Speech(lightning.LightningDataModule):
         self,
         dataset: str = "synthetic",
         root: str | None = None,
-        train: list[str] | None = None,
-        val: list[str] | None = None,
-        test: list[str] | None = None,
+        train: list[str] | str | None = None,
+        val: list[str] | str | None = None,
+        test: list[str] | str | None = None,
         recipe: str = "nemo",
         mels: int = 80,
         tokenizer: str = "pieces",
@@ -183,7 +196,8 @@ class Speech(lightning.LightningDataModule):
             raise ValueError(f"dither must be at least 0 and below 1, not {dither}")
         self.preprocess = replace(RECIPES[recipe], mels=mels)
         self.dataset, self.root, self.batch, self.workers = dataset, root, batch, workers
-        self.splits = {"train": train, "val": val, "test": test or val}
+        given = {"train": train, "val": val, "test": test or val}
+        self.splits = {split: [names] if isinstance(names, str) else names for split, names in given.items()}
         self.wanted_tokenizer, self.pieces = tokenizer, pieces
         self.seconds, self.padding, self.shortest, self.longest = seconds, padding, shortest, longest
         self.speeds, self.dither, self.limit = tuple(speeds), dither, limit

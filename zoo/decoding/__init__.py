@@ -4,7 +4,7 @@ Frames are logits over the vocabulary; its last index is the blank. Scores are n
 """
 
 from zoo.decoding.align import Word, words
-from zoo.decoding.ctc import Hypothesis, beam, flashlight, greedy
+from zoo.decoding.ctc import Hypothesis, beam, flashlight, frames_for, greedy
 from zoo.decoding.lm import KenLM, LanguageModel
 from zoo.decoding.transducer import Transducer, transducer_greedy
 
@@ -16,6 +16,7 @@ __all__ = [
     "Word",
     "beam",
     "flashlight",
+    "frames_for",
     "greedy",
     "transducer_greedy",
     "words",

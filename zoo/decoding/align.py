@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.decoding.ctc import log_probabilities
+from zoo.decoding.ctc import frames_for, log_probabilities
 
 if TYPE_CHECKING:
     from zoo.tokens import Tokenizer
@@ -48,7 +47,7 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
     frames, blank = logits.shape[0], logits.shape[1] - 1
     if not 0 <= min(tokens) <= max(tokens) < blank:
         raise ValueError(f"tokens are 0 to {blank - 1}, not {min(tokens)} to {max(tokens)}")
-    needed = len(tokens) + sum(one == two for one, two in itertools.pairwise(tokens))
+    needed = frames_for(tokens)
     if needed > frames:
         raise ValueError(f"{len(tokens)} tokens need at least {needed} frames, and there are {frames}")
     rows = torch.from_numpy(log_probabilities(logits)).float()

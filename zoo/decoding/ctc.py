@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,11 @@ class Hypothesis(NamedTuple):
     tokens: list[int]
     score: float
     acoustic: float  # log of the summed probability of the alignments that the search kept
+
+
+def frames_for(tokens: Sequence[int]) -> int:
+    """How many frames CTC needs: one a token, and a blank between equal ones."""
+    return len(tokens) + sum(one == other for one, other in itertools.pairwise(tokens))
 
 
 def greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:

@@ -14,7 +14,7 @@ from zoo.block import Block, drop_rates, run
 from zoo.config import TABLES, BlockConfig
 from zoo.fusion import fold_in, keep
 from zoo.heads import SPEECH_HEADS, CTCHead
-from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, linear, make, parse
+from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, linear, make, mask_of, parse
 from zoo.models.rates import Reduce, Strided
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
@@ -236,7 +236,7 @@ class Conformer(nn.Module):
                 raise ValueError(f"a clip of {int(lengths.max())} frames does not fit features {list(features.shape)}")
             # Where it costs nothing to know, clips without padding take the way without masks.
             if not known or self.training or bool((lengths < features.shape[1]).any()):
-                mask = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+                mask = mask_of(lengths, features.shape[1])
         x, mask = self.stem(features, mask)
         context = self.position.place(Context(grid=(x.shape[1],), mask=mask))
         return self.start(x, context), context._replace(visible=self.chunks(visible))

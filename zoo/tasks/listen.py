@@ -21,7 +21,7 @@ from zoo.tasks.files import count, device_for, load_recogniser, plain
 from zoo.tokens import Tokenizer
 
 BLOCK = 0.1  # seconds of sound that are computed at once
-HEADERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
+HEADERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3"}
 CUT = "\N{REPLACEMENT CHARACTER}"  # how a part of a character is decoded, where a token is one of its bytes
 
 
@@ -243,10 +243,8 @@ def _recorded(path: str) -> Iterator[Tensor]:
             raise UnreadableAudio(f"{path}: it has no samples")
         read, size = 0, max(1, round(BLOCK * file.samplerate))
         while len(samples := file.read(size, dtype="float32", always_2d=True)):
-            if not np.isfinite(samples).all():
-                raise UnreadableAudio(f"{path}: it has samples that are not finite numbers")
             read += len(samples)
-            yield torch.from_numpy(samples).mean(1)
+            yield audio.mixed(samples, path)
         if read < file.frames or audio.cut_off(file):
             raise UnreadableAudio(f"{path}: it is truncated")
 
@@ -266,7 +264,7 @@ def _raw(rate: int, channels: int) -> Iterator[Tensor]:
         whole = len(left) // size * size
         if not whole:
             continue
-        if empty and (kind := HEADERS.get(left[:4])):
+        if empty and (kind := next((HEADERS[mark] for mark in HEADERS if left.startswith(mark)), None)):
             raise ValueError(f"standard input is a {kind} file; - takes raw samples, so give the file's name instead")
         samples = np.frombuffer(left[:whole], dtype="<i2").astype(np.float32) / 32768
         left, empty = left[whole:], False

@@ -65,7 +65,7 @@ class Task(lightning.LightningModule):
         self.backbone, self.start = dict(backbone), None
         if weights is None:
             if "name" not in backbone:
-                raise ValueError("model.backbone needs a name, as in --model.backbone.name=vit_tiny")
+                raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
             self.model = create_model(**backbone)
         else:
             self.start = load_checkpoint(weights)
@@ -230,7 +230,8 @@ class Task(lightning.LightningModule):
     def note(self, faults: Iterable[str], kind: str, stage: str) -> None:
         """Warns of each fault once, and counts them all; kind is one of `faulty`."""
         faults = list(faults)
-        self.counted[stage, kind] += len(faults)
+        if faults:
+            self.counted[stage, kind] += len(faults)
         for fault in sorted(set(faults) - self.warned):
             warnings.warn(fault, stacklevel=2)
         self.warned |= set(faults)

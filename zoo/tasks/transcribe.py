@@ -11,16 +11,17 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from zoo.audio import StreamingFeatures
+from zoo.audio import AudioPreprocess, StreamingFeatures
 from zoo.data.augment import spec_augment, warp_frequencies
 from zoo.data.speech import Batch
-from zoo.decoding import greedy, transducer_greedy
-from zoo.layer import Chunks
+from zoo.decoding import frames_for, greedy, transducer_greedy
+from zoo.layer import Chunks, mask_of
 from zoo.models.conformer import Conformer
 from zoo.tasks.task import Task
 from zoo.tokens import Tokenizer, tokenizer_from_dict
 
 SCHEDULES = ("cosine", "noam", "noam_hold")
+SILENT, CLIPPED = REMARKS = ("silent files with a transcript", "clipped files")
 UNREADABLE, LONG, UNKNOWN, EMPTY, BETWEEN = FAULTS = (
     "unreadable files",
     "transcripts with more tokens than frames",
@@ -65,7 +66,7 @@ class Transcribe(Task):
     """
 
     score = ("val/wer", "min")
-    faulty = FAULTS
+    faulty = FAULTS + REMARKS
     betas = (0.9, 0.98)
     model: Conformer
 
@@ -136,6 +137,7 @@ class Transcribe(Task):
         self.intermediate, self.intermediate_weight = tuple(intermediate or ()), intermediate_weight
         self.chunks = tuple(chunks or ())
         self.tokenizer: Tokenizer | None = None
+        self.learned = 0  # utterances that a loss was taken of, on this rank
         self.wer, self.cer = WordErrorRate(), CharErrorRate()
         self.mean_loss, self.number, self.words = MeanMetric(), SumMetric(), SumMetric()
 
@@ -150,7 +152,7 @@ class Transcribe(Task):
         kept = None if self.start is None else self.start.labels
         if isinstance(kept, Tokenizer) and kept.vocabulary == vocabulary:
             self.tokenizer = kept
-            if stage == "fit" and data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
+            if data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
                 raise ValueError("data.tokenizer does not match that of model.weights; leave one of the two away")
             if stage == "fit":
                 rank_zero_info("the tokens are those of model.weights, whatever data.tokenizer says")
@@ -161,6 +163,15 @@ class Transcribe(Task):
                 f"the tokenizer has {self.labels.vocabulary} tokens with the blank and the model {vocabulary}; "
                 f"set model.backbone.vocabulary={self.labels.vocabulary}"
             )
+        trained = None if self.start is None else self.start.preprocess
+        if isinstance(trained, AudioPreprocess) and trained != data.preprocess:
+            if stage == "fit":
+                theirs, ours = trained.to_dict(), data.preprocess.to_dict()
+                differ = ", ".join(f"{key} {ours[key]} (was {theirs[key]})" for key in ours if ours[key] != theirs[key])
+                rank_zero_warn(f"the data's features are not those that model.weights was trained on: {differ}")
+            else:
+                rank_zero_info("the features are those of model.weights, whatever data.recipe and data.mels say")
+                data.preprocess = trained
         if data.preprocess.mels != config.mels:
             raise ValueError(
                 f"the data has {data.preprocess.mels} mel bands and the model {config.mels}; set model.backbone.mels"
@@ -168,8 +179,6 @@ class Transcribe(Task):
         self.centres = data.preprocess.centres
         if config.chunk is not None:
             StreamingFeatures(data.preprocess)  # refuses features that wait for the end of an utterance
-        if self.start is not None and self.start.preprocess not in (None, data.preprocess):
-            rank_zero_warn(f"the checkpoint was trained with {self.start.preprocess}, the data has {data.preprocess}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = self.labels.to_dict()
@@ -198,6 +207,8 @@ class Transcribe(Task):
     def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
         """Which utterances a loss can be taken of, and their tokens; the others are noted."""
         self.note([f"skipped {fault}" for fault in batch.skipped], UNREADABLE, stage)
+        self.note([f"{name} is silent, though it has a transcript" for name in batch.silent], SILENT, stage)
+        self.note([f"{name} is clipped: it was recorded too loud" for name in batch.clipped], CLIPPED, stage)
         done = "skipped" if stage == "training" else "no loss of"
         frames = self.model.tokens(batch.lengths).tolist()
         kept, tokens = [], []
@@ -218,6 +229,8 @@ class Transcribe(Task):
         return kept, tokens
 
     def fate(self, kind: str, stage: str) -> str:
+        if kind in REMARKS:
+            return "used in"
         measured = kind == BETWEEN or (kind != UNREADABLE and stage == "validation")
         return "left out of a loss in" if measured else "skipped in"
 
@@ -238,6 +251,7 @@ class Transcribe(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         kept, tokens = self.encoded(batch, "training")
+        self.learned += len(tokens)
         if not tokens:
             return self.nothing()
         features, lengths, views = batch.features[kept], batch.lengths[kept], 2 if self.consistency else 1
@@ -296,6 +310,16 @@ class Transcribe(Task):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.report("training")
+        self.check_learned()
+
+    def check_learned(self) -> None:
+        """ValueError where no rank has used any utterance of the training set."""
+        if not int(torch.as_tensor(self.all_gather(torch.tensor(self.learned, device=self.device))).sum()):
+            raise ValueError("no utterance of the training set could be used; what is wrong with each was said above")
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.check_learned()  # before the model is kept
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kept, tokens = self.encoded(batch, "validation")
@@ -332,16 +356,10 @@ class Transcribe(Task):
     on_test_epoch_end = on_validation_epoch_end
 
 
-def frames_for(tokens: list[int]) -> int:
-    """How many frames CTC needs: one a token, and a blank between equal ones."""
-    return len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
-
-
 def divergence(logits: Tensor, lengths: Tensor) -> Tensor:
     """The symmetric Kullback-Leibler divergence between the two halves of a batch of logits [2 B, T, V], each against
     the other held fixed: summed over the real frames of an utterance, the mean over utterances."""
     scores = F.log_softmax(logits, -1, dtype=torch.float32)
     other = torch.cat(scores.detach().chunk(2)[::-1])
     apart = (other.exp() * (other - scores)).sum(-1)
-    real = torch.arange(apart.shape[1], device=apart.device) < lengths[:, None]
-    return apart.masked_fill(~real, 0.0).sum(1).mean()
+    return apart.masked_fill(~mask_of(lengths, apart.shape[1]), 0.0).sum(1).mean()

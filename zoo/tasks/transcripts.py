@@ -20,7 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zoo.audio import AudioPreprocess, UnreadableAudio, audio_seconds, pad_features, read_audio, split_at_silence
+from zoo.audio import (
+    EXTENSIONS,
+    AudioPreprocess,
+    UnreadableAudio,
+    audio_seconds,
+    pad_features,
+    read_audio,
+    split_at_silence,
+)
 from zoo.decoding import KenLM, beam, flashlight, greedy, transducer_greedy, words
 from zoo.tasks import files
 from zoo.tasks.files import BAR, CARD, GREY, INK, count, plain, say, short
@@ -28,7 +36,6 @@ from zoo.tokens import Tokenizer
 
 FILES = ("transcripts.json", "transcripts.csv", "transcripts.png")
 COLUMNS = ("path", "text", "seconds", "error")
-ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 AHEAD = 4  # batches of sound that are read before they are sorted by duration
 SHOWN, VIEW = 6, 10.0  # files in transcripts.png, and the seconds of each that are drawn
 COLOURS = LinearSegmentedColormap.from_list("sound", [CARD, "#cfdeee", "#7ba6d3", BAR, INK])
@@ -57,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("name", metavar="NAME", help="a checkpoint: a folder, a name in checkpoints/, OWNER/NAME (Hub)")
-    searched = f"a sound file, or a folder to search, with all below it, for {', '.join(ENDINGS)} that are not hidden"
+    searched = (
+        f"a sound file, or a folder to search, with all below it, for {', '.join(EXTENSIONS)} that are not hidden"
+    )
     made.add_argument("paths", metavar="PATH", nargs="+", help=searched)
     files.add_options(made)
     made.add_argument("--decode", choices=("greedy", "beam", "flashlight"), default="greedy", help="default: greedy")
@@ -78,7 +87,7 @@ def main(arguments: list[str]) -> None:
     given = parser().parse_intermixed_args(arguments)
     output, device = Path(given.output), files.device_for(given.device)
     _check_options(given)
-    paths = files.find_files(given.paths, lambda name: name.lower().endswith(ENDINGS), "sound file")
+    paths = files.find_files(given.paths, lambda name: name.lower().endswith(EXTENSIONS), "sound file")
     model, preprocess, tokenizer = files.load_recogniser(given.name)
     if model.head is None:
         raise ValueError(f"{given.name} is an encoder without a head, so it has no text")
