@@ -23,7 +23,8 @@ from zoo.audio import (
     read_audio,
     split_at_silence,
 )
-from zoo.data.augment import change_speed, spec_augment, warp_frequencies
+from zoo.data.augment import add_noise, change_speed, filter_bands, spec_augment, warp_frequencies
+from zoo.layer import mask_of
 
 
 def tone(seconds: float, pitch: float = 440.0, rate: int = 16000) -> Tensor:
@@ -404,6 +405,37 @@ def test_warped_frequencies():
     for most in (-0.1, 1.0):
         with pytest.raises(ValueError, match="at least 0 and less than 1"):
             warp_frequencies(features, centres, most)
+
+
+def test_filtered_bands():
+    lengths = torch.tensor([5, 3, 0]).repeat(100)
+    features = torch.randn(300, 5, 64)
+    curves = filter_bands(features, lengths, 0.5) - features
+    real = mask_of(lengths, 5)
+    assert (curves[~real] == 0).all()
+    torch.testing.assert_close(curves[::3], curves[::3, :1].expand(-1, 5, -1), atol=1e-6, rtol=0)  # the same in time
+    found = curves[::3, 0]
+    assert 0.45 < found.abs().max() <= 0.5 + 1e-6 and found.mean().abs() < 0.05
+    assert found.std(0).min() > 0.15 and torch.corrcoef(found.T)[0, -1].abs() < 0.4  # the two ends know not each other
+    bends = (found.diff(n=2, dim=1).abs() > 1e-4).sum(1)  # each of 3 inner knots bends the line at up to 2 bands
+    assert bends.max() == 6 and bends.min() >= 2
+    torch.testing.assert_close(filter_bands(features, lengths, 0.0), features)
+    assert filter_bands(features[:0], lengths[:0], 0.5).shape == (0, 5, 64)
+    with pytest.raises(ValueError, match="at least 0, not -0.1"):
+        filter_bands(features, lengths, -0.1)
+
+
+def test_noise():
+    wave = tone(1.0, 440.0)
+    shares = []
+    for ratio in (40.0, 10.0, 0.0):
+        for _ in range(20):
+            noise = add_noise(wave, ratio) - wave
+            assert abs(10 * float(torch.log10(wave.square().mean() / noise.square().mean())) - ratio) < 0.01
+            power = torch.fft.rfft(noise).abs().square()
+            shares.append(float(power[:4000].sum() / power.sum()))  # of 8000
+    assert 0.5 < min(shares) < 0.6 and max(shares) > 0.95  # from white to brown
+    assert not add_noise(torch.zeros(100), 10.0).any() and len(add_noise(wave[:1], 10.0)) == 1
 
 
 def test_spec_augment_bounds():

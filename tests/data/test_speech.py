@@ -342,10 +342,10 @@ def test_other_errors_are_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPa
 # Randomness
 
 
-def test_speed_and_dither_are_functions_of_seed_epoch_and_index():
+def test_speed_noise_and_dither_are_functions_of_seed_epoch_and_index():
     def epoch(number: int, seed: int = 0, workers: int = 0) -> dict[str, tuple[str, Tensor]]:
         torch.manual_seed(number + 17 * workers)
-        data = Speech(seed=seed, workers=workers, speeds=[0.9, 1.0, 1.1], limit=40, shortest=0.5)
+        data = Speech(seed=seed, workers=workers, speeds=[0.9, 1.0, 1.1], noise=(10.0, 40.0), limit=40, shortest=0.5)
         loader = data.train_dataloader()
         batches: Any = loader.batch_sampler
         batches.sampler.set_epoch(number)
@@ -390,8 +390,18 @@ def test_speed_is_that_of_the_waveform(root: Path):
         assert batch.features.shape[0] * batch.features.shape[1] * 0.01 <= 3.0 or len(batch.lengths) == 1
 
 
-def test_validation_has_neither(root: Path):
-    data = libri(root, speeds=[0.9], dither=0.1, val=["train-clean-100"])
+def test_noise_is_within_its_bounds(root: Path):
+    waveform = read_audio(root / "train-clean-100/1/7/1-7-0003.flac")
+    expected = RECIPES["nemo"](waveform)
+    apart = []
+    for noise in (None, (60.0, 60.0), (0.0, 20.0)):
+        found = by_name(libri(root, noise=noise, dither=0.0).train_dataloader())["1-7-0003"][1]
+        apart.append(float((found - expected).abs().mean()))
+    assert apart[0] == 0 < 3 * apart[1] < apart[2]
+
+
+def test_validation_has_none(root: Path):
+    data = libri(root, speeds=[0.9], noise=[0.0, 10.0], dither=0.1, val=["train-clean-100"])
     waveform = read_audio(root / "train-clean-100/2/7/2-7-0000.wav")
     expected = RECIPES["nemo"](waveform)
     torch.testing.assert_close(by_name(data.val_dataloader())["2-7-0000"][1], expected)
@@ -549,6 +559,8 @@ def test_recipes_and_mels():
         ({"shortest": 20.0}, "shortest must be at least 0 and below longest, not 20.0 and 20.0"),
         ({"speeds": []}, "speeds must hold at least one factor"),
         ({"speeds": [3.0]}, "a speed must be between 0.5 and 2 in steps of 0.01, not 3.0"),
+        ({"noise": [30.0, 10.0]}, "noise holds the lowest and the highest ratio in dB"),
+        ({"noise": [float("nan"), 10.0]}, "noise holds the lowest and the highest ratio in dB"),
         ({"dither": 1.0}, "dither must be at least 0 and below 1"),
     ],
     ids=str,
@@ -567,8 +579,15 @@ def test_every_argument_is_described():
         assert f"--data.{name}" in shown
         (action,) = [action for action in parser._actions if action.dest == f"data.{name}"]
         assert action.help and len(action.help) >= 10, name
-    given = parser.parse_args(["--data.speeds=[0.9,1.0]", "--data.longest=null", "--data.train=[a,b]"])
-    assert given.data.speeds == [0.9, 1.0] and given.data.longest is None and given.data.train == ["a", "b"]
+    given = parser.parse_args(
+        ["--data.speeds=[0.9,1.0]", "--data.longest=null", "--data.noise=[10,40]", "--data.train=[a,b]"]
+    )
+    assert (
+        given.data.speeds == [0.9, 1.0]
+        and given.data.longest is None
+        and given.data.noise == (10.0, 40.0)
+        and given.data.train == ["a", "b"]
+    )
 
 
 def test_seed_is_that_of_seed_everything(monkeypatch: pytest.MonkeyPatch):

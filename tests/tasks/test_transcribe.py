@@ -150,7 +150,8 @@ def test_the_test_set_is_another(learned: Path, monkeypatch: pytest.MonkeyPatch)
 
 STEPS, EPOCHS = 2, 3
 RANDOM = ["--model.average=0.9", "--model.refresh=2", "--model.intermediate=[0]", "--model.consistency=0.2"]
-RANDOM += ["--data.speeds=[0.9,1.0,1.1]", "--data.recipe=squeezeformer", f"--trainer.limit_train_batches={STEPS}"]
+RANDOM += ["--data.speeds=[0.9,1.0,1.1]", "--data.noise=[10,40]", "--data.recipe=squeezeformer"]
+RANDOM += ["--model.warp=0.1", "--model.filter=0.3", f"--trainer.limit_train_batches={STEPS}"]
 RANDOM += ["--trainer.limit_val_batches=1", f"--trainer.max_epochs={EPOCHS}", "--model.checkpointing=true"]
 ALL = {"norm": "prepbn(until=1.0)", "drop_path": 0.2}
 
@@ -393,6 +394,7 @@ def test_transducer(transducer: Path):
         ({"chunks": [4]}, "model.chunks lists sizes of at least 1, for a model whose config has a chunk"),
         ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks lists sizes of at least 1"),
         ({"warp": 1.0}, "model.warp is at least 0 and less than 1"),
+        ({"filter": -1.0}, "model.filter is at least 0, not -1.0"),
         ({"time_share": 2.0}, "time_share between 0 and 1"),
         ({"frequency_masks": -1}, "must be at least 0"),
         ({"rate": 0.0}, "model.rate"),

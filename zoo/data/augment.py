@@ -1,4 +1,4 @@
-"""What training does to waveforms and features: another speed, other voices, and bands that are removed."""
+"""What training does to waveforms and features: other speeds, noise, voices, microphones, and bands removed."""
 
 import torch
 from torch import Tensor
@@ -83,6 +83,51 @@ def warp_frequencies(features: Tensor, centres: Tensor, most: float, bend: float
     share = ((source - centres[left]) / (centres[left + 1] - centres[left])).to(features.dtype)
     below, above = (features.gather(2, index[:, None].expand_as(features)) for index in (left, left + 1))
     return torch.lerp(below, above, share[:, None])
+
+
+def filter_bands(features: Tensor, lengths: Tensor, most: float, knots: int = 5) -> Tensor:
+    """Adds a random curve over the bands to each utterance, as if it had been recorded by another microphone.
+
+    FilterAugment (Nam et al. 2022, arXiv:2110.03282) in its linear form: a gain uniform in -most..most at the lowest
+    band, the highest and between them at random places, and straight lines from each to the next.
+
+    Args:
+        features: [B, T, mels], on a logarithmic scale.
+        lengths: [B], real frames of each sample; what lies beyond is left alone.
+        most: largest gain, in units of the features.
+        knots: gains that are drawn, at least 2.
+
+    Returns:
+        A new tensor [B, T, mels].
+
+    Raises:
+        ValueError: `most` is below 0.
+    """
+    if not most >= 0:
+        raise ValueError(f"the gain of a band is at least 0, not {most!r}")
+    batch, time, mels = features.shape
+    inner = 1 + (mels - 3) * torch.rand(batch, knots - 2, device=features.device).sort(1).values
+    ends = inner.new_tensor([0.0, mels - 1.0]).expand(batch, 2)
+    places = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+    gains = most * (2 * torch.rand(batch, knots, device=features.device) - 1)
+    bands = torch.arange(mels, device=features.device, dtype=places.dtype).expand(batch, mels).contiguous()
+    right = torch.searchsorted(places.contiguous(), bands, right=True).clamp(1, knots - 1)
+    (below, above), (low, high) = ((each.gather(1, right - 1), each.gather(1, right)) for each in (places, gains))
+    curve = torch.lerp(low, high, (bands - below) / (above - below).clamp(min=1e-6))
+    return features + (curve[:, None] * mask_of(lengths, time)[..., None]).to(features.dtype)
+
+
+def add_noise(waveform: Tensor, ratio: float) -> Tensor:
+    """The waveform [S] with noise `ratio` dB below its power; between white and brown noise, at random.
+
+    A waveform without any sound stays so.
+    """
+    from torchaudio.functional import add_noise as mix
+
+    spectrum = torch.fft.rfft(torch.randn(len(waveform)))
+    places = torch.arange(1.0, len(spectrum) + 1)
+    noise = torch.fft.irfft(spectrum * places.pow(-float(torch.rand(()))), len(waveform))
+    return mix(waveform, noise, torch.tensor(ratio)) if waveform.any() else waveform
 
 
 def change_speed(waveform: Tensor, factor: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Transcribed speech for training, validation and test: LibriSpeech's folders, manifests, generated tones."""
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
-from zoo.data.augment import change_speed, check_speed
+from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
 from zoo.data.corpora import CORPORA, Corpus
 from zoo.data.sampling import global_seed, seeded
@@ -60,7 +61,8 @@ class Clip(NamedTuple):
 class Clips(Dataset[Clip]):
     """A corpus's utterances as features; a key is (epoch, index).
 
-    With a seed, speed and dither are random, as a function of seed, epoch and index alone; without, there are none.
+    With a seed, speed, noise and dither are random, as a function of seed, epoch and index alone; without, there are
+    none.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Clips(Dataset[Clip]):
         preprocess: AudioPreprocess,
         seed: int | None = None,
         speeds: tuple[float, ...] = (1.0,),
+        noise: tuple[float, float] | None = None,
         dither: float = 0.0,
     ):
-        self.corpus, self.preprocess, self.seed, self.speeds, self.dither = corpus, preprocess, seed, speeds, dither
+        self.corpus, self.preprocess, self.seed = corpus, preprocess, seed
+        self.speeds, self.noise, self.dither = speeds, noise, dither
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -90,6 +94,8 @@ class Clips(Dataset[Clip]):
             return Clip(self.preprocess(waveform), text, name, silent=silent, clipped=clipped)
         with seeded(self.seed, epoch, index):
             waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
+            if self.noise:
+                waveform = add_noise(waveform, random.uniform(*self.noise))
             features = self.preprocess(waveform, dither=self.dither)
             return Clip(features, text, name, silent=silent, clipped=clipped)
 
@@ -133,10 +139,12 @@ class Speech(lightning.LightningDataModule):
         shortest: shorter utterances, in seconds, are left out of training.
         longest: longer utterances, in seconds, are left out of training; null for no limit.
         speeds: factors from which that of a training utterance is drawn, between 0.5 and 2 in steps of 0.01.
+        noise: lowest and highest ratio of signal to noise, in dB, between which that of a training utterance is drawn;
+            null for no noise.
         dither: standard deviation of white noise on training waveforms, full scale being 1.
         workers: processes that read files; 0 reads in the main process.
         limit: most utterances of each split, taken at even distances; null for all.
-        seed: what order, speed and dither depend on, besides epoch and index; null for that of seed_everything.
+        seed: what order, speed, noise and dither depend on, besides epoch and index; null for that of seed_everything.
 
     Attributes:
         preprocess: how a waveform becomes features.
@@ -164,6 +172,7 @@ class Speech(lightning.LightningDataModule):
         shortest: float = 0.1,
         longest: float | None = 20.0,
         speeds: list[float] = [1.0],  # noqa: B006 (it is never changed, and --help shows it)
+        noise: tuple[float, float] | None = None,
         dither: float = 1e-5,
         workers: int = 0,
         limit: int | None = None,
@@ -192,6 +201,8 @@ class Speech(lightning.LightningDataModule):
             raise ValueError("speeds must hold at least one factor; [1.0] changes nothing")
         for factor in speeds:
             check_speed(factor)
+        if noise is not None and not -100 <= noise[0] <= noise[1] <= 100:
+            raise ValueError(f"noise holds the lowest and the highest ratio in dB, within -100..100, not {list(noise)}")
         if not 0 <= dither < 1:
             raise ValueError(f"dither must be at least 0 and below 1, not {dither}")
         self.preprocess = replace(RECIPES[recipe], mels=mels)
@@ -200,7 +211,7 @@ class Speech(lightning.LightningDataModule):
         self.splits = {split: [names] if isinstance(names, str) else names for split, names in given.items()}
         self.wanted_tokenizer, self.pieces = tokenizer, pieces
         self.seconds, self.padding, self.shortest, self.longest = seconds, padding, shortest, longest
-        self.speeds, self.dither, self.limit = tuple(speeds), dither, limit
+        self.speeds, self.noise, self.dither, self.limit = tuple(speeds), noise, dither, limit
         self.seed = global_seed() if seed is None else seed
         self._sources: dict[str, Corpus] = {}
 
@@ -262,7 +273,7 @@ class Speech(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training utterances in random order, of which none is dropped."""
-        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.dither)
+        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.noise, self.dither)
         return self._loader(dataset, slowest=min(self.speeds), training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from zoo.audio import AudioPreprocess, StreamingFeatures
-from zoo.data.augment import spec_augment, warp_frequencies
+from zoo.data.augment import filter_bands, spec_augment, warp_frequencies
 from zoo.data.speech import Batch
 from zoo.decoding import frames_for, greedy, transducer_greedy
 from zoo.layer import Chunks, mask_of
@@ -49,6 +49,8 @@ class Transcribe(Task):
         average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
         warp: largest change of the frequencies of a training utterance, as of another speaker's vocal tract (Jaitly and
             Hinton 2013); 0 for none.
+        filter: largest change of the level of a band of a training utterance, in units of its features, as of another
+            microphone (FilterAugment, Nam et al. 2022, arXiv:2110.03282); 0 for none.
         frequency_masks: bands of mel bins that training removes from each utterance.
         frequency_width: most mel bins in such a band.
         time_masks: bands of frames that training removes from each utterance.
@@ -83,6 +85,7 @@ class Transcribe(Task):
         final_rate: float = 1e-5,
         average: float = 0.0,
         warp: float = 0.0,
+        filter: float = 0.0,
         frequency_masks: int = 2,
         frequency_width: int = 27,
         time_masks: int = 5,
@@ -130,7 +133,9 @@ class Transcribe(Task):
             raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
         if not 0.0 <= warp < 1.0:
             raise ValueError(f"model.warp is at least 0 and less than 1, not {warp}")
-        self.warp = warp
+        if not filter >= 0.0:
+            raise ValueError(f"model.filter is at least 0, not {filter}")
+        self.warp, self.filter = warp, filter
         self.masks = (frequency_masks, frequency_width, time_masks, time_share)
         spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # refuses what cannot be
         self.schedule, self.hold, self.consistency = schedule, hold, consistency
@@ -259,6 +264,8 @@ class Transcribe(Task):
             features, lengths, tokens = features.repeat(2, 1, 1), lengths.repeat(2), tokens * 2
         if self.warp:
             features = warp_frequencies(features, self.centres, self.warp)
+        if self.filter:
+            features = filter_bands(features, lengths, self.filter)
         features = spec_augment(features, lengths, *self.masks)
         made = self.model.encode(features, lengths, self.visible(), (*self.intermediate, -1))
         real = [each.lengths for each in made]
