@@ -149,21 +149,23 @@ def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
         assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO HOME"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"1-7-0000 A\n 1-7-0001 B\n", "line 2: it does not begin with an utterance's name"),
-        (b"1-7-0000\tA\n", "line 1: it does not begin with an utterance's name and a space"),
-        (b"1-7-0000 A\n\n1-7-0000 B\n", "line 3: 1-7-0000 has a transcript already"),
-        (b"1-7-0000 A\n1-7-0001 \xff\n", "line 2: it is not in UTF-8"),
-    ],
-)
-def test_malformed_transcripts(root: Path, content: bytes, message: str):
+def test_malformed_lines_of_transcripts_are_left_out(root: Path):
     path = root / "train-clean-100/1/7/1-7.trans.txt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
+    path.write_text("1-7-0000 A\n\n 1-7-0001 B\n1-7-0002\tC\n1-7-0000 D\n1-7-0003 E\n")
+    with pytest.warns(UserWarning) as caught:
+        found = texts(libri(root).source("train"))
+    (message,) = [str(warning.message) for warning in caught]
+    first = f"{path}, line 3: it does not begin with an utterance's name and a space"
+    assert f"3 that cannot be understood (such as {first}), 2 without a transcript" in message
+    assert found[:2] == ["A", "E"]
+
+    path.write_text("1-7-0000\tA\n")
+    why = "has no transcribed utterances; of .*line 1: it does not begin with"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=why):
+        libri(root, train=["train-clean-100/1"]).setup("fit")
+    path.write_bytes(b"1-7-0000 A\n1-7-0001 \xff\n")
+    with pytest.raises(ValueError, match=f"^{path}, line 2: it is not in UTF-8$"):
         libri(root).setup("fit")
-    assert str(error.value).startswith(f"{path}, line ") and "\n" not in str(error.value)
 
 
 # Manifests
@@ -219,12 +221,18 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
     ],
     ids=str,
 )
-def test_malformed_manifests(tmp_path: Path, line: Any, message: str):
+def test_malformed_lines_of_manifests_are_left_out(tmp_path: Path, line: Any, message: str):
     write(tmp_path / "a.wav", 0.5)
     data = listed(tmp_path, [{"audio_filepath": "a.wav", "text": "A"}, "", line])
-    with pytest.raises(ValueError, match=f"list.json, line 3: {message}$") as error:
-        data.setup("fit")
-    assert "\n" not in str(error.value)
+    match = rf"list.json: utterances left out: 1 that cannot be understood \(such as .*list.json, line 3: {message}\)$"
+    with pytest.warns(UserWarning, match=match):
+        assert texts(data.source("train")) == ["A"]
+    alone = listed(tmp_path, [line])
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=f"list.json lists no transcribed utterances; of .*, line 1: {message}$"),
+    ):
+        alone.setup("fit")
 
 
 def test_missing_and_empty_manifests(tmp_path: Path):

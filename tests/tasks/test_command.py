@@ -170,6 +170,12 @@ def test_a_truncated_file_to_go_on_from(size: int, run: Path, tmp_path: Path):
     assert f"{path} is truncated, or no state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
+def test_warnings_are_printed_in_one_line():
+    """Without the line of code that warned, and without a break."""
+    shown = training.one_line(UserWarning("skipped a.png:\nit is empty"), UserWarning, "task.py", 3)
+    assert shown == "warning: skipped a.png: it is empty\n"
+
+
 def test_other_files_to_go_on_from(run: Path, tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")

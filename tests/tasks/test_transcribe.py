@@ -495,10 +495,10 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     assert len(named) == len(set(named)) == 7
     for words in (
         "skipped 1-2-0003: ",
-        "frames cannot hold 599 tokens",
+        "its transcript needs 599 frames, and it has fewer",
         "no loss of 1-2-0000: its transcript is empty",
         "no loss of 1-2-0002: the vocabulary has no 'R', 'Z', which is in 'A ZEBRA'",
-        "frames cannot hold 400 tokens",
+        "its transcript needs 400 frames, and it has fewer",
         "1-2-0001.flac: ",
         "1-2-0006.flac: no readable sound",
     ):
@@ -516,9 +516,10 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     # What cannot be learned from counts as words all the same, and the test set is that of validation here.
     lines: list[str] = []
     monkeypatch.setattr("zoo.tasks.transcribe.rank_zero_info", lines.append)
-    for verb in ("validate", "test"):
-        with pytest.warns(UserWarning):
+    for verb, run in {"validate": "validation", "test": "test"}.items():
+        with pytest.warns(UserWarning) as seen:
             command(verb, *folder_flags(faulty), f"--model.weights={tmp_path}/last")
+        assert f"1 unreadable files were skipped in the {run}" in [str(each.message) for each in seen]
     assert lines[0] == lines[1] and lines[0].endswith("words in 7 utterances)")
 
 
@@ -589,7 +590,7 @@ def test_a_batch_without_an_utterance_changes_nothing():
 def test_repeats_need_a_blank_between_them():
     """4 frames hold ABCD and not AABB, for a transducer both."""
     batch = Batch(torch.zeros(2, 16, 80), torch.tensor([16, 16]), ("ABCD", "AABB"), ("one", "two"), ())
-    with pytest.warns(UserWarning, match="skipped two: 4 frames cannot hold 6 tokens"):
+    with pytest.warns(UserWarning, match="skipped two: its transcript needs 6 frames, and it has fewer"):
         assert recogniser({"unet": False}).encoded(batch, "training")[0] == [0]
     assert recogniser(RNNT).encoded(batch, "training")[0] == [0, 1]
 

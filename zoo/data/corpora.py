@@ -174,7 +174,7 @@ def _transcribed(folder: Path, training: bool) -> list[Utterance]:
         texts: dict[str, str] = {}
         for file in sorted(files):
             if file.endswith(".trans.txt") and file[0] != ".":
-                _read_transcript(Path(place, file), texts)
+                _read_transcript(Path(place, file), texts, faults)
         faults.without_text += [sounds[stem] for stem in sounds if stem not in texts]
         faults.without_sound += [name for name in texts if name not in sounds]
         faults.empty += [name for name, text in texts.items() if name in sounds and not text]
@@ -185,19 +185,22 @@ def _transcribed(folder: Path, training: bool) -> list[Utterance]:
         ]
     faults.report(str(folder), training)
     if not found:
+        if faults.malformed:
+            raise ValueError(f"{folder} has no transcribed utterances; of {faults.malformed[0]}")
         layout = "speaker/chapter/speaker-chapter-utterance.flac and speaker/chapter/speaker-chapter.trans.txt"
         raise ValueError(f"{folder} has no transcribed utterances; they are laid out as {layout}")
     return found
 
 
-def _read_transcript(path: Path, texts: dict[str, str]) -> None:
+def _read_transcript(path: Path, texts: dict[str, str], faults: "_Faults") -> None:
     for number, line in _lines(path):
         name, _, text = line.partition(" ")
         if not name or "\t" in name:
-            raise ValueError(f"{path}, line {number}: it does not begin with an utterance's name and a space")
-        if name in texts:
-            raise ValueError(f"{path}, line {number}: {name} has a transcript already")
-        texts[name] = " ".join(text.split())
+            faults.malformed.append(f"{path}, line {number}: it does not begin with an utterance's name and a space")
+        elif name in texts:
+            faults.malformed.append(f"{path}, line {number}: {name} has a transcript already")
+        else:
+            texts[name] = " ".join(text.split())
 
 
 def _manifest(split: str, names: list[str], root: str | None, training: bool, limit: int | None) -> Corpus:
@@ -219,7 +222,8 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
             one = _entry(values, path.parent)
         except ValueError as error:
             reason = f"no JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ValueError(f"{path}, line {number}: {reason}") from None
+            faults.malformed.append(f"{path}, line {number}: {reason}")
+            continue
         if values.get("text") is None:
             faults.without_text.append(one.name)
         elif not os.path.exists(one.path):
@@ -230,7 +234,8 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
             found += [one] * (not (blank and training))
     faults.report(str(path), training)
     if not found:
-        raise ValueError(f"{path} lists no transcribed utterances")
+        why = f"; of {faults.malformed[0]}" if faults.malformed else ""
+        raise ValueError(f"{path} lists no transcribed utterances{why}")
     return found
 
 
@@ -279,13 +284,18 @@ class _Faults:
         self.without_text: list[str] = []
         self.without_sound: list[str] = []
         self.empty: list[str] = []
+        self.malformed: list[str] = []
 
     def report(self, place: str, training: bool) -> None:
         """Warns in one line of what is left out."""
-        kinds = {"without a transcript": self.without_text, "without a sound file": self.without_sound}
+        kinds = {
+            "that cannot be understood": self.malformed,
+            "without a transcript": self.without_text,
+            "without a sound file": self.without_sound,
+        }
         if training:
             kinds["with an empty transcript"] = self.empty
-        counts = [f"{len(names)} {kind} (such as {min(names)})" for kind, names in kinds.items() if names]
+        counts = [f"{len(names)} {kind} (such as {names[0]})" for kind, names in kinds.items() if names]
         if counts:
             rank_zero_warn(f"{place}: utterances left out: {', '.join(counts)}")
 

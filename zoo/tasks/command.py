@@ -179,9 +179,15 @@ class Command(LightningCLI):
     before_test = before_validate
 
 
+def one_line(message: Warning | str, *_: object) -> str:
+    """A warning as it is printed: what it says, without the line of code that said it."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     """Runs one verb; `--trainer.default_root_dir` names the run's folder, `--ckpt_path` what to go on from."""
     torch.set_float32_matmul_precision("high")
+    warnings.formatwarning = one_line
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)

@@ -238,12 +238,13 @@ class Task(lightning.LightningModule):
 
     def report(self, stage: str) -> None:
         """Says how many faults of each kind a stage had, over all ranks."""
+        place = f"{stage} of epoch {self.current_epoch}"
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            place = "test" if self.trainer.testing else "validation"
         for kind in self.faulty:
             total = self.all_gather(torch.tensor(self.counted.pop((stage, kind), 0), device=self.device))
             if number := int(torch.as_tensor(total).sum()):
-                rank_zero_warn(
-                    f"{number} {kind} were {self.fate(kind, stage)} the {stage} of epoch {self.current_epoch}"
-                )
+                rank_zero_warn(f"{number} {kind} were {self.fate(kind, stage)} the {place}")
 
     def fate(self, kind: str, stage: str) -> str:
         """What became of samples with a fault, as `report` says it."""

@@ -1,6 +1,7 @@
 """Speech recognition: CTC (Graves et al. 2006) with intermediate losses and consistency between views, or RNN-T (Graves
 2012, arXiv:1211.3711), on spectra with random bands removed."""
 
+import math
 from typing import Any
 
 import torch
@@ -227,7 +228,8 @@ class Transcribe(Task):
             if not found:
                 self.note([f"{done} {name}: its transcript is empty"], EMPTY, stage)
             elif frames[index] < (1 if self.transducer else needed):
-                self.note([f"{done} {name}: {frames[index]} frames cannot hold {needed} tokens"], LONG, stage)
+                # Without the number of frames, which changes with the speed: each is named once.
+                self.note([f"{done} {name}: its transcript needs {needed} frames, and it has fewer"], LONG, stage)
             else:
                 kept.append(index)
                 tokens.append(found)
@@ -352,7 +354,8 @@ class Transcribe(Task):
         part = "test" if self.trainer.testing else "val"
         wer, cer = self.wer.compute(), self.cer.compute()
         self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer}, prog_bar=True)
-        self.log(f"{part}/loss", self.mean_loss.compute())
+        if math.isfinite(loss := float(self.mean_loss.compute())):  # else no utterance has one
+            self.log(f"{part}/loss", loss)
         if self.trainer.state.fn != TrainerFn.FITTING:
             size = f"{words} words in {number} utterances"
             rank_zero_info(f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})")
