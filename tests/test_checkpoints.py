@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import zoo
+from zoo.audio import AudioPreprocess
 from zoo.data.images import Images
+from zoo.tokens import Tokenizer
 from zoo.weights import load_checkpoint
 
 FOLDER = Path(__file__).parent.parent / "checkpoints"
@@ -38,6 +40,19 @@ def test_digits_are_read_as_the_card_says():
         right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in data.val_dataloader())
     accuracy = f"{right / 360:.4f}"
     assert accuracy in INDEX["vit_micro.digits"] and accuracy in (FOLDER / "vit_micro.digits/README.md").read_text()
+
+
+def test_spoken_digits_are_what_the_card_says():
+    model, preprocess, tokenizer, config = load_checkpoint(FOLDER / "squeezeformer_micro.spoken_digits")
+    assert isinstance(preprocess, AudioPreprocess) and isinstance(tokenizer, Tokenizer) and model.config.stride == 4
+    said = tokenizer.decode(list(range(tokenizer.vocabulary - 1))).split()
+    assert {"ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"} <= set(said)
+    card = (FOLDER / "squeezeformer_micro.spoken_digits/README.md").read_text()
+    figure = "word error rate 0.0100"
+    assert figure in INDEX["squeezeformer_micro.spoken_digits"] and "| word error rate | 0.0100 |" in card
+    (recipe,) = [word for word in config["source"].split() if word.endswith(".yaml")]
+    header = (FOLDER.parent / recipe).read_text()
+    assert "| squeezeformer_micro_fsdd        | 1.56 M     | 0.010 | 0.020           |" in header
 
 
 def test_a_checkpoint_is_found_by_name(monkeypatch):
