@@ -421,21 +421,25 @@ def test_filtered_bands():
     assert bends.max() == 6 and bends.min() >= 2
     torch.testing.assert_close(filter_bands(features, lengths, 0.0), features)
     assert filter_bands(features[:0], lengths[:0], 0.5).shape == (0, 5, 64)
-    with pytest.raises(ValueError, match="at least 0, not -0.1"):
-        filter_bands(features, lengths, -0.1)
+    for most in (-0.1, math.inf):
+        with pytest.raises(ValueError, match=f"a number of at least 0, not {most}"):
+            filter_bands(features, lengths, most)
 
 
-def test_noise():
-    wave = tone(1.0, 440.0)
+@pytest.mark.parametrize("seconds", [1.0, 10.0])
+def test_noise(seconds: float):
+    wave = tone(seconds, 440.0)
+    hertz = torch.fft.rfftfreq(len(wave), 1 / 16000)
     shares = []
     for ratio in (40.0, 10.0, 0.0):
         for _ in range(20):
-            noise = add_noise(wave, ratio) - wave
+            noise = add_noise(wave, ratio, 16000) - wave
             assert abs(10 * float(torch.log10(wave.square().mean() / noise.square().mean())) - ratio) < 0.01
             power = torch.fft.rfft(noise).abs().square()
-            shares.append(float(power[:4000].sum() / power.sum()))  # of 8000
-    assert 0.5 < min(shares) < 0.6 and max(shares) > 0.95  # from white to brown
-    assert not add_noise(torch.zeros(100), 10.0).any() and len(add_noise(wave[:1], 10.0)) == 1
+            assert power[hertz >= 60].sum() > 0.4 * power.sum()  # brown noise has half of it there
+            shares.append(float(power[hertz < 1000].sum() / power.sum()))
+    assert 0.1 < min(shares) < 0.2 and max(shares) > 0.9  # from white, which has 1/8 there, to brown
+    assert not add_noise(torch.zeros(100), 10.0, 16000).any() and len(add_noise(wave[:1], 10.0, 16000)) == 1
 
 
 def test_spec_augment_bounds():

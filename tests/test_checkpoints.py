@@ -42,7 +42,7 @@ def test_digits_are_read_as_the_card_says():
     assert accuracy in INDEX["vit_micro.digits"] and accuracy in (FOLDER / "vit_micro.digits/README.md").read_text()
 
 
-def test_spoken_digits_are_what_the_card_says():
+def test_the_figures_of_spoken_digits_agree():
     model, preprocess, tokenizer, config = load_checkpoint(FOLDER / "squeezeformer_micro.spoken_digits")
     assert isinstance(preprocess, AudioPreprocess) and isinstance(tokenizer, Tokenizer) and model.config.stride == 4
     said = tokenizer.decode(list(range(tokenizer.vocabulary - 1))).split()

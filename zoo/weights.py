@@ -310,6 +310,10 @@ def _locate(name: str | os.PathLike[str]) -> Path:
             return folder
         if (previous := _previous(folder.resolve())).is_dir():  # a save was killed between its two renames
             return previous
+    if str(name).lower().endswith(".nemo"):
+        raise CheckpointError(
+            f"{name} is NeMo's; zoo.convert.from_nemo reads such files, and zoo.save_model keeps them"
+        )
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
     repository, _, revision = str(name).partition("@")

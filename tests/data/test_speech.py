@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zoo.audio import RECIPES, read_audio
 from zoo.data import corpora
-from zoo.data.augment import change_speed
+from zoo.data.augment import add_noise, change_speed
 from zoo.data.speech import Batch, Clips, Speech, collate
 from zoo.tokens import train_characters, train_pieces
 
@@ -140,12 +140,12 @@ def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
         train = data.source("train")
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
-        f"{root / 'train-clean-100'}: utterances left out: 1 without a transcript (such as "
-        f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 without a sound file (such as 2-7-0005), "
-        "1 with an empty transcript (such as 2-7-0000)"
+        f"{root / 'train-clean-100'}: left out are 1 utterances without a transcript (such as "
+        f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 utterances without a sound file (such as 2-7-0005), "
+        "1 utterances with an empty transcript (such as 2-7-0000)"
     )
     assert texts(train) == [*TRAIN[:4], "GO HOME"]
-    with pytest.warns(UserWarning, match=r"2 without a sound file \(such as 2-7-0005\)$"):
+    with pytest.warns(UserWarning, match=r"2 utterances without a sound file \(such as 2-7-0005\)$"):
         assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO HOME"]
 
 
@@ -156,11 +156,11 @@ def test_malformed_lines_of_transcripts_are_left_out(root: Path):
         found = texts(libri(root).source("train"))
     (message,) = [str(warning.message) for warning in caught]
     first = f"{path}, line 3: it does not begin with an utterance's name and a space"
-    assert f"3 that cannot be understood (such as {first}), 2 without a transcript" in message
+    assert f"3 lines that cannot be understood (such as {first}), 2 utterances without a transcript" in message
     assert found[:2] == ["A", "E"]
 
     path.write_text("1-7-0000\tA\n")
-    why = "has no transcribed utterances; of .*line 1: it does not begin with"
+    why = "has no transcribed utterances; .*line 1: it does not begin with"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=why):
         libri(root, train=["train-clean-100/1"]).setup("fit")
     path.write_bytes(b"1-7-0000 A\n1-7-0001 \xff\n")
@@ -199,10 +199,11 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         assert texts(data.source("train")) == ["A"]
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
-        f"{tmp_path / 'list.json'}: utterances left out: 1 without a transcript (such as a.wav), "
-        f"1 without a sound file (such as {tmp_path / 'gone.wav'}), 2 with an empty transcript (such as a.wav)"
+        f"{tmp_path / 'list.json'}: left out are 1 utterances without a transcript (such as a.wav), "
+        f"1 utterances without a sound file (such as {tmp_path / 'gone.wav'}), "
+        f"2 utterances with an empty transcript (such as a.wav)"
     )
-    with pytest.warns(UserWarning, match="1 without a transcript"):
+    with pytest.warns(UserWarning, match="1 utterances without a transcript"):
         assert texts(data.source("val")) == ["A", "", ""]
 
 
@@ -217,6 +218,11 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, not '1'"),
         ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, not nan"),
         ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be of at least 0, not -1"),
+        (
+            '{"audio_filepath": "a.wav", "text": "A", "duration": 1' + "0" * 400 + "}",
+            "int too large to convert to float",
+        ),
+        ("[" * 100_000, "maximum recursion depth exceeded.*"),
         ({"audio_filepath": "a.wav", "text": "A", "offset": 1}, "offset needs duration beside it"),
     ],
     ids=str,
@@ -224,13 +230,13 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
 def test_malformed_lines_of_manifests_are_left_out(tmp_path: Path, line: Any, message: str):
     write(tmp_path / "a.wav", 0.5)
     data = listed(tmp_path, [{"audio_filepath": "a.wav", "text": "A"}, "", line])
-    match = rf"list.json: utterances left out: 1 that cannot be understood \(such as .*list.json, line 3: {message}\)$"
+    match = rf"list.json: left out are 1 lines that cannot be understood \(such as .*list.json, line 3: {message}\)$"
     with pytest.warns(UserWarning, match=match):
         assert texts(data.source("train")) == ["A"]
     alone = listed(tmp_path, [line])
     with (
         pytest.warns(UserWarning),
-        pytest.raises(ValueError, match=f"list.json lists no transcribed utterances; of .*, line 1: {message}$"),
+        pytest.raises(ValueError, match=f"list.json lists no transcribed utterances; .*, line 1: {message}$"),
     ):
         alone.setup("fit")
 
@@ -380,7 +386,7 @@ def test_silent_and_clipped_utterances_are_named(tmp_path: Path):
         soundfile.write(folder / f"1-2-000{index}.flac", wave.clip(-1, 1), 16000)
     (folder / "1-2.trans.txt").write_text("1-2-0000 A\n1-2-0001 A\n1-2-0002 A\n1-2-0003 \n")
     data = Speech("librispeech", str(tmp_path), "train", "train", tokenizer="characters", speeds=[0.9])
-    with pytest.warns(UserWarning, match="1 with an empty transcript"):
+    with pytest.warns(UserWarning, match="1 utterances with an empty transcript"):
         (batch,) = data.train_dataloader()
     assert batch.silent == ("1-2-0001",) and batch.clipped == ("1-2-0002",) and len(batch.names) == 3
     (batch,) = data.val_dataloader()
@@ -398,14 +404,22 @@ def test_speed_is_that_of_the_waveform(root: Path):
         assert batch.features.shape[0] * batch.features.shape[1] * 0.01 <= 3.0 or len(batch.lengths) == 1
 
 
-def test_noise_is_within_its_bounds(root: Path):
+def test_noise_is_within_its_bounds(root: Path, monkeypatch: pytest.MonkeyPatch):
+    ratios: list[float] = []
+
+    def noted(waveform: Tensor, ratio: float, rate: int) -> Tensor:
+        assert rate == 16000
+        ratios.append(ratio)
+        return add_noise(waveform, ratio, rate)
+
+    monkeypatch.setattr("zoo.data.speech.add_noise", noted)
     waveform = read_audio(root / "train-clean-100/1/7/1-7-0003.flac")
     expected = RECIPES["nemo"](waveform)
-    apart = []
-    for noise in (None, (60.0, 60.0), (0.0, 20.0)):
-        found = by_name(libri(root, noise=noise, dither=0.0).train_dataloader())["1-7-0003"][1]
-        apart.append(float((found - expected).abs().mean()))
-    assert apart[0] == 0 < 3 * apart[1] < apart[2]
+    quiet = by_name(libri(root, noise=None, dither=0.0).train_dataloader())["1-7-0003"][1]
+    assert torch.equal(quiet, expected) and not ratios
+    noisy = by_name(libri(root, noise=(10.0, 20.0), dither=0.0).train_dataloader())["1-7-0003"][1]
+    assert (noisy - expected).abs().mean() > 0.1
+    assert len(set(ratios)) == len(TRAIN) and 10 <= min(ratios) < max(ratios) <= 20
 
 
 def test_validation_has_none(root: Path):
@@ -567,6 +581,7 @@ def test_recipes_and_mels():
         ({"shortest": 20.0}, "shortest must be at least 0 and below longest, not 20.0 and 20.0"),
         ({"speeds": []}, "speeds must hold at least one factor"),
         ({"speeds": [3.0]}, "a speed must be between 0.5 and 2 in steps of 0.01, not 3.0"),
+        ({"noise": [10.0]}, "noise holds the lowest and the highest ratio in dB"),
         ({"noise": [30.0, 10.0]}, "noise holds the lowest and the highest ratio in dB"),
         ({"noise": [float("nan"), 10.0]}, "noise holds the lowest and the highest ratio in dB"),
         ({"dither": 1.0}, "dither must be at least 0 and below 1"),

@@ -170,9 +170,11 @@ def test_a_truncated_file_to_go_on_from(size: int, run: Path, tmp_path: Path):
     assert f"{path} is truncated, or no state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
-def test_warnings_are_printed_in_one_line():
-    """Without the line of code that warned, and without a break."""
-    shown = training.one_line(UserWarning("skipped a.png:\nit is empty"), UserWarning, "task.py", 3)
+def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without the line of code that warned."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is put back
+    fit(tmp_path, "--trainer.fast_dev_run=true")
+    shown = warnings.formatwarning(UserWarning("skipped a.png:\nit is empty"), UserWarning, "task.py", 3)
     assert shown == "warning: skipped a.png: it is empty\n"
 
 
@@ -183,6 +185,7 @@ def test_other_files_to_go_on_from(run: Path, tmp_path: Path):
     other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
     assert "--ckpt_path is of another model: 'model.blocks.0." in refused(*other)
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
+    assert "zoo.convert.from_nemo reads such files" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
 
 
 class Full(io.FileIO):

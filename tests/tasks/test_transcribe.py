@@ -394,7 +394,7 @@ def test_transducer(transducer: Path):
         ({"chunks": [4]}, "model.chunks lists sizes of at least 1, for a model whose config has a chunk"),
         ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks lists sizes of at least 1"),
         ({"warp": 1.0}, "model.warp is at least 0 and less than 1"),
-        ({"filter": -1.0}, "model.filter is at least 0, not -1.0"),
+        ({"filter": -1.0}, "model.filter is a number of at least 0, not -1.0"),
         ({"time_share": 2.0}, "time_share between 0 and 1"),
         ({"frequency_masks": -1}, "must be at least 0"),
         ({"rate": 0.0}, "model.rate"),
@@ -423,6 +423,7 @@ def test_a_model_of_pictures_is_refused():
             "the tokenizer has 10 tokens with the blank and the model 30; set model.backbone.vocabulary=10",
         ),
         ({}, ["--data.mels=64"], "the data has 64 mel bands and the model 80; set model.backbone.mels"),
+        ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised band by band"),
         (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, which a stream has not"),
         ({}, ["--model.chunks=[4]"], "model.chunks"),
         ({"mels": 4}, ["--data.mels=2"], "2 mel bands and the model 4"),
@@ -495,10 +496,10 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     assert len(named) == len(set(named)) == 7
     for words in (
         "skipped 1-2-0003: ",
-        "its transcript needs 599 frames, and it has fewer",
+        "fewer frames than its transcript needs, 599",
         "no loss of 1-2-0000: its transcript is empty",
         "no loss of 1-2-0002: the vocabulary has no 'R', 'Z', which is in 'A ZEBRA'",
-        "its transcript needs 400 frames, and it has fewer",
+        "fewer frames than its transcript needs, 400",
         "1-2-0001.flac: ",
         "1-2-0006.flac: no readable sound",
     ):
@@ -540,6 +541,17 @@ def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
     assert "1-2-0001 is clipped: it was recorded too loud" in said
     for kind in ("silent files with a transcript", "clipped files"):
         assert f"1 {kind} were used in the training of epoch 0" in said
+
+
+def test_a_validation_without_any_loss_shows_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    speak(tmp_path, "train", range(2), {0: "AB" * 200, 1: "BA" * 200})
+    weights = save_model(made(), tmp_path / "ear", preset=TINY["name"], preprocess=RECIPES["nemo"], labels=LETTERS)
+    flags = ["--data.dataset=librispeech", f"--data.root={tmp_path}", "--data.val=train", "--trainer.logger=false"]
+    with pytest.warns(UserWarning) as seen:
+        command("validate", *flags, f"--model.weights={weights}")
+    assert [str(each.message) for each in seen if "compute" in str(each.message)] == []
+    shown = capsys.readouterr().out
+    assert "val/wer" in shown and "val/loss" not in shown
 
 
 def test_training_on_nothing_is_an_error(tmp_path: Path):
@@ -590,7 +602,7 @@ def test_a_batch_without_an_utterance_changes_nothing():
 def test_repeats_need_a_blank_between_them():
     """4 frames hold ABCD and not AABB, for a transducer both."""
     batch = Batch(torch.zeros(2, 16, 80), torch.tensor([16, 16]), ("ABCD", "AABB"), ("one", "two"), ())
-    with pytest.warns(UserWarning, match="skipped two: its transcript needs 6 frames, and it has fewer"):
+    with pytest.warns(UserWarning, match="skipped two: it has fewer frames than its transcript needs, 6"):
         assert recogniser({"unet": False}).encoded(batch, "training")[0] == [0]
     assert recogniser(RNNT).encoded(batch, "training")[0] == [0, 1]
 

@@ -1,9 +1,13 @@
 """What training does to waveforms and features: other speeds, noise, voices, microphones, and bands removed."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from zoo.layer import mask_of
+
+KNOTS = 5  # gains that `filter_bands` draws for each utterance
 
 
 def spec_augment(
@@ -85,48 +89,54 @@ def warp_frequencies(features: Tensor, centres: Tensor, most: float, bend: float
     return torch.lerp(below, above, share[:, None])
 
 
-def filter_bands(features: Tensor, lengths: Tensor, most: float, knots: int = 5) -> Tensor:
+def filter_bands(features: Tensor, lengths: Tensor, most: float) -> Tensor:
     """Adds a random curve over the bands to each utterance, as if it had been recorded by another microphone.
 
     FilterAugment (Nam et al. 2022, arXiv:2110.03282) in its linear form: a gain uniform in -most..most at the lowest
     band, the highest and between them at random places, and straight lines from each to the next.
 
     Args:
-        features: [B, T, mels], on a logarithmic scale.
+        features: [B, T, mels], on a logarithmic scale; normalisation of each band would have removed such a curve.
         lengths: [B], real frames of each sample; what lies beyond is left alone.
         most: largest gain, in units of the features.
-        knots: gains that are drawn, at least 2.
 
     Returns:
         A new tensor [B, T, mels].
 
     Raises:
-        ValueError: `most` is below 0.
+        ValueError: `most` is below 0 or infinite.
     """
-    if not most >= 0:
-        raise ValueError(f"the gain of a band is at least 0, not {most!r}")
+    if not 0 <= most < math.inf:
+        raise ValueError(f"the gain of a band is a number of at least 0, not {most!r}")
     batch, time, mels = features.shape
-    inner = 1 + (mels - 3) * torch.rand(batch, knots - 2, device=features.device).sort(1).values
+    inner = 1 + (mels - 3) * torch.rand(batch, KNOTS - 2, device=features.device).sort(1).values
     ends = inner.new_tensor([0.0, mels - 1.0]).expand(batch, 2)
     places = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
-    gains = most * (2 * torch.rand(batch, knots, device=features.device) - 1)
+    gains = most * (2 * torch.rand(batch, KNOTS, device=features.device) - 1)
     bands = torch.arange(mels, device=features.device, dtype=places.dtype).expand(batch, mels).contiguous()
-    right = torch.searchsorted(places.contiguous(), bands, right=True).clamp(1, knots - 1)
+    right = torch.searchsorted(places.contiguous(), bands, right=True).clamp(1, KNOTS - 1)
     (below, above), (low, high) = ((each.gather(1, right - 1), each.gather(1, right)) for each in (places, gains))
     curve = torch.lerp(low, high, (bands - below) / (above - below).clamp(min=1e-6))
     return features + (curve[:, None] * mask_of(lengths, time)[..., None]).to(features.dtype)
 
 
-def add_noise(waveform: Tensor, ratio: float) -> Tensor:
-    """The waveform [S] with noise `ratio` dB below its power; between white and brown noise, at random.
+def add_noise(waveform: Tensor, ratio: float, rate: int, lowest: float = 60.0) -> Tensor:
+    """Adds noise with a spectrum between white and brown, at random.
 
-    A waveform without any sound stays so.
+    Args:
+        waveform: [S]; where it is silent, it stays so.
+        ratio: power of the waveform over that of the noise, in dB.
+        rate: samples per second.
+        lowest: in Hz; below it the noise is white, so that its power lies where something is heard.
+
+    Returns:
+        A new tensor [S].
     """
     from torchaudio.functional import add_noise as mix
 
     spectrum = torch.fft.rfft(torch.randn(len(waveform)))
-    places = torch.arange(1.0, len(spectrum) + 1)
-    noise = torch.fft.irfft(spectrum * places.pow(-float(torch.rand(()))), len(waveform))
+    hertz = torch.arange(float(len(spectrum))) * rate / len(waveform)
+    noise = torch.fft.irfft(spectrum * hertz.clamp(min=lowest).pow(-float(torch.rand(()))), len(waveform))
     return mix(waveform, noise, torch.tensor(ratio)) if waveform.any() else waveform
 
 

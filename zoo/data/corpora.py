@@ -186,7 +186,7 @@ def _transcribed(folder: Path, training: bool) -> list[Utterance]:
     faults.report(str(folder), training)
     if not found:
         if faults.malformed:
-            raise ValueError(f"{folder} has no transcribed utterances; of {faults.malformed[0]}")
+            raise ValueError(f"{folder} has no transcribed utterances; {faults.malformed[0]}")
         layout = "speaker/chapter/speaker-chapter-utterance.flac and speaker/chapter/speaker-chapter.trans.txt"
         raise ValueError(f"{folder} has no transcribed utterances; they are laid out as {layout}")
     return found
@@ -198,7 +198,7 @@ def _read_transcript(path: Path, texts: dict[str, str], faults: "_Faults") -> No
         if not name or "\t" in name:
             faults.malformed.append(f"{path}, line {number}: it does not begin with an utterance's name and a space")
         elif name in texts:
-            faults.malformed.append(f"{path}, line {number}: {name} has a transcript already")
+            faults.malformed.append(f"{path}, line {number}: {name} has a transcript already, which is kept")
         else:
             texts[name] = " ".join(text.split())
 
@@ -220,7 +220,7 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
         try:
             values = json.loads(line)
             one = _entry(values, path.parent)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             reason = f"no JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
             faults.malformed.append(f"{path}, line {number}: {reason}")
             continue
@@ -234,7 +234,7 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
             found += [one] * (not (blank and training))
     faults.report(str(path), training)
     if not found:
-        why = f"; of {faults.malformed[0]}" if faults.malformed else ""
+        why = f"; {faults.malformed[0]}" if faults.malformed else ""
         raise ValueError(f"{path} lists no transcribed utterances{why}")
     return found
 
@@ -289,15 +289,15 @@ class _Faults:
     def report(self, place: str, training: bool) -> None:
         """Warns in one line of what is left out."""
         kinds = {
-            "that cannot be understood": self.malformed,
-            "without a transcript": self.without_text,
-            "without a sound file": self.without_sound,
+            "lines that cannot be understood": self.malformed,
+            "utterances without a transcript": self.without_text,
+            "utterances without a sound file": self.without_sound,
         }
         if training:
-            kinds["with an empty transcript"] = self.empty
+            kinds["utterances with an empty transcript"] = self.empty
         counts = [f"{len(names)} {kind} (such as {names[0]})" for kind, names in kinds.items() if names]
         if counts:
-            rank_zero_warn(f"{place}: utterances left out: {', '.join(counts)}")
+            rank_zero_warn(f"{place}: left out are {', '.join(counts)}")
 
 
 class Tones:

@@ -95,7 +95,7 @@ class Clips(Dataset[Clip]):
         with seeded(self.seed, epoch, index):
             waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
             if self.noise:
-                waveform = add_noise(waveform, random.uniform(*self.noise))
+                waveform = add_noise(waveform, random.uniform(*self.noise), self.preprocess.rate)
             features = self.preprocess(waveform, dither=self.dither)
             return Clip(features, text, name, silent=silent, clipped=clipped)
 
@@ -201,7 +201,7 @@ class Speech(lightning.LightningDataModule):
             raise ValueError("speeds must hold at least one factor; [1.0] changes nothing")
         for factor in speeds:
             check_speed(factor)
-        if noise is not None and not -100 <= noise[0] <= noise[1] <= 100:
+        if noise is not None and not (len(noise) == 2 and -100 <= noise[0] <= noise[1] <= 100):
             raise ValueError(f"noise holds the lowest and the highest ratio in dB, within -100..100, not {list(noise)}")
         if not 0 <= dither < 1:
             raise ValueError(f"dither must be at least 0 and below 1, not {dither}")

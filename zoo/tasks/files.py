@@ -43,8 +43,6 @@ def device_for(wanted: str) -> str:
 
 def load_recogniser(name: str) -> tuple[nn.Module, AudioPreprocess, Tokenizer]:
     """A speech checkpoint's model, features and tokens; ValueError where it is none."""
-    if name.endswith(".nemo"):
-        raise ValueError(f"{name} is NeMo's own format; zoo.convert.from_nemo reads it and zoo.save_model writes ours")
     model, preprocess, tokenizer, _ = load_checkpoint(name)
     if not isinstance(preprocess, AudioPreprocess) or not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"{name} is no speech model: its config.json has no preprocess for sound or no tokenizer")

@@ -51,7 +51,8 @@ class Transcribe(Task):
         warp: largest change of the frequencies of a training utterance, as of another speaker's vocal tract (Jaitly and
             Hinton 2013); 0 for none.
         filter: largest change of the level of a band of a training utterance, in units of its features, as of another
-            microphone (FilterAugment, Nam et al. 2022, arXiv:2110.03282); 0 for none.
+            microphone (FilterAugment, Nam et al. 2022, arXiv:2110.03282), where features are not normalised band by
+            band; 0 for none.
         frequency_masks: bands of mel bins that training removes from each utterance.
         frequency_width: most mel bins in such a band.
         time_masks: bands of frames that training removes from each utterance.
@@ -134,8 +135,8 @@ class Transcribe(Task):
             raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
         if not 0.0 <= warp < 1.0:
             raise ValueError(f"model.warp is at least 0 and less than 1, not {warp}")
-        if not filter >= 0.0:
-            raise ValueError(f"model.filter is at least 0, not {filter}")
+        if not 0.0 <= filter < math.inf:
+            raise ValueError(f"model.filter is a number of at least 0, not {filter}")
         self.warp, self.filter = warp, filter
         self.masks = (frequency_masks, frequency_width, time_masks, time_share)
         spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # refuses what cannot be
@@ -145,7 +146,8 @@ class Transcribe(Task):
         self.tokenizer: Tokenizer | None = None
         self.learned = 0  # utterances that a loss was taken of, on this rank
         self.wer, self.cer = WordErrorRate(), CharErrorRate()
-        self.mean_loss, self.number, self.words = MeanMetric(), SumMetric(), SumMetric()
+        self.mean_loss, self.with_loss = MeanMetric(), SumMetric()
+        self.number, self.words = SumMetric(), SumMetric()
 
     @property
     def labels(self) -> Tokenizer:
@@ -181,6 +183,11 @@ class Transcribe(Task):
         if data.preprocess.mels != config.mels:
             raise ValueError(
                 f"the data has {data.preprocess.mels} mel bands and the model {config.mels}; set model.backbone.mels"
+            )
+        if stage == "fit" and self.filter and data.preprocess.normalize == "bin":
+            raise ValueError(
+                "model.filter needs features that are not normalised band by band, which removes a microphone's curve; "
+                "choose data.recipe=squeezeformer or streaming, or leave model.filter away"
             )
         self.centres = data.preprocess.centres
         if config.chunk is not None:
@@ -224,12 +231,12 @@ class Transcribe(Task):
             except ValueError as error:
                 self.note([f"{done} {name}: {error}"], UNKNOWN, stage)
                 continue
-            needed = frames_for(found)
+            needed = 1 if self.transducer else frames_for(found)
             if not found:
                 self.note([f"{done} {name}: its transcript is empty"], EMPTY, stage)
-            elif frames[index] < (1 if self.transducer else needed):
+            elif frames[index] < needed:
                 # Without the number of frames, which changes with the speed: each is named once.
-                self.note([f"{done} {name}: its transcript needs {needed} frames, and it has fewer"], LONG, stage)
+                self.note([f"{done} {name}: it has fewer frames than its transcript needs, {needed}"], LONG, stage)
             else:
                 kept.append(index)
                 tokens.append(found)
@@ -341,6 +348,7 @@ class Transcribe(Task):
             self.cer.update(said, list(batch.texts))
             self.number.update(len(said))
             self.words.update(sum(len(text.split()) for text in batch.texts))
+            self.with_loss.update(len(tokens))
             if tokens:
                 self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens))
 
@@ -354,12 +362,12 @@ class Transcribe(Task):
         part = "test" if self.trainer.testing else "val"
         wer, cer = self.wer.compute(), self.cer.compute()
         self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer}, prog_bar=True)
-        if math.isfinite(loss := float(self.mean_loss.compute())):  # else no utterance has one
-            self.log(f"{part}/loss", loss)
+        if self.with_loss.compute():
+            self.log(f"{part}/loss", self.mean_loss.compute())
         if self.trainer.state.fn != TrainerFn.FITTING:
             size = f"{words} words in {number} utterances"
             rank_zero_info(f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})")
-        for metric in (self.wer, self.cer, self.mean_loss, self.number, self.words):
+        for metric in (self.wer, self.cer, self.mean_loss, self.with_loss, self.number, self.words):
             metric.reset()
 
     test_step = validation_step
