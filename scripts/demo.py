@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 import zoo
 from zoo.__main__ import main as command
 from zoo.data.images import Images
-from zoo.layer import count_parameters
-from zoo.tasks.classify import interval
+from zoo.models.base import count_parameters
+from zoo.tasks.classify.train import interval
 
 CONFIG = "configs/classify/vit_micro_digits.yaml"
 SIZE = {"dim": 64, "depth": 4, "heads": 4, "patch": 8}

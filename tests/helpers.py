@@ -3,16 +3,18 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.ffns import FFNS
-from zoo.layer import Context, Layer, Memory, advance, make, parse
+from zoo.layer import Context, Layer, Memory, Place, advance
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS, Position
+from zoo.spec import make, parse
 
 DIM, HEADS = 32, 2
 ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
@@ -39,33 +41,68 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def prepared(model: torch.nn.Module) -> torch.nn.Module:
+    """fp64, random statistics, gains and biases, training over, matrices as initialised."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2 or bool((parameter == 0).all()):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            if name.endswith("running_var"):
+                buffer.copy_(0.3 + torch.rand(buffer.shape, generator=generator))
+    advance(model, 1.0)
+    return model.eval()
+
+
 def _advanced(progress: float, axes: int) -> Layer:
     norm = NORMS["prepbn"](DIM)
     advance(norm, progress)
     return norm
 
 
+def _mixer(spec: str, axes: int) -> Layer:
+    return make(MIXERS, spec, DIM, HEADS, Place(axes))
+
+
+def _conv(row: type[Layer], norm: str, axes: int) -> Layer:
+    """The branch, its norm put in as a Block does."""
+    layer: Any = row(DIM, Place(axes))
+    for site, size in row.sites_of(DIM, HEADS).items():
+        if site == "norm":
+            layer.norm = NORMS[norm](size.width)
+    return layer
+
+
+def position(name: str, dim: int, width: int, grid: tuple[int, ...], prefix: int = 0, **options: Any) -> Any:
+    """A position for tokens on a grid, whose heads have that width."""
+    return POSITIONS[name](dim, width, Place(len(grid), grid, prefix), **options)
+
+
 def _rows() -> dict[str, Callable[[int], Layer]]:
     rows: dict[str, Callable[[int], Layer]] = {}
-    for name, row in MIXERS.items():
-        rows[f"mixer-{name}"] = functools.partial(row, DIM, HEADS)
+    for name in MIXERS:
+        rows[f"mixer-{name}"] = functools.partial(_mixer, name)
     for name, row in CONVS.items():
         for norm in ("batchnorm", "layernorm"):
-            rows[f"conv-{name}-{norm}"] = functools.partial(lambda row, norm, axes: row(DIM, axes, norm), row, norm)
+            rows[f"conv-{name}-{norm}"] = functools.partial(_conv, row, norm)
     for name, row in CROSSES.items():
         rows[f"cross-{name}"] = functools.partial(lambda row, axes: row(DIM, HEADS), row)
     for name, row in NORMS.items():
         rows[f"norm-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
     for name, row in CHANNELS.items():
-        rows[f"channel-{name}"] = functools.partial(row, DIM)
+        rows[f"channel-{name}"] = functools.partial(lambda row, axes: row(DIM, Place(axes)), row)
     for name, row in FFNS.items():
         rows[f"ffn-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
     for name, row in POSITIONS.items():
         rows[f"position-{name}"] = functools.partial(
-            lambda row, axes: row(DIM, DIM // HEADS, (11,) if axes == 1 else (4, 6), 2), row
+            lambda row, axes: row(DIM, DIM // HEADS, Place(axes, (11,) if axes == 1 else (4, 6), 2)), row
         )
     for spec in SPECS:
-        rows[f"mixer-{spec}"] = functools.partial(make, MIXERS, spec, DIM, HEADS)
+        rows[f"mixer-{spec}"] = functools.partial(_mixer, spec)
     for progress in (0.0, 0.4, 1.0):
         rows[f"norm-prepbn({progress})"] = functools.partial(_advanced, progress)
     del rows["norm-prepbn"]
@@ -101,7 +138,7 @@ def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: li
         context = context._replace(memory=memory_for(context, batch))
     if "rotary" in layer.reads:
         head_dim: int = layer.head_dim  # pyright: ignore
-        context = POSITIONS["rope"](DIM, head_dim, grid, prefix).place(context)
+        context = position("rope", DIM, head_dim, grid, prefix).place(context)
     if "bias" in layer.reads:
         where = torch.arange(total, dtype=torch.float32)
         slope = torch.tensor([0.05, 0.1])[:, None, None]

@@ -1,79 +1,29 @@
 """The Block: layouts, placements, modulation, stochastic depth, masks, prefix tokens, checkpointing."""
 
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import padded, randomise, rectangle, relative
 from torch import nn
 
-from zoo.block import Block, Residual, drop_rates, run
-from zoo.config import PLACEMENTS, BlockConfig
+from block_cases import BASE, CONFORMER, DECODER, DIFFUSION, LAYOUTS, LINE, PARALLEL, SQUEEZEFORMER, context_of, grid_of
+from helpers import padded, position, randomise, relative
+from zoo.block import Block, Residual
+from zoo.choices import PLACEMENTS, BlockConfig
 from zoo.ffns import ACTIVATIONS, FFNS
-from zoo.layer import Context, Memory, advance
-from zoo.mixers import CONVS
+from zoo.layer import Context, advance
+from zoo.models.base import drop_rates, run
 from zoo.norms import BatchNorm
-from zoo.positions import POSITIONS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LineConfig(BlockConfig):
-    axes: ClassVar[int] = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(LineConfig):
-    @property
-    def writes(self):
-        return super().writes | {"code"}
-
-
-BASE = {"dim": 32, "depth": 2, "heads": 2, "position": "none"}
-CONFORMER = LineConfig(**BASE, layout=("half", "mixer", "conv", "half", "norm"), ffn="mlp(activation='silu')")
-SQUEEZEFORMER = LineConfig(**BASE, layout=("mixer", "ffn", "conv", "ffn"), conv="swish", placement="scaled")
-DECODER = DecoderConfig(**BASE, layout=("mixer", "cross", "ffn"), placement="post")
-DIFFUSION = BlockConfig(**BASE, modulate=True, norm="layernorm(affine=False, eps=1e-6)")
-PARALLEL = BlockConfig(**BASE, layout=("mixer+ffn",), mixer="softmax(qk_norm=True)")
-LAYOUTS = {
-    "vit": BlockConfig(**BASE),
-    "conformer": CONFORMER,
-    "squeezeformer": SQUEEZEFORMER,
-    "decoder": DECODER,
-    "diffusion": DIFFUSION,
-    "parallel": PARALLEL,
-    "macaron": BlockConfig(**BASE, layout=("half", "mixer", "half"), layer_scale=0.1, channel="se"),
-}
-
-
-def context_of(config: BlockConfig, grid: tuple[int, ...], extents=None, batch: int = 2) -> Context:
-    mask = None if extents is None else torch.stack([rectangle(grid, extent) for extent in extents])
-    context = Context(grid=grid, mask=mask)
-    generator = torch.Generator().manual_seed(3)
-    if config.modulate:
-        context = context._replace(cond=torch.randn(batch, 1, 32, generator=generator))
-    if "memory" in config.writes:
-        memory = Memory(
-            torch.randn(batch, 6, 32, generator=generator), torch.arange(6)[None] < torch.tensor([[6], [4]])
-        )
-        context = context._replace(memory=memory)
-    if "code" in config.writes:
-        context = context._replace(code=torch.randn(1, 40, 32, generator=generator)[:, : torch.tensor(grid).prod()])
-    return context
-
-
-def grid_of(config: BlockConfig, size: int) -> tuple[int, ...]:
-    return (size,) if config.axes == 1 else (size, size - 2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_and_ignores_padding(name):
     config = LAYOUTS[name]
-    block = randomise(Block(config, config.drop_path))
-    small, large = grid_of(config, 5), grid_of(config, 6 if config.axes == 2 else 9)
+    block = randomise(Block(config))
+    small, large = grid_of(config, 5), grid_of(config, 6 if config.place.axes == 2 else 9)
     near, far = context_of(config, small), context_of(config, large, [small, small])
-    x = torch.randn(2, near.grid[0] * (near.grid[1] if config.axes == 2 else 1), 32)
+    x = torch.randn(2, near.grid[0] * (near.grid[1] if config.place.axes == 2 else 1), 32)
     wide = padded(x, near, large)
     real = far.mask
     for training in (True, False):  # training first, so that inference has statistics
@@ -165,7 +115,7 @@ def test_modulation_starts_as_the_identity_and_then_acts():
     assert torch.equal(block(x, context), x)
     randomise(block)
     step = block.steps[1]
-    shift, scale, gate = step.modulation(F.silu(context.cond)).chunk(3, -1)
+    shift, scale, gate = F.linear(F.silu(context.cond), step.modulation.weight, step.modulation.bias).chunk(3, -1)
     wanted = x + gate * step.branch(step.before(x, context) * (1 + scale) + shift, context)
     assert relative(step(x, context), wanted) < 1e-6
     by_token = context._replace(cond=context.cond.expand(-1, 12, -1))
@@ -200,7 +150,7 @@ def test_parallel_branches_share_one_norm():
 
 
 def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
-    config = BlockConfig(**(BASE | {"depth": 5}), drop_path=0.4, layout=("ffn",))
+    config = BlockConfig(**BASE, layout=("ffn",))
     rates = [Block(config, rate).steps[0].drop for rate in drop_rates(0.4, 5)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     step = Block(config, 0.4).steps[0]
@@ -214,7 +164,7 @@ def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
 
 @pytest.mark.parametrize("norm", ["batchnorm", "prepbn"])
 def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
-    config = LineConfig(**BASE, norm=norm, layout=CONFORMER.layout, mixer="sla", drop_path=0.5)
+    config = BlockConfig(**LINE, norm=norm, layout=CONFORMER.layout, mixer="sla")
     outcomes = []
     for checkpointing in (False, True):
         torch.manual_seed(1)
@@ -231,7 +181,8 @@ def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
 @pytest.mark.parametrize("gate", ["glu", "swish"])
 def test_the_convolution_branch_is_its_formula(gate):
     """Linear, gate, depthwise convolution, batch norm, swish, linear."""
-    branch = randomise(CONVS[gate](32, 1, "batchnorm", kernel=7)).eval()
+    step = Block(BlockConfig(**LINE, layout=("conv",), conv=f"{gate}(kernel=7)")).steps[0]
+    branch = randomise(step.branch).eval()
     x = torch.randn(2, 11, 32)
     y = branch.expand(x)
     y = y[..., :32] * torch.sigmoid(y[..., 32:]) if gate == "glu" else y * torch.sigmoid(y)
@@ -268,9 +219,9 @@ def test_positions_break_the_symmetry_of_attention(base):
     order = torch.randperm(12)
 
     def outcome(tokens, name):
-        position = randomise(POSITIONS[name](32, 16, (3, 4), 0), seed=5)
-        context = position.place(Context(grid=(3, 4)))
-        return block(position(tokens, context), context)
+        layer = randomise(position(name, 32, 16, (3, 4)), seed=5)
+        context = layer.place(Context(grid=(3, 4)))
+        return block(layer(tokens, context), context)
 
     assert relative(outcome(x[:, order], "none"), outcome(x, "none")[:, order]) < 1e-5
     assert relative(outcome(x[:, order], base), outcome(x, base)[:, order]) > 1e-3
@@ -279,7 +230,7 @@ def test_positions_break_the_symmetry_of_attention(base):
 def test_a_filled_or_missing_site_is_refused():
     with pytest.raises(ValueError, match="needs the site 'inner'"):
         Block(BlockConfig(**BASE, mixer="pool", placement="sub"))
-    with pytest.raises(ValueError, match="already filled"):
+    with pytest.raises(ValueError, match="needs the site 'query'; mixer 'softmax\\(qk_norm=True\\)' has: value, inner"):
         Block(BlockConfig(**BASE, mixer="softmax(qk_norm=True)", placement="hybrid"))
     with pytest.raises(ValueError, match="scales heads"):
         Block(BlockConfig(**BASE, mixer="sepconv", placement="normformer"))

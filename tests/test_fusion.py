@@ -1,38 +1,22 @@
 """Folding is exact: fp64, random statistics, gains and biases; a term left out is noticed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DIM, PLACES, ROWS, context_for, randomise, relative, tokens_for
-from test_block import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
 
 import zoo.fusion
 import zoo.norms
+from block_cases import CONFORMER, DECODER, DIFFUSION, SQUEEZEFORMER, context_of
+from helpers import DIM, PLACES, ROWS, context_for, prepared, randomise, relative, tokens_for
 from zoo import advance, create_model, fuse
 from zoo.block import Block
-from zoo.config import PLACEMENTS, BlockConfig
+from zoo.choices import PLACEMENTS, BlockConfig
 from zoo.layer import Context, Layer
 from zoo.norms import NORMS, Affine, BatchNorm, LayerNorm
 
 SMALL = {"depth": 2, "dim": 48, "heads": 3, "classes": 10}
-
-
-def prepared(model: torch.nn.Module) -> torch.nn.Module:
-    """fp64, random statistics, gains and biases, training over, matrices as initialised."""
-    generator = torch.Generator().manual_seed(1)
-    model = model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim < 2 or bool((parameter == 0).all()):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator))
-            if name.endswith("running_var"):
-                buffer.copy_(0.3 + torch.rand(buffer.shape, generator=generator))
-    advance(model, 1.0)
-    return model.eval()
 
 
 def vit(**choices) -> torch.nn.Module:
@@ -108,7 +92,7 @@ def test_the_model_itself_is_left_alone():
     model = vit().train()
     before = copy.deepcopy(model.state_dict())
     fused = fuse(model)
-    assert model.training and not fused.training and not hasattr(model, "fusion")
+    assert model.training and not fused.training and model.fusion is None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -119,17 +103,19 @@ def test_a_blend_above_zero_is_refused():
         fuse(model)
 
 
-@pytest.mark.parametrize(
-    "config,grid",
-    [(CONFORMER, (9,)), (SQUEEZEFORMER, (9,)), (DECODER, (9,)), (DIFFUSION, (3, 4))],
-    ids=["conformer", "squeezeformer", "decoder", "diffusion"],
-)
-@pytest.mark.parametrize("norm", ["prepbn", "batchnorm"])
-def test_blocks_of_every_family(config, grid, norm):
-    from dataclasses import replace
+FAMILIES = {
+    f"{name}-{norm}": (replace(config, norm=norm, **({"conv_norm": norm} if "conv" in config.layout else {})), (9,))
+    for name, config in (("conformer", CONFORMER), ("squeezeformer", SQUEEZEFORMER), ("decoder", DECODER))
+    for norm in ("prepbn", "batchnorm")
+}
+FAMILIES["diffusion"] = replace(DIFFUSION, layer_scale=0.1), (3, 4)
 
-    config = replace(config, norm=norm, **({"conv_norm": norm} if "conv" in config.layout else {}))
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_every_family(family):
+    config, grid = FAMILIES[family]
     block = prepared(Block(config))
+    assert fuse(block).fusion
     context = context_of(config, grid, [grid, tuple(size - 1 for size in grid)])
     if context.memory is not None:
         memory = context.memory._replace(tokens=context.memory.tokens.double())
@@ -142,7 +128,8 @@ def test_blocks_of_every_family(config, grid, norm):
 
 
 def test_a_decoder_that_adds_code_keeps_its_norm():
-    block = prepared(Block(DECODER.__class__(dim=32, depth=1, heads=2, position="none", norm="batchnorm")))
+    writes = DECODER.writes - {"memory"}
+    block = prepared(Block(replace(DECODER, layout=("mixer",), placement="pre", norm="batchnorm", writes=writes)))
     assert "code" in {word for fold in fuse(block).fusion for word in fold.reason.split()}
 
 
@@ -229,7 +216,7 @@ def test_fused_features_and_masks():
 
 
 def test_export_and_precision_of_a_fused_block():
-    block = fuse(prepared(Block(BlockConfig(dim=32, depth=1, heads=2, position="none", norm="prepbn")))).float()
+    block = fuse(prepared(Block(BlockConfig(dim=32, heads=2, norm="prepbn")))).float()
     x, context = torch.randn(2, 12, 32), Context(grid=(3, 4))
     program = torch.export.export(block, (x, context))
     assert relative(program.module()(x, context), block(x, context)) < 1e-5

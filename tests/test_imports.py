@@ -11,17 +11,17 @@ import zoo
 ROOT = Path(zoo.__file__).parent
 # Each line may import from itself and the lines above it.
 LAYERS = [
-    ["layer"],
-    ["norms", "kernels", "preprocess", "audio", "tokens"],
-    ["fusion", "channels", "positions", "ffns"],
-    ["stems", "heads", "subsampling", "streaming", "decoding"],
-    ["mixers"],
-    ["config"],
-    ["block"],
+    ["spec", "tensors", "text"],
+    ["layer", "cache"],
+    ["kernels", "norms"],
+    ["fusion", "channels", "positions", "ffns", "modulations"],
+    ["mixers", "stems", "heads"],
+    ["choices"],
+    ["block", "config"],
     ["models"],
-    ["card"],
-    ["convert", "weights"],
-    ["data", "tasks"],
+    ["inputs", "outputs"],
+    ["weights"],
+    ["convert", "data", "tasks"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

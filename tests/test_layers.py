@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from helpers import (
     DIM,
     PLACES,
@@ -16,11 +17,11 @@ from helpers import (
     relative,
     tokens_for,
 )
-
 from zoo import create_model
-from zoo.layer import Context, Layer, advance, filtered
+from zoo.layer import Context, Layer, advance
 from zoo.norms import BatchNorm
 from zoo.positions import Position
+from zoo.tensors import filtered
 
 GRIDS = {1: (11,), 2: (5, 7)}
 WIDE = {1: (19,), 2: (9, 8)}

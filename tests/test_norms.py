@@ -6,12 +6,13 @@ import os
 import pytest
 import torch
 import torch.multiprocessing
-from helpers import randomise, relative
 from torch import nn
 
+from helpers import randomise, relative
 from zoo import advance, refresh_statistics
-from zoo.layer import Context, make
+from zoo.layer import Context
 from zoo.norms import NORMS, BatchNorm, LayerNorm, PRepBN, RepBN
+from zoo.spec import make
 
 CONTEXT = Context(grid=(12,))
 

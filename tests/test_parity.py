@@ -22,17 +22,18 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention,
 )
 
+from helpers import position as position_of
 from zoo.block import Block
 from zoo.channels import CHANNELS
-from zoo.config import BlockConfig
+from zoo.choices import BlockConfig
 from zoo.ffns import FFNS
 from zoo.kernels import deformable, multiscale
 from zoo.kernels.deformable import gathered
-from zoo.layer import Context, Memory, to_map, to_tokens
+from zoo.layer import Context, Memory, Place
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.mixers.attention import rotate
 from zoo.norms import NORMS
-from zoo.positions import POSITIONS
+from zoo.tensors import to_map, to_tokens
 
 EXACT = 1e-10  # fp64
 SINGLE = 1e-5  # where a table is fp32 by contract
@@ -170,7 +171,7 @@ def test_shared_keys_are_repeated_keys(kv_heads):
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_block_is_torch_encoder_layer(placement):
-    config = BlockConfig(dim=DIM, depth=1, heads=HEADS, placement=placement, norm="layernorm(eps=1e-5)")
+    config = BlockConfig(dim=DIM, heads=HEADS, placement=placement, norm="layernorm(eps=1e-5)")
     ours = scattered(Block(config))
     theirs = nn.TransformerEncoderLayer(
         DIM, HEADS, 4 * DIM, 0.0, "gelu", batch_first=True, norm_first=placement == "pre"
@@ -190,7 +191,7 @@ def test_block_is_torch_encoder_layer(placement):
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_block_is_torch_decoder_layer(placement):
     layout = ("mixer", "cross", "ffn")
-    ours = scattered(Block(BlockConfig(dim=DIM, depth=1, heads=HEADS, layout=layout, placement=placement)))
+    ours = scattered(Block(BlockConfig(dim=DIM, heads=HEADS, layout=layout, placement=placement)))
     theirs = nn.TransformerDecoderLayer(
         DIM, HEADS, 4 * DIM, 0.0, "gelu", 1e-6, batch_first=True, norm_first=placement == "pre"
     )
@@ -219,7 +220,7 @@ def test_pool_is_timm_pooling(size, grid):
     context = Context(grid=grid)
     x = tokens(context)
     plane = to_map(x, grid if len(grid) == 2 else (1, *grid))
-    got = MIXERS["pool"](DIM, HEADS, len(grid), size=size)(x, context)
+    got = MIXERS["pool"](DIM, HEADS, Place(len(grid)), size=size)(x, context)
     check(got, to_tokens(Pooling(size)(plane)), (x,))
 
 
@@ -237,7 +238,7 @@ def test_window_is_attention_inside_each_window(grid):
     """timm's window attention on windows cut out one by one; sides that the window divides."""
     context = Context(grid=grid)
     theirs = scattered(WindowAttention(DIM, (3, 3), HEADS))
-    ours = copied(MIXERS["window"](DIM, HEADS, len(grid), size=3), renamed(theirs, proj="out"))
+    ours = copied(MIXERS["window"](DIM, HEADS, Place(len(grid)), size=3), renamed(theirs, proj="out"))
     x = tokens(context)
     wanted = torch.zeros_like(x).unflatten(1, grid)
     for corner in itertools.product(*[range(0, side, 3) for side in grid]):
@@ -251,7 +252,7 @@ def test_window_is_attention_inside_each_window(grid):
 def test_the_last_windows_attend_to_what_is_there(grid):
     """Attention where a pair of tokens is allowed if both lie in one window."""
     context = Context(grid=grid)
-    ours = scattered(MIXERS["window"](DIM, HEADS, len(grid), size=3))
+    ours = scattered(MIXERS["window"](DIM, HEADS, Place(len(grid)), size=3))
     x = tokens(context)
     where = torch.stack(torch.meshgrid(*[torch.arange(side) // 3 for side in grid], indexing="ij"), -1).flatten(0, -2)
     allowed = (where[:, None] == where[None]).all(-1)
@@ -262,7 +263,7 @@ def test_the_last_windows_attend_to_what_is_there(grid):
 
 def test_depthwise_is_timm_position_encoding():
     theirs = scattered(ConvPosEnc(DIM, 3))
-    ours = copied(CONVS["depthwise"](DIM, 2, "batchnorm"), renamed(theirs, proj="conv"))
+    ours = copied(CONVS["depthwise"](DIM), renamed(theirs, proj="conv"))
     x = tokens()
     check(x + ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
 
@@ -277,7 +278,7 @@ def test_channel_is_timm_channel_attention():
 @pytest.mark.parametrize("position", ["none", "rope"])
 def test_sla_is_its_formula(position):
     context = GRID._replace(prefix=1)
-    context = POSITIONS[position](DIM, DIM // HEADS, context.grid, 1).place(context)
+    context = position_of(position, DIM, DIM // HEADS, context.grid, 1).place(context)
     ours = scattered(MIXERS["sla"](DIM, HEADS, kernel=3))
     x = tokens(context)
     query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(2)
@@ -319,7 +320,7 @@ ACROSS = (0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2)
 @pytest.mark.parametrize("grid", [(7, 7), (14, 14), (14, 7), (9, 8), (20,)])
 def test_fca_is_a_cosine_transform(grid):
     context = Context(grid=grid)
-    ours = scattered(CHANNELS["fca"](64, len(grid)))
+    ours = scattered(CHANNELS["fca"](64, Place(len(grid))))
     x = tokens(context, dim=64)
     maps = x.detach().numpy().reshape(3, *grid, 64)
     if len(grid) == 1:
@@ -527,14 +528,14 @@ def test_deformable_cross_attention_is_transformers(boxes, masked, points):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_sincos_is_timm_table(prefix):
     context = Context(grid=(5, 9), prefix=prefix)
-    got = POSITIONS["sincos"](DIM, 8, (3, 3), prefix)(torch.zeros(1, prefix + 45, DIM), context)[0]
+    got = position_of("sincos", DIM, 8, (3, 3), prefix)(torch.zeros(1, prefix + 45, DIM), context)[0]
     table = build_sincos2d_pos_embed([5, 9], DIM).unflatten(1, (2, 2, -1))  # sine or cosine, axis, rate
     check(got[prefix:], table.transpose(1, 2).flatten(1), tolerance=SINGLE)
     assert not got[:prefix].any()
 
 
 def test_sincos_on_a_line_is_its_formula():
-    got = POSITIONS["sincos"](DIM, 8, (3,), 0)(torch.zeros(1, 50, DIM), Context(grid=(50,)))[0]
+    got = position_of("sincos", DIM, 8, (3,), 0)(torch.zeros(1, 50, DIM), Context(grid=(50,)))[0]
     wanted = [
         [wave(place / 10000 ** (2 * k / DIM)) for wave in (math.sin, math.cos) for k in range(DIM // 2)]
         for place in range(50)
@@ -544,7 +545,7 @@ def test_sincos_on_a_line_is_its_formula():
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 9), (2, 3), (4, 8)])
 def test_learned_table_is_resized_as_timm_does_without_antialias(grid):
-    position = POSITIONS["learned"](DIM, 8, (4, 4), 2)
+    position = position_of("learned", DIM, 8, (4, 4), 2)
     nn.init.normal_(position.table)
     context = Context(grid=grid, prefix=2)
     got = position(torch.zeros(1, 2 + math.prod(grid), DIM), context)
@@ -554,7 +555,7 @@ def test_learned_table_is_resized_as_timm_does_without_antialias(grid):
 @pytest.mark.parametrize("mode", ["bicubic", "linear"])
 def test_learned_table_is_resized_to_the_extent_of_each_sample(mode):
     grid, extents = ((6, 7), [(6, 7), (3, 5), (2, 2)]) if mode == "bicubic" else ((9,), [(9,), (4,), (2,)])
-    position = POSITIONS["learned"](DIM, 8, grid[:1] * len(grid), 0)
+    position = position_of("learned", DIM, 8, grid[:1] * len(grid), 0)
     nn.init.normal_(position.table)
     mask = torch.zeros(3, *grid, dtype=torch.bool)
     for each, extent in zip(mask, extents, strict=True):
@@ -568,7 +569,7 @@ def test_learned_table_is_resized_to_the_extent_of_each_sample(mode):
 @pytest.mark.parametrize("grid", [(6, 5), (13,)])
 def test_rope_turns_complex_numbers(grid):
     context = Context(grid=grid, prefix=1)
-    context = POSITIONS["rope"](DIM, 8, (4,) * len(grid), 1, base=50.0).place(context)
+    context = position_of("rope", DIM, 8, (4,) * len(grid), 1, base=50.0).place(context)
     x = torch.randn(2, 1 + math.prod(grid), HEADS, 8, dtype=torch.float64)
     places = np.stack(np.meshgrid(*[np.arange(size) for size in grid], indexing="ij"), -1).reshape(-1, len(grid))
     width = 4 // len(grid)
@@ -580,7 +581,7 @@ def test_rope_turns_complex_numbers(grid):
 
 @pytest.mark.parametrize("grid", [(6, 5), (13,)])
 def test_rope_scores_depend_on_relative_places(grid):
-    context = POSITIONS["rope"](DIM, 8, grid, 0).place(Context(grid=grid))
+    context = position_of("rope", DIM, 8, grid, 0).place(Context(grid=grid))
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, math.prod(grid), 1, 8)
     scores = torch.einsum("bnhd,bmhd->nm", rotate(query, context.rotary), rotate(key, context.rotary))
     scores = scores.view(*grid, *grid)
@@ -597,7 +598,7 @@ def test_rope_scores_depend_on_relative_places(grid):
 def test_rope_attention_stays_under_shifts():
     """A picture in a larger, masked one: attention gives the same wherever it lies on a line."""
     ours = scattered(MIXERS["softmax"](DIM, HEADS))
-    rope = POSITIONS["rope"](DIM, 8, (9,), 0)
+    rope = position_of("rope", DIM, 8, (9,), 0)
     x = tokens(Context(grid=(9,)), 1)
     wanted = ours(x, rope.place(Context(grid=(9,))))
     shifted = torch.cat([torch.randn(1, 4, DIM, dtype=torch.float64), x], 1)

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 import zoo
-from zoo.config import PLACEMENTS
-from zoo.layer import count_parameters, options_of
-from zoo.models import configure, conformer, pyramid
+from zoo.choices import PLACEMENTS
+from zoo.models import configure
+from zoo.models.base import count_parameters
+from zoo.models.presets import conformer, pyramid
+from zoo.spec import options_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ import torch
 
 from zoo.__main__ import main
 from zoo.data.images import Images
-from zoo.tasks.classify import Classify
+from zoo.tasks.classify.train import Classify
 
 BACKBONE: dict[str, Any] = {
     "name": "vit_micro",

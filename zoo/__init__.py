@@ -12,6 +12,7 @@ _HOMES = {
     "advance": "zoo.layer",
     "fuse": "zoo.fusion",
     "refresh_statistics": "zoo.norms",
+    "load_checkpoint": "zoo.weights",
     "load_model": "zoo.weights",
     "save_model": "zoo.weights",
     "MIXERS": "zoo.mixers",
@@ -19,12 +20,12 @@ _HOMES = {
     "CHANNELS": "zoo.channels",
     "POSITIONS": "zoo.positions",
     "FFNS": "zoo.ffns",
-    "PLACEMENTS": "zoo.config",
+    "PLACEMENTS": "zoo.choices",
 }
 
 if TYPE_CHECKING:
     from zoo.channels import CHANNELS
-    from zoo.config import PLACEMENTS
+    from zoo.choices import PLACEMENTS
     from zoo.ffns import FFNS
     from zoo.fusion import fuse
     from zoo.layer import advance
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from zoo.models import create_model, list_models
     from zoo.norms import NORMS, refresh_statistics
     from zoo.positions import POSITIONS
-    from zoo.weights import load_model, save_model
+    from zoo.weights import load_checkpoint, load_model, save_model
 
 __all__ = [
     "CHANNELS",
@@ -45,6 +46,7 @@ __all__ = [
     "create_model",
     "fuse",
     "list_models",
+    "load_checkpoint",
     "load_model",
     "refresh_statistics",
     "save_model",

@@ -5,13 +5,19 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from zoo.text import one_line
+
 # What each task trains and on what, and what does its other verbs; imported when asked for.
 TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "classify": ("zoo.tasks.classify:Classify", "zoo.data.images:Images", {"predict": "zoo.tasks.answer:main"}),
+    "classify": (
+        "zoo.tasks.classify.train:Classify",
+        "zoo.data.images:Images",
+        {"predict": "zoo.tasks.classify.predict:main"},
+    ),
     "transcribe": (
-        "zoo.tasks.transcribe:Transcribe",
+        "zoo.tasks.transcribe.train:Transcribe",
         "zoo.data.speech:Speech",
-        {"predict": "zoo.tasks.transcripts:main", "stream": "zoo.tasks.listen:main"},
+        {"predict": "zoo.tasks.transcribe.predict:main", "stream": "zoo.tasks.transcribe.stream:main"},
     ),
 }
 TRAINING = ("fit", "validate", "test")
@@ -56,7 +62,7 @@ def run(arguments: list[str]) -> None:
         if arguments[1] in others:
             return target(others[arguments[1]])(arguments[2:])
         if arguments[1] in TRAINING:
-            command = import_module("zoo.tasks.command")
+            command = import_module("zoo.tasks.cli")
             return command.main(target(task), target(data), arguments[0], arguments[1:])
     given = parser().parse_args(arguments)
     from zoo import models
@@ -75,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"zoo: error: {' '.join(str(error).split())}")
+        sys.exit(f"zoo: error: {one_line(error, most=2000)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

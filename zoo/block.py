@@ -1,20 +1,55 @@
-"""One Block for every family: a layout spelt out as residual branches, norms put where the placement says."""
+"""One Block for every family: a layout spelled out as residual branches, norms put where the placement says.
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+One residual; what stands in [brackets] is there where the config has it:
+
+        x
+        +-------------------+
+        |                [before]        a norm
+        |                [modulation]    shift and scale, read off a condition
+        |                 branch         mixer, cross-attention, convolution or feed-forward layer, or several, summed
+     [stream]            [after]         a norm
+        |                [channel]       channel attention
+        |                [layer_scale]   a learned scale for each channel
+        |                [1/2]           where the layout says `half`
+        |                [gate]          of the modulation
+        |                 drop           dropout and stochastic depth
+        +------- + ---------+
+                 |
+              [total]                    a norm
+
+`stream` is x itself, what `before` made of it, or x times a learned scale. A branch may have sites of its own: `query`,
+`key` and `value` behind the projections, `inner` in front of the output linear. The placements fill these sites:
+
+    placement    mixers, convolutions                feed-forward
+    pre          before                              before
+    post         total                               total
+    res_post     after                               after
+    res_scale    before; stream = scale              before; stream = scale
+    peri         before, after                       before, after
+    sub          before, inner                       before, inner
+    hybrid       query, key, value                   before; stream = before
+    normformer   before, after; inner = heads        before, inner
+    scaled       before = affine; total              before = affine; total
+
+A site holds the norm that the config names, or as stated: `affine`, a learned scale and shift, or `heads`, a learned
+scale for each head.
+"""
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.channels import CHANNELS
-from zoo.config import FEED_FORWARD, OUTER, PLACEMENTS, BlockConfig
+from zoo.choices import FEED_FORWARD, BlockConfig, Filling
 from zoo.ffns import FFNS
-from zoo.fusion import fold_in, fold_out, keep, not_affine
-from zoo.layer import Context, Fold, Layer, compiling, make, parse
+from zoo.fusion import fold_last, fold_residual, keep
+from zoo.layer import Context, Fold, Layer
 from zoo.mixers import CONVS, CROSSES, MIXERS
-from zoo.norms import NORMS, Affine, HeadScale, Norm, recomputing
+from zoo.modulations import MODULATIONS
+from zoo.norms import NORMS, Affine, HeadScale, Norm
+from zoo.spec import make, parse
 
 
 class Parallel(Layer):
@@ -47,80 +82,38 @@ def _joined(parts: list[list[nn.Linear] | str]) -> list[nn.Linear] | str:
 
 
 class Residual(Layer):
-    """x + drop_path(gate * factor * layer_scale * channel(after(branch(modulate(before(x)))))), then `total`.
-
-    A bare branch stands without all that: x + branch(x). Modulation is adaLN-Zero: shift, scale and gate are read off
-    silu(cond) by a linear that starts at zero (Peebles and Xie 2023, arXiv:2212.09748).
-    """
+    """One entry of the layout as drawn above. A bare branch stands without all that: x + branch(x)."""
 
     def __init__(self, config: BlockConfig, entry: str, drop: float) -> None:
         super().__init__()
-        words = entry.split("+")
-        leaves = [self.build(config, word) for word in words]
+        words, plan = entry.split("+"), config.plan(entry)
+        leaves = [branch(config, word) for word in words]
+        for leaf, fillings in zip(leaves, plan.inner, strict=True):
+            for each in fillings:
+                setattr(leaf, each.site, filling(config, each))
         self.branch = leaves[0] if len(words) == 1 else Parallel(leaves)
         self.before: Layer | None = None
         self.after: Layer | None = None
         self.total: Layer | None = None
-        self.stream = False
-        self.shortcut: nn.Parameter | None = None
-        bare = any(leaf.bare for leaf in leaves)
-        rows = [
-            {} if leaf.bare else PLACEMENTS[config.placement][word in FEED_FORWARD]
-            for word, leaf in zip(words, leaves, strict=True)
-        ]
-        outer = [{site: what for site, what in row.items() if site in OUTER} for row in rows]
-        if any(each != outer[0] for each in outer):
-            raise ValueError(
-                f"placement '{config.placement}' treats the branches of '{entry}' differently; they share one norm"
-            )
-        for site, what in outer[0].items():
-            if site == "stream":
-                self.stream = what == "before"
-                self.shortcut = nn.Parameter(torch.ones(config.dim)) if what == "scale" else None
-            else:
-                setattr(self, site, self.filling(config, what, config.dim, 0))
-        for word, leaf, row in zip(words, leaves, rows, strict=True):
-            for site, what in row.items():
-                if site in OUTER:
-                    continue
-                name = f"{word} '{getattr(config, 'ffn' if word == 'half' else word)}'"
-                if site not in leaf.sites:
-                    has = ", ".join(leaf.sites) or "none"
-                    raise ValueError(f"placement '{config.placement}' needs the site '{site}'; {name} has: {has}")
-                if what == "heads" and leaf.heads == 0:
-                    raise ValueError(f"placement '{config.placement}' scales heads, and {name} has none")
-                leaf.fill(site, self.filling(config, what, leaf.sites[site], leaf.heads))
-        self.channel = None
-        if parse(config.channel)[0] != "none" and not bare:
-            self.channel = make(CHANNELS, config.channel, config.dim, config.axes)
-        self.layer_scale = None
-        if config.layer_scale is not None and not bare:
-            self.layer_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
-        self.modulation = None
-        if config.modulate and not bare:
-            self.modulation = nn.Linear(config.dim, 3 * config.dim)
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
+        self.stream = plan.stream == "before"
+        self.shortcut = nn.Parameter(torch.ones(config.dim)) if plan.stream == "scale" else None
+        for each in plan.outer:
+            setattr(self, each.site, filling(config, each))
+        self.channel: Layer | None = None
+        self.layer_scale: nn.Parameter | None = None
+        self.modulation: Layer | None = None
         self.factor = 0.5 if "half" in words else 1.0
-        self.drop = 0.0 if bare else drop
-        self.dropout = 0.0 if bare else config.dropout
+        self.drop = self.dropout = 0.0
         self.adds_code = "code" in config.writes
-
-    @staticmethod
-    def build(config: BlockConfig, word: str) -> Layer:
-        if word == "mixer":
-            return make(MIXERS, config.mixer, config.dim, config.heads, config.axes)
-        if word == "cross":
-            return make(CROSSES, config.cross, config.dim, config.heads)
-        if word == "conv":
-            return make(CONVS, config.conv, config.dim, config.axes, config.conv_norm)
-        return make(FFNS, config.ffn, config.dim)
-
-    @staticmethod
-    def filling(config: BlockConfig, what: str, width: int, heads: int) -> Layer:
-        if what == "norm":
-            return make(NORMS, config.norm, width)
-        return Affine(width) if what == "affine" else HeadScale(width, heads)
+        if any(leaf.bare for leaf in leaves):
+            return
+        self.drop, self.dropout = drop, config.dropout
+        if parse(config.channel)[0] != "none":
+            self.channel = make(CHANNELS, config.channel, config.dim, config.place)
+        if config.layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+        if parse(config.modulation)[0] != "none":
+            self.modulation = make(MODULATIONS, config.modulation, config.dim, config.place)
 
     @property
     def leaves(self) -> list[Layer]:
@@ -135,10 +128,7 @@ class Residual(Layer):
             x = x * self.shortcut
         gate = None
         if self.modulation is not None:
-            if context.cond is None:
-                raise ValueError("a modulated block needs cond in the Context")
-            shift, scale, gate = self.modulation(F.silu(context.cond)).chunk(3, -1)
-            y = y * (1 + scale) + shift
+            y, gate = self.modulation(y, context)
         y = self.branch(y, context)
         if self.after is not None:
             y = self.after(y, context)
@@ -159,79 +149,45 @@ class Residual(Layer):
         y = F.dropout(y, self.dropout, self.training)
         if not self.training or self.drop == 0.0:
             return y
-        keep = 1.0 - self.drop
-        return y * (y.new_empty(len(y), *[1] * (y.ndim - 1)).bernoulli_(keep) / keep)
+        kept = 1.0 - self.drop
+        return y * (y.new_empty(len(y), *[1] * (y.ndim - 1)).bernoulli_(kept) / kept)
 
     def fold(self) -> list[Fold]:
-        done = [fold for leaf in self.leaves for fold in self.fold_inner(leaf)]
-        if isinstance(self.before, Norm):
-            done.append(self.fold_before(self.before))
-        if isinstance(self.after, Norm):
-            done.append(self.fold_behind("after", self.after.affine()))
-        if self.layer_scale is not None:
-            if self.channel is not None:
-                done.append(Fold("layer_scale", None, "channel attention stands between it and the branch"))
-            elif self.after is not None:
-                done.append(Fold("layer_scale", None, "a norm stands between it and the branch"))
-            else:
-                scale = self.layer_scale.detach()
-                done.append(self.fold_behind("layer_scale", (scale, torch.zeros_like(scale))))
-        if isinstance(self.total, Norm):
-            done.append(keep(self, "total", "the stream reads it"))
-        return done
+        return fold_residual(self)
 
-    def fold_inner(self, leaf: Layer) -> list[Fold]:
-        norm, outputs = getattr(leaf, "inner", None), leaf.outputs()
-        if not isinstance(norm, Norm) or isinstance(outputs, str):
-            return []
-        name = "branch.inner" if leaf is self.branch else f"branch.branches.{self.leaves.index(leaf)}.inner"
-        if (affine := norm.affine()) is None:
-            return [Fold(name, None, not_affine(norm))]
-        fold_in(outputs[0], *affine)
-        setattr(leaf, "inner", None)  # noqa: B010
-        return [Fold(name, "the output linear")]
 
-    def fold_before(self, norm: Norm) -> Fold:
-        inputs = self.branch.inputs()
-        if (affine := norm.affine()) is None:
-            return Fold("before", None, not_affine(norm))
-        if self.stream:
-            return keep(self, "before", "the stream reads it")
-        if self.modulation is not None:
-            return keep(self, "before", "the modulation reads it")
-        if self.adds_code and any("code" in leaf.reads for leaf in self.leaves):
-            return keep(self, "before", "the branch adds code before its linear")
-        if isinstance(inputs, str):
-            return keep(self, "before", inputs)
-        for layer in inputs:
-            fold_in(layer, *affine)
-        self.before = None
-        return Fold("before", "the branch's input linears")
+def branch(config: BlockConfig, word: str) -> Layer:
+    """The layer that a word of the layout stands for."""
+    if word in FEED_FORWARD:
+        return make(FFNS, config.ffn, config.dim, config.place)
+    if word == "conv":
+        return make(CONVS, config.conv, config.dim, config.place)
+    table, spec = (MIXERS, config.mixer) if word == "mixer" else (CROSSES, config.cross)
+    return make(table, spec, config.dim, config.heads, config.place)
 
-    def fold_behind(self, site: str, affine: tuple[Tensor, Tensor] | None) -> Fold:
-        outputs = self.branch.outputs()
-        norm = getattr(self, site)
-        if affine is None:
-            return Fold(site, None, not_affine(norm))
-        if isinstance(outputs, str):
-            return keep(self, site, outputs) if isinstance(norm, Norm) else Fold(site, None, outputs)
-        scale, shift = affine
-        for number, layer in enumerate(outputs):
-            fold_out(layer, scale, shift if number == 0 else torch.zeros_like(shift))
-        setattr(self, site, None)
-        return Fold(site, "the branch's output linears")
+
+def filling(config: BlockConfig, given: Filling) -> Layer:
+    """What goes into a site."""
+    width, heads = given.size
+    if given.what == "affine":
+        return Affine(width, config.place)
+    if given.what == "heads":
+        return HeadScale(width, heads)
+    return make(NORMS, config.conv_norm if given.what == "conv_norm" else config.norm, width, config.place)
 
 
 class Block(Layer):
     """The layout of the config, residual by residual; the word `norm` is a norm of the stream itself.
 
-    drop is the rate of stochastic depth.
+    drop is the rate of stochastic depth. `stride` is the number of tokens along time that become one.
     """
+
+    stride: ClassVar[int] = 1
 
     def __init__(self, config: BlockConfig, drop: float = 0.0) -> None:
         super().__init__()
         self.steps = nn.ModuleList(
-            make(NORMS, config.norm, config.dim) if entry == "norm" else Residual(config, entry, drop)
+            make(NORMS, config.norm, config.dim, config.place) if entry == "norm" else Residual(config, entry, drop)
             for entry in config.layout
         )
 
@@ -247,24 +203,6 @@ class Block(Layer):
             if isinstance(step, Norm)
         ]
 
-
-def drop_rates(last: float, depth: int) -> list[float]:
-    """The rates of stochastic depth of a model's blocks: they grow linearly from 0 to that of the last one."""
-    return [last * index / max(1, depth - 1) for index in range(depth)]
-
-
-def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), recomputing()
-
-
-def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
-    """The blocks one after the other; with checkpointing, activations are computed again in the backward pass, and
-    running statistics move once."""
-    # The compiler traces a block once, so its statistics move once by themselves.
-    watch = {} if compiling() else {"context_fn": _first_and_second_run}
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, context, use_reentrant=False, **watch)  # pyright: ignore
-        else:
-            x = block(x, context)
-    return x
+    def fold_last(self, reader: nn.Linear, into: str) -> list[Fold]:
+        """Folds the norm that ends the block, where there is one, into a linear that alone reads the block."""
+        return fold_last(self.steps, reader, into)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Layer, extent, linear, zeroed
+from zoo.layer import ANYWHERE, Context, Layer, Place, extent
+from zoo.tensors import linear, zeroed
 
 
 class Channel(Layer):
@@ -28,7 +29,7 @@ def grid_mean(x: Tensor, context: Context) -> Tensor:
 class SqueezeExcite(Channel):
     """x * sigmoid(W2 relu(W1 mean(x))), the hidden width a multiple of 8 (Hu et al. 2018, arXiv:1709.01507)."""
 
-    def __init__(self, dim: int, axes: int = 2, *, reduction: int = 16) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, reduction: int = 16) -> None:
         super().__init__()
         hidden = max(8, int(dim / reduction + 4) // 8 * 8)
         self.squeeze, self.excite = linear(dim, hidden), linear(hidden, dim)
@@ -44,7 +45,7 @@ class EfficientChannel(Channel):
     kernel = 0 takes the paper's rule: |log2(dim) + 1| / 2, rounded up to odd and at least 3.
     """
 
-    def __init__(self, dim: int, axes: int = 2, *, kernel: int = 0) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 0) -> None:
         super().__init__()
         if kernel == 0:
             rule = int(abs(math.log2(dim) + 1) / 2)
@@ -72,11 +73,11 @@ class FrequencyChannel(Channel):
     used.
     """
 
-    def __init__(self, dim: int, axes: int = 2, *, reduction: int = 16) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, reduction: int = 16) -> None:
         super().__init__()
         if dim % 16:
             raise ValueError(f"fca splits the channels into 16 parts, so 16 must divide dim; {dim} is not such a dim")
-        self.frequencies = FREQUENCIES if axes == 2 else tuple((u,) for u in range(16))
+        self.frequencies = FREQUENCIES if place.axes == 2 else tuple((u,) for u in range(16))
         hidden = max(1, dim // reduction)
         self.squeeze, self.excite = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
 
@@ -117,7 +118,7 @@ class LocalChannel(Channel):
 
     reads = frozenset({"mask"})
 
-    def __init__(self, dim: int, axes: int = 2, *, kernel: int = 7, span: int = 1, groups: int = 16) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 7, span: int = 1, groups: int = 16) -> None:
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"ela takes an odd kernel, not {kernel}")
@@ -164,7 +165,7 @@ class LocalChannel(Channel):
 class NoChannel(Channel):
     """No channel attention."""
 
-    def __init__(self, dim: int, axes: int = 2) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -178,3 +179,4 @@ CHANNELS: dict[str, type[Channel]] = {
     "fca": FrequencyChannel,
     "ela": LocalChannel,
 }
+"""Each row is constructed as row(dim, place, *, options)."""

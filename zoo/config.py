@@ -1,40 +1,24 @@
-"""What a model is, as frozen dataclasses: the choices that all families share, and the rules that refuse some pairs."""
+"""What a model is, as frozen dataclasses: what a family says of itself, and the choices that all families share."""
 
 import functools
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from zoo.channels import CHANNELS
-from zoo.ffns import FFNS
-from zoo.layer import check, parse
-from zoo.mixers import CONVS, CROSSES, MIXERS
-from zoo.norms import NORMS
+from zoo.choices import USES, WORDS, BlockConfig, words_of
+from zoo.layer import Place
 from zoo.positions import POSITIONS
+from zoo.spec import parse
 
-# What fills which site, for branches that mix tokens and for feed-forward. `before` precedes the branch, `after`
-# follows it, `total` follows the sum, `stream` lets the sum start from what `before` gave, or from x times a learned
-# scale; others are the branch's own.
-_PRE, _POST = {"before": "norm"}, {"total": "norm"}
-PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
-    "pre": (_PRE, _PRE),
-    "post": (_POST, _POST),
-    "res_post": ({"after": "norm"}, {"after": "norm"}),
-    "res_scale": (_PRE | {"stream": "scale"}, _PRE | {"stream": "scale"}),
-    "peri": (_PRE | {"after": "norm"}, _PRE | {"after": "norm"}),
-    "sub": (_PRE | {"inner": "norm"}, _PRE | {"inner": "norm"}),
-    "hybrid": ({"query": "norm", "key": "norm", "value": "norm"}, _PRE | {"stream": "before"}),
-    "normformer": (_PRE | {"after": "norm", "inner": "heads"}, _PRE | {"inner": "norm"}),
-    "scaled": ({"before": "affine"} | _POST, {"before": "affine"} | _POST),
-}
-OUTER = ("before", "after", "total", "stream")
-FEED_FORWARD = ("ffn", "half")
-WORDS = ("mixer", "cross", "conv", *FEED_FORWARD, "norm")
-TABLES = {"mixer": MIXERS, "cross": CROSSES, "conv": CONVS, "conv_norm": NORMS, "ffn": FFNS, "norm": NORMS}
-TABLES |= {"channel": CHANNELS, "position": POSITIONS, "placement": PLACEMENTS}
+# One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
+# entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
+Choice = str | tuple[str | tuple[str, ...], ...]
+CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
 
 
 @functools.cache
@@ -56,132 +40,299 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
 
 
+def names_of(choice: Choice) -> list[str]:
+    """The names in a choice."""
+    return [choice] if isinstance(choice, str) else [name for each in choice for name in names_of(each)]
+
+
+def readable(value: Any, between: str = ", ") -> str:
+    """A field's value for people: what stages have with commas between, what blocks take in turns with slashes."""
+    return between.join(readable(each, " / ") for each in value) if isinstance(value, tuple) else str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a model is, whole, in flat fields; ValueError where a field is of a wrong type. Lists become tuples."""
+    """What a model is, whole, in flat fields; ValueError where a field is of a wrong type. Lists become tuples.
+
+    A family describes itself here, and weights, cards, tasks, scripts and the command ask for nothing else.
+    """
+
+    task: ClassVar[str | None] = None  # the command that trains, measures and uses it, as in `zoo classify`
+    input: ClassVar[str | None] = None  # what the model sees, a row of zoo.inputs.INPUTS
+    argument: ClassVar[str] = "images"  # the name of the model's first argument, a batch of prepared inputs
+    labels: ClassVar[str | None] = None  # what its outputs mean, a row of zoo.outputs.LABELS
+    shown: ClassVar[tuple[str, ...]] = ()  # the fields that a card lists; () for all
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = _frozen(getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-            kind = _kinds(type(self))[field.name]
+        for each in fields(self):
+            value = _frozen(getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+            kind = _kinds(type(self))[each.name]
             if not _fits(value, kind):
-                raise ValueError(f"{field.name} takes {getattr(kind, '__name__', kind)}, not {value!r}")
+                raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
+
+    @classmethod
+    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields as an earlier version named them, under the names of today."""
+        return dict(values)
 
     def build(self) -> nn.Module:
         """The model that this config describes."""
         raise TypeError(f"{type(self).__name__} describes no model")
 
+    @property
+    def labelled(self) -> int:
+        """How many outputs have a label; 0 for a model without a head."""
+        return 0
 
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig(Config):
-    """The choices that every family shares; a family adds its own fields.
+    @property
+    def pipeline_tag(self) -> str:
+        """The Hub's name of what the model does."""
+        return "feature-extraction"
 
-    Wrong names, wrong options and pairs of choices that would ignore each other are ValueErrors at once.
-    """
+    @property
+    def tags(self) -> list[str]:
+        """Words by which the Hub finds the model."""
+        return []
 
-    axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
+    def described(self, name: str) -> str:
+        """A field's value for people."""
+        return readable(getattr(self, name))
+
+    def call(self, prepared: str) -> str:
+        """The line of Python, for a card, that uses the model on `prepared`, an expression of its input."""
+        return f"output = model({prepared})"
+
+    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Arguments of the model by name, for its probe: random, small, the same for the same config."""
+        raise TypeError(f"{type(self).__name__} has no probe_inputs")
+
+    def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers by name that a probe keeps of the model's answer to inputs; they are compared one by one, each
+        name against its largest number.
+
+        A family whose answer hangs on a ranking (the best of many queries) gives what comes before it instead, so that
+        numbers that are nearly tied cannot change the outcome.
+        """
+        output = model(**inputs)
+        if isinstance(output, Tensor):
+            return {"output": output}
+        pairs = output.items() if isinstance(output, Mapping) else enumerate(output)
+        return {str(name): each for name, each in pairs if isinstance(each, Tensor) and each.is_floating_point()}
+
+
+def _said(kind: Any) -> str:
+    """A field's type as an error names it."""
+    names = {Choice: "a name or a tuple of names", str: "a name", str | None: "a name or null"}
+    return names.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+def field_names(config: Config | type[Config]) -> list[str]:
+    """The names of a config's fields, its sizes first."""
+    return sorted((each.name for each in fields(config)), key=lambda name: name not in ("dim", "depth", "heads"))
+
+
+class Size(NamedTuple):
+    """How large a stage is; a family without stages has one."""
 
     dim: int
     depth: int
     heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """The choices that every family shares; a family adds its own fields and says what its stages are.
+
+    The choices of CHOICES are one name for all blocks, or several in turns (see Choice); position is that of a stage's
+    tokens, one for all its blocks. Norms outside the blocks are those of the first block of their stage.
+    """
+
+    axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
+    provides: ClassVar[frozenset[str]] = frozenset()  # which of `cond` and `memory` the model puts into the Context
+    shown = ("mixer", "norm", "placement", "channel", "position", "ffn", "dim", "depth", "heads")
+
     layout: tuple[str, ...] = ("mixer", "ffn")
-    mixer: str = "softmax"
-    cross: str = "softmax"
-    conv: str = "glu"
-    conv_norm: str = "batchnorm"
-    ffn: str = "mlp"
-    norm: str = "layernorm"
-    placement: str = "pre"
-    channel: str = "none"
-    position: str = "sincos"
-    modulate: bool = False
+    mixer: Choice = "softmax"
+    cross: Choice = "softmax"
+    conv: Choice = "glu"
+    conv_norm: Choice = "batchnorm"
+    ffn: Choice = "mlp"
+    norm: Choice = "layernorm"
+    placement: Choice = "pre"
+    channel: Choice = "none"
+    modulation: Choice = "none"
+    position: Choice = "sincos"
     drop_path: float = 0.0
     dropout: float = 0.0
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.dim, self.depth, self.heads) < 1:
-            raise ValueError(f"dim, depth and heads are at least 1, not {self.dim}, {self.depth} and {self.heads}")
+        self.check_sizes()
+        if any(min(size) < 1 for size in self.stages):
+            sizes = readable(tuple(zip(*self.stages, strict=True)))
+            raise ValueError(f"dim, depth and heads are at least 1, not {sizes}")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} lies in 0..1, not {getattr(self, name)}")
-        for field, table in TABLES.items():
-            try:
-                if field == "placement":
-                    if self.placement not in table:
-                        raise ValueError(f"there is no '{self.placement}'; choose from: {', '.join(sorted(table))}")
-                else:
-                    check(table, getattr(self, field))
-            except ValueError as error:
-                raise ValueError(f"{field}: {error}") from None
+        self._check_layout()
+        self._check_turns()
+        for stage, size in enumerate(self.stages):
+            self._check_stage(stage, size)
+
+    @classmethod
+    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(values)
+        if isinstance(given.get("modulate"), bool) and given.pop("modulate"):
+            given.setdefault("modulation", "adaln")
+        return given
+
+    # What a family says of itself
+
+    def check_sizes(self) -> None:
+        """ValueError where the stages cannot be told."""
+
+    @property
+    def stages(self) -> tuple[Size, ...]:
+        """The sizes of the stages."""
+        raise TypeError(f"{type(self).__name__} has no stages")
+
+    @property
+    def tags(self) -> list[str]:
+        fields = ("mixer", "norm", "placement", "channel", "position", "ffn")
+        names = [parse(spec)[0] for name in fields for spec in names_of(getattr(self, name))]
+        return [name for name in names if name != "none"]
+
+    @property
+    def staged(self) -> bool:
+        """Whether a tuple of choices has an entry for each stage."""
+        return False
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens in front of the grid."""
+        return 0
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """The fields of the Context that this model sets, whatever its position, the mask among them."""
+        return frozenset({"mask"} | ({"prefix"} if self.prefix else set()))
+
+    def grid(self, stage: int) -> tuple[int, ...]:
+        """The grid of a stage at the config's own size."""
+        raise TypeError(f"{type(self).__name__} has no grid")
+
+    # What follows from it
+
+    @property
+    def words(self) -> list[str]:
+        """The layout's words, one by one."""
+        return words_of(self.layout)
+
+    def described(self, name: str) -> str:
+        return readable(getattr(self, name), " / " if name in CHOICES and not self.staged else ", ")
+
+    def chosen(self, name: str, stage: int, index: int) -> str:
+        """The name that a block of a stage has for one of CHOICES, or for `position`."""
+        choice: Choice = getattr(self, name)
+        if self.staged and not isinstance(choice, str):
+            choice = choice[stage]
+        each = choice if isinstance(choice, str) else choice[index % len(choice)]
+        assert isinstance(each, str)
+        return each
+
+    def place(self, stage: int = 0, index: int = 0) -> Place:
+        """Where a block stands, given by its index in its stage."""
+        before, depth = (sum(size.depth for size in part) for part in (self.stages[:stage], self.stages))
+        return Place(self.axes, self.grid(stage), self.prefix, before + index, depth)
+
+    def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
+        """One block, given by its index in its stage."""
+        position = self.chosen("position", stage, index)
+        chosen = {name: self.chosen(name, stage, index) for name in CHOICES}
+        writes = self.writes | ({"memory"} if "cross" in self.words else set())
+        writes |= {"cond"} if chosen["modulation"] != "none" else set()
+        writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
+        return BlockConfig(
+            dim=self.stages[stage].dim,
+            heads=self.stages[stage].heads,
+            place=self.place(stage, index),
+            layout=self.layout,
+            position=position,
+            dropout=self.dropout,
+            layer_scale=self.layer_scale,
+            writes=writes,
+            **chosen,
+        )
+
+    def _check_layout(self) -> None:
         if not self.layout:
             raise ValueError("layout is empty; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
                 raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
+        if "cross" in self.words and "memory" not in self.provides:
+            raise ValueError("layout: this model has no memory for 'cross' to read")
+        if self.modulation != "none" and "cond" not in self.provides:
+            raise ValueError(f"modulation '{readable(self.modulation)}': this model has no condition to modulate with")
         for entry in self.layout:
             if "+" in entry and not {"half", "norm"}.isdisjoint(entry.split("+")):
                 raise ValueError(f"layout: half and norm stand alone, not as in '{entry}'")
-        self._check_pairs()
+        usual = {each.name: each.default for each in fields(self)}
+        for name, words in USES.items():
+            value = getattr(self, name)
+            if {*words}.isdisjoint(self.words) and value != usual[name]:
+                raise ValueError(f"{name} '{readable(value)}' would be ignored: the layout has no {' or '.join(words)}")
+
+    def _check_turns(self) -> None:
+        for name in (*CHOICES, "position"):
+            choice: Choice = getattr(self, name)
+            if isinstance(choice, str):
+                continue
+            if self.staged and len(choice) != len(self.stages):
+                raise ValueError(f"{name} has {len(choice)} choices for {len(self.stages)} stages: {choice!r}")
+            for turns, size in zip(choice if self.staged else (choice,), self.stages, strict=True):
+                most = 1 if name == "position" else size.depth
+                if isinstance(turns, str):
+                    continue
+                if not all(isinstance(each, str) for each in turns):
+                    raise ValueError(f"{name} takes a name or a tuple of names for the blocks in turns, not {turns!r}")
+                if not 0 < len(turns) <= most:
+                    where = f"{most} blocks" if most > 1 or name != "position" else "one position for all blocks"
+                    raise ValueError(f"{name} takes 1 to {most} names in turns for {where}, not {turns!r}")
+
+    def _check_stage(self, stage: int, size: Size) -> None:
+        """ValueError, naming the block where they differ, where a block is not as it should be."""
+        at = f"stages.{stage}." if self.staged else ""
+        turns = max(len(self._turns(name, stage)) for name in CHOICES)
+        blocks = []
+        for index in range(min(turns, size.depth) if turns > 1 else 1):
+            try:
+                blocks.append(self.block(stage, index))
+            except ValueError as error:
+                where = f"{at}blocks.{index}: " if turns > 1 else f"stages.{stage}: " if at else ""
+                raise ValueError(f"{where}{error}") from None
+        widths = sorted({block.head_width for block in blocks})
+        if "rotary" in blocks[0].writes and len(widths) > 1:
+            where = f"stages.{stage}: " if at else ""
+            raise ValueError(f"{where}position '{blocks[0].position}' turns heads of one width, not {widths}")
+
+    def _turns(self, name: str, stage: int) -> tuple[str, ...]:
+        choice = getattr(self, name)
+        if self.staged and not isinstance(choice, str):
+            choice = choice[stage]
+        return (choice,) if isinstance(choice, str) else choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatConfig(ModelConfig):
+    """A family whose blocks all have one width: dim channels, depth blocks, heads."""
+
+    dim: int
+    depth: int
+    heads: int
 
     @property
-    def words(self) -> list[str]:
-        """The layout's words, one by one."""
-        return [word for entry in self.layout for word in entry.split("+")]
-
-    @property
-    def writes(self) -> frozenset[str]:
-        """The fields of the Context that this model sets, the mask among them; a family adds its own."""
-        written = POSITIONS[parse(self.position)[0]].writes | {"mask"}
-        return written | ({"cond"} if self.modulate else set()) | ({"memory"} if "cross" in self.words else set())
-
-    @property
-    def head_dim(self) -> int:
-        """The width of one head of the mixer, which rotary positions turn."""
-        return check(MIXERS, self.mixer).get("head_dim") or self.dim // self.heads
-
-    def _check_pairs(self) -> None:
-        for field in fields(self):
-            words = {"ffn": FEED_FORWARD, "conv_norm": ("conv",)}.get(field.name, (field.name,))
-            if field.name not in ("mixer", "cross", "conv", "conv_norm", "ffn") or not {*words}.isdisjoint(self.words):
-                continue
-            if (value := getattr(self, field.name)) != field.default:
-                raise ValueError(f"{field.name} '{value}' would be ignored: the layout has no {' or '.join(words)}")
-        bare = CONVS[parse(self.conv)[0]].bare
-        if bare and {*self.words} <= {"conv", "norm"}:
-            raise ValueError(f"layout: conv '{self.conv}' stands bare and needs a branch with norms beside it")
-        if bare and self.conv_norm != "batchnorm":
-            raise ValueError(f"conv_norm '{self.conv_norm}' would be ignored: conv '{self.conv}' has no norm")
-        if "mixer" not in self.words and self.writes & {"rotary", "bias"}:
-            raise ValueError(f"position '{self.position}' would be ignored: the layout has no mixer")
-        tokens = self.writes & {"prefix", "mask", "visible"}
-        needs = {"mixer": self.writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | self.writes & {"code"}}
-        needs |= {"channel": tokens, "position": tokens, "norm": self.writes & {"visible"}}
-        needs |= {"conv_norm": self.writes & {"visible"}} if "conv" in self.words else {}
-        for field, needed in needs.items():
-            if field in ("mixer", "conv", "cross") and field not in self.words:
-                continue
-            name = parse(getattr(self, field))[0]
-            row = TABLES[field][name]
-            if field in ("mixer", "conv") and self.axes not in row.dimensions:
-                works = "along time" if row.dimensions == (1,) else "on pictures"
-                able = [other for other, each in TABLES[field].items() if self.axes in each.dimensions]
-                raise ValueError(f"{field} '{name}' works {works} only; choose another {field} ({', '.join(able)})")
-            if name == "none" or not row.mixes or not (unread := sorted(needed - row.reads)):
-                continue
-            if self.writes & {"rotary", "bias"} & set(unread):
-                source = f"position '{self.position}'"
-            else:
-                source = "this model" + (", which has prefix tokens," if "prefix" in unread else "")
-                source += ", which works in chunks," if "visible" in unread else ""
-            able = [
-                other
-                for other, each in TABLES[field].items()
-                if (needed <= each.reads or not each.mixes or other == "none") and self.axes in each.dimensions
-            ]
-            raise ValueError(
-                f"{field} '{name}' does not read {' and '.join(unread)}, which {source} sets; "
-                f"choose another {field} ({', '.join(able)}) or drop what sets it"
-            )
+    def stages(self) -> tuple[Size, ...]:
+        return (Size(self.dim, self.depth, self.heads),)

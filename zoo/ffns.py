@@ -1,12 +1,14 @@
 """Feed-forward layers: each token by itself."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Layer, linear
+from zoo.layer import ANYWHERE, Context, Layer, Place, Site
+from zoo.tensors import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -44,6 +46,7 @@ class MLP(Layer):
     def __init__(
         self,
         dim: int,
+        place: Place = ANYWHERE,
         *,
         ratio: float = 4.0,
         activation: str = "gelu",
@@ -52,16 +55,24 @@ class MLP(Layer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = self.hidden(dim, ratio)
         if dropout >= 1.0:
             raise ValueError(f"mlp takes a dropout below 1, not {dropout}")
         self.dropout = dropout
-        if hidden < 1:
-            raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
         self.activation = activation_of(activation)
         self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias and out_bias)
-        self.sites = {"inner": hidden}
         self.inner: Layer | None = None
+
+    @staticmethod
+    def hidden(dim: int, ratio: float) -> int:
+        """The width inside."""
+        if (hidden := int(dim * ratio)) < 1:
+            raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
+        return hidden
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, ratio: float = 4.0, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(cls.hidden(dim, ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = F.dropout(self.activation(self.expand(x)), self.dropout, self.training)
@@ -80,12 +91,20 @@ class SwiGLU(Layer):
     The width inside is ratio * dim, rounded up to a multiple of 8; the default keeps the size of an MLP of ratio 4.
     """
 
-    def __init__(self, dim: int, *, ratio: float = 8 / 3, bias: bool = True) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, bias: bool = True) -> None:
         super().__init__()
-        hidden = -int(-dim * ratio // 8) * 8
+        hidden = self.hidden(dim, ratio)
         self.expand, self.out = linear(dim, 2 * hidden, bias), linear(hidden, dim, bias)
-        self.sites = {"inner": hidden}
         self.inner: Layer | None = None
+
+    @staticmethod
+    def hidden(dim: int, ratio: float) -> int:
+        """The width inside."""
+        return -int(-dim * ratio // 8) * 8
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, ratio: float = 8 / 3, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(cls.hidden(dim, ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, value = self.expand(x).chunk(2, -1)
@@ -100,3 +119,4 @@ class SwiGLU(Layer):
 
 
 FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU}
+"""Each row is constructed as row(dim, place, *, options)."""

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from zoo.layer import Fold
+from zoo.layer import Fold, Layer
 from zoo.norms import Affine, Norm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,6 +68,99 @@ def keep(layer: nn.Module, site: str, reason: str) -> Fold:
     """Leaves a norm where it is, as a plain affine map where it is one."""
     setattr(layer, site, plain(getattr(layer, site)))
     return Fold(site, None, reason)
+
+
+def fold_residual(residual: Any) -> list[Fold]:
+    """Folds what is affine in a residual of block.py into the linears of its branch."""
+    done = [fold for leaf in residual.leaves for fold in _fold_inner(residual, leaf)]
+    if isinstance(residual.before, Norm):
+        done.append(_fold_before(residual, residual.before))
+    if isinstance(residual.after, Norm):
+        done.append(_fold_behind(residual, "after", residual.after.affine()))
+    if residual.layer_scale is not None:
+        if residual.channel is not None:
+            done.append(Fold("layer_scale", None, "channel attention stands between it and the branch"))
+        elif residual.after is not None:
+            done.append(Fold("layer_scale", None, "a norm stands between it and the branch"))
+        else:
+            scale = residual.layer_scale.detach()
+            done.append(_fold_behind(residual, "layer_scale", (scale, torch.zeros_like(scale))))
+    if isinstance(residual.total, Norm):
+        done.append(keep(residual, "total", "the stream reads it"))
+    return done
+
+
+def _fold_inner(residual: Any, leaf: Layer) -> list[Fold]:
+    norm, outputs = getattr(leaf, "inner", None), leaf.outputs()
+    if not isinstance(norm, Norm) or isinstance(outputs, str):
+        return []
+    name = "branch.inner" if leaf is residual.branch else f"branch.branches.{residual.leaves.index(leaf)}.inner"
+    if (affine := norm.affine()) is None:
+        return [Fold(name, None, not_affine(norm))]
+    fold_in(outputs[0], *affine)
+    setattr(leaf, "inner", None)  # noqa: B010
+    return [Fold(name, "the output linear")]
+
+
+def _fold_before(residual: Any, norm: Norm) -> Fold:
+    inputs = residual.branch.inputs()
+    if (affine := norm.affine()) is None:
+        return Fold("before", None, not_affine(norm))
+    if residual.stream:
+        return keep(residual, "before", "the stream reads it")
+    if residual.modulation is not None:
+        return keep(residual, "before", "the modulation reads it")
+    if residual.adds_code and any("code" in leaf.reads for leaf in residual.leaves):
+        return keep(residual, "before", "the branch adds code before its linear")
+    if isinstance(inputs, str):
+        return keep(residual, "before", inputs)
+    for layer in inputs:
+        fold_in(layer, *affine)
+    residual.before = None
+    return Fold("before", "the branch's input linears")
+
+
+def _fold_behind(residual: Any, site: str, affine: tuple[Tensor, Tensor] | None) -> Fold:
+    outputs = residual.branch.outputs()
+    norm = getattr(residual, site)
+    if affine is None:
+        return Fold(site, None, not_affine(norm))
+    if isinstance(outputs, str):
+        return keep(residual, site, outputs) if isinstance(norm, Norm) else Fold(site, None, outputs)
+    scale, shift = affine
+    for number, layer in enumerate(outputs):
+        fold_out(layer, scale, shift if number == 0 else torch.zeros_like(shift))
+    setattr(residual, site, None)
+    return Fold(site, "the branch's output linears")
+
+
+def fold_last(steps: nn.ModuleList, reader: nn.Linear, into: str) -> list[Fold]:
+    """Folds the norm that ends a block of these steps into a linear that alone reads it, called `into`."""
+    number, last = len(steps) - 1, steps[-1]
+    alone = isinstance(last, Norm)
+    norm: Any = last if alone else getattr(last, "total", None)
+    if not isinstance(norm, Norm) or (affine := norm.affine()) is None:
+        return []
+    fold_in(reader, *affine)
+    if alone:
+        del steps[-1]
+        return [Fold(f"steps.{number}", into)]
+    setattr(last, "total", None)  # noqa: B010
+    return [Fold(f"steps.{number}.total", into)]
+
+
+def fold_norm(owner: nn.Module, site: str, reader: nn.Linear | None, into: str) -> list[Fold]:
+    """Folds the norm in a site into a linear that alone reads it, if there is one; `into` is what to call that."""
+    norm = getattr(owner, site)
+    if not isinstance(norm, Norm):
+        return []
+    if (affine := norm.affine()) is None:
+        return [Fold(site, None, not_affine(norm))]
+    if reader is None:
+        return [keep(owner, site, f"there is no {into}")]
+    fold_in(reader, *affine)
+    setattr(owner, site, None)
+    return [Fold(site, f"the {into}")]
 
 
 def fuse(model: Model) -> Model:

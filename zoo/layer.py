@@ -1,21 +1,9 @@
-"""What a part of a model is: a Layer maps tokens to tokens under a Context; `make` builds one from its name."""
+"""What a part of a model is: a Layer maps tokens to tokens under a Context."""
 
-import ast
-import inspect
-import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-
-def mask_of(lengths: Tensor, size: int) -> Tensor:
-    """[B, size], True on the first of lengths [B]."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 class Memory(NamedTuple):
@@ -53,7 +41,7 @@ class Context(NamedTuple):
     mask: Tensor | None = None  # [B, N]
     rotary: Tensor | None = None  # [2, keys, d / 2] fp32: cosine and sine that turn queries and keys
     bias: Tensor | None = None  # [heads, N, keys], added to attention scores
-    cond: Tensor | None = None  # [B, 1 or N, D], what modulates the blocks
+    cond: Tensor | None = None  # what modulates the blocks, in the shape that the modulation states
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None
     visible: Chunks | None = None
@@ -63,6 +51,27 @@ class Context(NamedTuple):
     def grid_mask(self) -> Tensor | None:
         """The mask without the prefix, [B, product(grid)]."""
         return None if self.mask is None else self.mask[:, self.prefix :]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row of a table stands in its model; every row's constructor receives one."""
+
+    axes: int = 2  # 2: tokens lie on H x W; 1: along time
+    grid: tuple[int, ...] = ()  # at the config's own size; weights that depend on the number of tokens start from it
+    prefix: int = 0
+    index: int = 0  # of the block, from 0, among the `depth` blocks of the model
+    depth: int = 1
+
+
+ANYWHERE = Place()
+
+
+class Site(NamedTuple):
+    """A place inside a layer that a Block may fill with a norm of this width, split into heads where it has some."""
+
+    width: int
+    heads: int = 0
 
 
 class Fold(NamedTuple):
@@ -76,23 +85,49 @@ class Fold(NamedTuple):
 class Layer(nn.Module):
     """Maps tokens x [B, N, D] to [B, N, D] under a Context.
 
-    `reads` names the fields of the Context that the layer honours; `mixes` says whether one token's output depends on
-    other tokens; `bare`, that a Block puts nothing around it. `sites` maps the names of the places that a Block may
-    fill with a norm to their widths: `inner` stands in front of the output linear, `query`, `key` and `value` behind
-    the projections. `heads`, where above 0, splits the `inner` site into heads. `dimensions` are the numbers of axes
-    that its grid may have. `address` is the layer's path in its model, by which it finds what a stream remembers.
+    A row of a table declares what a config has to know before anything is built. Class attributes say what holds for
+    every option:
+
+    - `reads`: the fields of the Context that the layer honours,
+    - `mixes`: whether one token's output depends on other tokens,
+    - `dimensions`: the numbers of axes that its grid may have,
+    - `bare`: that a Block puts nothing around it.
+
+    The class methods `reads_of`, `sites_of` and `head_width_of` take the options, for rows where they matter.
+
+    `address` is the layer's path in its model, by which it finds what a stream remembers. A layer that changes over
+    training has a method `advance(progress)` and says by `finished` whether it has reached its final form.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     dimensions: ClassVar[tuple[int, ...]] = (1, 2)
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
-    sites: dict[str, int] = {}
-    heads: int = 0
     address: str = ""
+
+    @classmethod
+    def reads_of(cls, **options: Any) -> frozenset[str]:
+        """The fields of the Context that the layer honours with these options."""
+        return cls.reads
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        """The sites that a Block may fill: `inner` stands in front of the output linear; `query`, `key` and `value`
+        behind the projections; `norm` behind a convolution. Each is an attribute, None until it is filled."""
+        return {}
+
+    @classmethod
+    def head_width_of(cls, dim: int, heads: int, **options: Any) -> int:
+        """The width of a head, which rotary angles turn."""
+        return dim // heads
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has nothing left to change but weights, so that the layer may be folded."""
+        return True
 
     def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
         """What a stream has to remember for this layer, by slot, as it is before the first chunk."""
@@ -103,17 +138,6 @@ class Layer(nn.Module):
         assert context.cache is not None
         return context.cache[f"{self.address}.{slot}"]
 
-    def fill(self, site: str, layer: "Layer") -> None:
-        """Puts a layer into a site; ValueError where there is no such site or it is taken."""
-        name = type(self).__name__
-        if site not in self.sites:
-            raise ValueError(
-                f"{name} has no site '{site}' for this placement; it has: {', '.join(self.sites) or 'none'}"
-            )
-        if getattr(self, site) is not None:
-            raise ValueError(f"the site '{site}' of {name} is already filled; drop the option that fills it")
-        setattr(self, site, layer)
-
     def inputs(self) -> "list[nn.Linear] | str":
         """All the linears that alone read x, or the reason why an affine map cannot be folded into them."""
         return f"{type(self).__name__} has no linear that alone reads its input"
@@ -123,43 +147,18 @@ class Layer(nn.Module):
         return f"{type(self).__name__} has no output linear"
 
 
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A linear map with truncated-normal weights (standard deviation 0.02) and zero bias."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+def advance(model: nn.Module, progress: float) -> None:
+    """Tells every part with a method `advance` how much of training is over, progress in 0..1."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress lies in 0..1, not {progress}")
+    for module in model.modules():
+        if callable(step := getattr(module, "advance", None)):
+            step(progress)
 
 
-def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [B, N, ...] with zeros where the mask [B, N] is False."""
-    return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
-
-
-def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Tokens [B, product(grid), C] as a map [B, C, *grid], channels last in memory."""
-    # In this order a batch of one, too, has the strides by which convolutions recognise channels last.
-    return x.unflatten(1, grid).movedim(-1, 1)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """A map [B, C, *grid] as tokens [B, product(grid), C]."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def filtered(
-    tokens: Tensor, grid: tuple[int, ...], weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1
-) -> Tensor:
-    """A depthwise convolution along the grid of tokens [B, product(grid), C], zeros outside: [B, N', C]. weight is that
-    of a Conv1d or a Conv2d."""
-    if len(grid) == 2:
-        return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
-    if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
-        return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
-    # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
-    maps, kernel = tokens.transpose(1, 2)[:, :, None], weight[:, :, None]
-    return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
+def unfinished(model: nn.Module) -> list[str]:
+    """The paths of the layers that have not reached their final form."""
+    return [name for name, module in model.named_modules() if isinstance(module, Layer) and not module.finished]
 
 
 def halved(context: Context) -> Context:
@@ -176,102 +175,3 @@ def extent(context: Context) -> list[Tensor]:
         return [mask.sum(1)]
     rectangle = mask.unflatten(1, context.grid)
     return [rectangle.any(2).sum(1), rectangle.any(1).sum(1)]
-
-
-@lru_cache(maxsize=4096)
-def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Splits "pool(size=5)" into ("pool", (("size", 5),)). Options are literals; nothing is ever evaluated."""
-    hint = "write a name, or a name with options as in 'pool(size=5)'"
-    if len(spec) > 500:
-        raise ValueError(f"cannot read {spec[:40]!r}..., which has {len(spec)} characters; {hint}")
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ValueError(f"cannot read {spec!r}; {hint}") from None
-    if isinstance(node, ast.Name):
-        return node.id, ()
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise ValueError(f"cannot read {spec!r}; {hint}")
-    options = []
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in dict(options):
-            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
-        try:
-            options.append((keyword.arg, ast.literal_eval(keyword.value)))
-        except (ValueError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
-    return node.func.id, tuple(options)
-
-
-@lru_cache(maxsize=1024)
-def options_of(row: type) -> dict[str, Any]:
-    """The options of a row and their defaults: its constructor's keyword-only parameters."""
-    parameters = inspect.signature(row).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
-    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong."""
-    name, given = parse(spec)
-    if name not in table:
-        raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")
-    allowed = options_of(table[name])
-    for option, value in given:
-        if option not in allowed:
-            raise ValueError(f"'{name}' has no option '{option}'; it has: {', '.join(allowed) or 'none'}")
-        default = allowed[option]
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (
-            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
-        if isinstance(default, int | float) and not isinstance(default, bool):
-            least = 1 if isinstance(default, int) and default > 0 else 0
-            if not least <= value < math.inf:
-                raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
-    return allowed | dict(given)
-
-
-def make(table: Mapping[str, type], spec: str, *arguments: Any) -> Any:
-    """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, axes)."""
-    options = check(table, spec)
-    return table[parse(spec)[0]](*arguments, **options)
-
-
-def advance(model: nn.Module, progress: float) -> None:
-    """Tells every layer that changes over training how much of it is over, progress in 0..1."""
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress lies in 0..1, not {progress}")
-    for module in model.modules():
-        if isinstance(module, Layer) and callable(step := getattr(module, "advance", None)):
-            step(progress)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of parameters, trainable or not."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-@lru_cache(maxsize=256)
-def _cached(make: Callable[..., Tensor], device: torch.device, *shape: Any) -> Tensor:
-    return make(*shape, torch.device("cpu")).to(device)  # made on the CPU, for not every device has fp64
-
-
-def table(make: Callable[..., Tensor], *shape: Any, device: torch.device) -> Tensor:
-    """What make(*shape, device) gives, a fixed table, computed once for each shape; the compiler traces it anew."""
-    if compiling():
-        return make(*shape, device)
-    if _get_current_dispatch_mode() is not None:  # what a mode makes of tensors must not outlive it
-        return make(*shape, torch.device("cpu")).to(device)
-    with torch.inference_mode(False), torch.no_grad():
-        return _cached(make, device, *shape)
-
-
-def exporting() -> bool:
-    """Whether the call is being traced by the exporter, whose program takes other sizes than it saw."""
-    return torch.compiler.is_exporting()
-
-
-def compiling() -> bool:
-    """Whether the call is being traced by the compiler or the exporter."""
-    return torch.compiler.is_compiling()

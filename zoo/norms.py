@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Layer, zeroed
+from zoo.layer import ANYWHERE, Context, Layer, Place
+from zoo.tensors import zeroed
 
 _recomputing = False
 
@@ -27,7 +28,12 @@ def recomputing() -> Iterator[None]:
 
 
 class Norm(Layer):
-    """A normalization of x [B, N, ..., D] over its last dimension."""
+    """A normalization of x [B, N, ..., D] over its last dimension.
+
+    `batch_statistics` says whether training normalizes by statistics of the batch, so that samples share them.
+    """
+
+    batch_statistics: ClassVar[bool] = False
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """(a, b) [D] where inference computes a * x + b, else None."""
@@ -38,7 +44,7 @@ class Affine(Norm):
     """weight * x + bias per channel: Squeezeformer's learned scale, and what a folded norm leaves where it cannot go
     further (Kim et al. 2022, arXiv:2206.00888)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
@@ -70,7 +76,9 @@ class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) over each token's channels, then weight and bias per channel (Ba et al. 2016,
     arXiv:1607.06450). affine=False leaves both away, bias=False the bias."""
 
-    def __init__(self, dim: int, *, affine: bool = True, bias: bool = True, eps: float = 1e-6) -> None:
+    def __init__(
+        self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, bias: bool = True, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.shape, self.eps = (dim,), eps
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
@@ -83,7 +91,7 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, *, affine: bool = True, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.shape, self.eps = (dim,), eps
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
@@ -99,7 +107,7 @@ class GroupNorm(Norm):
     reads = frozenset({"prefix", "mask"})
     mixes = True
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
         if dim % groups:
             raise ValueError(f"{groups} groups of groupnorm do not divide {dim} channels")
@@ -127,7 +135,7 @@ class GroupNorm(Norm):
 class DyT(Norm):
     """weight * tanh(alpha * x) + bias, alpha one scalar: no statistics at all (Zhu et al. 2025, arXiv:2503.10622)."""
 
-    def __init__(self, dim: int, *, alpha: float = 0.5) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, alpha: float = 0.5) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(alpha))
         self.weight = nn.Parameter(torch.ones(dim))
@@ -191,10 +199,11 @@ class BatchNorm(Norm):
     statistics at inference (Ioffe and Szegedy 2015, arXiv:1502.03167)."""
 
     reads = frozenset({"mask"})
+    batch_statistics = True
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(dim))
@@ -240,8 +249,10 @@ class RepBN(BatchNorm):
     """BatchNorm(x) + alpha * x, alpha one scalar, all one affine map at inference (SLAB, Guo et al. 2024,
     arXiv:2405.11582)."""
 
-    def __init__(self, dim: int, *, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(dim, eps=eps, momentum=momentum)
+    def __init__(
+        self, dim: int, place: Place = ANYWHERE, *, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__(dim, place, eps=eps, momentum=momentum)
         self.alpha = nn.Parameter(torch.tensor(alpha))
 
     def whole(self, x: Tensor) -> Tensor:
@@ -265,6 +276,7 @@ class PRepBN(RepBN):
     def __init__(
         self,
         dim: int,
+        place: Place = ANYWHERE,
         *,
         alpha: float = 1.0,
         until: float = 0.8,
@@ -272,11 +284,11 @@ class PRepBN(RepBN):
         eps: float = 1e-5,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(dim, alpha=alpha, eps=eps, momentum=momentum)
+        super().__init__(dim, place, alpha=alpha, eps=eps, momentum=momentum)
         if not 0.0 <= warmup < until <= 1.0:
             raise ValueError(f"prepbn takes 0 <= warmup < until <= 1, not warmup={warmup}, until={until}")
         self.until, self.warmup = until, warmup
-        self.layernorm = LayerNorm(dim)
+        self.layernorm = LayerNorm(dim, place)
         self.register_buffer("blend", torch.ones(()))
         self.share = 1.0  # what the blend is, known without asking the device
         self.register_load_state_dict_post_hook(PRepBN.note_share)
@@ -313,6 +325,11 @@ class PRepBN(RepBN):
         return super().affine()
 
 
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether any norm of the model normalizes by statistics of the batch."""
+    return any(isinstance(module, Norm) and module.batch_statistics for module in model.modules())
+
+
 def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     """Replaces running statistics by the plain average over batches; weights stand still, nothing is dropped out.
 
@@ -347,3 +364,4 @@ NORMS: dict[str, type[Norm]] = {
     "prepbn": PRepBN,
     "dyt": DyT,
 }
+"""Each row is constructed as row(dim, place, *, options)."""

@@ -1,23 +1,30 @@
 """Positions: what tells tokens where they are. `forward` adds to the tokens once; `place` writes into the Context."""
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Layer, extent, filtered, table, to_map, to_tokens, zeroed
+from zoo.cache import rows, table
+from zoo.layer import Context, Layer, Place, extent
+from zoo.tensors import filtered, to_map, to_tokens, zeroed
 
 
 class Position(Layer):
-    """`writes` names the fields of the Context that `place` sets; a mixer has to read them."""
+    """`writes` names the fields of the Context that `place` sets; a mixer has to read them. `streams` says whether only
+    distances matter, so that it serves any chunk of a stream; `sized`, whether its weights depend on the grid of its
+    Place."""
 
     writes: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
 
-    def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int) -> None:
+    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
         super().__init__()
-        self.dim, self.head_dim, self.grid, self.prefix = dim, head_dim, grid, prefix
+        self.dim, self.head_dim, self.grid, self.prefix = dim, head_dim, place.grid, place.prefix
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return x
@@ -26,51 +33,58 @@ class Position(Layer):
         return context
 
 
-def _waves(size: int, width: int, base: float, device: torch.device) -> Tensor:
-    """Angles place / base^(k / width) for k = 0 .. width - 1, in fp64: [size, width]."""
+def _waves(start: int, stop: int, width: int, base: float, device: torch.device) -> Tensor:
+    """Angles place / base^(k / width) for k = 0 .. width - 1, in fp64: [stop - start, width]."""
     rates = base ** (-torch.arange(width, device=device, dtype=torch.float64) / width)
-    return torch.arange(size, device=device, dtype=torch.float64)[:, None] * rates
+    return torch.arange(start, stop, device=device, dtype=torch.float64)[:, None] * rates
 
 
-def _sincos(grid: tuple[int, ...], dim: int, prefix: int, device: torch.device) -> Tensor:
-    """[prefix + N, dim]: sines and cosines of each axis, one after the other; zeros for the prefix."""
+def _sincos(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
+    """Sines, then cosines, of the places on one axis: [stop - start, dim]."""
+    waves = _waves(start, stop, dim // 2, 10000.0, device)
+    return torch.cat([waves.sin(), waves.cos()], 1).float()
+
+
+def _turns(start: int, stop: int, width: int, base: float, device: torch.device) -> Tensor:
+    """Cosine and sine of the angles of the places on one axis: [stop - start, 2, width]."""
+    angles = _waves(start, stop, width, base, device)
+    return torch.stack([angles.cos(), angles.sin()], 1).float()
+
+
+def _on_grid(make: Callable[..., Tensor], grid: tuple[int, ...], *shape: Any, device: torch.device) -> Tensor:
+    """The rows of each axis for every place of the grid, one axis after the other: [N, ..., sum of the widths]."""
+    if len(grid) == 1:
+        return rows(make, 0, grid[0], *shape, device=device)
+    return table(_product, make, grid, *shape, device=device)
+
+
+def _product(make: Callable[..., Tensor], grid: tuple[int, ...], *rest: Any) -> Tensor:
     parts = []
     for axis, size in enumerate(grid):
-        waves = _waves(size, dim // (2 * len(grid)), 10000.0, device)
-        shape = [1] * len(grid) + [-1]
+        row = make(0, size, *rest)
+        shape = [1] * len(grid) + list(row.shape[1:])
         shape[axis] = size
-        wave = torch.cat([waves.sin(), waves.cos()], 1)
-        parts.append(wave.view(shape).expand(*grid, -1))
-    table = torch.cat(parts, -1).reshape(-1, dim).float()
-    return F.pad(table, (0, 0, prefix, 0))
-
-
-def _rotary(grid: tuple[int, ...], head_dim: int, prefix: int, base: float, device: torch.device) -> Tensor:
-    """[2, prefix + N, head_dim / 2]: cosine and sine; each axis turns its share of the pairs, the prefix none."""
-    parts = []
-    for axis, size in enumerate(grid):
-        waves = _waves(size, head_dim // (2 * len(grid)), base, device)
-        shape = [1] * len(grid) + [-1]
-        shape[axis] = size
-        parts.append(waves.view(shape).expand(*grid, -1))
-    angles = F.pad(torch.cat(parts, -1).reshape(-1, head_dim // 2), (0, 0, prefix, 0))
-    return torch.stack([angles.cos(), angles.sin()]).float()
+        parts.append(row.view(shape).expand(*grid, *row.shape[1:]))
+    return torch.cat(parts, -1).flatten(0, len(grid) - 1)
 
 
 class NoPosition(Position):
     """Tokens are a set."""
 
+    streams = True
+
 
 class SinCos(Position):
     """Fixed sines and cosines of each axis are added (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do)."""
 
-    def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int) -> None:
-        super().__init__(dim, head_dim, grid, prefix)
-        if dim % (2 * len(grid)):
-            raise ValueError(f"sincos on {len(grid)} axes needs a dim that {2 * len(grid)} divides, not {dim}")
+    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+        super().__init__(dim, head_dim, place)
+        if dim % (2 * place.axes):
+            raise ValueError(f"sincos on {place.axes} axes needs a dim that {2 * place.axes} divides, not {dim}")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x + table(_sincos, context.grid, self.dim, context.prefix, device=x.device).to(x.dtype)
+        waves = _on_grid(_sincos, context.grid, self.dim // len(context.grid), device=x.device).to(x.dtype)
+        return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
 
 
 class Learned(Position):
@@ -81,10 +95,11 @@ class Learned(Position):
     """
 
     reads = frozenset({"prefix", "mask"})
+    sized = True
 
-    def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int) -> None:
-        super().__init__(dim, head_dim, grid, prefix)
-        self.table = nn.Parameter(torch.zeros(1, prefix + math.prod(grid), dim))
+    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+        super().__init__(dim, head_dim, place)
+        self.table = nn.Parameter(torch.zeros(1, place.prefix + math.prod(place.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -123,20 +138,25 @@ class Rotary(Position):
     axes each axis turns half of the pairs. Prefix tokens are not turned."""
 
     writes = frozenset({"rotary"})
+    streams = True
     anchor: Tensor
 
-    def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int, *, base: float = 10000.0) -> None:
-        super().__init__(dim, head_dim, grid, prefix)
-        if head_dim % (2 * len(grid)):
+    def __init__(self, dim: int, head_dim: int, place: Place, *, base: float = 10000.0) -> None:
+        super().__init__(dim, head_dim, place)
+        if head_dim % (2 * place.axes):
             raise ValueError(
-                f"rope on {len(grid)} axes needs a head of a width that {2 * len(grid)} divides, not {head_dim}"
+                f"rope on {place.axes} axes needs a head of a width that {2 * place.axes} divides, not {head_dim}"
             )
         self.base = base
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
 
     def place(self, context: Context) -> Context:
-        key = (context.grid, self.head_dim, context.prefix, self.base)
-        return context._replace(rotary=table(_rotary, *key, device=self.anchor.device))
+        width = self.head_dim // (2 * len(context.grid))
+        turns = _on_grid(_turns, context.grid, width, self.base, device=self.anchor.device)
+        cosine, sine = turns.unbind(1)
+        if context.prefix:
+            cosine, sine = F.pad(cosine, (0, 0, context.prefix, 0), value=1.0), F.pad(sine, (0, 0, context.prefix, 0))
+        return context._replace(rotary=torch.stack([cosine, sine]))
 
 
 class Conditional(Position):
@@ -145,11 +165,11 @@ class Conditional(Position):
     reads = frozenset({"prefix", "mask"})
     mixes = True
 
-    def __init__(self, dim: int, head_dim: int, grid: tuple[int, ...], prefix: int, *, kernel: int = 3) -> None:
-        super().__init__(dim, head_dim, grid, prefix)
+    def __init__(self, dim: int, head_dim: int, place: Place, *, kernel: int = 3) -> None:
+        super().__init__(dim, head_dim, place)
         if kernel % 2 == 0:
             raise ValueError(f"cpe takes an odd kernel, not {kernel}")
-        conv = nn.Conv1d if len(grid) == 1 else nn.Conv2d
+        conv = nn.Conv1d if place.axes == 1 else nn.Conv2d
         self.conv = conv(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -165,3 +185,4 @@ POSITIONS: dict[str, type[Position]] = {
     "rope": Rotary,
     "cpe": Conditional,
 }
+"""Each row is constructed as row(dim, width of a head, place, *, options)."""

@@ -26,8 +26,9 @@ from benchmarks.measure import (
 )
 from benchmarks.peak import check_peaks, said_alone
 from zoo.fusion import fold_in
-from zoo.layer import Context, make
+from zoo.layer import Context, Place
 from zoo.norms import NORMS, PRepBN
+from zoo.spec import make
 
 DIM, HEADS = 192, 3  # of a mixer
 ON_PICTURES = [name for name, row in zoo.MIXERS.items() if 2 in row.dimensions]
@@ -41,7 +42,9 @@ def mixers(options: argparse.Namespace) -> Iterator[Row]:
     A mixer that took longer than the limit at one size is left out of it and of all larger ones.
     """
     dtype = DTYPES[options.dtype]
-    layers = {name: randomise(make(zoo.MIXERS, name, DIM, HEADS, 2)).to(dtype).eval() for name in ON_PICTURES}
+    layers = {
+        name: randomise(make(zoo.MIXERS, name, DIM, HEADS, Place(axes=2))).to(dtype).eval() for name in ON_PICTURES
+    }
     layers["again"] = copy.deepcopy(layers["softmax"])
     sides: list[int] = sorted({*options.sizes} | ({112} if options.large else set()))
     with tqdm(total=len(sides), desc="mixers") as bar, torch.inference_mode():

@@ -11,7 +11,8 @@ import torch
 
 import zoo
 from benchmarks.measure import DTYPES, NotMeasured, randomise
-from zoo.layer import Context, make
+from zoo.layer import Context, Place
+from zoo.spec import make
 
 
 def resident(field: str) -> float:
@@ -48,7 +49,7 @@ def said_alone(module: str, *arguments: str) -> list[str]:
 def main(mixer: str, dim: str, heads: str, dtype: str, threads: str, *sides: str) -> None:
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    layer = randomise(make(zoo.MIXERS, mixer, int(dim), int(heads), 2)).to(DTYPES[dtype]).eval()
+    layer = randomise(make(zoo.MIXERS, mixer, int(dim), int(heads), Place(axes=2))).to(DTYPES[dtype]).eval()
 
     def run(side: int) -> None:
         layer(torch.randn(1, side * side, int(dim), dtype=DTYPES[dtype]), Context(grid=(side, side)))

@@ -38,7 +38,8 @@ from benchmarks.measure import (
 )
 from benchmarks.peak import check_peaks, resident, said_alone
 from zoo.convert import from_transformers
-from zoo.layer import Context, count_parameters
+from zoo.layer import Context
+from zoo.models.base import count_parameters
 from zoo.models.conformer import Conformer
 
 MELS, RATE = 80, 100  # of features: bands, and frames a second

@@ -15,7 +15,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import randomise, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -27,11 +26,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import ParakeetConverter
 
-from zoo.audio import RECIPES
+from helpers import randomise, relative
 from zoo.convert import from_nemo, from_transformers
+from zoo.inputs.audio import RECIPES
 from zoo.layer import Chunks
 from zoo.models import PRESETS
-from zoo.tokens import Characters, WordPieces, train_pieces
+from zoo.outputs.tokens import Characters, WordPieces, train_pieces
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 SMALL |= {"subsampling_conv_channels": 8, "num_mel_bins": 16}

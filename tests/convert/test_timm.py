@@ -14,8 +14,8 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import nn
 
 from zoo.convert import from_timm
-from zoo.layer import count_parameters
 from zoo.models import PRESETS, create_model
+from zoo.models.base import count_parameters
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
 HEADS = {"heads": 4}

@@ -5,7 +5,6 @@ import functools
 import pytest
 import timm
 import torch
-from helpers import randomise, relative
 from safetensors.torch import load_file, save_file
 from timm.layers import GroupNorm1, LayerNorm2d
 from timm.models.davit import DaVit
@@ -22,9 +21,10 @@ from timm.models.metaformer import (
 )
 from torch import nn
 
+from helpers import randomise, relative
 from zoo.convert import from_timm
-from zoo.layer import count_parameters
 from zoo.models import PRESETS, create_model
+from zoo.models.base import count_parameters
 
 TOLD, UNTOLD = True, False  # whether a state dict tells all that differs from timm's presets
 META = {"depths": (2, 1), "dims": (16, 32), "res_scale_init_values": (None, 1.0), "num_classes": 7}

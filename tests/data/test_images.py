@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from zoo.data.images import Batch, Images, Pictures, collate, training_transform
 from zoo.data.sampling import seeded
-from zoo.preprocess import ImagePreprocess
+from zoo.inputs.images import ImagePreprocess
 
 PLAIN: dict[str, Any] = {"randaugment": None, "flip": 0.0, "scale": (1.0, 1.0), "erasing": 0.0}
 

@@ -15,11 +15,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from zoo.audio import RECIPES, read_audio
-from zoo.data import corpora
+from zoo.data import speech_sources as corpora
 from zoo.data.augment import add_noise, change_speed
 from zoo.data.speech import Batch, Clips, Speech, collate
-from zoo.tokens import train_characters, train_pieces
+from zoo.inputs.audio import RECIPES, read_audio
+from zoo.outputs.tokens import train_characters, train_pieces
 
 TRAIN = ["A CAT SAT", "THE DOG RAN FAR AWAY", "NO", "A BIRD SANG THEN FLEW OFF", "YES IT DID", "GO HOME NOW"]
 VAL = ["A DOG SANG", "NO CAT"]

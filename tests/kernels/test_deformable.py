@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import relative
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from helpers import relative
 from zoo.kernels import deformable, deformable_cpu, multiscale
 from zoo.kernels.deformable import gathered, operator, operator_backward, reference
 

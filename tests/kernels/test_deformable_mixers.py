@@ -8,12 +8,12 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIM, HEADS, randomise, relative
 from torch import nn
 
+from helpers import DIM, HEADS, randomise, relative
 from zoo.kernels import deformable_cpu
 from zoo.kernels.deformable import gathered
-from zoo.layer import Context, Memory
+from zoo.layer import Context, Memory, Place
 from zoo.mixers import CROSSES, MIXERS
 
 with warnings.catch_warnings():
@@ -34,7 +34,7 @@ def form(request, monkeypatch):
 
 
 def dcnv4(axes=2, **options):
-    return randomise(MIXERS["dcnv4"](DIM, HEADS, axes, **options)).eval()
+    return randomise(MIXERS["dcnv4"](DIM, HEADS, Place(axes), **options)).eval()
 
 
 def by_hand(layer, x, grid, kernel=3, groups=HEADS, scale=1.0, weights="raw", local=0, centre=False):

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 import torch
-from helpers import relative
 
+from helpers import relative
 from zoo.kernels.deformable import gathered
 
 triton = pytest.importorskip("triton", reason="triton is made for Linux only")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import relative
 
+from helpers import relative
 from zoo.kernels import linear_attention
 
 

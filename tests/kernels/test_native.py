@@ -13,8 +13,8 @@ from subprocess import TimeoutExpired
 
 import pytest
 import torch
-from helpers import relative
 
+from helpers import relative
 from zoo.kernels import deformable, deformable_cpu, native
 from zoo.kernels.deformable import gathered
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training import classifier, difference, images, trainer
 
+from training import classifier, difference, images, trainer
 from zoo.block import Block
-from zoo.tasks.classify import Classify
+from zoo.tasks.classify.train import Classify
 
 # Optimizer
 

@@ -5,19 +5,19 @@ NeMo and the Parakeet of transformers store one and the same network; the second
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.audio import AudioPreprocess
-from zoo.convert.timm_parts import spelled, with_width
+from zoo.convert.timm.parts import spelled, with_width
 from zoo.ffns import FFNS
-from zoo.layer import options_of
+from zoo.inputs.audio import AudioPreprocess
 from zoo.models.conformer import CONFORMER, SQUEEZEFORMER, Conformer, ConformerConfig
-from zoo.subsampling import SUBSAMPLINGS
-from zoo.tokens import Tokenizer
+from zoo.outputs.tokens import Tokenizer
+from zoo.spec import options_of
+from zoo.stems import SUBSAMPLINGS
+from zoo.text import one_line
 
 SUBSAMPLING = {(False, 4): "conv4", (True, 4): "depthwise4", (True, 8): "depthwise8"}
 """Ours, by whether the later convolutions are depthwise, and the factor."""
@@ -113,11 +113,6 @@ class Section:
 
     def refused(self, key: Any, why: str) -> ValueError:
         return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
-
-
-def one_line(value: object) -> str:
-    """What an error says, in one line of bearable length."""
-    return " ".join((str(value) or type(value).__name__).split())[:300]
 
 
 def configure(facts: Facts) -> ConformerConfig:
@@ -236,17 +231,6 @@ def names_of(key: str, config: ConformerConfig) -> list[str]:
     if parts[4] == "before" and config.placement == "scaled":
         return [f"{block}.{branch}_scale.{'scale' if last == 'weight' else last}"]
     return [f"{block}.{norm}.{last}"]
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError, in one line, where it is none, or not whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(one_line(f"{path} is no whole safetensors file: {error}")) from error
 
 
 def checked_mels(preprocess: AudioPreprocess, mels: int, where: str) -> AudioPreprocess:

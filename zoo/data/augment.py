@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.layer import mask_of
+from zoo.tensors import mask_of
 
 KNOTS = 5  # gains that `filter_bands` draws for each utterance
 

@@ -2,17 +2,17 @@
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from zoo.data.image_sources import SOURCES, Source
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, seeded
-from zoo.data.sources import SOURCES, Source
-from zoo.preprocess import ImagePreprocess, UnreadableImage, default_statistics
+from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -156,6 +156,33 @@ class Images(lightning.LightningDataModule):
         self.fraction, self.randaugment, self.flip = fraction, randaugment, flip
         self.scale, self.jitter, self.erasing = (scale[0], scale[1]), jitter, erasing
         self._sources: dict[str, Source] = {}
+
+    @classmethod
+    def measuring(
+        cls,
+        preprocess: ImagePreprocess,
+        *,
+        root: str | None = None,
+        split: str | None = None,
+        splits: Sequence[str] | None = None,
+        batch: int = 64,
+        workers: int = 0,
+    ) -> Self:
+        """The data to measure a model with that preprocessing on: a folder in ImageNet's layout, or the digits."""
+        if splits:
+            raise ValueError("--splits is for speech; images take --split val or test")
+        return cls(
+            dataset="imagefolder" if root else "digits",
+            root=root,
+            size=preprocess.size,
+            channels=preprocess.channels,
+            batch=batch,
+            workers=workers,
+            crop=preprocess.crop,
+            interpolation=preprocess.interpolation,
+            mean=list(preprocess.mean),
+            std=list(preprocess.std),
+        )
 
     @property
     def classes(self) -> list[str]:

@@ -2,9 +2,9 @@
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lightning
 import numpy as np
@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
 from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
-from zoo.data.corpora import CORPORA, Corpus
 from zoo.data.sampling import global_seed, seeded
-from zoo.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces, train_words
+from zoo.data.speech_sources import CORPORA, Corpus
+from zoo.inputs.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
+from zoo.outputs.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces, train_words
 
 TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
     "pieces": train_pieces,
@@ -214,6 +214,24 @@ class Speech(lightning.LightningDataModule):
         self.speeds, self.noise, self.dither, self.limit = tuple(speeds), noise, dither, limit
         self.seed = global_seed() if seed is None else seed
         self._sources: dict[str, Corpus] = {}
+
+    @classmethod
+    def measuring(
+        cls,
+        preprocess: AudioPreprocess,
+        *,
+        root: str | None = None,
+        split: str | None = None,
+        splits: Sequence[str] | None = None,
+        batch: int = 64,
+        workers: int = 0,
+    ) -> Self:
+        """The data to measure a model with that preprocessing on: folders in LibriSpeech's layout below root."""
+        if root is None or not splits or split is not None:
+            raise ValueError("a speech recogniser is measured on --root DIR and --splits NAME..., without --split")
+        data = cls(dataset="librispeech", root=root, val=list(splits), batch=batch, workers=workers)
+        data.preprocess = preprocess
+        return data
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.cache import table
 from zoo.kernels import deformable_cpu
-from zoo.layer import table
 
 
 def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:

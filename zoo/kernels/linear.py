@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.layer import zeroed
+from zoo.tensors import zeroed
 
 
 def linear_attention(

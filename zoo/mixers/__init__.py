@@ -1,4 +1,8 @@
-"""What mixes tokens, by name. A new mixer is a class in this folder and a row in this table."""
+"""What mixes tokens, by name. A new mixer is a class in this folder and a row in this table.
+
+Rows of MIXERS and CROSSES are constructed as row(dim, heads, place, *, options), those of CONVS as row(dim, place, *,
+options).
+"""
 
 from zoo.layer import Layer
 from zoo.mixers.attention import Cross, Softmax, Window

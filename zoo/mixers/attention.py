@@ -1,12 +1,15 @@
 """Mixers that compare tokens: the shared projections, softmax attention, and a decoder's cross-attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion import fold_site
-from zoo.layer import Chunks, Context, Fold, Layer, exporting, linear
+from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
 from zoo.norms import LayerNorm
+from zoo.tensors import exporting, linear
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -20,27 +23,40 @@ def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
     return turned.to(x.dtype)
 
 
-class Projected(Layer):
+class Headed(Layer):
+    """A layer with queries, keys and values of some heads, which a Block may normalize head by head."""
+
+    mixes = True
+
+    @classmethod
+    def head_width_of(cls, dim: int, heads: int, *, head_dim: int = 0, **options: Any) -> int:
+        if head_dim == 0 and dim % heads:
+            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do, or give head_dim")
+        return head_dim or dim // heads
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        width = cls.head_width_of(dim, heads, **options)
+        return dict.fromkeys(("query", "key", "value"), Site(width)) | {"inner": Site(heads * width, heads)}
+
+
+class Projected(Headed):
     """The frame of every mixer with queries, keys and values: one projection to all three, `mix`, one output linear.
 
     A subclass writes `mix`. `code` is added to what queries and keys are made of, and not to values.
     """
 
     reads = frozenset({"prefix", "mask", "code"})
-    mixes = True
 
     def __init__(self, dim: int, heads: int, head_dim: int = 0, kv_heads: int = 0, bias: bool = True) -> None:
         super().__init__()
-        if head_dim == 0 and dim % heads:
-            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do, or give head_dim")
         self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or dim // heads
+        self.head_dim = self.head_width_of(dim, heads, head_dim=head_dim)
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide the {heads} heads; {kv_heads} does not")
         width = heads * self.head_dim
         self.qkv = linear(dim, width + 2 * self.kv_heads * self.head_dim, bias)
         self.out = linear(width, dim, bias)
-        self.sites = dict.fromkeys(("query", "key", "value"), self.head_dim) | {"inner": width}
         self.query: Layer | None = None
         self.key: Layer | None = None
         self.value: Layer | None = None
@@ -142,7 +158,7 @@ class Softmax(Attention):
         self,
         dim: int,
         heads: int,
-        axes: int = 2,
+        place: Place = ANYWHERE,
         *,
         qk_norm: bool = False,
         kv_heads: int = 0,
@@ -151,8 +167,12 @@ class Softmax(Attention):
     ) -> None:
         super().__init__(dim, heads, head_dim, kv_heads, bias)
         if qk_norm:
-            self.fill("query", LayerNorm(self.head_dim))
-            self.fill("key", LayerNorm(self.head_dim))
+            self.query, self.key = LayerNorm(self.head_dim, place), LayerNorm(self.head_dim, place)
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, qk_norm: bool = False, **options: Any) -> dict[str, Site]:
+        taken = ("query", "key") if qk_norm else ()
+        return {site: size for site, size in super().sites_of(dim, heads, **options).items() if site not in taken}
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         key, value, allowed = self.seen(key, value, context)
@@ -167,7 +187,7 @@ class Window(Projected):
 
     reads = Projected.reads - {"prefix"}
 
-    def __init__(self, dim: int, heads: int, axes: int = 2, *, size: int = 7) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, size: int = 7) -> None:
         super().__init__(dim, heads)
         self.size = size
 
@@ -222,21 +242,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
     return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX lays it out otherwise
 
 
-class Cross(Layer):
+class Cross(Headed):
     """Softmax attention of tokens over the memory of the Context (Vaswani et al. 2017; Carion et al. 2020,
     arXiv:2005.12872). Each side's code is added to queries or keys, and not to values."""
 
     reads = frozenset({"prefix", "mask", "code", "memory"})
-    mixes = True
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"{heads} heads do not divide dim {dim}")
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads, self.head_dim = heads, self.head_width_of(dim, heads)
         self.queries, self.keys, self.values = (linear(dim, dim) for _ in range(3))
         self.out = linear(dim, dim)
-        self.sites = dict.fromkeys(("query", "key", "value"), self.head_dim) | {"inner": dim}
         self.query: Layer | None = None
         self.key: Layer | None = None
         self.value: Layer | None = None

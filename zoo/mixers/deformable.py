@@ -1,13 +1,15 @@
 """Mixers that sample a grid at learned offsets: DCNv4 on its own tokens, and a decoder's cross-attention on memory."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.kernels import deformable, multiscale
-from zoo.layer import Context, Layer, filtered, linear, zeroed
+from zoo.layer import ANYWHERE, Context, Layer, Place, Site
 from zoo.mixers.local import depthwise
+from zoo.tensors import filtered, linear, zeroed
 
 WEIGHTS = ("raw", "sigmoid", "softmax")
 
@@ -40,7 +42,7 @@ class DCNv4(Layer):
         self,
         dim: int,
         heads: int,
-        axes: int = 2,
+        place: Place = ANYWHERE,
         *,
         kernel: int = 3,
         groups: int = 0,
@@ -52,22 +54,25 @@ class DCNv4(Layer):
     ) -> None:
         super().__init__()
         _check_weights("dcnv4", weights)
-        self.axes, self.kernel, self.scale, self.weights = axes, kernel, scale, weights
+        self.axes, self.kernel, self.scale, self.weights = place.axes, kernel, scale, weights
         self.heads = groups or heads
         if dim % self.heads:
             raise ValueError(f"{self.heads} groups do not divide dim {dim}")
-        self.taps = kernel**axes
+        self.taps = kernel**place.axes
         self.value, self.out = linear(dim, dim), linear(dim, dim, bias)
-        self.local = depthwise(dim, local, axes, bias=True) if local else None
-        self.sample = nn.Linear(dim, self.heads * self.taps * (axes + 1))
+        self.local = depthwise(dim, local, place.axes, bias=True) if local else None
+        self.sample = nn.Linear(dim, self.heads * self.taps * (place.axes + 1))
         nn.init.zeros_(self.sample.weight)
         nn.init.zeros_(self.sample.bias)
         if weights == "sigmoid":  # starts, as softmax does, as the mean
             with torch.no_grad():
                 self.sample.bias.view(self.heads, -1)[:, -self.taps :] = -math.log(max(self.taps - 1, 1e-3))
         self.centre = linear(dim, self.heads) if centre else None
-        self.sites = {"inner": dim}
         self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, groups: int = 0, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim, groups or heads)}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         grid = context.grid
@@ -104,7 +109,16 @@ class DeformableCross(Layer):
     reads = frozenset({"prefix", "mask", "code", "memory"})
     mixes = True
 
-    def __init__(self, dim: int, heads: int, *, levels: int = 4, points: int = 4, weights: str = "softmax") -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        place: Place = ANYWHERE,
+        *,
+        levels: int = 4,
+        points: int = 4,
+        weights: str = "softmax",
+    ) -> None:
         super().__init__()
         _check_weights("deformable", weights)
         if dim % heads:
@@ -124,8 +138,11 @@ class DeformableCross(Layer):
             self.offsets.bias.copy_((ways * steps).expand(-1, levels, -1, -1).flatten())
         start = {"softmax": 0.0, "raw": 1 / samples, "sigmoid": -math.log(max(samples - 1, 1e-3))}
         nn.init.constant_(self.scores.bias, start[weights])
-        self.sites = {"inner": dim}
         self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim, heads)}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         memory = context.memory

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import linear_attention
-from zoo.layer import Context, filtered, zeroed
+from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Projected, rotate
+from zoo.tensors import filtered, zeroed
 
 
 class SimplifiedLinear(Projected):
@@ -21,14 +22,14 @@ class SimplifiedLinear(Projected):
 
     reads = Projected.reads | {"rotary"}
 
-    def __init__(self, dim: int, heads: int, axes: int = 2, *, kernel: int = 5) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, kernel: int = 5) -> None:
         super().__init__(dim, heads)
         if kernel % 2 == 0:
             raise ValueError(f"sla takes an odd kernel, not {kernel}")
         self.kernel = kernel
-        self.weight = nn.Parameter(torch.empty(self.head_dim, 1, *[kernel] * axes))
+        self.weight = nn.Parameter(torch.empty(self.head_dim, 1, *[kernel] * place.axes))
         self.bias = nn.Parameter(torch.zeros(self.head_dim))
-        bound = 1 / math.sqrt(kernel**axes)
+        bound = 1 / math.sqrt(kernel**place.axes)
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
@@ -52,7 +53,7 @@ class ChannelGroups(Projected):
     """softmax(k^T v / sqrt(d)) applied to q: attention between the channels of a group, tokens being the features
     (DaViT, Ding et al. 2022, arXiv:2204.03645). Positions do not mix except through the channels' scores."""
 
-    def __init__(self, dim: int, heads: int, axes: int = 2) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:

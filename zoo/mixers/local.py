@@ -1,13 +1,15 @@
 """Mixers and branches that look at neighbours on the grid: pooling, separable convolution, speech convolution, none."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ffns import StarReLU
 from zoo.fusion import fold_site
-from zoo.layer import Chunks, Context, Fold, Layer, filtered, halved, linear, make, to_map, to_tokens, zeroed
-from zoo.norms import NORMS, Norm
+from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site, halved
+from zoo.tensors import filtered, linear, to_map, to_tokens, zeroed
 
 
 class Identity(Layer):
@@ -17,7 +19,7 @@ class Identity(Layer):
     reads = frozenset({"mask"})
     mixes = True
 
-    def __init__(self, dim: int, heads: int, axes: int = 2) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -30,7 +32,7 @@ class Pool(Layer):
     reads = frozenset({"mask"})
     mixes = True
 
-    def __init__(self, dim: int, heads: int, axes: int = 2, *, size: int = 3) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, size: int = 3) -> None:
         super().__init__()
         if size % 2 == 0:
             raise ValueError(f"pool takes an odd size, not {size}")
@@ -78,14 +80,17 @@ class SeparableConv(Layer):
     reads = frozenset({"mask"})
     mixes = True
 
-    def __init__(self, dim: int, heads: int, axes: int = 2, *, ratio: float = 2.0, kernel: int = 7) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, ratio: float = 2.0, kernel: int = 7) -> None:
         super().__init__()
         hidden = int(dim * ratio)
         self.expand, self.out = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
         self.activation = StarReLU()
-        self.conv = depthwise(hidden, kernel, axes, bias=False)
-        self.sites = {"inner": hidden}
+        self.conv = depthwise(hidden, kernel, place.axes, bias=False)
         self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, ratio: float = 2.0, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(int(dim * ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(self.activation(self.expand(x)), context.mask)
@@ -101,20 +106,23 @@ class SeparableConv(Layer):
 
 class Convolution(Layer):
     """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish, linear
-    (Gulati et al. 2020, arXiv:2005.08100). `norm` names a row of NORMS. Under `visible` the convolution is causal."""
+    (Gulati et al. 2020, arXiv:2005.08100). The Block fills `norm`. Under `visible` the convolution is causal."""
 
     reads = frozenset({"mask", "visible"})
     mixes = True
     gate = "glu"
 
-    def __init__(self, dim: int, axes: int, norm: str, *, kernel: int = 31) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 31) -> None:
         super().__init__()
-        hidden = dim if self.gate == "glu" else 2 * dim
+        hidden = self.sites_of(dim, 1)["norm"].width
         self.expand, self.out = linear(dim, 2 * dim), linear(hidden, dim)
-        self.conv = depthwise(hidden, kernel, axes, bias=True)
-        self.norm: Norm | None = make(NORMS, norm, hidden)
-        self.sites = {"inner": hidden}
+        self.conv = depthwise(hidden, kernel, place.axes, bias=True)
+        self.norm: Layer | None = None
         self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        return dict.fromkeys(("norm", "inner"), Site(dim if cls.gate == "glu" else 2 * dim))
 
     def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
         width, front = self.conv.in_channels, self.conv.kernel_size[0] - 1
@@ -141,8 +149,8 @@ class StridedConvolution(Convolution):
     """Conformer's convolution with stride 2 along time, from `inputs` channels to dim: [B, N, inputs] to
     [B, (N + 1) // 2, dim] (Burchi and Vielzeuf 2021, arXiv:2109.01163)."""
 
-    def __init__(self, inputs: int, dim: int, norm: str, *, kernel: int = 15) -> None:
-        super().__init__(dim, 1, norm, kernel=kernel)
+    def __init__(self, inputs: int, dim: int, place: Place, *, kernel: int = 15) -> None:
+        super().__init__(dim, place, kernel=kernel)
         self.expand = linear(inputs, 2 * dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -166,9 +174,9 @@ class Depthwise(Layer):
     mixes = True
     bare = True
 
-    def __init__(self, dim: int, axes: int, norm: str, *, kernel: int = 3) -> None:
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = depthwise(dim, kernel, axes, bias=True)
+        self.conv = depthwise(dim, kernel, place.axes, bias=True)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return along(self.conv, zeroed(x, context.mask), context)

@@ -1,28 +1,28 @@
 """Attention along time: scores that depend on how far two frames are apart, and windows that make long audio cheap."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, exporting, linear, table, zeroed
+from zoo.cache import rows
+from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Attention, attend, rotate
+from zoo.tensors import exporting, linear, zeroed
 
 
-def _offsets(first: int, number: int, dim: int, device: torch.device) -> Tensor:
-    """Sines and cosines, taking turns, of the offsets first, first - 1, ...: [number, dim] fp32."""
+def _offsets(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
+    """Sines and cosines, taking turns, of the offsets -start, -start - 1, ..., 1 - stop: [stop - start, dim] fp32."""
     rates = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
-    places = first - torch.arange(number, device=device, dtype=torch.float64)
-    angles = places[:, None] * rates
+    angles = -torch.arange(start, stop, device=device, dtype=torch.float64)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim].float()
 
 
 def waves_of(first: int, number: int, dim: int, like: Tensor) -> Tensor:
-    """The sines and cosines, kept for the next time unless they are long."""
-    if number > 8192:
-        return _offsets(first, number, dim, like.device).to(like.dtype)
-    return table(_offsets, first, number, dim, device=like.device).to(like.dtype)
+    """Sines and cosines, taking turns, of the offsets first, first - 1, ...: [number, dim]."""
+    return rows(_offsets, -first, number - first, dim, device=like.device).to(like.dtype)
 
 
 def shifted(scores: Tensor, keys: int) -> Tensor:
@@ -98,7 +98,11 @@ class Relative(Attention):
     dimensions = (1,)
     reads = Attention.reads - {"prefix"}
 
-    def __init__(self, dim: int, heads: int, axes: int = 1, *, window: int = 0, bias: bool = True) -> None:
+    @classmethod
+    def reads_of(cls, *, window: int = 0, **options: Any) -> frozenset[str]:
+        return cls.reads - {"visible"} if window else cls.reads  # chunks would take the window's place
+
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 0, bias: bool = True) -> None:
         super().__init__(dim, heads, bias=bias)
         self.window = window
         self.relative = linear(dim, dim, bias=False)
@@ -121,7 +125,7 @@ class Relative(Attention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         window = self.window
-        if window and context.visible is None and key.shape[1] > window:
+        if window and key.shape[1] > window:
             return banded(
                 query + self.content,
                 key,
@@ -143,7 +147,7 @@ class Grouped(Relative):
 
     reads = Relative.reads - {"visible"}
 
-    def __init__(self, dim: int, heads: int, axes: int = 1, *, size: int = 3, bias: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, size: int = 3, bias: bool = True) -> None:
         super().__init__(dim, heads, bias=bias)
         self.size = size
         self.content = nn.Parameter(torch.zeros(heads, size * self.head_dim))
@@ -176,7 +180,7 @@ class Local(Attention):
     dimensions = (1,)
     reads = (Attention.reads | {"rotary"}) - {"visible"}
 
-    def __init__(self, dim: int, heads: int, axes: int = 1, *, window: int = 128, tokens: int = 0) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 128, tokens: int = 0) -> None:
         super().__init__(dim, heads)
         self.window, self.tokens = window, tokens
 

@@ -1,18 +1,21 @@
-"""All models by name. A new family is a file in this folder and its presets in this table."""
+"""All models by name. A new family is a file in this folder, one for its presets, and two rows here."""
 
 import difflib
-from dataclasses import fields, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from zoo.config import Config
-from zoo.layer import count_parameters
+from zoo.config import Config, field_names
 from zoo.models import conformer, pyramid, vit
+from zoo.models.base import Model, count_parameters
+from zoo.models.presets import conformer as conformer_presets
+from zoo.models.presets import pyramid as pyramid_presets
+from zoo.models.presets import vit as vit_presets
 
-PRESETS: dict[str, Config] = {**vit.PRESETS, **pyramid.PRESETS, **conformer.PRESETS}
+PRESETS: dict[str, Config] = {**vit_presets.PRESETS, **pyramid_presets.PRESETS, **conformer_presets.PRESETS}
 FAMILIES: dict[str, type[Config]] = {
     "vit": vit.ViTConfig,
     "pyramid": pyramid.PyramidConfig,
@@ -31,7 +34,8 @@ def configure(name: str, **choices: Any) -> Config:
         near = difflib.get_close_matches(name, PRESETS, n=3)
         raise ValueError(f"there is no model '{name}'; choose from: {', '.join(near or sorted(PRESETS))}")
     config = PRESETS[name]
-    known = [field.name for field in fields(config)]
+    choices = config.migrated(choices)
+    known = field_names(config)
     if unknown := [choice for choice in choices if choice not in known]:
         raise ValueError(f"'{name}' has no field '{unknown[0]}'; it has: {', '.join(known)}")
     return replace(config, **choices)
@@ -46,11 +50,17 @@ def create_model(name: str, **choices: Any) -> nn.Module:
     return configure(name, **choices).build()
 
 
+def family_of(model: object) -> str | None:
+    """The name of a model's family; None where it is no model of the zoo."""
+    config = model.config if isinstance(model, Model) else None
+    return next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
+
+
 def describe(name: str) -> str:
-    """A preset's size and every field of its config, a line each."""
+    """A preset's size and every field of its config, a line each; stages with commas between, turns with slashes."""
     config = configure(name)
     with torch.device("meta"):
         number = count_parameters(config.build())
     lines = [f"{name}: {number:,} parameters"]
-    lines += [f"  {field.name}: {getattr(config, field.name)!r}" for field in fields(config)]
+    lines += [f"  {field}: {config.described(field)}" for field in field_names(config)]
     return "\n".join(lines)

@@ -2,31 +2,35 @@
 and Fast Conformer (Rekesh et al. 2023, arXiv:2305.05084), with a CTC or an RNN-T head."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.block import Block, drop_rates, run
-from zoo.config import TABLES, BlockConfig
-from zoo.fusion import fold_in, keep
+from zoo.block import Block
+from zoo.choices import BlockConfig
+from zoo.config import Choice, FlatConfig, Size, names_of, readable
+from zoo.fusion import keep
 from zoo.heads import SPEECH_HEADS, CTCHead
-from zoo.layer import Chunks, Context, Fold, Layer, check, compiling, linear, make, mask_of, parse
+from zoo.layer import Chunks, Context, Fold, Layer, halved
+from zoo.models.base import Model, chosen_layers, drop_rates
 from zoo.models.rates import Reduce, Strided
+from zoo.models.streaming import Stream
 from zoo.norms import NORMS, Norm
-from zoo.positions import POSITIONS
-from zoo.streaming import Stream
-from zoo.subsampling import SUBSAMPLINGS
+from zoo.positions import POSITIONS, Position
+from zoo.spec import check, make, parse
+from zoo.stems import SUBSAMPLINGS
+from zoo.tensors import compiling, linear, mask_of
 
 CONFORMER = ("half", "mixer", "conv", "half", "norm")
 SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConformerConfig(BlockConfig):
+class ConformerConfig(FlatConfig):
     """A speech encoder and its head.
 
     vocabulary counts the outputs, the blank being the last; 0 leaves the head away. head is `ctc` or `transducer`.
@@ -34,19 +38,24 @@ class ConformerConfig(BlockConfig):
     before the last block; reduce_left is how many of the four frames around a kept one that the halving reads lie in
     front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
     strided names blocks whose convolution halves the frame rate for good and leads from one of widths, a number a
-    stage, to the next; mixers has a mixer a stage then, where they differ (Efficient Conformer).
+    stage, to the next (Efficient Conformer); a tuple of choices has an entry for each stage then.
     chunk, in tokens, makes a model that streams: each token sees its own chunk and `left` tokens in front of the chunk,
     and convolutions are causal, so the look-ahead is chunk - 1 tokens. frames is the size of a table of `learned`
     positions.
     """
 
     axes = 1
+    task = "transcribe"
+    input = "audio"
+    argument = "features"
+    labels = "tokenizer"
+    shown = (*FlatConfig.shown, "layout", "conv", "conv_norm", "head", "vocabulary")
 
     layout: tuple[str, ...] = CONFORMER
-    mixer: str = "relative"
-    ffn: str = "mlp(activation='silu')"
-    norm: str = "layernorm(eps=1e-5)"
-    position: str = "none"
+    mixer: Choice = "relative"
+    ffn: Choice = "mlp(activation='silu')"
+    norm: Choice = "layernorm(eps=1e-5)"
+    position: Choice = "none"
     dropout: float = 0.1
     mels: int = 80
     vocabulary: int = 129
@@ -54,7 +63,6 @@ class ConformerConfig(BlockConfig):
     subsampling: str = "conv4"
     widths: tuple[int, ...] = ()
     strided: tuple[int, ...] = ()
-    mixers: tuple[str, ...] = ()
     scale_input: bool = True
     first_norm: bool = False
     unet: bool = False
@@ -68,57 +76,76 @@ class ConformerConfig(BlockConfig):
         super().__post_init__()
         if min(self.mels, self.frames) < 1 or self.vocabulary < 0 or self.vocabulary == 1:
             raise ValueError("mels and frames are at least 1; vocabulary is at least 2, a token and the blank, or 0")
-        if "cross" in self.words or self.modulate:
-            raise ValueError("a speech encoder has no memory for 'cross' to read, and nothing to modulate blocks with")
         for field, table in (("subsampling", SUBSAMPLINGS), ("head", SPEECH_HEADS)):
             try:
                 check(table, getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
-        if self.frames != 512 and parse(self.position)[0] != "learned":
+        if self.frames != 512 and not self.row_of_position.sized:
             raise ValueError(f"frames={self.frames} would be ignored: position '{self.position}' has no table")
         if not self.vocabulary and self.head != "ctc":
             raise ValueError(f"head '{self.head}' would be ignored: vocabulary is 0")
-        self._check_stages()
         self._check_unet()
         self._check_chunk()
 
-    def _check_stages(self) -> None:
+    @classmethod
+    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        given = super().migrated(values)
+        if mixers := given.pop("mixers", None):  # until format 2, one mixer for each stage
+            if given.get("mixer", "relative") != "relative":
+                raise ValueError(f"mixer '{given['mixer']}' would be ignored: mixers names one for each stage")
+            given["mixer"] = mixers
+        return given
+
+    @property
+    def stages(self) -> tuple[Size, ...]:
         if not self.strided:
-            if self.widths or self.mixers:
-                raise ValueError("widths and mixers would be ignored: strided names no block at which stages end")
+            return super().stages
+        ends = (*(block + 1 for block in self.strided), self.depth)
+        starts = (0, *ends[:-1])
+        depths = [max(1, end - start) for start, end in zip(starts, ends, strict=True)]  # half a block is one
+        return tuple(Size(width, depth, self.heads) for width, depth in zip(self.widths, depths, strict=True))
+
+    @property
+    def staged(self) -> bool:
+        return bool(self.strided)
+
+    def grid(self, stage: int) -> tuple[int]:
+        return (-(-self.frames // 2**stage),)
+
+    def at(self, index: int) -> BlockConfig:
+        """The block of an index in the whole model."""
+        stage = sum(block < index for block in self.strided)
+        return self.block(stage, index - sum(size.depth for size in self.stages[:stage]))
+
+    @property
+    def width(self) -> int:
+        """The width of the last block."""
+        return self.stages[-1].dim
+
+    @property
+    def row_of_position(self) -> type[Position]:
+        return POSITIONS[parse(self.chosen("position", 0, 0))[0]]
+
+    def check_sizes(self) -> None:
+        if not self.strided:
+            if self.widths:
+                raise ValueError("widths would be ignored: strided names no block at which stages end")
             return
-        if self.mixers and self.mixer != "relative":
-            raise ValueError(f"mixer '{self.mixer}' would be ignored: mixers names one a stage; set mixers=() or those")
         stages = len(self.strided) + 1
-        if len(self.widths) != stages or self.widths[0] != self.dim or len(self.mixers) not in (0, stages):
+        if len(self.widths) != stages or self.widths[0] != self.dim:
             raise ValueError(
-                f"widths has a number for each of {stages} stages, the first being dim={self.dim}, and mixers a name "
-                f"each or none; not {self.widths} and {self.mixers}"
+                f"widths has a number for each of {stages} stages, the first being dim={self.dim}, not {self.widths}"
             )
         if list(self.strided) != sorted({*self.strided}) or not 0 <= self.strided[0] <= self.strided[-1] < self.depth:
             raise ValueError(f"strided lists rising indices of blocks, 0..{self.depth - 1}, not {self.strided}")
         if self.unet or self.chunk is not None:
             raise ValueError("strided: a model with stages has neither a temporal U-Net nor chunks")
-        if self.layout != CONFORMER or self.placement != "pre" or parse(self.conv)[0] != "glu":
-            raise ValueError("strided: stages need Conformer's layout, placement 'pre' and conv 'glu'")
-        if self.position != "none" or self.channel != "none" or self.layer_scale is not None:
-            raise ValueError("strided: stages take position 'none', channel 'none' and no layer_scale")
-        for index in range(self.depth):
-            self.at(index)
-
-    def at(self, index: int, after: int = 0) -> "ConformerConfig":
-        """What the block of an index is, its stage spelt out; after=1 for what follows its convolution."""
-        stage = sum(block < index + after for block in self.strided)
-        if not self.strided:
-            return self
-        mixer = self.mixers[stage] if self.mixers else self.mixer
-        return replace(self, dim=self.widths[stage], mixer=mixer, widths=(), strided=(), mixers=())
-
-    @property
-    def width(self) -> int:
-        """The width of the last block."""
-        return self.widths[-1] if self.widths else self.dim
+        if self.layout != CONFORMER or self.layer_scale is not None:
+            raise ValueError("strided: stages need Conformer's layout, without layer_scale")
+        for name, needed in (("placement", "pre"), ("conv", "glu"), ("position", "none"), ("channel", "none")):
+            if any(parse(each)[0] != needed for each in names_of(getattr(self, name))):
+                raise ValueError(f"strided: stages need {name} '{needed}', not '{readable(getattr(self, name))}'")
 
     def _check_unet(self) -> None:
         if not self.unet:
@@ -149,10 +176,9 @@ class ConformerConfig(BlockConfig):
             raise ValueError("subsampling: a model with chunks takes padding='causal'; others read later frames")
         if parse(options["channel"])[0] != "none":
             raise ValueError("subsampling: channel attention reads the whole utterance; a model with chunks cannot")
-        if check(TABLES["mixer"], self.mixer).get("window"):
-            raise ValueError(f"mixer '{self.mixer}': a model with chunks would ignore the window; set chunk and left")
-        if parse(self.position)[0] not in ("none", "rope"):
-            raise ValueError(f"position '{self.position}' counts from the start of a stream; choose rope or none")
+        if not self.row_of_position.streams:
+            able = " or ".join(name for name, row in POSITIONS.items() if row.streams)
+            raise ValueError(f"position '{self.position}' counts from the start of a stream; choose {able}")
 
     @property
     def writes(self) -> frozenset[str]:
@@ -182,6 +208,27 @@ class ConformerConfig(BlockConfig):
         """Frames of the features to one output."""
         return 2 ** (SUBSAMPLINGS[parse(self.subsampling)[0]].stages + len(self.strided))
 
+    @property
+    def labelled(self) -> int:
+        return self.vocabulary
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "automatic-speech-recognition" if self.vocabulary else "feature-extraction"
+
+    def call(self, prepared: str) -> str:
+        made = "logits" if self.vocabulary and not self.transducer else "tokens"
+        return f"{made}, lengths = model({prepared})"
+
+    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"features": torch.randn(1, 131, self.mels, generator=generator, device="cpu")}
+
+    def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made, _ = model(**inputs)
+        if self.transducer:  # its head has its say too
+            made = model.head(made, torch.zeros(1, 2, dtype=torch.long))  # pyright: ignore[reportCallIssue]
+        return {"output": made}
+
     def build(self) -> "Conformer":
         return Conformer(self)
 
@@ -194,7 +241,7 @@ class Encoded(NamedTuple):
     lengths: Tensor | None
 
 
-class Conformer(nn.Module):
+class Conformer(Model[ConformerConfig]):
     """model(features [B, T, mels], lengths [B] or None) -> (logits [B, T', vocabulary], lengths [B]).
 
     lengths counts the real frames of each clip, None stands for all; what lies beyond changes nothing. Without a head
@@ -203,14 +250,14 @@ class Conformer(nn.Module):
     """
 
     def __init__(self, config: ConformerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        first = config.block()
         self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim)
         self.scale = math.sqrt(config.dim) if config.scale_input else 1.0
-        self.position = make(POSITIONS, config.position, config.dim, config.head_dim, (config.frames,), 0)
-        self.first: Norm | None = make(NORMS, config.norm, config.dim) if config.first_norm else None
+        self.position = make(POSITIONS, first.position, config.dim, first.head_width, first.place)
+        self.first: Norm | None = make(NORMS, first.norm, config.dim, first.place) if config.first_norm else None
         self.blocks = nn.ModuleList(
-            Strided(config.at(index), config.at(index, 1), rate)
+            Strided(config.at(index), config.block(config.strided.index(index) + 1), rate)
             if index in config.strided
             else Block(config.at(index), rate)
             for index, rate in enumerate(drop_rates(config.drop_path, config.depth))
@@ -218,10 +265,21 @@ class Conformer(nn.Module):
         self.reduce = Reduce(config.dim, config.reduce_left) if config.unet else None
         self.recover = linear(config.dim, config.dim) if config.unet else None
         self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary) if config.vocabulary else None
-        self.checkpointing = False
-        for name, module in self.named_modules():
-            if isinstance(module, Layer):
-                module.address = name
+        self.name_layers()
+
+    @property
+    def strides(self) -> list[int]:
+        strides, stride = [], 2**self.stem.stages
+        for index, block in enumerate(self.blocks):
+            halved = self.reduce is not None and self.config.reduced <= index < self.config.depth - 1
+            stride *= block.stride  # pyright: ignore[reportOperatorIssue]
+            strides.append(2 * stride if halved else stride)
+        return strides
+
+    @property
+    def channels(self) -> list[int]:
+        stages = [sum(block <= index for block in self.config.strided) for index in range(self.config.depth)]
+        return [self.config.stages[stage].dim for stage in stages]
 
     def embed(self, features: Tensor, lengths: Tensor | None, visible: Chunks | None = None) -> tuple[Tensor, Context]:
         """Tokens behind the subsampling, and the Context of the first blocks."""
@@ -267,9 +325,7 @@ class Conformer(nn.Module):
 
         visible replaces the chunks of the config, for a model that has some.
         """
-        wanted = (-1,) if layers is None else layers
-        if bad := [layer for layer in wanted if not -self.config.depth <= layer < self.config.depth]:
-            raise ValueError(f"layers: there is no block {bad[0]}; the model has {self.config.depth} blocks, from 0")
+        wanted = chosen_layers((-1,) if layers is None else layers, self.config.depth, "block")
         x, context = self.embed(features, lengths, visible)
         real = None if lengths is None else self.stem.tokens(lengths)
         saved, made = (x, context, real), []
@@ -283,18 +339,25 @@ class Conformer(nn.Module):
                 twice = torch.arange(saved[0].shape[1], device=x.device) // 2
                 x = saved[0] + self.recover(x.index_select(1, twice))
                 context, real = saved[1:]
-            if isinstance(block, Strided):
-                pair: Any = run((block,), x, context, self.checkpointing and self.training)
-                x, context = pair
+            x = self.run((block,), x, context)
+            if block.stride == 2:
+                context = halved(context)
                 real = None if real is None else (real + 1) // 2
-            else:
-                x = run((block,), x, context, self.checkpointing and self.training)
             made.append(Encoded(x, context, real))
         return [made[layer] for layer in wanted]
+
+    def features(
+        self, inputs: Tensor, layers: Sequence[int] | None = None, lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """The tokens after the given blocks (all where None; -1 is the last), not normalized, as maps [B, C, T'] at
+        `strides`, of log-mel features [B, T, mels]."""
+        wanted = range(self.config.depth) if layers is None else layers
+        return [each.tokens.transpose(1, 2) for each in self.encode(inputs, lengths, layers=wanted)]
 
     def forward(
         self, features: Tensor, lengths: Tensor | None = None, visible: Chunks | None = None
     ) -> tuple[Tensor, Tensor]:
+        """features [B, T, mels] and lengths [B] -> logits [B, T', vocabulary], or tokens [B, T', dim], and lengths."""
         x, _, real = self.encode(features, lengths, visible)[0]
         if real is None:
             real = torch.full((x.shape[0],), self.tokens(features.shape[1]), dtype=torch.long, device=x.device)
@@ -341,12 +404,10 @@ class Conformer(nn.Module):
         return Stream(self, batch, self.chunks(visible))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of more than one dimension that weight decay leaves alone."""
         ends = ("position.table", ".content", ".offset")
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
         return {
             "stem": r"^(?:stem|first|position)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:reduce|recover)", (99999,))],
@@ -355,78 +416,8 @@ class Conformer(nn.Module):
     def fold(self) -> list[Fold]:
         """Folds the norm at the end of the last block into a CTC head, which alone reads it."""
         done = [] if self.first is None else [keep(self, "first", "the stream reads it")]
-        last: Any = self.blocks[-1]
-        steps = last.back.steps if isinstance(last, Strided) else last.steps
-        norm = steps[-1] if isinstance(steps[-1], Norm) else steps[-1].total
-        if not isinstance(norm, Norm) or not isinstance(self.head, CTCHead):
-            return done
-        name = f"blocks.{self.config.depth - 1}.{'back.' if isinstance(last, Strided) else ''}steps.{len(steps) - 1}"
-        name += "" if norm is steps[-1] else ".total"
-        if (affine := norm.affine()) is None:
-            return done
-        fold_in(self.head, *affine)
-        if norm is steps[-1]:
-            del steps[-1]
-        else:
-            setattr(steps[-1], "total", None)  # noqa: B010
-        return [*done, Fold(name, "the head")]
-
-
-def _conformer(dim: int, depth: int, heads: int, **fields: Any) -> ConformerConfig:
-    return ConformerConfig(dim=dim, depth=depth, heads=heads, conv="glu(kernel=31)", **fields)
-
-
-def _transducer(dim: int, depth: int, heads: int, hidden: int) -> ConformerConfig:
-    return _conformer(dim, depth, heads, head=f"transducer(hidden={hidden})", vocabulary=1025)
-
-
-def _squeezeformer(dim: int, depth: int, heads: int) -> ConformerConfig:
-    return ConformerConfig(
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        layout=SQUEEZEFORMER,
-        conv="swish(kernel=31)",
-        placement="scaled",
-        subsampling="depthwise4",
-        first_norm=True,
-        unet=True,
-    )
-
-
-def _efficient(widths: tuple[int, ...], strided: tuple[int, ...], depth: int, heads: int) -> ConformerConfig:
-    return ConformerConfig(
-        dim=widths[0],
-        depth=depth,
-        heads=heads,
-        widths=widths,
-        strided=strided,
-        mixers=("grouped(size=3)", "relative", "relative"),
-        conv="glu(kernel=15)",
-        subsampling="conv2",
-        vocabulary=257,
-    )
-
-
-def _fastconformer(dim: int, depth: int, heads: int) -> ConformerConfig:
-    return ConformerConfig(dim=dim, depth=depth, heads=heads, conv="glu(kernel=9)", subsampling="depthwise8")
-
-
-PRESETS: dict[str, ConformerConfig] = {
-    "conformer_s": _transducer(144, 16, 4, 320),
-    "conformer_m": _transducer(256, 16, 4, 640),
-    "conformer_l": _transducer(512, 17, 8, 640),
-    "conformer_ctc_s": _conformer(144, 16, 4),
-    "conformer_ctc_m": _conformer(256, 16, 4),
-    "conformer_ctc_l": _conformer(512, 18, 8),
-    "squeezeformer_xs": _squeezeformer(144, 16, 4),
-    "squeezeformer_s": _squeezeformer(196, 18, 4),
-    "squeezeformer_sm": _squeezeformer(256, 16, 4),
-    "squeezeformer_m": _squeezeformer(324, 20, 4),
-    "squeezeformer_ml": _squeezeformer(512, 18, 8),
-    "squeezeformer_l": _squeezeformer(640, 22, 8),
-    "efficient_conformer_s": _efficient((120, 168, 240), (4, 9), 15, 4),
-    "fastconformer_s": _fastconformer(176, 16, 4),
-    "fastconformer_m": _fastconformer(256, 16, 4),
-    "fastconformer_l": _fastconformer(512, 17, 8),
-}
+        if isinstance(self.head, CTCHead):
+            last: Any = self.blocks[-1]
+            name = f"blocks.{self.config.depth - 1}."
+            done += [fold._replace(layer=name + fold.layer) for fold in last.fold_last(self.head, "the head")]
+        return done

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.block import Block
-from zoo.config import BlockConfig
-from zoo.fusion import fold_in, not_affine
-from zoo.layer import Context, Fold, check, filtered, halved, linear, make, zeroed
+from zoo.choices import BlockConfig
+from zoo.fusion import fold_norm
+from zoo.layer import Context, Fold, halved
 from zoo.mixers import CONVS
 from zoo.mixers.local import StridedConvolution
 from zoo.norms import NORMS, Norm
+from zoo.spec import check, make
+from zoo.tensors import filtered, linear, zeroed
 
 
 class Reduce(nn.Module):
@@ -32,31 +34,31 @@ class Reduce(nn.Module):
 
 class Strided(nn.Module):
     """A Conformer block whose convolution has stride 2 and leads to another width; its shortcut takes every second
-    token and maps it by a linear."""
+    token and maps it by a linear. What comes after the block works under `halved(context)`."""
+
+    stride = 2
 
     def __init__(self, before: BlockConfig, after: BlockConfig, drop: float) -> None:
         super().__init__()
-        unused = {"conv": "glu", "conv_norm": "batchnorm"}
-        self.front = Block(replace(before, layout=("half", "mixer"), **unused), drop)
-        self.norm: Norm | None = make(NORMS, before.norm, before.dim)
+        self.front = Block(replace(before, layout=("half", "mixer")), drop)
+        self.norm: Norm | None = make(NORMS, before.norm, before.dim, before.place)
         kernel = check(CONVS, after.conv)["kernel"]
-        self.conv = StridedConvolution(before.dim, after.dim, after.conv_norm, kernel=kernel)
+        self.conv = StridedConvolution(before.dim, after.dim, after.place, kernel=kernel)
+        self.conv.norm = make(NORMS, after.conv_norm, after.dim, after.place)
         self.shortcut = linear(before.dim, after.dim)
-        self.back = Block(replace(after, layout=("half", "norm"), mixer="relative", **unused), drop)
+        self.back = Block(replace(after, layout=("half", "norm")), drop)
         self.dropout = before.dropout
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Tokens [B, N, D] to [B, (N + 1) // 2, D']."""
         x = self.front(x, context)
         y = self.conv(x if self.norm is None else self.norm(x, context), context)
         context = halved(context)
         x = self.shortcut(x[:, ::2]) + F.dropout(y, self.dropout, self.training)
-        return self.back(x, context), context
+        return self.back(x, context)
 
     def fold(self) -> list[Fold]:
-        if self.norm is None:
-            return []
-        if (affine := self.norm.affine()) is None:
-            return [Fold("norm", None, not_affine(self.norm))]
-        fold_in(self.conv.expand, *affine)
-        self.norm = None
-        return [Fold("norm", "the branch's input linears")]
+        return fold_norm(self, "norm", self.conv.expand, "branch's input linear")
+
+    def fold_last(self, reader: nn.Linear, into: str) -> list[Fold]:
+        return [fold._replace(layer=f"back.{fold.layer}") for fold in self.back.fold_last(reader, into)]

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.block import Block, drop_rates, run
+from zoo.block import Block
 from zoo.channels import grid_mean
-from zoo.config import BlockConfig
+from zoo.config import FlatConfig
 from zoo.fusion import fold_in, keep, not_affine
-from zoo.layer import Context, Fold, linear, make, to_map
+from zoo.layer import Context, Fold
+from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS
-from zoo.stems import Patches
+from zoo.spec import make
+from zoo.stems.images import Patches
+from zoo.tensors import linear, to_map
 
 POOLS = ("mean", "token", "norm_after_mean", "distilled")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(BlockConfig):
+class ViTConfig(ClassifierConfig, FlatConfig):
     """A vision transformer.
 
     pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
@@ -29,10 +32,9 @@ class ViTConfig(BlockConfig):
     puts a class token there, which `token` and `distilled` need. classes = 0 leaves the head away.
     """
 
-    image: int = 224
+    shown = (*FlatConfig.shown, "classes")
+
     patch: int = 16
-    channels: int = 3
-    classes: int = 1000
     pool: str = "mean"
     class_token: bool = False
     registers: int = 0
@@ -45,48 +47,50 @@ class ViTConfig(BlockConfig):
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
             raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
-        if "cross" in self.words:
-            raise ValueError("layout: a vision transformer has no memory for 'cross' to read")
-        if self.modulate:
-            raise ValueError("modulate: a vision transformer has nothing to modulate its blocks with")
 
     @property
     def prefix(self) -> int:
         """The number of tokens in front of the grid."""
         return self.class_token + (self.pool == "distilled") + self.registers
 
-    @property
-    def writes(self) -> frozenset[str]:
-        return super().writes | ({"prefix"} if self.prefix else set())
+    def grid(self, stage: int) -> tuple[int, int]:
+        side = -(-self.image // self.patch)
+        return side, side
 
     def build(self) -> "ViT":
         return ViT(self)
 
 
-class ViT(nn.Module):
+class ViT(Model[ViTConfig]):
     """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, dim] where classes = 0.
 
-    H and W are free. A mask [B, H, W] of real pixels lets pictures of several sizes share a batch.
+    H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
     """
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.config = config
-        side = -(-config.image // config.patch)
+        super().__init__(config)
+        first = config.block()
         self.stem = Patches(config.channels, config.dim, config.patch)
         self.tokens = None
         if config.prefix:
             self.tokens = nn.Parameter(torch.zeros(1, config.prefix, config.dim))
             nn.init.trunc_normal_(self.tokens, std=0.02)
-        place = (config.dim, config.head_dim, (side, side), config.prefix)
-        self.position = make(POSITIONS, config.position, *place)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_rates(config.drop_path, config.depth))
-        self.norm: Norm | None = make(NORMS, config.norm, config.dim)
+        self.position = make(POSITIONS, first.position, config.dim, first.head_width, first.place)
+        rates = drop_rates(config.drop_path, config.depth)
+        self.blocks = nn.ModuleList(Block(config.block(index=index), rate) for index, rate in enumerate(rates))
+        self.norm: Norm | None = make(NORMS, first.norm, config.dim, first.place)
         self.head = linear(config.dim, config.classes) if config.classes else None
         self.head_distilled = None
         if config.pool == "distilled" and config.classes:
             self.head_distilled = linear(config.dim, config.classes)
-        self.checkpointing = False
+
+    @property
+    def strides(self) -> list[int]:
+        return [self.config.patch] * self.config.depth
+
+    @property
+    def channels(self) -> list[int]:
+        return [self.config.dim] * self.config.depth
 
     def embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
         """Tokens [B, N, dim] with positions, and the Context of all blocks."""
@@ -100,8 +104,9 @@ class ViT(nn.Module):
         return self.position(x, context), context
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> [B, classes], or [B, dim]."""
         x, context = self.embed(images, mask)
-        x = run(self.blocks, x, context, self.checkpointing and self.training)
+        x = self.run(self.blocks, x, context)
         pooled = self.pool(x, context)
         if self.head is None:
             return pooled.mean(1)
@@ -122,22 +127,18 @@ class ViT(nn.Module):
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """The grid's tokens after the given blocks (all where None; -1 is the last), not normalized, as maps
         [B, dim, H', W']."""
-        wanted = range(self.config.depth) if layers is None else layers
-        if bad := [layer for layer in wanted if not -self.config.depth <= layer < self.config.depth]:
-            raise ValueError(f"layers: there is no block {bad[0]}; the model has {self.config.depth} blocks, from 0")
+        wanted = chosen_layers(layers, self.config.depth, "block")
         x, context = self.embed(images, mask)
         maps = []
-        for block in self.blocks:
-            x = block(x, context)
+        for block in self.blocks[: 1 + max(wanted, default=-1)]:
+            x = self.run((block,), x, context)
             maps.append(x)
         return [to_map(maps[layer][:, context.prefix :], context.grid) for layer in wanted]
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of more than one dimension that weight decay leaves alone."""
         return {name for name, _ in self.named_parameters() if name in ("tokens", "position.table")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
         return {"stem": r"^(?:stem|tokens|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def fold(self) -> list[Fold]:
@@ -154,19 +155,3 @@ class ViT(nn.Module):
                 fold_in(head, *affine)
         self.norm = None
         return [Fold("norm", "the head")]
-
-
-def _deit(dim: int, heads: int) -> ViTConfig:
-    return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
-
-
-PRESETS: dict[str, ViTConfig] = {
-    "vit_micro": ViTConfig(dim=96, depth=6, heads=3, image=32, patch=4),
-    "vit_tiny": ViTConfig(dim=192, depth=12, heads=3),
-    "vit_small": ViTConfig(dim=384, depth=12, heads=6),
-    "vit_base": ViTConfig(dim=768, depth=12, heads=12),
-    "vit_large": ViTConfig(dim=1024, depth=24, heads=16),
-    "deit_tiny": _deit(192, 3),
-    "deit_small": _deit(384, 6),
-    "deit_base": _deit(768, 12),
-}

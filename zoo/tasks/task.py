@@ -6,7 +6,6 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import lightning
@@ -24,8 +23,10 @@ from zoo.config import Config
 from zoo.data.sampling import global_seed
 from zoo.layer import advance
 from zoo.models import create_model
-from zoo.norms import BatchNorm, refresh_statistics
-from zoo.weights import Checkpoint, load_checkpoint
+from zoo.models.base import Model
+from zoo.norms import has_batch_statistics, refresh_statistics
+from zoo.weights import load_checkpoint
+from zoo.weights.adapt import adapted, misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
 
@@ -35,46 +36,68 @@ class NotFinite(ValueError):
 
 
 class Task(lightning.LightningModule):
-    """A model in training. `backbone` is literally the call of `zoo.create_model`.
+    """A model in training, with the options that all tasks share.
 
-    `score` is the metric that is monitored, and `max` or `min`; `faulty` lists what may be wrong with samples.
+    `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
+    `max` or `min`; `faulty` lists what may be wrong with samples.
 
     Every step advances the model (and its averaged copy) to the share of training that is over. Randomness is a
     function of seed and epoch, so a run resumed at the end of an epoch gives the weights of one that never stopped.
+
+    Args:
+        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        weights: a checkpoint to start from or to measure: a folder, a name in checkpoints/, or owner/name on the Hub.
+            Fields of backbone then replace those of its config.
+        rate: peak learning rate of AdamW.
+        weight_decay: of matrices only; norms, biases, tokens and positions have none.
+        layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
+        warmup: epochs of linear warm-up.
+        final_rate: learning rate at the end of the schedule.
+        average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
+        checkpointing: computes activations again in the backward pass, to save memory.
+        refresh: training batches on which batch statistics are measured again before the last validation.
+        seed: what dropout, dropped paths and augmentation depend on, besides the epoch; null for that of
+            seed_everything.
     """
 
+    command: ClassVar[str]
     score: ClassVar[tuple[str, str]]
     faulty: ClassVar[tuple[str, ...]] = ()
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(
         self,
-        backbone: dict[str, Any],
-        weights: str | None,
-        rate: float,
-        weight_decay: float,
-        layer_decay: float,
-        warmup: float,
-        final_rate: float,
-        average: float,
-        checkpointing: bool,
-        refresh: int,
-        seed: int | None,
+        backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
+        weights: str | None = None,
+        rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        warmup: float = 5.0,
+        final_rate: float = 1e-5,
+        average: float = 0.0,
+        checkpointing: bool = False,
+        refresh: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.start = dict(backbone), None
         if weights is None:
             if "name" not in backbone:
                 raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
-            self.model = create_model(**backbone)
+            model = create_model(**backbone)
+            assert isinstance(model, Model)
+            self.model = model
         else:
             self.start = load_checkpoint(weights)
-            self.model = adapted(self.start, self.backbone, weights).train()
+            self.model, fresh = adapted(self.start, self.backbone, weights)
+            self.model.train()
+            if fresh:
+                rank_zero_info(f"started from {weights} with a new head")
+        if (trained := self.config.task) != self.command:
+            by = f"trained by `zoo {trained}`" if trained else "trained by no command"
+            raise ValueError(f"model.backbone is {by}, not by `zoo {self.command}`")
         self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
-        if checkpointing:
-            if not hasattr(self.model, "checkpointing"):
-                raise ValueError(f"{type(self.model).__name__} has no activation checkpointing")
-            setattr(self.model, "checkpointing", True)  # noqa: B010
+        self.model.checkpointing = checkpointing
         for name, value, least in (
             ("warmup", warmup, 0.0),
             ("weight_decay", weight_decay, 0.0),
@@ -86,8 +109,8 @@ class Task(lightning.LightningModule):
             raise ValueError(f"model.rate is above 0 and model.final_rate in 0..rate, not {rate} and {final_rate}")
         if not 0.0 < layer_decay <= 1.0:
             raise ValueError(f"model.layer_decay lies above 0 and at most at 1, not {layer_decay}")
-        if refresh and not any(isinstance(module, BatchNorm) for module in self.model.modules()):
-            raise ValueError("model.refresh measures batch statistics anew, and this model has none; set it to 0")
+        if refresh and not has_batch_statistics(self.model):
+            raise ValueError("model.refresh measures batch statistics again, and this model has none; set it to 0")
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average is a decay in 0..1, or 0 for no averaged copy; not {average}")
         self.average = None
@@ -102,7 +125,7 @@ class Task(lightning.LightningModule):
 
     @property
     def config(self) -> Config:
-        return self.model.config  # pyright: ignore[reportReturnType]
+        return self.model.config
 
     @property
     def measured(self) -> nn.Module:
@@ -122,7 +145,7 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
-        spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # pyright: ignore
+        spared = self.model.no_weight_decay()
         if self.layer_decay < 1.0:
             groups = param_groups_layer_decay(
                 self.model, self.weight_decay, no_weight_decay_list=spared, layer_decay=self.layer_decay
@@ -201,7 +224,7 @@ class Task(lightning.LightningModule):
             self.refresh_statistics()
 
     def refresh_statistics(self) -> None:
-        """Measures batch statistics anew on `refresh` training batches of an epoch that training did not see."""
+        """Measures batch statistics again on `refresh` training batches of an epoch that training did not see."""
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         loader = data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
@@ -211,11 +234,11 @@ class Task(lightning.LightningModule):
         filled = (each for each in inputs if len(each[0]))
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
-        rank_zero_info(f"batch statistics measured anew on {used} batches")
+        rank_zero_info(f"batch statistics measured again on {used} batches")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, found = self.state_dict(), checkpoint["state_dict"]
-        if differ := sorted(key for key in own.keys() | found.keys() if shape(own, key) != shape(found, key)):
+        if differ := misfits(own, found):
             raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
 
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
@@ -253,37 +276,3 @@ class Task(lightning.LightningModule):
     def no_loss(self) -> Tensor:
         """A loss of 0 that every parameter has a part in, for a batch without any sample."""
         return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0
-
-
-def shape(state: dict[str, Tensor], key: str) -> torch.Size | None:
-    return state[key].shape if key in state else None
-
-
-def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> nn.Module:
-    """The checkpoint's model with some fields of its config replaced; only its head may be new.
-
-    ValueError where a choice changes any other weight.
-    """
-    config: Config = start.model.config  # pyright: ignore[reportAssignmentType]
-    preset = start.config["preset"]
-    choices = dict(choices)
-    if (asked := choices.pop("name", preset)) != preset:
-        raise ValueError(f"{name} was made from {preset}, not from model.backbone.name={asked}")
-    known = [field.name for field in fields(config)]
-    if unknown := [choice for choice in choices if choice not in known]:
-        raise ValueError(f"model.backbone has no field '{unknown[0]}'; it has: {', '.join(known)}")
-    wanted = replace(config, **choices)
-    if wanted == config:
-        return start.model
-    if start.config["fused"]:
-        raise ValueError(f"{name} is fused, and a fused model keeps its config; start from the unfused one")
-    model = wanted.build()
-    state = start.model.state_dict()
-    own = model.state_dict()
-    fresh = [key for key in own.keys() | state.keys() if shape(own, key) != shape(state, key)]
-    if other := sorted(key for key in fresh if not key.startswith("head")):
-        raise ValueError(f"the weights of {name} do not fit what model.backbone asks for: '{other[0]}' differs")
-    model.load_state_dict({key: value for key, value in state.items() if key not in fresh}, strict=False)
-    if fresh:
-        rank_zero_info(f"started from {name} with a new head")
-    return model

@@ -1,0 +1,522 @@
+import math
+import struct
+import subprocess
+import sys
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from zoo.data.augment import add_noise, change_speed, filter_bands, spec_augment, warp_frequencies
+from zoo.inputs.audio import (
+    RECIPES,
+    AudioPreprocess,
+    StreamingFeatures,
+    UnreadableAudio,
+    audio_seconds,
+    pad_features,
+    read_audio,
+    split_at_silence,
+)
+from zoo.tensors import mask_of
+
+
+def tone(seconds: float, pitch: float = 440.0, rate: int = 16000) -> Tensor:
+    return 0.5 * torch.sin(2 * math.pi * pitch * torch.arange(round(seconds * rate)) / rate)
+
+
+def speechlike(samples: int, seed: int = 0) -> Tensor:
+    """Tones that come and go over noise."""
+    generator = torch.Generator().manual_seed(seed)
+    time = torch.arange(samples) / 16000
+    waves = [
+        torch.sin(2 * math.pi * (200 + 700 * k) * time) * torch.sin(2 * math.pi * (1 + k) * time) for k in range(5)
+    ]
+    return 0.1 * torch.stack(waves).sum(0) + 0.01 * torch.randn(samples, generator=generator)
+
+
+def write(path: Path, waveform: Tensor, rate: int = 16000, **options: Any) -> Path:
+    soundfile.write(path, waveform.numpy(), rate, **options)
+    return path
+
+
+# Reading
+
+
+def test_importing_is_light():
+    code = "import sys, zoo.inputs.audio, zoo.outputs.tokens\n"
+    code += "print([name for name in ('torchaudio', 'soundfile', 'sentencepiece') if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
+def test_formats(tmp_path: Path, extension: str):
+    path = write(tmp_path / f"a.{extension}", tone(1.0))
+    waveform = read_audio(path)
+    assert waveform.dtype == torch.float32 and waveform.shape == (16000,)
+    limit = 1e-4 if extension in ("wav", "flac") else 0.05
+    assert (waveform - tone(1.0))[1600:-1600].abs().max() < limit
+    assert audio_seconds(path) == 1.0
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_other_rates_are_resampled(tmp_path: Path, rate: int):
+    waveform = read_audio(write(tmp_path / "a.wav", tone(1.0, rate=rate), rate, subtype="FLOAT"))
+    assert waveform.shape == (16000,)
+    assert (waveform - tone(1.0))[200:-200].abs().max() < 1e-3
+    assert read_audio(tmp_path / "a.wav", rate=8000).shape == (8000,)
+
+
+def test_channels_are_averaged(tmp_path: Path):
+    left, right = tone(0.5), tone(0.5, 1000)
+    path = write(tmp_path / "a.wav", torch.stack([left, right], 1), subtype="FLOAT")
+    torch.testing.assert_close(read_audio(path), (left + right) / 2)
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac"])
+def test_a_part_of_a_file(tmp_path: Path, extension: str):
+    path = write(tmp_path / f"a.{extension}", speechlike(16000), subtype="PCM_16")
+    whole = read_audio(path)
+    assert torch.equal(read_audio(path, start=0.25, seconds=0.5), whole[4000:12000])
+    assert torch.equal(read_audio(path, start=0.75, seconds=0.5), whole[12000:])
+    with pytest.raises(UnreadableAudio, match=r"ends at 1.00 s, before 1.50 s"):
+        read_audio(path, start=1.5)
+
+
+def test_silence_and_clipping_are_legal(tmp_path: Path):
+    assert read_audio(write(tmp_path / "a.flac", torch.zeros(800))).abs().max() == 0
+    clipped = read_audio(write(tmp_path / "b.wav", 20 * tone(0.1)))
+    assert clipped.max() > 0.999 and clipped.min() == -1
+
+
+def broken(folder: Path) -> dict[Path, str]:
+    for extension in ("wav", "flac", "ogg", "mp3"):
+        content = write(folder / f"whole.{extension}", speechlike(16000)).read_bytes()
+        (folder / f"half.{extension}").write_bytes(content[: len(content) // 2])
+        (folder / f"empty.{extension}").write_bytes(b"")
+    (folder / "text.flac").write_bytes(b"no sound" * 100)
+    (folder / "folder.wav").mkdir()
+    write(folder / "none.wav", torch.zeros(0))
+    holes = speechlike(1000)
+    holes[3] = math.nan
+    write(folder / "nan.wav", holes, subtype="FLOAT")
+    holes[3] = math.inf
+    write(folder / "inf.wav", holes, subtype="FLOAT")
+    holes[3] = 1e19
+    write(folder / "huge.wav", holes, subtype="FLOAT")
+    lost = "no readable sound (Error : flac decoder lost sync.)"
+    reasons = {
+        "half.wav": "truncated",
+        "half.flac": lost,
+        "half.ogg": "truncated",
+        "half.mp3": "truncated",
+        "missing.wav": "No such file",
+    }
+    reasons |= {f"empty.{extension}": "the file is empty" for extension in ("wav", "flac", "ogg", "mp3")}
+    reasons |= {"text.flac": "no readable sound (Format not recognised.)", "folder.wav": "it is a folder"}
+    reasons |= {
+        "none.wav": "it has no samples",
+        "nan.wav": "not finite",
+        "inf.wav": "not finite",
+        "huge.wav": "not finite",
+    }
+    return {folder / name: reason for name, reason in reasons.items()}
+
+
+def test_unreadable_files_say_why(tmp_path: Path):
+    for path, reason in broken(tmp_path).items():
+        with pytest.raises(UnreadableAudio) as error:
+            read_audio(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
+    for name in ("text.flac", "missing.wav", "empty.wav"):
+        with pytest.raises(UnreadableAudio, match=name):
+            audio_seconds(tmp_path / name)
+
+
+def test_a_wav_written_into_a_pipe_is_whole(tmp_path: Path):
+    content = bytearray(write(tmp_path / "a.wav", tone(0.5)).read_bytes())
+    for place in (4, content.index(b"data") + 4):
+        content[place : place + 4] = struct.pack("<I", 0xFFFFFFFF)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert read_audio(tmp_path / "a.wav").shape == (8000,)
+
+
+# Features
+
+
+@pytest.mark.parametrize("samples", [[40000, 16000, 31999, 801], [16000]])
+def test_nemo_recipe_equals_parakeet(samples: list[int]):
+    transformers = pytest.importorskip("transformers")
+    clips = [speechlike(count, seed) for seed, count in enumerate(samples)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extract = transformers.ParakeetFeatureExtractor(feature_size=80)
+        theirs = extract([clip.numpy() for clip in clips], sampling_rate=16000, return_tensors="pt")
+    padded, lengths = pad_features(clips)
+    ours, frames = RECIPES["nemo"](padded, lengths)
+    assert frames.tolist() == theirs["attention_mask"].sum(1).tolist() == [count // 160 for count in samples]
+    for row, length in enumerate(frames):
+        expected, found = theirs["input_features"][row, :length], ours[row, :length]
+        assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_squeezeformer_recipe_equals_its_definition():
+    waveform = speechlike(8000).double().numpy()
+    x = waveform / np.abs(waveform).max()
+    x = np.concatenate([x[:1], x[1:] - 0.97 * x[:-1]])
+    window = np.zeros(512)
+    window[56:456] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    x = np.pad(x, 256)
+    power = [np.abs(np.fft.rfft(window * x[160 * t : 160 * t + 512])) ** 2 for t in range(50)]
+    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 82) / 2595) - 1)
+    hertz = np.arange(257) * 16000 / 512
+    rise = (hertz[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - hertz[:, None]) / (edges[2:] - edges[1:-1])
+    decibels = 10 * np.log10(np.maximum(power @ np.maximum(0, np.minimum(rise, fall)), 1e-10))
+    decibels = np.maximum(decibels, decibels.max() - 80)
+    expected = (decibels - decibels.mean()) / decibels.std()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = RECIPES["squeezeformer"](torch.from_numpy(waveform).float())
+    assert found.shape == (50, 80)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+
+
+def test_streaming_recipe_is_nemo_before_normalisation():
+    waveform = speechlike(16000)
+    plain = RECIPES["streaming"](waveform)
+    expected = (plain - plain.mean(0)) / (plain.std(0) + 1e-5)
+    torch.testing.assert_close(RECIPES["nemo"](waveform), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_padding_changes_nothing(recipe: str):
+    preprocess = RECIPES[recipe]
+    clips = [speechlike(count, seed) for seed, count in enumerate((16000, 1, 100, 399, 160, 48001, 7777, 0))]
+    clips += [torch.zeros(5000), tone(0.5), torch.ones(3000), 1e-6 * speechlike(4000)]
+    padded, lengths = pad_features(clips)
+    padded[torch.arange(padded.shape[1]) >= lengths[:, None]] = math.nan
+    features, frames = preprocess(padded, lengths)
+    assert features.shape == (len(clips), 48001 // 160, 80) and features.dtype == torch.float32
+    assert features.isfinite().all()
+    for row, clip in enumerate(clips):
+        alone = preprocess(clip)
+        assert len(alone) == frames[row] == preprocess.frames(len(clip))
+        assert alone.shape[1] == 80 and not features[row, len(alone) :].any()
+        assert len(alone) == 0 or (features[row, : len(alone)] - alone).abs().max() < 1e-5, row
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(0, 0), (1, 1), (159, 1), (160, 1), (319, 1), (320, 2), (16000, 100)])
+def test_number_of_frames(samples: int, frames: int):
+    preprocess = AudioPreprocess()
+    assert preprocess.frames(samples) == frames == len(preprocess(torch.ones(samples)))
+    assert preprocess.seconds_per_frame == 0.01
+
+
+def test_normalisation():
+    features = RECIPES["nemo"](speechlike(16000))
+    torch.testing.assert_close(features.mean(0), torch.zeros(80), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(80), atol=1e-3, rtol=0)
+    features = RECIPES["squeezeformer"](speechlike(16000))
+    assert abs(features.mean()) < 1e-5 and abs(features.std() - 1) < 1e-3
+    for recipe in ("nemo", "squeezeformer"):
+        assert RECIPES[recipe](torch.zeros(16000)).abs().max() == 0
+    quiet, loud = RECIPES["squeezeformer"](speechlike(8000)), RECIPES["squeezeformer"](0.01 * speechlike(8000))
+    torch.testing.assert_close(quiet, loud, atol=1e-3, rtol=0)
+
+
+def test_empty_batches():
+    features, frames = RECIPES["nemo"](torch.zeros(0, 1600), torch.zeros(0, dtype=torch.int64))
+    assert features.shape == (0, 10, 80) and frames.shape == (0,)
+    features, frames = RECIPES["nemo"](torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
+    assert features.shape == (2, 0, 80) and frames.tolist() == [0, 0]
+
+
+def test_dither_is_noise_on_real_samples():
+    preprocess = RECIPES["streaming"]
+    padded, lengths = pad_features([torch.zeros(16000), torch.zeros(1600)])
+    features, frames = preprocess(padded, lengths, dither=1e-2)
+    silence = preprocess(torch.zeros(16000))
+    assert (features[0] > silence).all() and (features[0].mean(0) > silence[0] + 2).all()
+    assert not features[1, frames[1] :].any()
+    torch.manual_seed(3)
+    first = preprocess(tone(0.2), dither=1e-5)
+    assert not torch.equal(first, preprocess(tone(0.2), dither=1e-5))
+    torch.manual_seed(3)
+    assert torch.equal(first, preprocess(tone(0.2), dither=1e-5))
+
+
+def test_autocast_changes_nothing():
+    waveform = speechlike(4000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = RECIPES["nemo"](waveform)
+    assert torch.equal(found, RECIPES["nemo"](waveform))
+
+
+@pytest.mark.parametrize(
+    ("waveforms", "lengths", "message"),
+    [
+        (torch.zeros(2, 5), None, r"must be \[S\], or \[B, S\] with lengths, not \[2, 5\]"),
+        (torch.zeros(5), torch.tensor([5]), r"must be \[B, S\], not \[5\]"),
+        (torch.zeros(5, dtype=torch.int16), None, "floating point, from -1 to 1, not int16"),
+        (torch.zeros(1, 5), torch.tensor([6]), "a length of 6 exceeds the waveforms' 5"),
+    ],
+)
+def test_wrong_waveforms(waveforms: Tensor, lengths: Tensor | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        AudioPreprocess()(waveforms, lengths)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mels": 0}, "mels must be a whole number above 0, not 0"),
+        ({"rate": 16000.0}, "rate must be a whole number"),
+        ({"hop": True}, "hop must be a whole number"),
+        ({"window": 600}, "window at most fft"),
+        ({"hop": 401}, "hop must be at most window"),
+        ({"peak": 1}, "peak must be true or false, not 1"),
+        ({"preemphasis": 1.0}, "preemphasis must be below 1"),
+        ({"preemphasis": "x"}, "preemphasis must be a number"),
+        ({"floor": 0}, "floor must be above 0"),
+        ({"floor": math.nan}, "floor must be a number"),
+        ({"lowest": -1}, "lowest must be a number of at least 0"),
+        ({"highest": 8001.0}, "highest at most 8000.0"),
+        ({"lowest": 500.0, "highest": 500.0}, "lowest must be below highest"),
+        ({"scale": "bark"}, "unknown scale 'bark'; allowed: slaney, htk"),
+        ({"log": "log2"}, "unknown log 'log2'; allowed: ln, db"),
+        ({"normalize": "batch"}, "unknown normalize 'batch'; allowed: bin, utterance, none"),
+        ({"top_db": 80.0}, "top_db needs log='db', not 'ln'"),
+        ({"size": 3}, "unknown preprocess key size; allowed: rate, mels"),
+    ],
+    ids=str,
+)
+def test_wrong_fields(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        AudioPreprocess.from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_dict_round_trip():
+    for preprocess in RECIPES.values():
+        values = preprocess.to_dict()
+        assert set(values) == {field.name for field in fields(AudioPreprocess)}
+        assert AudioPreprocess.from_dict(values) == preprocess
+    assert AudioPreprocess.from_dict({"mels": 40}) == AudioPreprocess(mels=40)
+    with pytest.raises(ValueError, match="must be a mapping, not list"):
+        AudioPreprocess.from_dict([])  # pyright: ignore
+
+
+def test_too_many_mels():
+    with pytest.raises(ValueError, match=r"^mels=300 are too many for fft=512"):
+        AudioPreprocess(mels=300)(tone(0.1))
+
+
+# Streams
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 159, 160, 399, 401, 4057])
+@pytest.mark.parametrize("piece", [1, 7, 160, 1000, 50000])
+def test_streaming_features(samples: int, piece: int):
+    waveform = speechlike(samples) + 0.1
+    stream = StreamingFeatures(RECIPES["streaming"])
+    for _ in range(2):  # the second time shows that finish leaves nothing behind
+        parts = [stream.push(waveform[start : start + piece]) for start in range(0, samples, piece)]
+        parts += [stream.push(waveform[:0]), stream.finish()]
+        expected = RECIPES["streaming"](waveform)
+        assert torch.cat(parts).shape == expected.shape
+        torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [(400, 160, 400), (256, 256, 512), (511, 100, 512)])
+def test_streaming_with_other_windows(sizes: tuple[int, int, int]):
+    window, hop, fft = sizes
+    preprocess = replace(RECIPES["streaming"], window=window, hop=hop, fft=fft, mels=20, periodic=True)
+    waveform = speechlike(5000)
+    stream = StreamingFeatures(preprocess)
+    parts = [stream.push(piece) for piece in waveform.split(333)] + [stream.finish()]
+    torch.testing.assert_close(torch.cat(parts), preprocess(waveform), atol=1e-5, rtol=0)
+
+
+def test_streaming_is_prompt_and_small():
+    stream = StreamingFeatures(RECIPES["streaming"])
+    made = 0
+    for _ in range(100):
+        made += len(stream.push(speechlike(160)))
+        assert len(stream.waiting) < 1000
+    assert made == 99  # the window reaches 200 samples beyond its centre
+
+
+@pytest.mark.parametrize("recipe", ["nemo", "squeezeformer"])
+def test_streaming_refuses_what_needs_the_whole(recipe: str):
+    with pytest.raises(ValueError, match=r"^normalize='\w+' needs the whole utterance.*use recipe 'streaming'$"):
+        StreamingFeatures(RECIPES[recipe])
+    with pytest.raises(ValueError, match="peak=True needs the whole"):
+        StreamingFeatures(replace(RECIPES["streaming"], peak=True))
+    with pytest.raises(ValueError, match=r"samples must be \[n\] in floating point"):
+        StreamingFeatures(RECIPES["streaming"]).push(torch.zeros(3, dtype=torch.int16))
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_centres_are_where_the_bands_peak(recipe: str):
+    from torchaudio.functional import melscale_fbanks
+
+    made = replace(RECIPES[recipe], mels=20, lowest=50.0, highest=7000.0)
+    filters = melscale_fbanks(8193, 50.0, 7000.0, 20, made.rate, None, made.scale)
+    peaks = torch.linspace(0, made.rate / 2, 8193)[filters.argmax(0)]
+    torch.testing.assert_close(made.centres, peaks.double(), atol=made.rate / 16384, rtol=0)
+
+
+def test_warped_frequencies():
+    centres = RECIPES["squeezeformer"].centres
+    features = centres.float().expand(400, 3, 80)  # each band holds its own frequency
+    assert torch.equal(warp_frequencies(features, centres, 0.0), features)
+    warped = warp_frequencies(features, centres, 0.2)
+    assert (warped.diff(dim=-1) > 0).all() and torch.equal(warped[:, 0], warped[:, 2])
+    torch.testing.assert_close(warped[..., -1], features[..., -1])  # the last band stays
+    low = (centres > 200) & (centres < 4800 / 1.2)
+    ratios = (warped / features)[:, 0, low]
+    torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios), atol=1e-4, rtol=0)  # one factor per utterance
+    assert 0.8 <= ratios.min() < 0.82 and 1.18 < ratios.max() <= 1.2001
+
+    # A tone that is warped is another tone.
+    plain = RECIPES["streaming"]
+    torch.manual_seed(3)
+    moved = warp_frequencies(plain(tone(0.5, 1000.0))[None], plain.centres, 0.2)[0, 10:40].mean(0)
+    torch.manual_seed(3)
+    factor = float(warp_frequencies(features[:1], centres, 0.2)[0, 0, 20] / features[0, 0, 20])
+    assert abs(float(plain.centres[moved.argmax()]) * factor / 1000 - 1) < 0.03 < abs(factor - 1)
+
+    padded = features.clone()
+    padded[1, 2:] = 0
+    assert (warp_frequencies(padded, centres, 0.2)[1, 2:] == 0).all()
+    assert warp_frequencies(features[:0], centres, 0.2).shape == (0, 3, 80)
+    for most in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="at least 0 and less than 1"):
+            warp_frequencies(features, centres, most)
+
+
+def test_filtered_bands():
+    lengths = torch.tensor([5, 3, 0]).repeat(100)
+    features = torch.randn(300, 5, 64)
+    curves = filter_bands(features, lengths, 0.5) - features
+    real = mask_of(lengths, 5)
+    assert (curves[~real] == 0).all()
+    torch.testing.assert_close(curves[::3], curves[::3, :1].expand(-1, 5, -1), atol=1e-6, rtol=0)  # the same in time
+    found = curves[::3, 0]
+    assert 0.45 < found.abs().max() <= 0.5 + 1e-6 and found.mean().abs() < 0.05
+    assert found.std(0).min() > 0.15 and torch.corrcoef(found.T)[0, -1].abs() < 0.4  # the two ends know not each other
+    bends = (found.diff(n=2, dim=1).abs() > 1e-4).sum(1)  # each of 3 inner knots bends the line at up to 2 bands
+    assert bends.max() == 6 and bends.min() >= 2
+    torch.testing.assert_close(filter_bands(features, lengths, 0.0), features)
+    assert filter_bands(features[:0], lengths[:0], 0.5).shape == (0, 5, 64)
+    for most in (-0.1, math.inf):
+        with pytest.raises(ValueError, match=f"a number of at least 0, not {most}"):
+            filter_bands(features, lengths, most)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 10.0])
+def test_noise(seconds: float):
+    wave = tone(seconds, 440.0)
+    hertz = torch.fft.rfftfreq(len(wave), 1 / 16000)
+    shares = []
+    for ratio in (40.0, 10.0, 0.0):
+        for _ in range(20):
+            noise = add_noise(wave, ratio, 16000) - wave
+            assert abs(10 * float(torch.log10(wave.square().mean() / noise.square().mean())) - ratio) < 0.01
+            power = torch.fft.rfft(noise).abs().square()
+            assert power[hertz >= 60].sum() > 0.4 * power.sum()  # brown noise has half of it there
+            shares.append(float(power[hertz < 1000].sum() / power.sum()))
+    assert 0.1 < min(shares) < 0.2 and max(shares) > 0.9  # from white, which has 1/8 there, to brown
+    assert not add_noise(torch.zeros(100), 10.0, 16000).any() and len(add_noise(wave[:1], 10.0, 16000)) == 1
+
+
+def test_spec_augment_bounds():
+    lengths = torch.tensor([100, 40, 7, 0, 1])
+    features = torch.ones(5, 100, 80)
+    seen_time, seen_bins = set(), set()
+    for _ in range(200):
+        time_only = spec_augment(features, lengths, 0, 0, 1, 0.25)
+        for row, length in enumerate(lengths.tolist()):
+            gone = (time_only[row] == 0).all(1).nonzero().flatten()
+            assert ((time_only[row] == 0).any(1) == (time_only[row] == 0).all(1)).all()
+            assert len(gone) <= int(0.25 * length) and (gone < length).all()
+            assert len(gone) < 2 or gone[-1] - gone[0] == len(gone) - 1
+            seen_time |= {len(gone)} if row == 0 else set()
+        bins_only = spec_augment(features, lengths, 1, 10, 0, 0.0)
+        assert (bins_only[3] == 1).all() and (bins_only[1, 40:] == 1).all()
+        gone = (bins_only[0] == 0).all(0).nonzero().flatten()
+        assert len(gone) <= 10 and (len(gone) < 2 or gone[-1] - gone[0] == len(gone) - 1)
+        seen_bins.add(len(gone))
+    assert seen_bins == set(range(11)) and {0, 25} <= seen_time and len(seen_time) > 20
+    assert (features == 1).all()
+
+
+def test_spec_augment_is_per_sample_and_seeded():
+    lengths = torch.full((32,), 50)
+    features = torch.ones(32, 50, 80)
+    torch.manual_seed(1)
+    first = spec_augment(features, lengths, 2, 27, 2, 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(first, spec_augment(features, lengths, 2, 27, 2, 0.1))
+    assert not torch.equal(first, spec_augment(features, lengths, 2, 27, 2, 0.1))
+    assert len({row.numpy().tobytes() for row in first}) > 30
+    starts = spec_augment(torch.ones(2000, 50, 80), torch.full((2000,), 50), 0, 0, 1, 0.1)
+    share = (starts == 0).float().mean((0, 2))
+    assert share[5:45].min() > 0.7 * share[5:45].max()  # everywhere alike but at the edges
+    assert torch.equal(spec_augment(features, lengths, 0, 27, 0, 0.1), features)
+    assert spec_augment(features[:0], lengths[:0], 2, 27, 2, 0.1).shape == (0, 50, 80)
+    with pytest.raises(ValueError, match="time_share between 0 and 1"):
+        spec_augment(features, lengths, 2, 27, 2, 1.5)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.0, 1.1, 1.15, 0.57])
+def test_change_speed(factor: float):
+    waveform = change_speed(tone(1.0, 1000), factor)
+    assert len(waveform) == math.ceil(16000 * 100 / round(100 * factor))
+    spectrum = torch.fft.rfft(waveform * torch.hann_window(len(waveform))).abs()
+    assert abs(int(spectrum.argmax()) * 16000 / len(waveform) - 1000 * factor) < 2
+    assert factor != 1 or torch.equal(waveform, tone(1.0, 1000))
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.1, 0.955, math.nan])
+def test_wrong_speed(factor: float):
+    with pytest.raises(ValueError, match="a speed must be between 0.5 and 2 in steps of 0.01"):
+        change_speed(tone(0.1), factor)
+
+
+def test_split_at_silence_finds_pauses():
+    speech = [speechlike(count, seed) for seed, count in enumerate((40000, 30000, 40000))]
+    pause = torch.zeros(3200)
+    waveform = torch.cat([speech[0], pause, speech[1], pause, speech[2]])
+    parts = split_at_silence(waveform, 16000, longest=2.9)
+    assert len(parts) == 3
+    assert 40000 < parts[0][1] < 43200 and 73200 < parts[1][1] < 76400
+
+
+@pytest.mark.parametrize("samples", [0, 1, 15999, 16000, 16001, 100000])
+@pytest.mark.parametrize("longest", [0.1, 1.0, 2.5])
+def test_split_covers_exactly(samples: int, longest: float):
+    parts = split_at_silence(speechlike(samples), 16000, longest)
+    assert parts[0][0] == 0 and parts[-1][1] == samples
+    assert all(end == start for (_, end), (start, _) in zip(parts, parts[1:], strict=False))
+    assert all(end - start <= longest * 16000 for start, end in parts)
+    assert samples == 0 or all(end > start for start, end in parts)
+    assert len(parts) <= 1 + 1.5 * samples / (longest * 16000) + 1
+    assert samples > longest * 16000 or parts == [(0, samples)]
+
+
+def test_split_refuses_tiny_parts():
+    with pytest.raises(ValueError, match="longest must be at least 0.1 seconds, not 0.01"):
+        split_at_silence(tone(1.0), 16000, 0.01)

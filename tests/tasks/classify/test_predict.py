@@ -1,0 +1,344 @@
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zoo
+from helpers import randomise
+from zoo.__main__ import main
+from zoo.inputs.images import ImagePreprocess, read_image
+from zoo.tasks.classify import predict as answer
+from zoo.weights import load_checkpoint, load_model, save_model
+
+LABELS = ["ant", "bee", "a cat, or whatever else purrs at home", "$dog_", "猫"]
+PREPROCESS = ImagePreprocess(size=16)
+
+
+def save(folder: Path, **more: Any) -> str:
+    given = {"classes": 5, "channels": 3, "preprocess": PREPROCESS, "labels": LABELS} | more
+    small = {key: given.pop(key) for key in ("classes", "channels")}
+    torch.manual_seed(0)  # a fixture of the session comes before the test's own seed
+    model: Any = randomise(zoo.create_model("vit_micro", dim=32, depth=1, heads=2, image=16, patch=8, **small))
+    for parameter in model.head.parameters() if small["classes"] else ():
+        parameter.data *= 3.0 if parameter.ndim == 2 else 0.0  # so that pictures differ in their answers
+    return str(save_model(model, folder, preset="vit_micro", **given))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+def noise(path: Path, seed: int, mode: str = "RGB", size: tuple[int, int] = (24, 20)) -> str:
+    """A picture whose colours depend on the seed, so that answers differ."""
+    generator = np.random.default_rng(seed)
+    depth = {"L": (), "RGB": (3,), "RGBA": (4,)}.get(mode, ())
+    values = generator.integers(0, 256, depth) * 0.7 + generator.integers(0, 77, (size[1], size[0], *depth))
+    kind = np.uint16 if mode == "I;16" else np.uint8
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((values * (257 if mode == "I;16" else 1)).astype(kind)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pictures of every kind below ./pictures, which is sorted; the test runs beside it."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("pictures")
+    made = [noise(folder / "b/deep/RGB.JPG", 0, size=(96, 80)), noise(folder / "b/grey.png", 1, "L")]
+    made += [noise(folder / "deep.png", 2, "I;16"), noise(folder / "rgba.png", 3, "RGBA", (40, 9))]
+    noise(folder / ".hidden.png", 4)
+    noise(folder / "b/.hidden/inside.png", 5)
+    (folder / "notes.txt").write_text("no picture")
+    return made
+
+
+def break_pictures() -> list[str]:
+    whole = Path("pictures/b/deep/RGB.JPG").read_bytes()
+    Path("pictures/c.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("pictures/text.jpg").write_text("text")
+    return ["pictures/c.jpg", "pictures/text.jpg"]
+
+
+def predict(*arguments: object) -> list[dict[str, Any]]:
+    main(["classify", "predict", *map(str, arguments)])
+    output = arguments[arguments.index("--output") + 1] if "--output" in arguments else "runs/predict"
+    return json.loads(Path(str(output), "predictions.json").read_text(encoding="utf-8"))
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main(["classify", "predict", *map(str, arguments)])
+    sys.stderr.write(str(exit.value.code) if isinstance(exit.value.code, str) else "")
+    text = capsys.readouterr().err
+    assert exit.value.code == 2 or text.splitlines()[-1].startswith("zoo: error: ")
+    return text
+
+
+@torch.no_grad()
+def by_hand(model: str, path: str) -> torch.Tensor:
+    return load_model(model)(PREPROCESS(read_image(path))[None])[0].softmax(-1)
+
+
+# What is written
+
+
+def test_answers_are_the_model_s(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+    entries = predict(model, "pictures", "--top", 3)
+    assert [entry["path"] for entry in entries] == pictures
+    for entry in entries:
+        wanted = by_hand(model, entry["path"])
+        assert [best["index"] for best in entry["top"]] == wanted.topk(3).indices.tolist()
+        assert [best["probability"] for best in entry["top"]] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-6)
+        assert [best["label"] for best in entry["top"]] == [LABELS[best["index"]] for best in entry["top"]]
+        assert entry.keys() == {"path", "label", "index", "probability", "top"}
+        assert {key: entry[key] for key in ("label", "index", "probability")} == entry["top"][0]
+    assert len({entry["index"] for entry in entries}) > 1
+    said = capsys.readouterr()
+    for entry, line in zip(entries, said.out.splitlines(), strict=True):
+        assert line.split() == [*entry["path"].split(), *entry["label"].split(), f"{entry['probability']:.1%}"]
+    assert said.err == "wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
+
+
+def test_csv_says_what_json_says(model: str, pictures: list[str]):
+    comma = noise(Path('a, "b".png'), 6)
+    entries = predict(model, comma, "pictures")
+    with open("runs/predict/predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "label", "probability", "index", "error"]
+    for entry, row in zip(entries, rows, strict=True):
+        assert (row["path"], row["label"], row["error"]) == (entry["path"], entry["label"], "")
+        assert (float(row["probability"]), int(row["index"])) == (entry["probability"], entry["index"])
+
+
+@pytest.mark.parametrize("top", [5, 99])
+def test_all_probabilities_sum_to_one(model: str, pictures: list[str], top: int):
+    for entry in predict(model, *pictures, "--top", top):
+        values = [best["probability"] for best in entry["top"]]
+        assert len(values) == 5 and sum(values) == pytest.approx(1, abs=1e-6)
+        assert values == sorted(values, reverse=True)
+
+
+def test_batch_size_changes_nothing(model: str, pictures: list[str]):
+    break_pictures()
+    runs = []
+    for batch in (1, 4, 32):
+        with pytest.raises(SystemExit):
+            predict(model, "pictures", "--batch", batch, "--output", batch)
+        runs.append(json.loads(Path(str(batch), "predictions.json").read_text()))
+    for run in runs[1:]:
+        for entry, wanted in zip(run, runs[0], strict=True):
+            assert entry.keys() == wanted.keys()
+            for key in entry.keys() - {"top"}:
+                same = pytest.approx(wanted[key], abs=1e-6) if key == "probability" else wanted[key]
+                assert entry[key] == same
+
+
+def test_bf16_is_near(model: str, pictures: list[str]):
+    exact = predict(model, "pictures", "--top", 5)
+    near = predict(model, "pictures", "--top", 5, "--precision", "bf16", "--device", "cpu")
+    apart = 0.0
+    for one, other in zip(exact, near, strict=True):
+        values = [{best["index"]: best["probability"] for best in entry["top"]} for entry in (one, other)]
+        apart = max(apart, *(abs(values[0][index] - values[1][index]) for index in range(5)))
+    assert 0 < apart < 0.03
+
+
+def test_grey_model_without_labels(pictures: list[str]):
+    grey = ImagePreprocess(size=16, channels=1, mean=(0.5,), std=(0.5,))
+    name = save(Path("checkpoints/grey"), channels=1, preprocess=grey, labels=None)
+    entries = predict("grey", "pictures")
+    assert len(entries) == 4 and Path(name).name == "grey"
+    assert all(entry["label"] == f"class {entry['index']}" for entry in entries)
+
+
+# The picture
+
+
+@pytest.mark.parametrize(("number", "columns"), [(1, 1), (4, 2), (40, 6)])
+def test_picture_is_a_grid(model: str, tmp_path: Path, number: int, columns: int):
+    for index in range(number):
+        noise(tmp_path / f"{index:02}.png", index, size=(24, 8 + index))
+    predict(model, tmp_path, "--output", tmp_path / "out")
+    with Image.open(tmp_path / "out/predictions.png") as picture:
+        assert picture.format == "PNG"
+        width, height = picture.size
+        assert 200 * columns < width < 600 * columns and width < height < 1.4 * width
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(answer.FILES)
+
+
+def texts(entries: list[dict[str, Any]], shown: int) -> list[str]:
+    picture = Image.new("L", (3, 2))
+    figure = answer.draw(entries, [(entry, picture) for entry in entries if "error" not in entry][:shown])
+    axes = [figure.axes[0].get_title("left"), figure.axes[0].get_title("right"), figure.axes[0].texts[0].get_text()]
+    assert len(figure.axes) == min(shown, len([entry for entry in entries if "error" not in entry]))
+    return [*axes, figure.texts[0].get_text()]
+
+
+def test_picture_says_answer_and_what_is_left_out():
+    entry = {"path": "a/b/" + "x" * 50 + "1.jpeg", "label": "a label that\nis long " * 3, "probability": 0.1234}
+    label, probability, name, note = texts([entry] * 7 + [{"path": "c", "error": "broken"}] * 2, 3)
+    assert label == "a label that\\nis …" and probability == "12.3%"
+    assert name == "x" * 23 + "…" + "xx1.jpeg" and note == "and 4 more in predictions.json; 2 could not be read"
+    label, _, name, note = texts([entry | {"path": "a/b.jpg", "label": "short"}], 3)
+    assert (label, name, note) == ("short", "b.jpg", "")
+
+
+def test_only_small_pictures_are_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for index in range(5):
+        noise(tmp_path / f"{index}.png", index, size=(700, 400))
+    sizes = []
+    monkeypatch.setattr(answer, "SHOWN", 3)
+    monkeypatch.setattr(answer, "write", lambda *given: sizes.extend(picture.size for _, picture in given[2]))
+    main(["classify", "predict", model, str(tmp_path), "--output", str(tmp_path / "out"), "--batch", "2"])
+    assert sizes == [(320, 183)] * 3
+
+
+# Which pictures
+
+
+def test_named_files_are_tried_whatever_they_are_called(model: str, pictures: list[str]):
+    named = [noise(Path("pictures/.hidden.png"), 4), str(Path("odd.name"))]
+    Path(pictures[1]).rename(named[1])
+    entries = predict(model, *named, "--top", 1, "pictures/rgba.png", "pictures", named[0])
+    rest = ["pictures/b/deep/RGB.JPG", "pictures/deep.png"]
+    assert [entry["path"] for entry in entries] == [*named, "pictures/rgba.png", *rest]
+
+
+def test_its_own_picture_is_left_out(model: str, pictures: list[str]):
+    other = noise(Path("pictures/b/predictions.png"), 7)
+    first = predict(model, "pictures", "--output", "pictures")
+    assert [entry["path"] for entry in first] == sorted([*pictures, other])
+    assert predict(model, "pictures", "--output", "pictures/../pictures") == first
+
+
+def test_links_are_followed_but_not_in_circles(model: str, pictures: list[str]):
+    noise(Path("elsewhere/e.png"), 8)
+    os.symlink(Path("elsewhere").resolve(), "pictures/link")
+    os.symlink(Path("pictures").resolve(), "elsewhere/back")
+    found = [entry["path"] for entry in predict(model, "pictures")]
+    assert found == sorted([*pictures, "pictures/link/e.png"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_odd_names_stay_in_one_line(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+    odd = os.fsdecode(b"line\nbreak \x1b[31m \xff.png")
+    os.rename(noise(Path("odd.png"), 9), odd)
+    (entry,) = predict(model, odd)
+    assert entry["path"] == odd
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(r"line\nbreak \x1b[31m \udcff.png")
+    Path(odd).write_bytes(b"")
+    assert r"zoo: line\nbreak \x1b[31m \udcff.png: the file is empty" in failure(capsys, model, odd)
+
+
+# What is wrong
+
+
+def test_unreadable_pictures_stop_no_other(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+    good = predict(model, "pictures", "--output", "good")
+    broken = break_pictures()
+    capsys.readouterr()
+    text = failure(capsys, model, "pictures").splitlines()
+    assert [line.split(": ")[:2] for line in text[:2]] == [["zoo", path] for path in broken]
+    assert text[-1] == "zoo: error: 2 of 6 pictures could not be read" and len(text) == 4
+    entries = json.loads(Path("runs/predict/predictions.json").read_text())
+    assert [entry["path"] for entry in entries] == sorted([*pictures, *broken])
+    failed = [entry for entry in entries if "error" in entry]
+    assert [entry["path"] for entry in failed] == broken
+    assert all(entry.keys() == {"path", "error"} for entry in failed)
+    assert failed[0]["error"].startswith("image file is truncated") and failed[1]["error"].startswith("not a picture")
+    rest = [entry for entry in entries if "error" not in entry]
+    assert [entry["label"] for entry in rest] == [entry["label"] for entry in good]
+    with open("runs/predict/predictions.csv", newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert rows[broken[0]]["error"] == failed[0]["error"] and rows[broken[0]]["label"] == ""
+
+
+def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+    before = predict(model, "pictures")
+    broken = break_pictures()
+    text = failure(capsys, model, *broken)
+    assert text.endswith("error: none of the 2 pictures could be read; nothing was written to runs/predict")
+    assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
+    failure(capsys, model, *broken, "--output", "fresh")
+    assert os.listdir("fresh") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["MODEL", "nowhere"], "there is no file or folder 'nowhere'"),
+        (["MODEL", ""], "there is no file or folder ''"),
+        (["MODEL", "pictures", "empty"], "there is no picture in the folder 'empty'"),
+        (["nowhere", "pictures"], "there is no checkpoint 'nowhere'"),
+        (["plain", "pictures"], "plain does not say how to prepare its input"),
+        (["backbone", "pictures"], "backbone is a backbone without a head"),
+        (["MODEL", "pictures", "--output", "pictures/deep.png"], "--output pictures/deep.png: this is a file"),
+        (["MODEL", "pictures", "--top", "0"], "must be a whole number above 0, not '0'"),
+        (["MODEL", "pictures", "--batch", "1.5"], "must be a whole number above 0, not '1.5'"),
+        (["MODEL", "pictures", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["MODEL", "pictures", "--prec", "bf16"], "unrecognized arguments: --prec"),
+        (["MODEL"], "required: PATH"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(
+    arguments: list[str], words: str, model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]
+):
+    Path("empty/.hidden").mkdir(parents=True)
+    if "plain" in arguments:
+        save(Path("plain"), preprocess=None)
+    if "backbone" in arguments:
+        save(Path("backbone"), classes=0, labels=None)
+    capsys.readouterr()
+    text = failure(capsys, *(model if word == "MODEL" else word for word in arguments))
+    assert words in text and not Path("runs").exists()
+    assert text.startswith("usage: zoo classify predict") or len(text.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+    assert "there is no CUDA device here" in failure(capsys, model, "pictures", "--device", "cuda")
+
+
+def test_answer_that_is_no_number(pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    broken = load_model(save(Path("broken")))
+    list(broken.parameters())[-1].data.fill_(float("nan"))
+    loaded = load_checkpoint("broken")._replace(model=broken)
+    monkeypatch.setattr(answer.files, "load_checkpoint", lambda name: loaded)
+    text = failure(capsys, "broken", "pictures")
+    assert f"the model's answer to {pictures[0]} is not a number" in text
+    assert os.listdir("runs/predict") == []
+
+
+def test_full_disk_leaves_the_files_before_whole(
+    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    before = predict(model, "pictures")
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(answer, "draw", full)
+    text = failure(capsys, model, "pictures/b")
+    assert text.endswith("zoo: error: cannot write to runs/predict: No space left on device")
+    assert sorted(os.listdir("runs/predict")) == sorted(answer.FILES)
+    assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        main(["classify", "predict", "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and text.startswith("usage: zoo classify predict")
+    for flag in ("NAME", "PATH", "--output", "--top", "--batch", "--device", "--precision"):
+        assert flag in text

@@ -1,0 +1,290 @@
+"""Training by the real command: resuming, unreadable pictures, a recipe that learns, and what a run leaves."""
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import zoo
+from training import PLAIN_FLAGS, classifier, command, difference, fit, images, state, trainer
+from zoo.data.images import Batch
+from zoo.inputs.images import ImagePreprocess
+from zoo.norms import PRepBN
+from zoo.tasks.classify.train import Classify
+from zoo.weights import load_checkpoint, save_model
+
+# Resuming
+
+STEPS, EPOCHS = 4, 3
+RANDOM = ["--model.backbone.mixer=sla", "--model.backbone.norm=prepbn(until=1.0)", "--model.backbone.drop_path=0.3"]
+RANDOM += ["--model.average=0.9", "--model.refresh=2", "--trainer.gradient_clip_val=1.0"]
+RANDOM += [f"--trainer.limit_train_batches={STEPS}", "--trainer.limit_val_batches=2", f"--trainer.max_epochs={EPOCHS}"]
+
+
+class Stopped(Exception):
+    pass
+
+
+def blend_of(model: nn.Module) -> float:
+    return next(layer.blend.item() for layer in model.modules() if isinstance(layer, PRepBN))
+
+
+class Run(NamedTuple):
+    root: Path
+    blends: list[float]  # in front of each step
+
+    def state(self) -> dict[str, Any]:
+        return state(self.root / "resume" / "last.ckpt")
+
+
+def randomly(root: Path, *flags: str, stop: bool = False) -> Run:
+    """A run with all that is random in it; with stop it dies in the middle of the last epoch."""
+    blends = []
+
+    def watch(task: Classify, batch: Batch, batch_idx: int) -> None:
+        blends.append(blend_of(task.model))
+        if stop and task.current_epoch == EPOCHS - 1 and batch_idx == 1:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classify, "on_train_batch_start", watch)
+        if stop:
+            with pytest.raises(Stopped):
+                fit(root, *RANDOM, *flags)
+        else:
+            fit(root, *RANDOM, *flags)
+    return Run(root, blends)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return randomly(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=lambda workers: f"{workers} workers")
+def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("resumed")
+    stopped = randomly(root, f"--data.workers={request.param}", stop=True)
+    assert len(stopped.blends) == STEPS * (EPOCHS - 1) + 2
+    assert stopped.state()["global_step"] == STEPS * (EPOCHS - 1)
+    return randomly(root, f"--ckpt_path={root}/resume/last.ckpt")
+
+
+def test_resuming_gives_bitwise_the_run_that_never_stopped(whole: Run, resumed: Run):
+    one, other = whole.state(), resumed.state()
+    assert one["global_step"] == other["global_step"] == STEPS * EPOCHS
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch"):
+        assert difference(one[part], other[part]) is None
+    for name in ("best", "last"):
+        files = [run.root / name / "model.safetensors" for run in (whole, resumed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_is_as_random_as_it_says(whole: Run, tmp_path: Path):
+    """Other seeds of data and of task each give other weights, so the comparison above compares something."""
+    found = []
+    for flag in ("--model.seed=0", "--model.seed=1", "--data.seed=1"):
+        found.append(randomly(tmp_path / flag, flag, "--trainer.max_epochs=1").state()["state_dict"])
+    assert difference(found[0], found[1]) and difference(found[0], found[2])
+
+
+def test_blend_follows_the_step_and_resumes(whole: Run, resumed: Run):
+    assert whole.blends == pytest.approx([1 - step / (STEPS * EPOCHS) for step in range(STEPS * EPOCHS)])
+    assert resumed.blends == whole.blends[STEPS * (EPOCHS - 1) :]
+    kept = zoo.load_model(whole.root / "last")
+    assert blend_of(kept) == 0.0
+    zoo.fuse(kept)
+
+
+def test_what_is_kept_is_the_averaged_copy(whole: Run):
+    found = whole.state()["state_dict"]
+    averaged = {key.removeprefix("average.module."): value for key, value in found.items() if "average" in key}
+    plain = {key.removeprefix("model."): value for key, value in found.items() if key.startswith("model.")}
+    kept = zoo.load_model(whole.root / "last").state_dict()
+    assert difference(kept, averaged) is None
+    assert difference(kept, plain)
+
+
+# Unreadable pictures and odd batches
+
+EMPTY = Batch(torch.empty(0, 3, 16, 16), torch.empty(0, dtype=torch.int64), ("a.png", "b.png"))
+
+
+class Given(lightning.LightningDataModule):
+    """Batches as they are."""
+
+    classes, batch, preprocess = list("abcd"), 16, ImagePreprocess()
+
+    def __init__(self, batches: list[Batch]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.batches, batch_size=None)  # pyright: ignore
+
+    val_dataloader = train_dataloader
+
+
+def batch_of(number: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(torch.randn(number, 3, 16, 16, generator=generator), torch.arange(number) % 4, ())
+
+
+def test_a_batch_without_a_readable_picture_changes_nothing():
+    task = classifier(backbone={"norm": "prepbn"}, weight_decay=0.0)
+    before = copy.deepcopy(task.model.state_dict())
+    with pytest.warns(UserWarning) as seen:
+        trainer(1, 1).fit(task, datamodule=Given([EMPTY]))
+    messages = [str(each.message) for each in seen]
+    assert sum("skipped a.png" in message for message in messages) == 1
+    assert "2 unreadable pictures were skipped in the training of epoch 0" in messages
+    after = task.model.state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        key for key in before if key.endswith("blend")
+    }
+    loss = task.training_step(EMPTY, 0)
+    task.zero_grad()
+    loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in task.model.parameters())
+
+
+@pytest.mark.parametrize("number", [1, 5, 6])
+def test_mixing_takes_pairs_of_an_odd_batch(number: int):
+    task = classifier(mixup=0.8, cutmix=1.0)
+    used: list[int] = []
+    task.model.register_forward_pre_hook(lambda model, inputs: used.append(len(inputs[0])))
+    trainer(1, 1).fit(task, datamodule=Given([batch_of(number)]))
+    assert used == ([number // 2 * 2] if number > 1 else [])
+
+
+# A recipe that learns, and what it leaves
+
+LEARN = [*PLAIN_FLAGS, "--model.backbone.patch=4", "--model.backbone.dim=32", "--data.batch=32"]
+LEARN += ["--model.mixup=0", "--model.cutmix=0", "--model.rate=3e-3", "--trainer.max_epochs=8"]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("learned")
+    choices = ["--model.backbone.mixer=sla", "--model.backbone.norm=prepbn", "--model.average=0.9"]
+    fit(root, *LEARN, *choices, "--trainer.logger=null", "--trainer.max_epochs=6")
+    return root
+
+
+def rows_of(root: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((root / "csv/version_0/metrics.csv").read_text().splitlines()))
+
+
+def accuracies(root: Path) -> list[float]:
+    return [float(row["val/accuracy"]) for row in rows_of(root) if row["val/accuracy"]]
+
+
+def test_learns_with_linear_attention_and_batch_statistics(learned: Path):
+    found = accuracies(learned)
+    assert len(found) == 6 and found[-1] >= 0.95 and found[0] < 0.9
+
+
+def test_learns_with_softmax_and_layernorm(tmp_path: Path):
+    fit(tmp_path, *LEARN)
+    assert right(zoo.load_model(tmp_path / "best"), images().val_dataloader()) >= 0.9
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trains_in_bfloat16(precision: str, tmp_path: Path):
+    choices = ["--model.backbone.mixer=sla", "--model.backbone.norm=prepbn", "--model.average=0.9", "--model.refresh=2"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", f"--trainer.precision={precision}"]
+    fit(tmp_path, *choices, *short)
+    kind = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert state(tmp_path / "resume" / "last.ckpt")["state_dict"]["model.head.weight"].dtype == kind
+    load_checkpoint(tmp_path / "last", check=True)
+
+
+def right(model: nn.Module, loader: Any) -> float:
+    with torch.no_grad():
+        hits: list[Tensor] = [model(batch.images).argmax(1) == batch.labels for batch in loader]
+    return torch.cat(hits).float().mean().item()
+
+
+def test_best_and_last_are_checkpoints(learned: Path):
+    for name in ("best", "last"):
+        kept = load_checkpoint(learned / name, check=True)
+        assert kept.labels == tuple(images().classes) and kept.preprocess == images().preprocess
+        assert kept.config["preset"] == "vit_micro" and not kept.config["fused"]
+        assert kept.config["model"]["mixer"] == "sla" and kept.config["model"]["dim"] == 32
+    found = accuracies(learned)
+    done = [0.0] * 4 + found[4:]  # prepbn blends until 0.8 of 6 epochs
+    loader = images().val_dataloader()
+    assert right(zoo.load_model(learned / "best"), loader) == pytest.approx(max(done))
+    assert right(zoo.load_model(learned / "last"), loader) == pytest.approx(found[-1])
+    assert f"epoch {done.index(max(done)) + 1}" in load_checkpoint(learned / "best").config["source"]
+    assert sorted(path.name for path in (learned / "resume").iterdir()) == ["best.ckpt", "last.ckpt"]
+    steps = [state(learned / "resume" / name)["global_step"] for name in ("best.ckpt", "last.ckpt")]
+    assert steps == [16 * (found.index(max(found)) + 1), 16 * 6]
+
+
+def test_logs_and_config(learned: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = rows_of(learned)
+    losses = {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
+    assert sorted(losses) == list(range(16 * 6)) and losses[95] < losses[0]
+    rates = {int(row["step"]): float(row["lr-AdamW/pg1"]) for row in rows if row["lr-AdamW/pg1"]}
+    assert rates[0] == pytest.approx(3e-3 / 17) and max(rates.values()) == rates[16] == pytest.approx(3e-3)
+    assert {"val/loss", "val/balanced_accuracy"} <= rows[0].keys()
+    (folder,) = learned.glob("tensorboard/version_0")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    drawn = [event.value for event in events.Scalars("val/accuracy")]
+    assert drawn == pytest.approx(accuracies(learned)) and "train/loss" in events.Tags()["scalars"]
+    assert "mixer: sla" in (learned / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_measuring_a_kept_model_gives_the_logged_accuracy(verb: str, learned: Path, monkeypatch: Any, tmp_path: Path):
+    """The config that a run leaves is one to start from, and measuring leaves nothing behind."""
+    lines: list[str] = []
+    monkeypatch.setattr("zoo.tasks.classify.train.rank_zero_info", lines.append)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(learned.rglob("*"))
+    flags = ["--trainer.default_root_dir=null"] if verb == "validate" else []
+    command(verb, "--config", learned / "config.yaml", f"--model.weights={learned}/best", *flags)
+    if verb == "validate":
+        (line,) = lines
+        assert line.startswith(f"accuracy {max(accuracies(learned)):.4f} (n = 128, 95 % interval ")
+    assert sorted(learned.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+def test_a_state_to_go_on_from_can_be_measured(learned: Path, monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr("zoo.tasks.classify.train.rank_zero_info", lines.append)
+    command("validate", "--config", learned / "config.yaml", f"--ckpt_path={learned}/resume/last.ckpt")
+    assert lines[0].startswith(f"accuracy {accuracies(learned)[-1]:.4f} ")
+
+
+def test_starting_from_a_checkpoint_trains_all_of_it(learned: Path):
+    """A loaded model is in eval mode; in training its statistics move and its paths drop again."""
+    torch.manual_seed(0)
+    task = Classify(weights=str(learned / "last"), warmup=0.0, mixup=0.0, cutmix=0.0)
+    before = copy.deepcopy(task.model.state_dict())
+    trainer(1, 1).fit(task, datamodule=images())
+    after = task.model.state_dict()
+    assert all(module.training for module in task.model.modules())
+    moved = [key for key in before if not torch.equal(before[key], after[key])]
+    assert {key for key in before if "running" in key} | {"head.weight", "stem.conv.weight"} <= set(moved)
+
+
+def test_a_fused_model_can_be_measured_and_not_trained(learned: Path, tmp_path: Path):
+    kept = load_checkpoint(learned / "last")
+    folder = save_model(zoo.fuse(kept.model), tmp_path / "fused", preprocess=kept.preprocess, labels=kept.labels)
+    task = Classify(weights=str(folder), mixup=0.0, cutmix=0.0)
+    run = trainer(1, 1, limit_val_batches=1.0)
+    (found,) = run.validate(task, datamodule=images(), verbose=False)
+    assert found["val/accuracy"] == pytest.approx(accuracies(learned)[-1])
+    with pytest.raises(ValueError, match="fused model is for inference and cannot be trained"):
+        trainer(1, 1).fit(task, datamodule=images())

@@ -1,0 +1,466 @@
+"""The `zoo` command with input that is wrong, files that are broken, and a disk that is full."""
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zoo
+from training import BACKBONE, PLAIN_FLAGS, command, difference, fit, images, refused, said, state
+from zoo.__main__ import main
+from zoo.data.images import Images
+from zoo.models import PRESETS
+from zoo.tasks import cli as training
+from zoo.tasks.classify.train import Classify
+from zoo.weights import load_checkpoint, save_model
+
+SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
+TINY = ["classify", "fit", "--trainer.accelerator=cpu", "--trainer.logger=false", "--data.dataset=synthetic"]
+TINY += [
+    "--data.size=16",
+    "--trainer.max_epochs=1",
+    *(f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run leaves in the current folder by mistake is gone with the test."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on synthetic pictures."""
+    root = tmp_path_factory.mktemp("run")
+    fit(root, *SHORT, "--trainer.max_epochs=1")
+    return root
+
+
+# The command itself
+
+
+def test_list_and_info(capsys: pytest.CaptureFixture[str]):
+    main(["list"])
+    assert capsys.readouterr().out.split() == sorted(PRESETS)
+    main(["list", "deit_*"])
+    assert capsys.readouterr().out.split() == ["deit_base", "deit_small", "deit_tiny"]
+    main(["info", "vit_tiny"])
+    text = capsys.readouterr().out
+    number = sum(parameter.numel() for parameter in zoo.create_model("vit_tiny").parameters())
+    assert text.startswith(f"vit_tiny: {number:,} parameters") and "  mixer: softmax\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list", "nothing_*"], "no model matches 'nothing_*'"),
+        (["info", "vit_tinny"], "there is no model 'vit_tinny'; choose from: vit_tiny"),
+        ([*TINY, "--model.rat=3"], "--model.rat=3"),
+        ([*TINY, "--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+        ([*TINY, "--weights_only=false"], "--weights_only=false"),
+        ([*TINY, "stray"], "stray"),
+        ([*TINY, "--model.rate=fast"], "model.rate"),
+        ([*TINY, "--model.backbone=3"], "model.backbone"),
+        ([*TINY, "--config=nowhere.yaml"], "nowhere.yaml"),
+        ([*TINY, "--model.backbone.name=vit_tinny"], "there is no model 'vit_tinny'; choose from: vit_tiny"),
+        ([*TINY, "--model.backbone.depht=3"], "'vit_micro' has no field 'depht'; it has: dim, depth"),
+        ([*TINY, "--model.backbone.mixer=atention"], "mixer: there is no 'atention'; choose from: "),
+        ([*TINY, "--model.backbone.norm=prepbn(blend=1)"], "'prepbn' has no option 'blend'; it has: "),
+        ([*TINY, "--model.backbone.position=rope", "--model.backbone.mixer=pool"], "rope"),
+        ([*TINY, "--model.backbone.classes=5"], "the data has 4 classes and the model 5; set model.backbone.classes"),
+        ([*TINY, "--model.backbone.classes=0"], "at least 2 classes"),
+        ([*TINY, "--model.average=1.0"], "model.average"),
+        ([*TINY, "--model.weights=nowhere"], "there is no checkpoint 'nowhere'"),
+        ([*TINY, "--data.dataset=mnist"], "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
+        ([*TINY, "--data.dataset=imagefolder"], "needs root"),
+        ([*TINY, "--data.dataset=imagefolder", "--data.root=nowhere"], "nowhere/train is not a folder"),
+        ([*TINY, "--data.batch=1"], "raise data.batch"),
+        ([*TINY, "--data.randaugment=rand-q9"], "rand-q9"),
+        ([*TINY, "--trainer.max_epochs=-1"], "the schedule needs an end"),
+        ([*TINY, "--trainer.precision=7"], "precision"),
+        ([*TINY, "--trainer.limit_val_batches=1.5"], "limit_val_batches"),
+        ([*TINY, "--ckpt_path=nowhere.ckpt"], "cannot read nowhere.ckpt: No such file"),
+        (["classify", "fit"], "model.backbone needs a name"),
+        (["classify", "validate", *TINY[2:]], "--model.weights"),
+        (["classify", "test", *TINY[2:]], "--model.weights"),
+    ],
+    ids=lambda value: str(value[-1]) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(arguments: list[str], words: str):
+    assert words in refused(*arguments)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    for arguments, words in [
+        (["--help"], ["COMMAND", "list", "info", "classify", "examples:"]),
+        (["classify", "--help"], ["fit", "validate", "test", "predict", "VERB --help"]),
+        (["classify", "fit", "--help"], ["--model.rate", "peak learning rate", "--data.root", "--ckpt_path"]),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        text = capsys.readouterr().out
+        assert stop.value.code in (0, None) and not [word for word in words if word not in text]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["classify"], ["classify", "train"], ["list", "a", "b"], ["info"]], ids=str
+)
+def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("usage: zoo") and ": error: " in lines[-1]
+
+
+def test_a_fault_is_one_line_on_standard_error_and_status_1():
+    line = [sys.executable, "-W", "ignore", "-m", "zoo", *TINY, "--model.backbone.mixer=none"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("zoo: error: mixer: there is no 'none'; choose from: ")
+
+
+# Files to go on from
+
+
+class Hostile:
+    """What runs when a pickle of it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch", "torch in an old format"])
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_code_in_a_file_is_never_run(verb: str, how: str, tmp_path: Path):
+    path, owned = tmp_path / "hostile.ckpt", tmp_path / "owned"
+    content = {"state_dict": Hostile(owned), "loops": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.0"}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization="old" not in how)
+    assert "no code from a file is ever run" in refused("classify", verb, *TINY[2:], f"--ckpt_path={path}")
+    assert not owned.exists()
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False)
+    assert owned.exists()  # so it was hostile
+
+
+@pytest.mark.parametrize("size", [0, 100, 2000, -1])
+def test_a_truncated_file_to_go_on_from(size: int, run: Path, tmp_path: Path):
+    path = tmp_path / "broken.ckpt"
+    path.write_bytes((run / "resume" / "last.ckpt").read_bytes()[:size])
+    assert f"{path} is truncated, or no state of a training run" in refused(*TINY, f"--ckpt_path={path}")
+
+
+def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without the line of code that warned."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is put back
+    fit(tmp_path, "--trainer.fast_dev_run=true")
+    shown = warnings.formatwarning(UserWarning("skipped a.png:\nit is empty"), UserWarning, "task.py", 3)
+    assert shown == "warning: skipped a.png: it is empty\n"
+
+
+def test_other_files_to_go_on_from(run: Path, tmp_path: Path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
+    assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
+    assert "Is a directory" in refused(*TINY, f"--ckpt_path={run}/best")
+    other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
+    assert "--ckpt_path is of another model: 'model.blocks.0." in refused(*other)
+    assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
+    assert "zoo.convert.from_nemo reads such files" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
+
+
+class Full(io.FileIO):
+    """A file on a disk that has little room left."""
+
+    def write(self, data: Any) -> int:
+        super().write(memoryview(data)[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """later(hook, action) calls action(task) in front of a hook of the task in epoch 1."""
+
+    def patch(hook: str, action: Any) -> None:
+        plain = getattr(Classify, hook)
+
+        def wrapped(task: Classify, *arguments: Any) -> Any:
+            if task.current_epoch == 1:
+                action(task)
+            return plain(task, *arguments)
+
+        monkeypatch.setattr(Classify, hook, wrapped)
+
+    return patch
+
+
+def stopped(root: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        fit(root, *SHORT, *flags)
+    return said(stop.value)
+
+
+def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    kept: list[bytes] = []
+    files = [tmp_path / "resume" / name for name in ("best.ckpt", "last.ckpt")]
+
+    def fill(task: Classify) -> None:
+        kept.extend(path.read_bytes() for path in files)
+        monkeypatch.setattr(training, "open", lambda path, mode: Full(path, mode), raising=False)
+
+    later("on_train_epoch_start", fill)
+    message = stopped(tmp_path)
+    assert ".ckpt: No space left on device; the previous one is untouched" in message
+    assert [path.read_bytes() for path in files] == kept
+    assert sorted((tmp_path / "resume").iterdir()) == files
+    assert state(files[1])["global_step"] == 3
+    monkeypatch.undo()
+    fit(tmp_path, *SHORT, f"--ckpt_path={files[1]}")
+    assert state(files[1])["global_step"] == 6
+
+
+def test_a_full_disk_at_the_first_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(training, "open", lambda path, mode: Full(path, mode), raising=False)
+    assert "No space left on device; nothing was left behind" in stopped(tmp_path)
+    assert list((tmp_path / "resume").iterdir()) == []
+
+
+# Numbers that are none
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(later: Any, tmp_path: Path):
+    later("on_train_epoch_start", lambda task: task.model.head.bias.data.fill_(float("nan")))
+    message = stopped(tmp_path)
+    assert message == (
+        "the loss was not finite at step 3 (epoch 1); "
+        "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
+    )
+    for name in ("best", "last"):
+        assert load_checkpoint(tmp_path / name, check=True).config["source"].endswith("epoch 1")
+    found = state(tmp_path / "resume" / "last.ckpt")
+    assert found["global_step"] == 3
+    assert all(value.isfinite().all() for value in found["state_dict"].values())
+
+
+@pytest.mark.parametrize("flag", ["--model.average=0", "--model.average=0.9"])
+def test_weights_that_the_last_step_spoils_are_not_kept(flag: str, later: Any, tmp_path: Path):
+    """No loss of training sees them."""
+    later("on_validation_start", lambda task: task.model.stem.conv.weight.data[0].fill_(float("inf")))
+    assert "the weights are not finite after step 5; lower model.rate" in stopped(tmp_path, flag)
+    assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1")
+    assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
+
+
+def test_a_state_is_not_kept_where_nothing_is_validated(later: Any, tmp_path: Path):
+    later("on_train_epoch_end", lambda task: task.model.stem.conv.weight.data[0].fill_(float("nan")))
+    with pytest.warns(UserWarning, match="could not find the monitored key"):
+        assert "the weights are not finite after step 5" in stopped(tmp_path, "--trainer.check_val_every_n_epoch=5")
+    assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
+
+
+def test_an_absurd_rate_stops(tmp_path: Path):
+    message = stopped(tmp_path, "--model.rate=1e30", "--model.warmup=0")
+    assert "not finite" in message and "lower model.rate" in message
+
+
+# Pictures
+
+
+def paint(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(value).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven and seven pictures in two classes, and three and three to validate; one of each part is broken."""
+    root = tmp_path / "pictures"
+    for label, name in enumerate(("cat", "dog")):
+        for index in range(7):
+            paint(root / "train" / name / f"{index}.png", 100 * label + index)
+        for index in range(3):
+            paint(root / "val" / name / f"{index}.png", 100 * label + 50 + index)
+    for path in (root / "train/cat/3.png", root / "val/dog/1.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+def folder_flags(root: Path) -> list[str]:
+    flags = [f"--data.root={root}", "--data.batch=7", "--model.backbone.classes=2", "--trainer.max_epochs=2"]
+    return [*flags, "--trainer.num_sanity_val_steps=0", *PLAIN_FLAGS]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_unreadable_pictures_are_named_once_and_counted(mixed: bool, pictures: Path, tmp_path: Path):
+    """Batches of 7 with mixup, too, which takes pairs."""
+    flags = folder_flags(pictures) + ([] if mixed else ["--model.mixup=0", "--model.cutmix=0"])
+    with pytest.warns(UserWarning) as seen:
+        fit(tmp_path / "run", *flags, data="imagefolder")
+    messages = [str(each.message) for each in seen]
+    found = [message for message in messages if "skipped" in message]
+    broken = [
+        f"skipped {pictures}/{part}: it is not a readable picture" for part in ("train/cat/3.png", "val/dog/1.png")
+    ]
+    counts = [
+        f"1 unreadable pictures were skipped in the {stage} of epoch {epoch}"
+        for epoch in range(2)
+        for stage in ("training", "validation")
+    ]
+    assert sorted(found) == sorted(broken + counts)
+    assert load_checkpoint(tmp_path / "run" / "last", check=True).labels == ("cat", "dog")
+
+
+def test_pictures_that_are_all_unreadable(pictures: Path, tmp_path: Path):
+    """In training such batches change nothing; without one picture to validate there is nothing to say."""
+    for path in pictures.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", *folder_flags(pictures), "--trainer.num_sanity_val_steps=2", data="imagefolder")
+    assert said(stop.value) == "no picture of the validation set could be read"
+
+
+def test_folders_that_are_not_as_they_should_be(pictures: Path, tmp_path: Path):
+    flags = ["--data.dataset=imagefolder", f"--data.root={pictures}", "--model.backbone.classes=2"]
+    (pictures / "val" / "ox").mkdir()
+    assert "differs in its classes" in refused(*TINY, *flags) and "ox" in refused(*TINY, *flags)
+    (pictures / "train" / "ox").mkdir()
+    assert f"{pictures}/train has class folders without pictures" in refused(
+        *TINY, *flags, "--model.backbone.classes=3"
+    )
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    found: list[str] = []
+    for module in ("classify.train", "task"):
+        monkeypatch.setattr(f"zoo.tasks.{module}.rank_zero_info", found.append)
+    yield found
+
+
+def kept_with(run: Path, folder: Path, labels: list[str]) -> Path:
+    kept = load_checkpoint(run / "last")
+    return save_model(kept.model, folder, preset="vit_micro", preprocess=kept.preprocess, labels=labels)
+
+
+def test_classes_that_differ_from_those_of_the_checkpoint(run: Path, lines: list[str], tmp_path: Path):
+    names = images().classes
+    folder = kept_with(run, tmp_path / "other", [names[0], "a fish", *names[2:]])
+    flags = ["--data.dataset=synthetic", "--data.size=16", f"--model.weights={folder}", "--trainer.logger=false"]
+    where = "it has 'a fish' where the data has '30 degrees'"
+    message = refused("classify", "validate", *flags, "--trainer.accelerator=cpu")
+    assert message == f"the classes of the checkpoint are not those of the data: {where}"
+    flags += [*SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/run"]
+    command("fit", *flags)
+    assert f"the checkpoint was trained on other classes ({where}); its head starts from them" in lines
+    assert load_checkpoint(tmp_path / "run" / "last").labels == tuple(names)
+
+
+def test_a_new_head(run: Path, lines: list[str]):
+    old = zoo.load_model(run / "last").state_dict()
+    task = Classify({"classes": 9, "drop_path": 0.2}, weights=str(run / "last"))
+    new = task.model.state_dict()
+    assert lines == [f"started from {run}/last with a new head"]
+    assert new["head.weight"].shape == (9, 16) and task.config.drop_path == 0.2 and task.preset == "vit_micro"
+    body = {key for key in old if not key.startswith("head")}
+    assert difference({key: old[key] for key in body}, {key: new[key] for key in body}) is None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        ({"name": "vit_tiny"}, "was made from vit_micro, not from model.backbone.name=vit_tiny"),
+        ({"dim": 32}, "do not fit what model.backbone asks for: 'blocks.0."),
+        ({"depth": 1}, "do not fit what model.backbone asks for: 'blocks.1."),
+        ({"mixer": "sla"}, "do not fit what model.backbone asks for: 'blocks.0."),
+        ({"depht": 1}, "model.backbone has no field 'depht'"),
+        ({"classes": 1}, "at least 2 classes"),
+    ],
+    ids=str,
+)
+def test_a_backbone_that_the_checkpoint_does_not_fit(backbone: dict[str, Any], words: str, run: Path):
+    with pytest.raises(ValueError) as error:
+        Classify(backbone, weights=str(run / "last"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_preprocessing_than_that_of_the_checkpoint(run: Path):
+    flags = ["--data.dataset=synthetic", "--data.size=24", f"--model.weights={run}/last"]
+    with pytest.warns(UserWarning, match="the checkpoint was trained with ImagePreprocess.size=16"):
+        command("validate", *flags)
+
+
+def test_a_fused_checkpoint_cannot_be_trained(run: Path, tmp_path: Path):
+    kept = load_checkpoint(run / "last")
+    folder = save_model(zoo.fuse(kept.model), tmp_path / "fused", preprocess=kept.preprocess, labels=kept.labels)
+    flags = [flag for flag in TINY[2:] if "backbone" not in flag]
+    message = refused("classify", "fit", *flags, f"--model.weights={folder}", f"--trainer.default_root_dir={tmp_path}")
+    assert message == "a fused model is for inference and cannot be trained; start from the unfused one"
+    more = ["--model.backbone.classes=9", f"--model.weights={folder}"]
+    assert "is fused, and a fused model keeps its config" in refused("classify", "fit", *flags, *more)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = (run / "best/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, f"--trainer.default_root_dir={run}"])
+    assert "holds a run already" in str(ended.value) and "--ckpt_path" in str(ended.value)
+    assert (run / "best/model.safetensors").read_bytes() == before
+
+
+def test_there_is_no_best_while_a_norm_blends(tmp_path: Path):
+    fit(tmp_path, *SHORT, "--model.backbone.norm=prepbn(until=0.7)", "--trainer.max_epochs=4")
+    zoo.fuse(zoo.load_model(tmp_path / "best"))
+    kept = zoo.load_model(tmp_path / "best").state_dict()
+    assert all(value.item() == 0 for key, value in kept.items() if key.endswith("blend"))
+
+
+def test_measuring_needs_no_training_pictures(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "val" / name / "1.png")
+    data = Images(dataset="imagefolder", root=str(tmp_path), size=16)
+    assert data.classes == ["a", "b"] and len(data.source("val").labels) == 2
+    with pytest.raises(ValueError, match="train is not a folder"):
+        data.source("train")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.rate=0", "model.rate"),
+        ("--model.smoothing=2", "smoothing"),
+        ("--model.mixup=-1", "mixup"),
+        ("--model.layer_decay=1.5", "layer_decay"),
+        ("--model.warmup=-3", "warmup"),
+        ("--model.refresh=3", "refresh"),
+        ("--model.backbone.image=big", "image"),
+        ("--data.channels=1", "model.backbone.channels"),
+    ],
+)
+def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path):
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, f"--trainer.default_root_dir={tmp_path}", flag])
+    assert words in str(ended.value) and "\n" not in str(ended.value)

@@ -1,0 +1,465 @@
+"""Streaming from the command: the text of the whole, from a file and from a pipe, in pieces of any size."""
+
+import functools
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.functional import resample
+from torchaudio.transforms import Resample as Resampled
+
+import zoo
+from helpers import randomise
+from training import refused
+from zoo.__main__ import main
+from zoo.inputs.audio import RECIPES, StreamingFeatures
+from zoo.layer import Chunks
+from zoo.outputs import greedy, transducer_greedy, words
+from zoo.outputs.tokens import Tokenizer, train_characters, train_pieces
+from zoo.tasks.transcribe.stream import Listener, Resample
+from zoo.weights import load_checkpoint, save_model
+
+RATE, CHUNK, LEFT = 16000, 4, 8
+loaded = functools.cache(load_checkpoint)
+TINY: dict[str, Any] = {"name": "conformer_ctc_s", "dim": 16, "depth": 2, "heads": 2, "conv": "glu(kernel=5)"}
+TINY |= {"subsampling": "conv4(padding='causal', channels=8)", "chunk": CHUNK, "left": LEFT}
+PREPROCESS = RECIPES["streaming"]
+LETTERS = train_characters(["ABCDEFGH I"])
+PIECES = train_pieces(["HELLO WORLD", "ABLE BAKER HELLO", "WORLD WIDE ABLE"] * 5, 17)
+HEADS = {"ctc": "ctc", "transducer": "transducer(hidden=16)"}
+
+
+def sound(seconds: float = 3.0) -> Tensor:
+    """Noise that changes its level ten times a second under a rising tone, as 16 bits can say it."""
+    generator = torch.Generator().manual_seed(1)
+    size = round(seconds * RATE)
+    level = torch.rand(1000, generator=generator).repeat_interleave(1600)[:size]
+    noise = level * torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, size)).float()
+    time = torch.arange(size) / RATE
+    return ((noise + 0.3 * torch.sin(2000 * time * (0.1 + time))) * 32768).round() / 32768
+
+
+def pcm(waveform: Tensor) -> bytes:
+    return (waveform.numpy() * 32768).round().astype("<i2").tobytes()
+
+
+def talkative(tokenizer: Tokenizer, kind: str) -> Any:
+    """A model with random weights that says much: all tokens are likely, and what begins a word and the blank more."""
+    torch.manual_seed(6)
+    model: Any = zoo.create_model(**TINY, head=HEADS[kind], vocabulary=tokenizer.vocabulary).eval()
+    randomise(model)
+    out, blank = (model.head, 0.3) if kind == "ctc" else (model.head.out, 2.5)
+    with torch.no_grad():
+        out.weight *= 3
+        made = model(PREPROCESS(sound())[None])[0]
+        logits = made if kind == "ctc" else model.head.joint(made, model.head.start(1)[0][:, None])
+        out.bias -= logits[0].mean(0)
+        more = [1.0 * tokenizer.starts_word(id) for id in range(tokenizer.blank)]
+        out.bias += torch.tensor([*more, blank]) * logits[0].std(0).mean()
+    return model
+
+
+@pytest.fixture(scope="module", params=["ctc", "transducer"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = talkative(LETTERS, request.param)
+    return save_model(model, tmp_path_factory.mktemp("kept") / request.param, preprocess=PREPROCESS, labels=LETTERS)
+
+
+@pytest.fixture(scope="module")
+def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ctc") / "model"
+    return save_model(talkative(LETTERS, "ctc"), folder, preprocess=PREPROCESS, labels=LETTERS)
+
+
+@torch.no_grad()
+def tokens_of(model: Any, waveform: Tensor, visible: Chunks | None = None) -> tuple[list[int], Tensor]:
+    """The tokens of the whole, and the frames that they come from."""
+    made, lengths = model(PREPROCESS(waveform)[None], None, visible)
+    transducer = model.config.head != "ctc"
+    return (transducer_greedy(model.head, made, lengths) if transducer else greedy(made, lengths))[0], made[0]
+
+
+def whole(folder: Path, waveform: Tensor, visible: Chunks | None = None) -> str:
+    model, _, tokenizer, _ = loaded(folder)
+    assert isinstance(tokenizer, Tokenizer)
+    return spelt(tokenizer, tokens_of(model, waveform, visible)[0])
+
+
+def spelt(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    return " ".join(tokenizer.decode(tokens).split())
+
+
+class Pipe(io.BytesIO):
+    """Standard input that gives so many bytes at a time, and calls `seen` in front of each."""
+
+    def __init__(self, content: bytes, size: int, seen: Callable[[int], None] = lambda given: None) -> None:
+        super().__init__(content)
+        self.size, self.seen = size, seen
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        self.seen(self.tell())
+        return self.read(min(self.size, size or self.size))
+
+
+def hear(monkeypatch: pytest.MonkeyPatch, pipe: io.BytesIO, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(pipe))
+    main(["transcribe", "stream", *map(str, arguments), "-"])
+
+
+# The text of the whole
+
+
+def test_a_file_gives_the_text_of_the_whole(kept: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    for number, seconds in enumerate((3.0, 1.2345, 0.001)):
+        path = tmp_path / f"{number}.{('flac', 'wav')[number % 2]}"
+        soundfile.write(path, sound(seconds).numpy(), RATE)
+        main(["transcribe", "stream", str(kept), str(path)])
+        text = capsys.readouterr().out
+        assert text == whole(kept, sound(seconds)) + "\n"
+        assert seconds < 3 or len(text.split()) > 5
+
+
+@pytest.mark.parametrize("size", [321, 3201, 100_000])
+def test_standard_input_gives_the_text_of_the_whole(size: int, kept: Path, capsys: Any, monkeypatch: Any):
+    """Pieces may end within a sample, and what is left of the last one is ignored."""
+    hear(monkeypatch, Pipe(pcm(sound()) + b"\x7f", size), kept)
+    assert capsys.readouterr().out == whole(kept, sound()) + "\n"
+
+
+@pytest.mark.parametrize("ahead", [0, 11])
+def test_look_ahead(ahead: int, kept: Path, capsys: Any, monkeypatch: Any):
+    hear(monkeypatch, Pipe(pcm(sound()), 3200), kept, "--look-ahead", ahead)
+    visible = Chunks(ahead + 1, LEFT // (ahead + 1) * (ahead + 1))
+    text = capsys.readouterr().out
+    assert text == whole(kept, sound(), visible) + "\n"
+    assert text != whole(kept, sound()) + "\n"
+
+
+def test_repeats_are_collapsed_across_chunks(ctc: Path):
+    """At a chunk's border the same letter is the likeliest before and behind, and it is said once."""
+    _, logits = tokens_of(loaded(ctc).model, sound())
+    path = logits.argmax(-1).tolist()
+    borders = [place for place in range(CHUNK, len(path), CHUNK) if path[place - 1] == path[place] != LETTERS.blank]
+    assert len(borders) >= 2  # so that the equality above says something
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("tokenizer", [LETTERS, PIECES], ids=["characters", "pieces"])
+def test_listener_in_pieces_of_any_size(tokenizer: Tokenizer, kind: str):
+    model, waveform = talkative(tokenizer, kind), sound(2.0)
+    wanted = spelt(tokenizer, tokens_of(model, waveform)[0])
+    generator = torch.Generator().manual_seed(0)
+    for most in (400, 4000, 50_000):
+        listener, said, start = Listener(model, PREPROCESS, tokenizer), [], 0
+        while start < len(waveform):
+            end = start + int(torch.randint(most, (), generator=generator))
+            said.append(listener.push(waveform[start:end]))
+            start = end
+        rest = listener.finish()
+        assert "".join(said) + rest == wanted
+        assert most > 400 or sum(map(bool, said)) > 5 and len(rest) < len(wanted) // 2
+    with pytest.raises(ValueError, match="stream has ended"):
+        listener.push(waveform)
+
+
+def test_memory_does_not_grow():
+    listener, sizes = Listener(talkative(LETTERS, "ctc"), PREPROCESS, LETTERS, rate=44100), set()
+    held = (listener.resample, listener.features, listener.stream)
+    for piece in sound(6.0).split(500):
+        listener.push(piece)
+        assert listener.resample.waiting.numel() + listener.features.waiting.numel() < 3000
+        assert listener.stream.waiting.shape[1] < 16 and not listener.pending
+        sizes.add(sum(value.numel() for value in listener.stream.cache.values()))
+    assert len(sizes) == 1 and all(held)
+
+
+# Words as they come
+
+
+def test_words_come_before_the_sound_ends(kept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    seen: list[tuple[int, str]] = []
+    hear(monkeypatch, Pipe(pcm(sound()), 640, lambda given: seen.append((given, capsys.readouterr().out))), kept)
+    pieces = [text for _, text in seen] + [capsys.readouterr().out]
+    assert "".join(pieces) == whole(kept, sound()) + "\n"
+    first, *_ = (given for given, text in seen if text)
+    # A chunk is there 4 * 40 ms - 30 ms after its start, and half a window later.
+    assert first <= 2 * 0.5 * RATE and sum(map(bool, pieces)) > 10
+
+
+def test_a_true_pipe_is_read_without_waiting_for_its_end(ctc: Path, capsys: Any, monkeypatch: Any):
+    """What is written is answered while the pipe is still open."""
+    reading, writing = os.pipe()
+    said: list[str] = []
+    printed = threading.Event()
+
+    def note(text: str) -> int:
+        said.append(text)
+        printed.set()
+        return len(text)
+
+    def speak() -> None:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(pcm(sound(1.0)))
+            pipe.flush()
+            answered.append(printed.wait(20))
+
+    answered: list[bool] = []
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    monkeypatch.setattr(sys.stdout, "write", note)
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    main(["transcribe", "stream", str(ctc), "-"])
+    speaker.join()
+    sys.stdin.close()
+    assert answered == [True] and "".join(said) == whole(ctc, sound(1.0)) + "\n"
+
+
+def test_times_are_those_of_the_best_path(ctc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    hear(monkeypatch, Pipe(pcm(sound()), 1000), ctc, "--times")
+    tokens, logits = tokens_of(loaded(ctc).model, sound())
+    wanted = [f"{word.start:8.2f}  {word.text}" for word in words(logits, tokens, LETTERS, 0.04)]
+    assert capsys.readouterr().out.splitlines() == wanted and len(wanted) > 5
+
+
+def test_times_of_a_transducer(capsys: pytest.CaptureFixture[str]):
+    listener = Listener(talkative(LETTERS, "transducer"), PREPROCESS, LETTERS, times=True)
+    said = "".join(map(listener.push, sound().split(777))) + listener.finish()
+    found = [line.split() for line in said.splitlines()]
+    times = [float(time) for time, _ in found]
+    assert times == sorted(times) and 0 <= times[0] < times[-1] < 3.1
+    assert [word for _, word in found] == spelt(LETTERS, tokens_of(listener.model, sound())[0]).split()
+
+
+class Bytes(Tokenizer):
+    """Letters, a space, the bytes of others, as sentencepiece's byte fallback has them, and a piece between spaces."""
+
+    values = (b"a", b"b", b" ", *(bytes([each]) for each in "€é".encode()), b" x y ")
+    pieces = tuple(map(repr, values))
+
+    def encode(self, text: str) -> list[int]:
+        first, *rest = text.split(" x y ")
+        ids = [self.values.index(bytes([each])) for each in first.encode()]
+        return ids + [self.blank - 1, *self.encode(" x y ".join(rest))] if rest else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.values[id] for id in ids).decode(errors="replace")
+
+    def starts_word(self, id: int) -> bool:
+        return id == 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("text", ["ab€ éa  €é b", " €", "€€a", "a ", "a x y b x y  x y €a"])
+def test_a_character_of_several_tokens_comes_whole(text: str):
+    tokenizer = Bytes()
+    model = zoo.create_model(**TINY, vocabulary=tokenizer.vocabulary).eval()
+    listener = Listener(model, PREPROCESS, tokenizer)
+    ids = tokenizer.encode(text)
+    said = [listener._add(token, frame) for frame, token in enumerate(ids)]
+    assert "".join(said) == " ".join(text.split()) and listener._spell() == ""
+    assert [listener._add(token, 0) for token in tokenizer.encode("€")[:2]] == ["", ""]
+    assert listener._spell() == ("" if text[-1] != " " else " ") + "\N{REPLACEMENT CHARACTER}"
+
+
+# Other sounds
+
+
+def test_a_rate_of_8000(ctc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path):
+    slow = (resample(sound(), RATE, 8000).clamp(-1, 1) * 32767).round() / 32768
+    wanted = whole(ctc, resample(slow, 8000, RATE)) + "\n"
+    hear(monkeypatch, Pipe(pcm(slow), 777), ctc, "--rate", 8000)
+    assert capsys.readouterr().out == wanted and wanted != whole(ctc, sound()) + "\n"
+    soundfile.write(tmp_path / "slow.wav", slow.numpy(), 8000)
+    main(["transcribe", "stream", str(ctc), str(tmp_path / "slow.wav")])
+    assert capsys.readouterr().out == wanted
+
+
+def test_channels_are_averaged(ctc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    both = torch.stack([sound(1.0) * 1.5, sound(1.0) * 0.5], 1).clamp(-1, 32767 / 32768)
+    both = (both * 32768).round() / 32768
+    hear(monkeypatch, Pipe(pcm(both), 501), ctc, "--channels", 2)
+    assert capsys.readouterr().out == whole(ctc, both.mean(1)) + "\n"
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 11025, 44100, 48000, 96000])
+def test_resampling_in_pieces(rate: int):
+    made = Resample(rate, RATE)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 100, 5000, 20_000):
+        wave = torch.randn(size, generator=generator)
+        made = Resample(rate, RATE)
+        parts = [made.push(piece) for piece in wave.split(max(1, size // 7 - 3))] + [made.finish()]
+        wanted = Resampled(rate, RATE)(wave)
+        assert torch.cat(parts).shape == wanted.shape
+        assert torch.allclose(torch.cat(parts), wanted, atol=1e-5)
+
+
+# Ends
+
+
+def test_ctrl_c_ends_the_sound(ctc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    def interrupt(given: int) -> None:
+        if given >= 32000:
+            raise KeyboardInterrupt
+
+    hear(monkeypatch, Pipe(pcm(sound()), 1000, interrupt), ctc)
+    assert capsys.readouterr().out == whole(ctc, sound(1.0)) + "\n"
+
+
+def test_ctrl_c_while_it_computes(ctc: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    push = StreamingFeatures.push
+
+    def interrupted(self: StreamingFeatures, samples: Tensor) -> Tensor:
+        if self.samples > 16000:
+            raise KeyboardInterrupt
+        return push(self, samples)
+
+    monkeypatch.setattr(StreamingFeatures, "push", interrupted)
+    hear(monkeypatch, Pipe(pcm(sound()), 1000), ctc)
+    text = capsys.readouterr().out
+    assert text.endswith("\n") and len(text) > 10 and whole(ctc, sound()).startswith(text[:-1])
+
+
+def test_nobody_reads_on(ctc: Path, monkeypatch: pytest.MonkeyPatch):
+    """As with `| head -c 5`: no error, and what Python flushes at its end goes nowhere."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        hear(monkeypatch, Pipe(pcm(sound()), 3200), ctc)
+        out.write("more")
+
+
+def test_an_ascii_terminal(ctc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    model = loaded(ctc).model
+    odd = train_characters(["\x1bÄCDEFGH I"])
+    folder = save_model(model, tmp_path / "odd", preprocess=PREPROCESS, labels=odd)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    hear(monkeypatch, Pipe(pcm(sound()), 3200), folder)
+    text = out.buffer.getvalue().decode("ascii")  # pyright: ignore[reportAttributeAccessIssue]
+    assert "\\xc4" in text and "\\x1b" in text and "\x1b" not in text and text.endswith("\n")
+
+
+# Refusals
+
+
+def changed(ctc: Path, folder: Path, recipe: str = "streaming", **choices: Any) -> Path:
+    torch.manual_seed(0)
+    labels = None if choices.get("vocabulary") == 0 else LETTERS
+    model = zoo.create_model(**{**TINY, "vocabulary": LETTERS.vocabulary, **choices})
+    return save_model(model.eval(), folder, preprocess=RECIPES[recipe], labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        (
+            {"chunk": None, "left": 70},
+            "cannot stream: its config has no chunk, so it hears a sound only as a whole; use `zoo tr",
+        ),
+        ({"recipe": "nemo"}, "cannot stream: normalize='bin' needs the whole utterance"),
+        ({"vocabulary": 0}, "is a backbone without a head, so it has no answer"),
+    ],
+    ids=str,
+)
+def test_models_that_do_not_stream(choices: dict[str, Any], reason: str, ctc: Path, tmp_path: Path):
+    folder = changed(ctc, tmp_path / "other", **choices)
+    soundfile.write(tmp_path / "a.wav", sound(0.5).numpy(), RATE)
+    message = refused("transcribe", "stream", folder, tmp_path / "a.wav")
+    assert message.startswith(f"{folder} {reason}")
+
+
+def given(monkeypatch: pytest.MonkeyPatch, content: bytes, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe(content, 3200)))
+    return refused("transcribe", "stream", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "reason"),
+    [
+        (b"", [], "standard input has ended without a sample"),
+        (b"\0", [], "standard input has ended without a sample"),
+        (b"\0\0\0", ["--channels=2"], "standard input has ended without a sample"),
+        (b"RIFF" + bytes(400), [], "standard input is a wav file; - takes raw samples"),
+        (b"ID3" + bytes(400), [], "standard input is a mp3 file; - takes raw samples"),
+        (bytes(400), ["--look-ahead=-1"], "--look-ahead is at least 0, not -1"),
+        (bytes(400), ["--rate=44056"], "44056 samples a second have no simple ratio to the model's 16000"),
+        (bytes(400), ["--device=cuda"], "there is no CUDA device here"),
+    ],
+    ids=str,
+)
+def test_standard_input_that_is_wrong(content: bytes, options: list[str], reason: str, ctc: Path, monkeypatch: Any):
+    if options == ["--device=cuda"]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason in given(monkeypatch, content, ctc, "-", *options)
+
+
+def test_a_terminal_is_no_sound(ctc: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Pipe, "isatty", lambda self: True)
+    assert given(monkeypatch, b"", ctc, "-").startswith("standard input is a terminal; pipe raw sound into it")
+
+
+def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def said(path: Path, *options: str) -> str:
+        return refused("transcribe", "stream", ctc, path, *options)
+
+    good, short = tmp_path / "good.wav", tmp_path / "short.wav"
+    soundfile.write(good, sound(2.0).numpy(), RATE, subtype="PCM_16")
+    assert "--rate would be ignored" in said(good, "--rate=16000")
+    assert "--channels would be ignored" in said(good, "--channels=1")
+    assert said(tmp_path / "none.wav") == f"{tmp_path}/none.wav: No such file or directory"
+    (tmp_path / "text.wav").write_text("no sound")
+    assert "no readable sound" in said(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    assert said(tmp_path / "empty.wav") == f"{tmp_path}/empty.wav: it has no samples"
+    values = sound(1.0).numpy()
+    values[-1] = np.nan
+    soundfile.write(tmp_path / "nan.wav", values, RATE, subtype="FLOAT")
+    assert said(tmp_path / "nan.wav").endswith("it has samples that are not finite numbers below 1e+06")
+    capsys.readouterr()
+    short.write_bytes(good.read_bytes()[: 44 + 32000])
+    assert said(short) == f"{short}: it is truncated"
+    text = capsys.readouterr().out  # what is there is heard, and the error stands on its own line
+    assert text.endswith("\n") and len(text) > 10 and whole(ctc, sound(2.0)).startswith(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"look_ahead": -1}, "look_ahead is at least 0"), ({"tokenizer": PIECES}, "tokens with the blank"), ({}, "chunk")],
+    ids=str,
+)
+def test_listener_refuses(options: dict[str, Any], words: str):
+    choices = TINY if options else TINY | {"chunk": None, "left": 70}
+    model = zoo.create_model(**choices, vocabulary=LETTERS.vocabulary).eval()
+    with pytest.raises(ValueError, match=words):
+        Listener(model, PREPROCESS, **{"tokenizer": LETTERS, **options})
+
+
+def test_an_answer_that_is_not_a_number(ctc: Path):
+    model: Any = load_checkpoint(ctc).model
+    model.head.bias.data[0] = float("nan")
+    listener = Listener(model, PREPROCESS, LETTERS)
+    with pytest.raises(ValueError, match="the model's answer is not a number"):
+        listener.push(sound(1.0))
+
+
+def test_the_weights_of_a_stream_are_left_alone(ctc: Path):
+    """Two listeners of one model do not hear each other."""
+    model = loaded(ctc).model
+    one, other = (Listener(model, PREPROCESS, LETTERS) for _ in range(2))
+    parts: Iterable[tuple[Tensor, Tensor]] = zip(sound(1.0).split(1000), sound(2.0)[16000:].split(1000), strict=True)
+    said = [(one.push(first), other.push(second)) for first, second in parts]
+    alone = Listener(model, PREPROCESS, LETTERS)
+    assert "".join(first for first, _ in said) + one.finish() == alone.push(sound(1.0)) + alone.finish()

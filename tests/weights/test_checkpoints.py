@@ -1,0 +1,60 @@
+"""Every checkpoint in the repository loads, meets its probe, is in the index, and does what its card says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.data.images import Images
+from zoo.inputs.audio import AudioPreprocess
+from zoo.outputs.tokens import Tokenizer
+from zoo.weights import load_checkpoint
+
+FOLDER = Path(__file__).parents[2] / "checkpoints"
+NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("."))
+INDEX = {
+    line.split("|")[1].split("]")[0].strip(" ["): line
+    for line in (FOLDER / "README.md").read_text().splitlines()
+    if "](" in line
+}
+
+
+def test_the_index_lists_what_is_there():
+    assert sorted(INDEX) == NAMES and NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_meets_its_probe_and_its_row(name):
+    model, preprocess, labels, config = load_checkpoint(FOLDER / name, check=True)
+    assert preprocess is not None and labels is not None and config["source"]
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in INDEX[name]
+    assert "license: unknown" not in (FOLDER / name / "README.md").read_text()
+
+
+def test_digits_are_read_as_the_card_says():
+    model, preprocess, _, _ = load_checkpoint(FOLDER / "vit_micro.digits")
+    data = Images(size=preprocess.size, crop=preprocess.crop)
+    assert data.preprocess == preprocess
+    with torch.inference_mode():
+        right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in data.val_dataloader())
+    accuracy = f"{right / 360:.4f}"
+    assert accuracy in INDEX["vit_micro.digits"] and accuracy in (FOLDER / "vit_micro.digits/README.md").read_text()
+
+
+def test_the_figures_of_spoken_digits_agree():
+    model, preprocess, tokenizer, config = load_checkpoint(FOLDER / "squeezeformer_micro.spoken_digits")
+    assert isinstance(preprocess, AudioPreprocess) and isinstance(tokenizer, Tokenizer) and model.config.stride == 4
+    said = tokenizer.decode(list(range(tokenizer.vocabulary - 1))).split()
+    assert {"ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"} <= set(said)
+    card = (FOLDER / "squeezeformer_micro.spoken_digits/README.md").read_text()
+    figure = "word error rate 0.0100"
+    assert figure in INDEX["squeezeformer_micro.spoken_digits"] and "| word error rate | 0.0100 |" in card
+    (recipe,) = [word for word in config["source"].split() if word.endswith(".yaml")]
+    header = (FOLDER.parent / recipe).read_text()
+    assert "| squeezeformer_micro_fsdd        | 1.56 M     | 0.010 | 0.020           |" in header
+
+
+def test_a_checkpoint_is_found_by_name(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    assert isinstance(zoo.load_model(NAMES[0]), torch.nn.Module)

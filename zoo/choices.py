@@ -1,0 +1,191 @@
+"""The choices of one block: what its words stand for, where each placement puts norms, and which choices are refused
+because one would ignore another."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from zoo.channels import CHANNELS
+from zoo.ffns import FFNS
+from zoo.layer import ANYWHERE, Place, Site
+from zoo.mixers import CONVS, CROSSES, MIXERS
+from zoo.modulations import MODULATIONS
+from zoo.norms import NORMS
+from zoo.positions import POSITIONS
+from zoo.spec import check, parse
+
+# What fills which site, for branches that mix tokens and for feed-forward; block.py draws where the sites are.
+_PRE, _POST = {"before": "norm"}, {"total": "norm"}
+PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "pre": (_PRE, _PRE),
+    "post": (_POST, _POST),
+    "res_post": ({"after": "norm"}, {"after": "norm"}),
+    "res_scale": (_PRE | {"stream": "scale"}, _PRE | {"stream": "scale"}),
+    "peri": (_PRE | {"after": "norm"}, _PRE | {"after": "norm"}),
+    "sub": (_PRE | {"inner": "norm"}, _PRE | {"inner": "norm"}),
+    "hybrid": ({"query": "norm", "key": "norm", "value": "norm"}, _PRE | {"stream": "before"}),
+    "normformer": (_PRE | {"after": "norm", "inner": "heads"}, _PRE | {"inner": "norm"}),
+    "scaled": ({"before": "affine"} | _POST, {"before": "affine"} | _POST),
+}
+OUTER = ("before", "after", "total", "stream")  # sites of the residual; others are the branch's own
+FEED_FORWARD = ("ffn", "half")
+WORDS = ("mixer", "cross", "conv", *FEED_FORWARD, "norm")
+TABLES: dict[str, Mapping[str, Any]] = {"mixer": MIXERS, "cross": CROSSES, "conv": CONVS, "conv_norm": NORMS}
+TABLES |= {"ffn": FFNS, "norm": NORMS, "channel": CHANNELS, "position": POSITIONS, "modulation": MODULATIONS}
+TABLES["placement"] = PLACEMENTS
+
+# Which words of the layout a choice is for; the others are for every block.
+USES = {"mixer": ("mixer",), "cross": ("cross",), "conv": ("conv",), "conv_norm": ("conv",), "ffn": FEED_FORWARD}
+
+
+class Filling(NamedTuple):
+    """What a Block puts into one site: a norm, the norm of a convolution, an affine map or a scale for each head."""
+
+    site: str
+    what: str
+    size: Site
+
+
+class Plan(NamedTuple):
+    """How the norms of one residual are placed: its own sites, and those of each branch."""
+
+    stream: str  # "", or what the branch's result is added to instead of x: "before" or "scale"
+    outer: tuple[Filling, ...]
+    inner: tuple[tuple[Filling, ...], ...]
+
+
+def words_of(layout: Iterable[str]) -> list[str]:
+    """The words of a layout, one by one."""
+    return [word for entry in layout for word in entry.split("+")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One block, every choice a single name. Wrong names, wrong options and pairs of choices that would ignore each
+    other are ValueErrors at once."""
+
+    dim: int
+    heads: int
+    place: Place = ANYWHERE
+    layout: tuple[str, ...] = ("mixer", "ffn")
+    mixer: str = "softmax"
+    cross: str = "softmax"
+    conv: str = "glu"
+    conv_norm: str = "batchnorm"
+    ffn: str = "mlp"
+    norm: str = "layernorm"
+    placement: str = "pre"
+    channel: str = "none"
+    modulation: str = "none"
+    position: str = "none"
+    dropout: float = 0.0
+    layer_scale: float | None = None
+    writes: frozenset[str] = frozenset({"mask"})  # the fields of the Context that the model and its position set
+
+    def __post_init__(self) -> None:
+        _check(replace(self, place=replace(self.place, index=0)) if self.place.index else self)
+
+    @property
+    def head_width(self) -> int:
+        """The width of one head of the mixer, which rotary positions turn."""
+        return MIXERS[parse(self.mixer)[0]].head_width_of(self.dim, self.heads, **check(MIXERS, self.mixer))
+
+    def row(self, word: str) -> tuple[str, type, dict[str, Any]]:
+        """The field, the row and the options that a word of the layout stands for."""
+        name = "ffn" if word in FEED_FORWARD else word
+        spec = getattr(self, name)
+        return name, TABLES[name][parse(spec)[0]], check(TABLES[name], spec)
+
+    def plan(self, entry: str) -> Plan:
+        """Where the placement puts norms for an entry of the layout: a branch, or some joined by +."""
+        outer, inner = [], []
+        for word in entry.split("+"):
+            name, row, options = self.row(word)
+            sites = row.sites_of(self.dim, self.heads, **options)
+            wanted = {} if row.bare else PLACEMENTS[self.placement][word in FEED_FORWARD]
+            outer.append({site: what for site, what in wanted.items() if site in OUTER})
+            own = {site: what for site, what in wanted.items() if site not in OUTER}
+            own |= {"norm": "conv_norm"} if "norm" in sites else {}
+            for site, what in own.items():
+                branch = f"{name} '{getattr(self, name)}'"
+                if site not in sites:
+                    has = ", ".join(each for each in sites if each != "norm") or "none"
+                    raise ValueError(f"placement '{self.placement}' needs the site '{site}'; {branch} has: {has}")
+                if what == "heads" and not sites[site].heads:
+                    raise ValueError(f"placement '{self.placement}' scales heads, and {branch} has none")
+            inner.append(tuple(Filling(site, what, sites[site]) for site, what in own.items()))
+        if any(each != outer[0] for each in outer):
+            raise ValueError(
+                f"placement '{self.placement}' treats the branches of '{entry}' differently; they share one norm"
+            )
+        whole = Site(self.dim)
+        around = tuple(Filling(site, what, whole) for site, what in outer[0].items() if site != "stream")
+        return Plan(outer[0].get("stream", ""), around, tuple(inner))
+
+
+@functools.lru_cache(maxsize=4096)
+def _check(block: BlockConfig) -> None:
+    """ValueError where a name or an option is wrong, or where choices would ignore each other."""
+    for name, table in TABLES.items():
+        spec = getattr(block, name)
+        try:
+            if table is not PLACEMENTS:
+                check(table, spec)
+            elif spec not in table:
+                raise ValueError(f"there is no '{spec}'; choose from: {', '.join(sorted(table))}")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    _check_pairs(block)
+    for entry in block.layout:
+        if entry != "norm":
+            block.plan(entry)
+
+
+def _check_pairs(block: BlockConfig) -> None:
+    words, writes = words_of(block.layout), block.writes
+    bare = CONVS[parse(block.conv)[0]].bare
+    if bare and {*words} <= {"conv", "norm"}:
+        raise ValueError(f"layout: conv '{block.conv}' stands bare and needs a branch with norms beside it")
+    if bare and block.conv_norm != "batchnorm":
+        raise ValueError(f"conv_norm '{block.conv_norm}' would be ignored: conv '{block.conv}' has no norm")
+    if "mixer" not in words and writes & {"rotary", "bias"}:
+        raise ValueError(f"position '{block.position}' would be ignored: the layout has no mixer")
+    if parse(block.modulation)[0] != "none":
+        for name in ("norm", "conv_norm") if "conv" in words and not bare else ("norm",):
+            if NORMS[parse(getattr(block, name))[0]].batch_statistics:
+                able = ", ".join(other for other, row in NORMS.items() if not row.batch_statistics)
+                raise ValueError(
+                    f"{name} '{getattr(block, name)}' takes statistics over samples that modulation "
+                    f"'{block.modulation}' treats differently; choose another {name} ({able})"
+                )
+    tokens = writes & {"prefix", "mask", "visible"}
+    needs = {"mixer": writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | writes & {"code"}}
+    needs |= {"channel": tokens, "position": tokens, "norm": writes & {"visible"}}
+    needs |= {"conv_norm": writes & {"visible"}} if "conv" in words else {}
+    for name, needed in needs.items():
+        if name in ("mixer", "conv", "cross") and name not in words:
+            continue
+        spec, table = getattr(block, name), TABLES[name]
+        row, axes = table[parse(spec)[0]], block.place.axes
+        if name in ("mixer", "conv") and axes not in row.dimensions:
+            works = "along time" if row.dimensions == (1,) else "on images"
+            able = [other for other, each in table.items() if axes in each.dimensions]
+            raise ValueError(f"{name} '{spec}' works {works} only; choose another {name} ({', '.join(able)})")
+        unread = sorted(needed - row.reads_of(**check(table, spec)))
+        if parse(spec)[0] == "none" or not row.mixes or not unread:
+            continue
+        if writes & {"rotary", "bias"} & set(unread):
+            source = f"position '{block.position}'"
+        else:
+            source = "this model" + (", which has prefix tokens," if "prefix" in unread else "")
+            source += ", which works in chunks," if "visible" in unread else ""
+        able = [
+            other
+            for other, each in table.items()
+            if (needed <= each.reads or not each.mixes or other == "none") and axes in each.dimensions
+        ]
+        raise ValueError(
+            f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; "
+            f"choose another {name} ({', '.join(able)}) or drop what sets it"
+        )

@@ -1,0 +1,5 @@
+"""NVIDIA NeMo."""
+
+from zoo.convert.nemo.archive import from_nemo
+
+__all__ = ["from_nemo"]

@@ -1,0 +1,331 @@
+"""NVIDIA NeMo's speech models as ours: Conformer, FastConformer and Squeezeformer with a CTC head."""
+
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.convert.speech import (
+    SUBSAMPLING,
+    Converted,
+    Facts,
+    Section,
+    build,
+    checked_mels,
+)
+from zoo.inputs.audio import AudioPreprocess
+from zoo.outputs.tokens import Characters, Tokenizer, WordPieces
+from zoo.text import one_line
+from zoo.weights.names import read_tensors
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+
+# What changes nothing at inference, or only how much memory it takes.
+_TRAINING = (
+    "dropout",
+    "dropout_pre_encoder",
+    "dropout_emb",
+    "dropout_att",
+    "stochastic_depth_drop_prob",
+    "stochastic_depth_mode",
+    "stochastic_depth_start_layer",
+    "att_context_probs",
+    "untie_biases",
+    "adaptive_scale",
+    "pos_emb_max_len",
+    "global_tokens_spacing",
+    "global_attn_separate",
+    "reduction_position",
+    "subsampling_conv_chunking_factor",
+    "use_pytorch_sdpa",
+    "use_pytorch_sdpa_backends",
+    "sync_max_audio_length",
+)
+_FEATURES = ("dither", "pad_to", "pad_value", "rng", "nb_augmentation_prob", "nb_max_freq", "use_torchaudio")
+
+
+def from_nemo(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> Converted:
+    """A model that gives for features [B, T, mels] and lengths the logits that NeMo's model gives in eval mode.
+
+    ConformerEncoder (Conformer-CTC, FastConformer-CTC, with full, local or chunked attention) and SqueezeformerEncoder
+    with ConvASRDecoder are taken. NeMo gives the logarithms of probabilities, this model logits. What acts in training
+    alone is not taken over; biases that NeMo ties between blocks are no longer tied. Of several att_context_size, the
+    first is the model's own, and others are given to the model as `visible`.
+
+    Nothing of the archive is written to disk, and no code of it is run: weights are read as tensors alone.
+
+    Args:
+        source: a `.nemo` archive; or, with `config`, a safetensors file or a state dict with NeMo's names.
+        config: what `model_config.yaml` of an archive holds, or the path of such a file.
+
+    Returns:
+        The model in eval mode; how its features are made, where the config says so; and its tokenizer, where that is
+        one of sentencepiece in the archive, or the config lists single characters.
+
+    Raises:
+        ValueError: in one line that names the file: it cannot be read, a key of the config cannot be honoured or is
+            not known, or a tensor is missing, left over or of a wrong shape.
+    """
+    if config is None:
+        if isinstance(source, Mapping):
+            raise ValueError("a state dict does not tell all about its model; give config=")
+        return _from_archive(Path(source))
+    where = "the config"
+    if not isinstance(config, Mapping):
+        where = str(config)
+        try:
+            config = _yaml(Path(config).read_bytes(), where)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error.strerror or error}") from error
+    if isinstance(source, Mapping):
+        return _convert(config, _tensors(source, "the state dict"), where, "the state dict", None)
+    return _convert(config, read_tensors(Path(source)), where, str(source), None)
+
+
+def _from_archive(path: Path) -> Converted:
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            members = _members(archive, path)
+            for name in (CONFIG, WEIGHTS):
+                if name not in members:
+                    raise ValueError(f"{path} is no NeMo model: it has no {name}")
+            config = _yaml(_content(archive, members[CONFIG]), f"{path}: {CONFIG}")
+            weights = io.BytesIO(_content(archive, members[WEIGHTS]))
+            model = _model_file(config, members)
+            pieces = None if model is None else _content(archive, members[model])
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(one_line(f"{path} cannot be read as a .nemo archive: {error}")) from error
+    where = f"{path}: {WEIGHTS}"
+    try:
+        loaded = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling what is no pickle of tensors ends in errors of many kinds
+        raise ValueError(one_line(f"{where} is no whole file of plain tensors: {error}")) from error
+    return _convert(config, _tensors(loaded, where), f"{path}: {CONFIG}", where, pieces)
+
+
+def _members(archive: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
+    """The files of an archive by name, without "./" in front."""
+    members = {}
+    for member in archive:
+        parts = [part for part in member.name.replace("\\", "/").split("/") if part != "."]
+        if not parts or parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
+            raise ValueError(f"{path} is no NeMo model: its member {member.name!r} is no plain file inside it")
+        if member.isfile():
+            members["/".join(parts)] = member
+    return members
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # it is a plain file
+    return file.read()
+
+
+def _yaml(text: bytes, where: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(one_line(f"{where} cannot be read as YAML: {error}")) from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is no config of a model")
+    return values
+
+
+def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ValueError(f"{where} holds no tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(one_line(f"{where} holds {name!r}, which is no tensor with a name"))
+    return dict(loaded)
+
+
+def _convert(
+    config: Mapping[str, Any], tensors: dict[str, Tensor], where: str, source: str, pieces: bytes | None
+) -> Converted:
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("preprocessor.featurizer.")}
+    facts = _facts(config, where)
+    model = build(facts, tensors, source)
+    preprocess = None
+    if config.get("preprocessor") is not None:
+        preprocess = checked_mels(_features(config["preprocessor"], where), facts.mels, where)
+    return Converted(model, preprocess, _tokenizer(config, pieces, facts.outputs, where))
+
+
+def _tokenizer(config: Mapping[str, Any], pieces: bytes | None, outputs: int, where: str) -> Tokenizer | None:
+    tokenizer: Tokenizer | None = None
+    listed = config["decoder"].get("vocabulary")
+    single = isinstance(listed, list) and all(isinstance(piece, str) and len(piece) == 1 for piece in listed)
+    try:
+        if pieces is not None:
+            tokenizer = WordPieces(pieces)
+        elif listed and single and config.get("tokenizer") is None:
+            tokenizer = Characters(listed)
+    except ValueError as error:
+        raise ValueError(f"{where}: the tokenizer: {error}") from error
+    if tokenizer is not None and tokenizer.vocabulary != outputs:
+        found = f"{len(tokenizer.pieces)} pieces, and the model has {outputs} outputs, the blank among them"
+        raise ValueError(f"{where}: the tokenizer has {found}")
+    return tokenizer
+
+
+def _class_of(section: Section, *allowed: str) -> str:
+    name = section.take("_target_", str).rpartition(".")[2]
+    if name not in allowed:
+        raise section.refused("_target_", f"the zoo takes {' or '.join(allowed)}, not {name}")
+    return name
+
+
+def _facts(config: Mapping[str, Any], where: str) -> Facts:
+    encoder = Section(config.get("encoder"), "encoder", where)
+    squeeze = _class_of(encoder, "ConformerEncoder", "SqueezeformerEncoder") == "SqueezeformerEncoder"
+    outputs = _outputs(Section(config.get("decoder"), "decoder", where))
+    dim, depth = encoder.whole("d_model"), encoder.whole("n_layers")
+    encoder.fixed("feat_out", -1, None, dim)
+    if encoder.left.pop("reduction_factor", 1) != 1:
+        encoder.fixed("reduction", None)
+    encoder.left.pop("reduction", None)
+    depthwise = encoder.fixed("subsampling", *(("dw_striding", "striding") if squeeze else ("striding", "dw_striding")))
+    factors = [factor for each, factor in SUBSAMPLING if each == (depthwise == "dw_striding")]
+    factor = encoder.fixed("subsampling_factor", *factors)
+    channels = encoder.take("subsampling_conv_channels", int, -1)
+    norm = encoder.fixed("conv_norm_type", "batch_norm", "layer_norm")
+    bias = encoder.take("use_bias", bool, True)
+    kernel = encoder.whole("conv_kernel_size", 31)
+    facts = Facts(
+        dim=dim,
+        depth=depth,
+        heads=encoder.whole("n_heads", 4),
+        hidden=dim * encoder.whole("ff_expansion_factor", 4),
+        kernel=kernel,
+        mels=encoder.whole("feat_in"),
+        outputs=outputs,
+        depthwise=depthwise == "dw_striding",
+        factor=factor,
+        channels=dim if channels == -1 else channels,
+        causal=encoder.take("causal_downsampling", bool, False),
+        scale=encoder.take("xscaling", bool, True),
+        bias=bias,
+        conv_bias=bias,
+        conv_norm={"batch_norm": "batchnorm", "layer_norm": "layernorm(eps=1e-5)"}[norm],
+        squeeze=squeeze,
+        reduce=_reduced(encoder, depth) if squeeze else None,
+        **_seen(encoder, kernel),
+    )
+    if facts.chunk is not None and not facts.causal:
+        raise encoder.refused("causal_downsampling", "the zoo takes chunks with True alone")
+    encoder.finish(*_TRAINING)
+    return facts
+
+
+def _outputs(decoder: Section) -> int:
+    _class_of(decoder, "ConvASRDecoder")
+    decoder.fixed("add_blank", True)
+    classes = decoder.take("num_classes", int, -1)
+    listed = decoder.left.pop("vocabulary", None)
+    if classes < 1:
+        if not isinstance(listed, list) or not listed:
+            raise decoder.refused("num_classes", "neither it nor the vocabulary tells the number of tokens")
+        classes = len(listed)
+    decoder.finish("feat_in", "init_mode")
+    return classes + 1
+
+
+def _reduced(encoder: Section, depth: int) -> int | None:
+    """The block in front of which the frame rate is halved."""
+    if encoder.left.get("time_reduce_idx") is None:
+        encoder.left.pop("time_reduce_idx", None)
+        encoder.left.pop("time_recovery_idx", None)
+        return None
+    encoder.fixed("time_recovery_idx", None, depth - 1)
+    return encoder.take("time_reduce_idx", int)
+
+
+def _seen(encoder: Section, kernel: int) -> dict[str, Any]:
+    """What a token sees: the window, chunk and left of the facts."""
+    model = encoder.fixed("self_attention_model", "rel_pos", "rel_pos_local_attn")
+    encoder.fixed("global_tokens", 0)
+    style = encoder.fixed("att_context_style", "regular", "chunked_limited")
+    size = encoder.left.pop("att_context_size", None) or [-1, -1]
+    sides = size[0] if isinstance(size, list) and isinstance(size[0], list) else size
+    if not isinstance(sides, list) or len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
+        raise encoder.refused("att_context_size", f"it takes two whole numbers, not {size!r}")
+    context, half = encoder.left.pop("conv_context_size", None), (kernel - 1) // 2
+    causal = context in ("causal", [kernel - 1, 0]) and context != [half, half]
+    if not causal and context not in (None, [half, half], half):
+        raise encoder.refused("conv_context_size", f"the zoo takes 'causal' or null, not {context!r}")
+    found: dict[str, Any] = {}
+    if model == "rel_pos_local_attn":
+        if sides[0] != sides[1] or sides[0] < 1 or style != "regular":
+            raise encoder.refused("att_context_size", f"local attention takes as much on either side, not {size!r}")
+        found = {"window": sides[0]}
+    elif style == "chunked_limited" and sides != [-1, -1]:
+        if min(sides) < 0:
+            raise encoder.refused("att_context_size", f"the zoo takes chunks of limited context alone, not {size!r}")
+        found = {"chunk": sides[1] + 1, "left": sides[0]}
+    elif sides != [-1, -1]:
+        raise encoder.refused("att_context_size", f"{size!r} needs att_context_style 'chunked_limited'")
+    if causal != ("chunk" in found):
+        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and with chunks alone")
+    return found
+
+
+def _features(values: Any, where: str) -> AudioPreprocess:
+    """The features that NeMo's preprocessor makes; ValueError where ours cannot say them."""
+    given = Section(values, "preprocessor", where)
+    _class_of(given, "AudioToMelSpectrogramPreprocessor")
+    rate = given.whole("sample_rate", 16000)
+    window = round(rate * given.take("window_size", float, 0.02))
+    hop = round(rate * given.take("window_stride", float, 0.01))
+    normalize = given.fixed("normalize", "per_feature", "NA", None)
+    fixed = {"window": ("hann",), "log": (True,), "log_zero_guard_type": ("add",), "frame_splicing": (1,)}
+    fixed |= {"mag_power": (2.0,), "mel_norm": ("slaney",)} | dict.fromkeys(
+        ("n_window_size", "n_window_stride"), (None,)
+    )
+    fixed |= dict.fromkeys(("exact_pad", "stft_exact_pad", "stft_conv"), (False,))
+    for key, allowed in fixed.items():
+        given.fixed(key, *allowed)
+    highest = given.left.pop("highfreq", None)
+    floor = given.left.pop("log_zero_guard_value", 2.0**-24)
+    if not isinstance(floor, float):
+        raise given.refused("log_zero_guard_value", f"the zoo takes a number, not {floor!r}")
+    mels, lowest = given.whole("features", 64), given.take("lowfreq", float, 0.0)
+    fft = given.whole("n_fft", 1 << (window - 1).bit_length())
+    preemphasis = given.take("preemph", float, 0.97)
+    given.finish(*_FEATURES)
+    try:
+        return AudioPreprocess(
+            rate=rate,
+            mels=mels,
+            window=window,
+            hop=hop,
+            fft=fft,
+            preemphasis=preemphasis,
+            lowest=lowest,
+            highest=highest,
+            floor=floor,
+            normalize="bin" if normalize == "per_feature" else "none",
+        )
+    except ValueError as error:
+        raise ValueError(one_line(f"{where}: preprocessor: {error}")) from error
+
+
+def _model_file(config: Mapping[str, Any], members: Mapping[str, Any]) -> str | None:
+    """The member that holds the sentencepiece model, if any."""
+    tokenizer = config.get("tokenizer")
+    if not isinstance(tokenizer, Mapping) or tokenizer.get("type") != "bpe":
+        return None
+    wanted = str(tokenizer.get("model_path") or "").removeprefix("nemo:")
+    found = [name for name in members if name == wanted] or [name for name in members if name.endswith(".model")]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,119 @@
+"""What the conversions of timm's families share: checks of modules and tensors, and the filling of our models."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.norms import NORMS
+from zoo.spec import make, options_of
+
+SUPPORTED = (
+    "from_timm takes a VisionTransformer, VisionTransformerDistilled, MetaFormer or DaVit of timm, or the state dict "
+    "of one"
+)
+
+
+def one(what: str, values: list[Any]) -> Any:
+    """The value that all have in common; ValueError where they differ."""
+    if len(set(values)) != 1:
+        raise ValueError(f"from_timm takes models with one {what} throughout, not {sorted(set(values))}")
+    return values[0]
+
+
+def spelled(name: str, options: Iterable[str]) -> str:
+    """A name with its options as `make` reads it."""
+    options = ", ".join(options)
+    return f"{name}({options})" if options else name
+
+
+def norm_of(layer: Any, *options: str) -> str:
+    """A norm of timm as a row of our table with its options, `options` first; "none" for no norm."""
+    if type(layer) is nn.Identity:
+        return "none"
+    kinds = {nn.GroupNorm: "groupnorm", nn.LayerNorm: "layernorm"}
+    name = next((name for kind, name in kinds.items() if isinstance(layer, kind)), "rmsnorm")
+    eps = [] if layer.eps == options_of(NORMS[name])["eps"] else [f"eps={layer.eps!r}"]
+    return spelled(name, [*options, *([] if layer.weight is not None else ["affine=False"]), *eps])
+
+
+def activation_of(layer: nn.Module) -> str:
+    """The name under which our feed-forward layers know an activation of timm."""
+    if isinstance(layer, nn.GELU) and layer.approximate == "tanh":
+        return "gelu_tanh"
+    names = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "StarReLU": "star_relu"}
+    return names.get(type(layer).__name__, "silu")
+
+
+def with_width(
+    table: Mapping[str, type], name: str, usual: float, hidden: int, options: list[str], *arguments: Any
+) -> str:
+    """The name of a row of the table with the ratio that makes it `hidden` wide inside, and options; ValueError where
+    there is no such ratio. `usual` is the ratio without an option; arguments are the row's, its dim first."""
+    ratio = hidden / arguments[0]
+    for choice in (
+        usual,
+        ratio,
+        math.nextafter(ratio, 0),
+        math.nextafter(ratio, math.inf),
+        (hidden - 4) / arguments[0],
+    ):
+        spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *options])
+        with torch.device("meta"):
+            if make(table, spec, *arguments).out.in_features == hidden:
+                return spec
+    raise ValueError(f"from_timm takes SwiGLU layers whose width 8 divides, not {hidden}")  # no other row rounds
+
+
+def tensors_of(state: Any) -> dict[str, Tensor]:
+    """A state dict as a plain dict; ValueError where it is none of a timm model."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{SUPPORTED}, not {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{SUPPORTED}: floating-point tensors by name; '{name}' is {kind}")
+    return dict(state)
+
+
+def check_axes(tensors: Mapping[str, Tensor], name: str, *axes: int) -> None:
+    """ValueError where the tensor has another number of axes than one of those, or nothing in it."""
+    if tensors[name].ndim not in axes or 0 in tensors[name].shape:
+        wanted, shape = " or ".join(map(str, axes)), list(tensors[name].shape)
+        raise ValueError(f"'{name}' has {wanted} axes in timm's models, not the shape {shape}")
+
+
+def fill(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    biases: Iterable[str],
+    find: Callable[[str, Tensor, Callable[..., Tensor], Tensor | None], tuple[str, Tensor]],
+) -> Any:
+    """The model, built on the meta device, with timm's tensors: each is used, and each of ours is filled.
+
+    find(our name, our tensor, take, like) gives timm's name and the value, which it gets by take(timm's name, like);
+    `like` is the weight to which a bias belongs, if any. A bias that no tensor has of the names that a pattern of
+    `biases` matches is zeros. ValueError, in one line, where a tensor is missing, left over or of a wrong shape.
+    """
+    absent = [pattern for pattern in biases if not any(re.fullmatch(pattern, name) for name in tensors)]
+    left, state = dict(tensors), {}
+
+    def take(name: str, like: Tensor | None = None) -> Tensor:
+        if name in left:
+            return left.pop(name).detach()
+        if like is not None and any(re.fullmatch(pattern, name) for pattern in absent):
+            return like.new_zeros(len(like))
+        raise ValueError(f"'{name}' is missing; {SUPPORTED}")
+
+    for key, slot in model.state_dict().items():
+        name, value = find(key, slot, take, state.get(key.removesuffix("bias") + "weight"))
+        if value.shape != slot.shape:
+            raise ValueError(f"'{name}' is {list(value.shape)}; a model of these choices has {list(slot.shape)} there")
+        state[key] = value.clone(memory_format=torch.contiguous_format)
+    if left:
+        raise ValueError(f"'{next(iter(left))}' has no counterpart; {SUPPORTED}, of plain blocks")
+    model.load_state_dict(state, assign=True)
+    return model.eval()

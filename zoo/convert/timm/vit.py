@@ -1,0 +1,314 @@
+"""timm's models as ours. Tensors are copied, joined or padded with zeros, and never computed anew."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.convert.timm import pyramid as timm_pyramid
+from zoo.convert.timm.parts import (
+    SUPPORTED,
+    activation_of,
+    check_axes,
+    fill,
+    norm_of,
+    one,
+    spelled,
+    tensors_of,
+    with_width,
+)
+from zoo.convert.timm.places import check_parts
+from zoo.ffns import FFNS
+from zoo.models.pyramid import Pyramid
+from zoo.models.vit import ViT, ViTConfig
+from zoo.spec import parse
+
+# Our names and timm's, in the order in which they are replaced.
+_NAMES = (
+    ("stem.conv.", "patch_embed.proj."),
+    ("head_distilled.", "head_dist."),
+    (".steps.0.before.", ".norm1."),
+    (".steps.0.branch.qkv.", ".attn.qkv."),
+    (".steps.0.branch.query.", ".attn.q_norm."),
+    (".steps.0.branch.key.", ".attn.k_norm."),
+    (".steps.0.branch.inner.", ".attn.norm."),
+    (".steps.0.branch.out.", ".attn.proj."),
+    (".steps.0.layer_scale", ".ls1.gamma"),
+    (".steps.1.before.", ".norm2."),
+    (".steps.1.branch.expand.", ".mlp.fc1."),
+    (".steps.1.branch.inner.", ".mlp.norm."),
+    (".steps.1.branch.out.", ".mlp.fc2."),
+    (".steps.1.layer_scale", ".ls2.gamma"),
+)
+# Biases that timm leaves away together: zeros then.
+_BIASES = (
+    r"blocks\.\d+\.attn\.qkv\.bias",
+    r"blocks\.\d+\.(attn\.proj|mlp\.fc\w+)\.bias",
+    r"(blocks\.\d+\.(norm[12]|attn\.norm|mlp\.norm)|norm|fc_norm)\.bias",
+)
+_NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
+_PREFIX = ("cls_token", "dist_token", "reg_token")
+_AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "pos_embed"), 3)
+
+
+class _Facts(NamedTuple):
+    """What the shapes of the tensors do not say."""
+
+    heads: int
+    pool: str  # timm's global_pool: token or avg
+    norm: str
+    activation: str
+    fc_norm: bool  # the final norm stands behind the pooling
+    qk_norm: bool
+    inner: bool  # norms in front of both output linears
+    layer_scale: float | None
+    image: int
+
+
+def from_timm(
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    pool: str | None = None,
+    norm: str | None = None,
+    activation: str | None = None,
+) -> ViT | Pyramid:
+    """A model in eval mode that gives for pictures [B, channels, H, W] what timm's model gives in eval mode.
+
+    `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
+    become a Pyramid, or the state dict of one; it is left alone and shares no memory with the result, which has its
+    dtype and device. What acts in training alone (dropout, stochastic depth) is not taken over.
+
+    Taken over from vision transformers: class token, registers, distillation token and head, pooling by token or
+    average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
+    scale, norms of queries and keys, norms inside both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any
+    width, missing biases (as zeros), any patch, depth, channels and classes. At sizes other than its own the position
+    table is resized in another way than timm does, so outputs differ a little there.
+
+    Taken over from MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
+    attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
+    PoolFormerV2 has no counterpart. From DaViT: any order of window and channel attention, windows of any size, norm
+    before or after pooling; Florence-2's has no counterpart. Sides of pictures that 4 divides give timm's outputs, and
+    with windows those whose every grid the windows divide (224 for 7): timm attends to the padding of others.
+
+    A state dict does not tell everything. The keywords, for those of vision transformers alone, say the rest:
+
+    - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
+      and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
+    - pool: "token" or "avg", timm's global_pool. By default "token" where there is a class token and no fc_norm.
+    - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)" or "rmsnorm".
+    - activation of the MLP: "gelu" by default. SwiGLU has silu, its two halves packed or apart.
+
+    The norms are taken to stand before the branches, attention to have no rotary positions, and the pictures to be
+    square. State dicts of MetaFormer and DaVit are taken to be as in timm's presets: heads of width 32, pooling over
+    3 x 3, windows of 7 x 7 in turns with attention between channels, GELU where there is no StarReLU, the usual norms.
+    Models that differ are given themselves.
+
+    ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
+    pictures that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
+    a wrong shape.
+    """
+    given = (heads, pool, norm, activation) != (None,) * 4
+    if isinstance(model, nn.Module):
+        if given:
+            raise ValueError("heads, pool, norm and activation are for a state dict; a model tells them itself")
+        check_parts(model)
+        if type(model).__name__ in ("MetaFormer", "DaVit"):
+            return timm_pyramid.from_model(model)
+        facts = _read(model)
+        tensors = dict(model.state_dict())
+    else:
+        tensors = tensors_of(model)
+        if "stem.conv.weight" in tensors:
+            if given:
+                raise ValueError("heads, pool, norm and activation are for vision transformers; give the model itself")
+            return timm_pyramid.from_state(tensors)
+        _check_state(tensors)
+        facts = _assume(tensors, heads, pool, norm, activation)
+    return _fill(_configure(tensors, facts), facts, tensors)
+
+
+def _read(model: Any) -> _Facts:
+    """The facts of a model of known parts; ValueError where they have no counterpart together."""
+    distilled = type(model).__name__ == "VisionTransformerDistilled"
+    if model.global_pool not in ("token", "avg"):
+        raise ValueError(f"from_timm takes models that pool by 'token' or 'avg', not by {model.global_pool!r}")
+    if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
+        raise ValueError("from_timm takes the average of the grid alone, not with pool_include_prefix=True")
+    fc_norm = type(model.fc_norm) is not nn.Identity
+    if fc_norm == (type(model.norm) is not nn.Identity):
+        raise ValueError("from_timm takes models with one final norm, 'norm' or 'fc_norm', not with none or both")
+    if distilled and (fc_norm or model.no_embed_class):
+        raise ValueError("from_timm takes distilled models without fc_norm and no_embed_class, which timm cannot run")
+    sides, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    if sides[0] != sides[1] and model.pos_embed is not None:
+        raise ValueError(f"from_timm takes position tables of square pictures, not of {sides[0]} x {sides[1]}")
+    if sides[0] % patch[0] or sides[1] % patch[1]:
+        raise ValueError(f"from_timm takes pictures that the patch divides, not {sides[0]} x {sides[1]} by {patch[0]}")
+    blocks = list(model.blocks)
+    heads = one("number of heads", [block.attn.num_heads for block in blocks])
+    norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
+    norm = one("norm", [norm_of(part) for part in [*norms, model.norm, model.fc_norm] if type(part) is not nn.Identity])
+    pairs = [one("norm of queries and keys", [norm_of(b.attn.q_norm), norm_of(b.attn.k_norm)]) for b in blocks]
+    qk_norm = one("norm of queries and keys", pairs)
+    if qk_norm not in ("none", "layernorm"):
+        raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{qk_norm}'")
+    inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
+    gated = one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
+    activation = one("activation", [activation_of(block.mlp.act) for block in blocks])
+    if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
+        raise ValueError("from_timm takes gated feed-forward layers with silu on the first half (SwiGLU), not others")
+    scale = getattr(blocks[0].ls1, "init_values", None)
+    return _Facts(
+        heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", inner != "none", scale, sides[0]
+    )
+
+
+def _check_state(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where the names or axes that the config is read from are not those of timm's models."""
+    if missing := [name for name in _NEEDED if name not in tensors]:
+        raise ValueError(f"{SUPPORTED}; this one has no '{missing[0]}'")
+    for name, axes in _AXES.items():
+        if name in tensors:
+            check_axes(tensors, name, axes)
+
+
+def _assume(
+    tensors: Mapping[str, Tensor], heads: int | None, pool: str | None, norm: str | None, activation: str | None
+) -> _Facts:
+    """The facts of a state dict: what names tell, then what is given, then what is usual."""
+    width, patch = len(tensors["blocks.0.attn.qkv.weight"]) // 3, tensors["patch_embed.proj.weight"].shape[-1]
+    fc_norm, qk_norm = "fc_norm.weight" in tensors, "blocks.0.attn.q_norm.weight" in tensors
+    if heads is None:
+        if qk_norm:
+            heads = width // len(tensors["blocks.0.attn.q_norm.weight"])
+        elif width % 64 == 0 and 128 <= width <= 1024:
+            heads = width // 64
+        else:
+            raise ValueError(f"a state dict does not tell its heads, and at width {width} none are usual; give heads=")
+    if heads < 1 or width % heads:
+        raise ValueError(f"{heads} heads do not divide the {width} channels of the queries; give heads= that do")
+    if pool is None:
+        pool = "token" if "cls_token" in tensors and not fc_norm else "avg"
+    if pool not in ("token", "avg") or (pool == "avg" and "dist_token" in tensors):
+        raise ValueError(f"pool is 'token' or 'avg', and 'token' for a distilled model, not {pool!r}")
+    if fc_norm == ("norm.weight" in tensors) or (fc_norm and "dist_token" in tensors):
+        raise ValueError("from_timm takes models with one final norm, 'norm' or, not distilled, 'fc_norm'")
+    if norm is None and "blocks.0.norm1.bias" not in tensors:
+        raise ValueError("a norm without a bias has several meanings; give norm='rmsnorm' or 'layernorm', or the model")
+    norm = norm or "layernorm"
+    if parse(norm)[0] not in ("layernorm", "rmsnorm"):
+        raise ValueError(f"norm is 'layernorm' or 'rmsnorm', with options or without, not {norm!r}")
+    if qk_norm and norm != "layernorm":
+        raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{norm}'")
+    inner = one(
+        "norm inside attention and mlp", [f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")]
+    )
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    if gated and activation not in (None, "silu"):
+        raise ValueError(f"from_timm takes gated feed-forward layers with silu (SwiGLU), not with {activation!r}")
+    if "pos_embed" not in tensors:
+        raise ValueError("without 'pos_embed' a state dict does not tell its positions; give the model itself")
+    prefix = sum(_count(tensors, name) for name in _PREFIX)
+    rows = tensors["pos_embed"].shape[1]
+    squares = [side for side in {rows, rows - prefix} if side > 0 and math.isqrt(side) ** 2 == side]
+    if len(squares) != 1:
+        raise ValueError(
+            f"'pos_embed' has {rows} rows, which tell no square grid with {prefix} tokens in front; give the model"
+        )
+    side = math.isqrt(squares[0]) * patch
+    scale = 1e-5 if "blocks.0.ls1.gamma" in tensors else None
+    return _Facts(heads, pool, norm, activation or "gelu", fc_norm, qk_norm, inner, scale, side)
+
+
+def _count(tensors: Mapping[str, Tensor], name: str) -> int:
+    return tensors[name].shape[1] if name in tensors else 0
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the first linear of the feed-forward has two halves."""
+    first = tensors.get("blocks.0.mlp.fc1.weight")
+    return first is not None and len(first) == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
+
+
+def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
+    """The config of a model with these tensors; ValueError where ours cannot say it."""
+    stem = tensors["patch_embed.proj.weight"]
+    dim, channels, patch, across = stem.shape
+    if patch != across:
+        raise ValueError(f"from_timm takes square patches, not {patch} x {across}")
+    if "reg_token" in tensors and "dist_token" in tensors:
+        raise ValueError("from_timm takes registers or a distillation token, not both; timm's model leaves one unread")
+    head_dim = len(tensors["blocks.0.attn.qkv.weight"]) // 3 // facts.heads
+    options = ["qk_norm=True"] if facts.qk_norm else []
+    options += [f"head_dim={head_dim}"] if head_dim * facts.heads != dim else []
+    pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
+    return ViTConfig(
+        dim=dim,
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
+        heads=facts.heads,
+        mixer=spelled("softmax", options),
+        ffn=_feed_forward(tensors, facts.activation, dim),
+        norm=facts.norm,
+        placement="sub" if facts.inner else "pre",
+        position="learned" if "pos_embed" in tensors else "none",
+        layer_scale=facts.layer_scale,
+        image=facts.image,
+        patch=patch,
+        channels=channels,
+        classes=len(tensors["head.weight"]) if "head.weight" in tensors else 0,
+        pool="distilled" if "dist_token" in tensors else pool,
+        class_token="cls_token" in tensors,
+        registers=_count(tensors, "reg_token"),
+    )
+
+
+def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:
+    """Our feed-forward with as many hidden channels."""
+    hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    name, usual = ("swiglu", 8 / 3) if gated else ("mlp", 4.0)
+    options = [] if gated or activation == "gelu" else [f"activation={activation!r}"]
+    return with_width(FFNS, name, usual, hidden, options, dim)
+
+
+def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> ViT:
+    """The model of the config with timm's tensors: each is used, and each of ours is filled."""
+    with torch.device("meta"):
+        model = config.build()
+    apart = "blocks.0.mlp.fc1_g.weight" in tensors
+
+    def find(key: str, slot: Tensor, take: Callable[..., Tensor], like: Tensor | None) -> tuple[str, Tensor]:
+        name = key
+        for ours, theirs in _NAMES:
+            name = name.replace(ours, theirs)
+        if facts.fc_norm and name.startswith("norm."):
+            name = f"fc_{name}"
+        if key == "tokens":
+            parts = [take(part) for part in _PREFIX if part in tensors]
+            return name, _joined(parts, 1, "the tokens in front of the grid")
+        if key == "position.table":
+            value = take("pos_embed")
+            if value.shape[1] == slot.shape[1] - config.prefix:
+                value = F.pad(value, (0, 0, config.prefix, 0))
+            return name, value
+        if apart and ".mlp.fc1." in name:
+            halves = [take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")]
+            return name, _joined(halves, 0, f"the halves of '{name}'")
+        return name, take(name, like)
+
+    return fill(model, tensors, _BIASES, find)
+
+
+def _joined(parts: list[Tensor], axis: int, what: str) -> Tensor:
+    if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) != 1:
+        raise ValueError(f"{what} do not fit each other: {', '.join(str(list(part.shape)) for part in parts)}")
+    return torch.cat(parts, axis)
+
+
+def _half(like: Tensor | None) -> Tensor | None:
+    return None if like is None else like[: len(like) // 2]

@@ -1,0 +1,276 @@
+"""The Parakeet of Hugging Face's transformers as our FastConformer, read from its files without that library."""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zoo.convert.speech import (
+    SUBSAMPLING,
+    Converted,
+    Facts,
+    Section,
+    build,
+    checked_mels,
+)
+from zoo.inputs.audio import RECIPES, AudioPreprocess
+from zoo.outputs.tokens import Tokenizer, WordPieces
+from zoo.text import one_line
+from zoo.weights.names import read_tensors
+
+# NeMo's names and those of transformers, in the order in which they are replaced.
+_NAMES = (
+    ("encoder.pre_encode.conv.", "encoder.subsampling.layers."),
+    ("encoder.pre_encode.out.", "encoder.subsampling.linear."),
+    (".linear_q.", ".q_proj."),
+    (".linear_k.", ".k_proj."),
+    (".linear_v.", ".v_proj."),
+    (".linear_out.", ".o_proj."),
+    (".linear_pos.", ".relative_k_proj."),
+    (".pos_bias_", ".bias_"),
+    (".batch_norm.", ".norm."),
+    ("decoder.decoder_layers.0.", "ctc_head."),
+)
+# What changes nothing at inference, and what every config of transformers may have.
+_HARMLESS = (
+    "dropout",
+    "dropout_positions",
+    "layerdrop",
+    "activation_dropout",
+    "attention_dropout",
+    "max_position_embeddings",
+    "initializer_range",
+    "ctc_loss_reduction",
+    "ctc_zero_infinity",
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "_attn_implementation_autoset",
+    "_name_or_path",
+)
+_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "p*processor_config.json"]
+_FEATURES = ("feature_extractor_type", "padding_side", "padding_value", "return_attention_mask", "processor_class")
+
+
+def from_transformers(name: str | Path) -> Converted:
+    """A model that gives for features [B, T, mels] and lengths what ParakeetForCTC gives in eval mode.
+
+    ParakeetForCTC and the bare ParakeetEncoder are taken, as `save_pretrained` writes them; the blank, transformers'
+    pad_token_id, becomes the last output. Only JSON and safetensors are read, and transformers is not imported. What
+    acts in training alone is not taken over.
+
+    Args:
+        name: a folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
+
+    Returns:
+        The model in eval mode, without a head for an encoder; how its features are made, NVIDIA's usual way where no
+        file says it; and its tokenizer, where tokenizer.json holds the pieces of sentencepiece.
+
+    Raises:
+        ValueError: in one line that names the file: it cannot be read, a field of the config cannot be honoured or is
+            not known, or a tensor is missing, left over or of a wrong shape.
+    """
+    folder = _locate(str(name))
+    where = str(folder / "config.json")
+    facts, blank = _facts(_json(folder / "config.json"), where)
+    tensors = _tensors(folder)
+
+    def rename(key: str) -> str:
+        for theirs, other in _NAMES:
+            key = key.replace(theirs, other)
+        return key if facts.outputs else key.removeprefix("encoder.")
+
+    model = build(facts, tensors, str(folder), rename, blank)
+    tokenizer, path = None, folder / "tokenizer.json"
+    if blank is not None and path.is_file():
+        tokenizer = _tokenizer(_json(path), blank, facts.outputs, path)
+    return Converted(model, _features(folder, facts.mels), tokenizer)
+
+
+def _locate(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = name.partition("@")
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise ValueError(f"{name} is no folder that holds config.json and model.safetensors, nor OWNER/NAME on the Hub")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
+    except Exception as error:  # the client raises its own errors, those of its network library, and the system's
+        raise ValueError(one_line(f"no folder {name} here, and the Hub does not give it: {error}")) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(one_line(f"{path} cannot be read as JSON: {reason}")) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no fields")
+    return values
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one file, or of several that an index names."""
+    if (folder / "model.safetensors").is_file():
+        return read_tensors(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; only safetensors are read, never a pickle")
+    listed = _json(index).get("weight_map")
+    names = set(listed.values()) if isinstance(listed, dict) else set()
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(map(str, names)):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is no file of this folder")
+        tensors |= read_tensors(folder / name)
+    return tensors
+
+
+def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
+    """The facts of the network, and which output is the blank."""
+    whole = Section(config, "", where)
+    ctc = whole.fixed("model_type", "parakeet_ctc", "parakeet_encoder") == "parakeet_ctc"
+    outputs, blank = 0, None
+    encoder = whole
+    if ctc:
+        outputs, blank = whole.whole("vocab_size", 1025), whole.left.pop("pad_token_id", 1024)
+        if type(blank) is not int or not 0 <= blank < outputs:
+            raise whole.refused("pad_token_id", f"the blank lies in 0..{outputs - 1}, not at {blank}")
+        encoder = Section(whole.left.pop("encoder_config", {}), "encoder_config", where)
+        whole.finish(*_HARMLESS)
+    dim, heads = encoder.whole("hidden_size", 1024), encoder.whole("num_attention_heads", 8)
+    encoder.fixed("num_key_value_heads", heads)
+    encoder.fixed("subsampling_conv_kernel_size", 3)
+    encoder.fixed("subsampling_conv_stride", 2)
+    encoder.fixed("hidden_act", "silu", "swish")
+    facts = Facts(
+        dim=dim,
+        depth=encoder.whole("num_hidden_layers", 24),
+        heads=heads,
+        hidden=encoder.whole("intermediate_size", 4096),
+        kernel=encoder.whole("conv_kernel_size", 9),
+        mels=encoder.whole("num_mel_bins", 80),
+        outputs=outputs,
+        depthwise=True,
+        factor=encoder.fixed("subsampling_factor", *(factor for deep, factor in sorted(SUBSAMPLING)[::-1] if deep)),
+        channels=encoder.whole("subsampling_conv_channels", 256),
+        scale=encoder.take("scale_input", bool, True),
+        bias=encoder.take("attention_bias", bool, True),
+        conv_bias=encoder.take("convolution_bias", bool, True),
+    )
+    encoder.finish(*_HARMLESS)
+    return facts, blank
+
+
+def _features(folder: Path, mels: int) -> AudioPreprocess:
+    """The features that ParakeetFeatureExtractor makes."""
+    path = folder / "preprocessor_config.json"
+    values: Any = None
+    if path.is_file():
+        values = _json(path)
+    elif (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"
+        values = _json(path).get("feature_extractor")
+    if values is None:
+        return replace(RECIPES["nemo"], mels=mels)
+    given = Section(values, "", str(path))
+    fields = {"mels": "feature_size", "rate": "sampling_rate", "window": "win_length", "hop": "hop_length"}
+    fields["fft"] = "n_fft"
+    usual = RECIPES["nemo"]
+    sizes = {ours: given.whole(theirs, getattr(usual, ours)) for ours, theirs in fields.items()}
+    preemphasis = given.take("preemphasis", float, usual.preemphasis)
+    given.finish(*_FEATURES)
+    try:
+        preprocess = replace(usual, preemphasis=preemphasis, **sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return checked_mels(preprocess, mels, str(path))
+
+
+def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
+    """The single steps of a normalizer or a pre-tokenizer."""
+    if isinstance(part, Mapping):
+        if part.get("type") != "Sequence":
+            yield part
+        for inner in (*(part.get("normalizers") or ()), *(part.get("pretokenizers") or ())):
+            yield from _parts(inner)
+
+
+def _tokenizer(values: Mapping[str, Any], blank: int, outputs: int, where: Path) -> Tokenizer | None:
+    """The sentencepiece model that tokenizer.json was made of, without the blank; None where it is of another kind."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = values.get("model")
+    normalizers = list(_parts(values.get("normalizer")))
+    spaces = [part for part in _parts(values.get("pre_tokenizer")) if part.get("type") == "Metaspace"]
+    plain = {part.get("type") for part in normalizers} <= {"Precompiled", "Replace", "Strip"}
+    if not isinstance(model, Mapping) or not spaces or not plain:
+        return None
+    try:
+        scores, unknown = _scores(model)
+        added = {int(each["id"]): (str(each["content"]), bool(each["special"])) for each in values["added_tokens"]}
+        maps = [base64.b64decode(part["precompiled_charsmap"]) for part in normalizers if part["type"] == "Precompiled"]
+    except (KeyError, TypeError, ValueError, IndexError, binascii.Error):
+        return None
+    numbers = sorted({*scores, *added, blank})
+    if numbers != list(range(outputs)):
+        found = f"numbers up to {numbers[-1]}, {len(numbers)} of them, the blank's among them"
+        raise ValueError(f"{where}: the pieces have {found}, and the model has {outputs} outputs")
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    kinds, trainer, normalizer = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
+    for id in numbers:
+        if id == blank:
+            continue
+        piece, score = scores[id] if id in scores else (added[id][0], 0.0)
+        kind = kinds.CONTROL if id in added and added[id][1] else kinds.NORMAL
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            kind, trainer.byte_fallback = kinds.BYTE, True
+        proto.pieces.add(piece=piece, score=score, type=kinds.UNKNOWN if piece == unknown else kind)
+    trainer.model_type = trainer.BPE if model["type"] == "BPE" else trainer.UNIGRAM
+    trainer.unk_piece = unknown
+    normalizer.add_dummy_prefix = spaces[0].get("prepend_scheme", "always") != "never"
+    normalizer.remove_extra_whitespaces = any(part["type"] != "Precompiled" for part in normalizers)
+    normalizer.precompiled_charsmap = b"".join(maps)
+    try:
+        return WordPieces(proto.SerializeToString())
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _scores(model: Mapping[str, Any]) -> tuple[dict[int, tuple[str, float]], str]:
+    """Pieces and their scores by number, and the piece that stands for what is unknown."""
+    if model["type"] == "Unigram":
+        pieces = {id: (str(piece), float(score)) for id, (piece, score) in enumerate(model["vocab"])}
+        return pieces, pieces[model["unk_id"]][0]
+    if model["type"] != "BPE":
+        raise ValueError("neither unigrams nor byte pairs")
+    # sentencepiece merges the pair whose sum has the highest score; here the order of the merges says the same.
+    ranks: dict[str, float] = {}
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        ranks.setdefault(left + right, -float(len(ranks)))
+    vocabulary: dict[str, int] = model["vocab"]
+    scores = {id: (piece, ranks.get(piece, -float(len(ranks) + id))) for piece, id in vocabulary.items()}
+    return scores, str(model["unk_token"])

@@ -1,0 +1,81 @@
+"""From the tokens of the last stage to logits, or to what the last linear would read where classes = 0."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.channels import grid_mean
+from zoo.fusion import fold_norm, fold_site
+from zoo.layer import ANYWHERE, Context, Fold, Place
+from zoo.norms import NORMS, BatchNorm, Norm
+from zoo.spec import make
+from zoo.tensors import linear
+
+_ONE = Context(grid=(1,))
+
+
+class LinearHead(nn.Module):
+    """The mean of the normalized tokens, then a linear map; mean_first takes the mean before the norm."""
+
+    def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, mean_first: bool = False) -> None:
+        super().__init__()
+        self.norm: Norm | None = make(NORMS, norm, dim, place)
+        self.out = linear(dim, classes) if classes else None
+        self.mean_first = mean_first
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.mean_first:
+            x = grid_mean(x, context)[:, None]
+            pooled = x[:, 0] if self.norm is None else self.norm(x, _ONE)[:, 0]
+        else:
+            pooled = grid_mean(x if self.norm is None else self.norm(x, context), context)
+        return pooled if self.out is None else self.out(pooled)
+
+    def fold(self) -> list[Fold]:
+        return fold_norm(self, "norm", self.out, "linear behind it")
+
+
+class MLPHead(nn.Module):
+    """Mean, norm, linear, squared ReLU, norm, linear; `ratio` times as wide inside (MetaFormer baselines, Yu et al.
+    2022, arXiv:2210.13452)."""
+
+    def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.norm: Norm | None = make(NORMS, norm, dim, place)
+        self.expand = linear(dim, hidden)
+        self.inner: Norm | None = make(NORMS, norm, hidden, place)
+        self.out = linear(hidden, classes) if classes else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = grid_mean(x, context)[:, None]
+        x = F.relu(self.expand(x if self.norm is None else self.norm(x, _ONE))).square()
+        x = (x if self.inner is None else self.inner(x, _ONE))[:, 0]
+        return x if self.out is None else self.out(x)
+
+    def fold(self) -> list[Fold]:
+        front = fold_norm(self, "norm", self.expand, "linear behind it")
+        return front + fold_norm(self, "inner", self.out, "linear behind it")
+
+
+class ConvHead(nn.Module):
+    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False leaves
+    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778)."""
+
+    def __init__(
+        self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.norm: Norm | None = make(NORMS, norm, dim, place) if norm_first else None
+        self.expand = linear(dim, hidden, bias=False)
+        self.inner: Norm | None = BatchNorm(hidden, place)
+        self.out = linear(hidden, classes) if classes else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.expand(x if self.norm is None else self.norm(x, context))
+        x = grid_mean(F.gelu(x if self.inner is None else self.inner(x, context)), context)
+        return x if self.out is None else self.out(x)
+
+    def fold(self) -> list[Fold]:
+        behind = fold_site(self, "inner", self.expand)  # before the norm in front, which then sees the new weights
+        return behind + fold_norm(self, "norm", self.expand, "linear behind it")

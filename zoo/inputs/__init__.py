@@ -1,0 +1,7 @@
+"""How raw data becomes a model's input, by the kind that a family's config names. A new kind is a file and a row."""
+
+from zoo.inputs.audio import AudioPreprocess
+from zoo.inputs.base import Preprocess
+from zoo.inputs.images import ImagePreprocess
+
+INPUTS: dict[str, type[Preprocess]] = {"image": ImagePreprocess, "audio": AudioPreprocess}

@@ -1,0 +1,131 @@
+"""What every model is: a config, a forward of its own, features for other models; and how blocks run one after the
+other."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.config import Config
+from zoo.layer import Context, Fold, Layer
+from zoo.norms import recomputing
+from zoo.tensors import compiling
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Config):
+    """What a family that names the class of an image says of itself; classes = 0 omits the head's last linear."""
+
+    task = "classify"
+    input = "image"
+    labels = "classes"
+
+    image: int = 224
+    channels: int = 3
+    classes: int = 1000
+
+    @property
+    def labelled(self) -> int:
+        return self.classes
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "image-classification" if self.classes else "image-feature-extraction"
+
+    def call(self, prepared: str) -> str:
+        return f"{'logits' if self.classes else 'output'} = model({prepared})"
+
+    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        shape = (1, self.channels, self.image, self.image)
+        return {"images": torch.randn(shape, generator=generator, device="cpu")}
+
+
+class Model(nn.Module, Generic[Kind]):
+    """A model of the zoo. A family derives from it and from Config, and says in its Config what it takes and gives.
+
+    `checkpointing` computes activations again in the backward pass, to save memory. `fusion` is the report of
+    `zoo.fuse`, None where the model is not fused.
+    """
+
+    renewable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start afresh in fine-tuning
+
+    config: Kind
+    fusion: list[Fold] | None = None
+
+    def __init__(self, config: Kind) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+
+    @property
+    def strides(self) -> list[int]:
+        """How many places of the input, along one side or along time, become one place of each of `features`."""
+        raise TypeError(f"{type(self).__name__} has no strides")
+
+    @property
+    def channels(self) -> list[int]:
+        """The channels of each of `features`."""
+        raise TypeError(f"{type(self).__name__} has no channels")
+
+    def features(self, inputs: Tensor, /, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Maps [B, C, ...] after the given layers, all where None, for other models to build on."""
+        raise TypeError(f"{type(self).__name__} has no features")
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of more than one dimension that weight decay leaves alone."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
+        raise TypeError(f"{type(self).__name__} says nothing of how deep its parameters lie, as layer_decay needs it")
+
+    def name_layers(self) -> None:
+        """Tells each layer its path in the model."""
+        for name, module in self.named_modules():
+            if isinstance(module, Layer):
+                module.address = name
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
+        """The blocks one after the other."""
+        return run(blocks, x, context, self.checkpointing and self.training)
+
+
+def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[int]:
+    """The layers asked for, counted from 0; all where None, and -1 is the last. ValueError where there is no such."""
+    wanted = range(number) if layers is None else layers
+    if bad := [layer for layer in wanted if not -number <= layer < number]:
+        raise ValueError(f"layers: there is no {kind} {bad[0]}; the model has {number} {kind}s, from 0")
+    return [layer % number for layer in wanted]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def drop_rates(last: float, depth: int) -> list[float]:
+    """The rates of stochastic depth of a model's blocks: they grow linearly from 0 to that of the last one."""
+    return [last * index / max(1, depth - 1) for index in range(depth)]
+
+
+def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), recomputing()
+
+
+def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
+    """The blocks one after the other; with checkpointing, activations are computed again in the backward pass, and
+    running statistics move once."""
+    # The compiler traces a block once, so its statistics move once by themselves.
+    watch = {} if compiling() else {"context_fn": _first_and_second_run}
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, context, use_reentrant=False, **watch)  # pyright: ignore
+        else:
+            x = block(x, context)
+    return x

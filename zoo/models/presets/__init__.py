@@ -1,0 +1,1 @@
+"""The sizes and choices of published models, by name."""

@@ -1,0 +1,19 @@
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929) and DeiT (Touvron et al. 2021, arXiv:2012.12877)."""
+
+from zoo.models.vit import ViTConfig
+
+
+def _deit(dim: int, heads: int) -> ViTConfig:
+    return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
+
+
+PRESETS: dict[str, ViTConfig] = {
+    "vit_micro": ViTConfig(dim=96, depth=6, heads=3, image=32, patch=4),
+    "vit_tiny": ViTConfig(dim=192, depth=12, heads=3),
+    "vit_small": ViTConfig(dim=384, depth=12, heads=6),
+    "vit_base": ViTConfig(dim=768, depth=12, heads=12),
+    "vit_large": ViTConfig(dim=1024, depth=24, heads=16),
+    "deit_tiny": _deit(192, 3),
+    "deit_small": _deit(384, 6),
+    "deit_base": _deit(768, 12),
+}

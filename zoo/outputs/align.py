@@ -1,0 +1,68 @@
+"""When each word was said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.outputs.ctc import frames_for, log_probabilities
+
+if TYPE_CHECKING:
+    from zoo.outputs.tokens import Tokenizer
+
+
+class Word(NamedTuple):
+    """A word and where it is heard: `start` and `end` in seconds, `probability` in 0..1."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
+def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_per_frame: float) -> list[Word]:
+    """Where each word is heard, by the likeliest alignment of the tokens to the frames.
+
+    CTC gives a token few frames, often one: `start` is sharp, and `end` is that of the word's last token, not of its
+    sound. A word's probability is the geometric mean of that of its frames.
+
+    Args:
+        logits: [T, V], or log-probabilities; the real frames of one clip.
+        tokens: what was said, without blanks.
+        tokenizer: says which tokens start a word and how words are spelt.
+        seconds_per_frame: from one frame of `logits` to the next.
+
+    Raises:
+        ValueError: a token is none of the vocabulary, or there are more tokens (and blanks between equal neighbours)
+            than frames.
+    """
+    from torchaudio.functional import forced_align, merge_tokens
+
+    if not tokens:
+        return []
+    frames, blank = logits.shape[0], logits.shape[1] - 1
+    if not 0 <= min(tokens) <= max(tokens) < blank:
+        raise ValueError(f"tokens are 0 to {blank - 1}, not {min(tokens)} to {max(tokens)}")
+    needed = frames_for(tokens)
+    if needed > frames:
+        raise ValueError(f"{len(tokens)} tokens need at least {needed} frames, and there are {frames}")
+    rows = torch.from_numpy(log_probabilities(logits)).float()
+    path, scores = forced_align(rows[None], torch.tensor([tokens]), blank=blank)
+    heard: list[list[Any]] = []
+    for span in merge_tokens(path[0], scores[0], blank=blank):
+        if tokenizer.starts_word(span.token) or not heard:
+            heard.append([])
+        heard[-1].append(span)
+    found = []
+    for spans in heard:
+        text = tokenizer.decode([span.token for span in spans]).strip()
+        spans = [span for span in spans if tokenizer.decode([span.token]).strip()]  # a space is no part of a word
+        if text and spans:
+            start, end = spans[0].start, spans[-1].end
+            mean = sum(span.score * len(span) for span in spans) / sum(len(span) for span in spans)
+            found.append(Word(text, start * seconds_per_frame, end * seconds_per_frame, math.exp(mean)))
+    return found

@@ -1,0 +1,52 @@
+"""What the outputs of a model mean: the names of classes, or the pieces of a tokenizer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
+
+
+class LabelKind(NamedTuple):
+    """One kind of labels: how it is checked, stored as JSON and read again."""
+
+    what: str  # as an error names it
+    misfit: str  # what an error says of other numbers than the model's
+    fits: Callable[[Any], bool]
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+    number: Callable[[Any], int]  # outputs that have a label
+    variable: str  # the name of such labels in a line of code
+
+
+def _are_names(labels: object) -> bool:
+    return (
+        isinstance(labels, Sequence) and not isinstance(labels, str) and all(isinstance(each, str) for each in labels)
+    )
+
+
+def _read_names(stored: object) -> tuple[str, ...]:
+    if not _are_names(stored):
+        raise ValueError("labels must be a list of names")
+    return tuple(stored)  # pyright: ignore[reportArgumentType]
+
+
+LABELS: dict[str, LabelKind] = {
+    "classes": LabelKind(
+        "a list of names, one for each class",
+        "labels has {given} names, but the model has {wanted} classes",
+        _are_names,
+        list,
+        _read_names,
+        len,
+        "labels",
+    ),
+    "tokenizer": LabelKind(
+        "a tokenizer",
+        "the tokenizer has {given} pieces with the blank, but the model {wanted}",
+        lambda labels: isinstance(labels, Tokenizer),
+        lambda tokenizer: tokenizer.to_dict(),
+        tokenizer_from_dict,
+        lambda tokenizer: tokenizer.vocabulary,
+        "tokenizer",
+    ),
+}

@@ -1,0 +1,68 @@
+"""Words in a config: "pool(size=5)" names a row of a table and its options; `make` builds the row."""
+
+import ast
+import inspect
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+
+@lru_cache(maxsize=4096)
+def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Splits "pool(size=5)" into ("pool", (("size", 5),)). Options are literals; nothing is ever evaluated."""
+    hint = "write a name, or a name with options as in 'pool(size=5)'"
+    if len(spec) > 500:
+        raise ValueError(f"cannot read {spec[:40]!r}..., which has {len(spec)} characters; {hint}")
+    try:
+        node = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(f"cannot read {spec!r}; {hint}") from None
+    if isinstance(node, ast.Name):
+        return node.id, ()
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError(f"cannot read {spec!r}; {hint}")
+    options = []
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in dict(options):
+            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
+        try:
+            options.append((keyword.arg, ast.literal_eval(keyword.value)))
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
+    return node.func.id, tuple(options)
+
+
+@lru_cache(maxsize=1024)
+def options_of(row: type) -> dict[str, Any]:
+    """The options of a row and their defaults: its constructor's keyword-only parameters."""
+    parameters = inspect.signature(row).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
+    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong."""
+    name, given = parse(spec)
+    if name not in table:
+        raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")
+    allowed = options_of(table[name])
+    for option, value in given:
+        if option not in allowed:
+            raise ValueError(f"'{name}' has no option '{option}'; it has: {', '.join(allowed) or 'none'}")
+        default = allowed[option]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and (
+            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            least = 1 if isinstance(default, int) and default > 0 else 0
+            if not least <= value < math.inf:
+                raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
+    return allowed | dict(given)
+
+
+def make(table: Mapping[str, type], spec: str, *arguments: Any) -> Any:
+    """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, axes)."""
+    options = check(table, spec)
+    return table[parse(spec)[0]](*arguments, **options)

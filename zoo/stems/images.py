@@ -1,0 +1,162 @@
+"""Stems: raw input to tokens, with the grid and the mask that follow; and what leads from one grid to a coarser one."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.fusion import fold_site, keep
+from zoo.layer import ANYWHERE, Context, Fold, Place
+from zoo.norms import NORMS, Norm
+from zoo.spec import make
+from zoo.tensors import compiling, to_map, to_tokens, zeroed
+
+
+def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
+    """The pictures [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"the model takes pictures [B, {channels}, H, W], not {list(images.shape)}")
+    if mask is None:
+        return images
+    if mask.shape != images[:, 0].shape or mask.dtype != torch.bool:
+        raise ValueError(f"the mask is boolean [B, H, W] as the pictures are, not {mask.dtype} {list(mask.shape)}")
+    return images.masked_fill(~mask[:, None], 0.0)
+
+
+def coarsened(mask: Tensor | None, stride: int) -> Tensor | None:
+    """The mask [B, H, W] after a stride: a token is real where any of its stride x stride places is. [B, N]."""
+    if mask is None:
+        return None
+    missing = [-size % stride for size in mask.shape[1:]]
+    real = F.max_pool2d(F.pad(mask[:, None].float(), (0, missing[1], 0, missing[0])), stride)
+    return real.flatten(1) > 0
+
+
+def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
+    """The convolution of maps [B, C, H, W], padded with zeros at the right and the bottom until the stride divides."""
+    stride = conv.stride[0]
+    missing = (0, -maps.shape[3] % stride, 0, -maps.shape[2] % stride)
+    if compiling() or any(missing):  # a traced program takes any size
+        maps = F.pad(maps, missing)
+    return conv(maps)
+
+
+class Patches(nn.Module):
+    """Cuts pictures [B, channels, H, W] into patches and maps each to a token (Dosovitskiy et al. 2021,
+    arXiv:2010.11929).
+
+    Sides that the patch does not divide are padded with zeros at the right and the bottom. A mask [B, H, W] marks real
+    pixels: others are zeroed, and a patch is real where any of its pixels is.
+    """
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.channels, self.patch = channels, patch
+        self.conv = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
+        maps = convolve(self.conv, checked(images, mask, self.channels))
+        # Under autocast the stream of tokens stays in the precision of the weights.
+        tokens = to_tokens(maps).to(self.conv.weight.dtype)
+        return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
+
+
+class Reduction(nn.Module):
+    """Norm, strided convolution, norm: tokens of a grid to those of one whose sides are divided by `stride` and rounded
+    up. before and after say which of the two norms is there, bias whether the convolution has one."""
+
+    def __init__(
+        self,
+        inputs: int,
+        dim: int,
+        norm: str,
+        place: Place = ANYWHERE,
+        stride: int = 2,
+        *,
+        kernel: int = 2,
+        padding: int = 0,
+        before: bool = True,
+        after: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if not kernel - stride <= 2 * padding < kernel:
+            raise ValueError(
+                f"a kernel of {kernel} and a padding of {padding} do not divide sides by a stride of {stride}"
+            )
+        self.stride = stride
+        self.before: Norm | None = make(NORMS, norm, inputs, place) if before else None
+        self.conv = nn.Conv2d(inputs, dim, kernel, stride=stride, padding=padding, bias=bias)
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        self.after: Norm | None = make(NORMS, norm, dim, place) if after else None
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        x = x if self.before is None else self.before(x, context)
+        maps = convolve(self.conv, to_map(zeroed(x, context.mask), context.grid))
+        mask = None if context.mask is None else coarsened(context.mask.unflatten(1, context.grid), self.stride)
+        context = Context(grid=(maps.shape[2], maps.shape[3]), mask=mask)
+        # Under autocast the stream of tokens stays in the precision of the weights.
+        x = to_tokens(maps).to(self.conv.weight.dtype)
+        return x if self.after is None else self.after(x, context), context
+
+    def fold(self) -> list[Fold]:
+        front = (
+            []
+            if self.before is None
+            else [keep(self, "before", "a convolution that pads with zeros, if only odd sides, reads it")]
+        )
+        return front + fold_site(self, "after", self.conv)
+
+
+class ConvStem(nn.Module):
+    """One convolution of stride 4 and a norm, which after=False leaves away: pictures to tokens and their Context.
+
+    A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is.
+    """
+
+    stride = 4
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int,
+        norm: str,
+        place: Place = ANYWHERE,
+        *,
+        kernel: int = 4,
+        padding: int = 0,
+        after: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.reduction = Reduction(
+            channels, dim, norm, place, self.stride, kernel=kernel, padding=padding, before=False, after=after
+        )
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
+        return self.reduction(*_pixels(images, mask, self.channels))
+
+
+class DoubleStem(nn.Module):
+    """Convolution of stride 2, norm, GELU, convolution of stride 2, norm (InternImage, Wang et al. 2023,
+    arXiv:2211.05778): pictures to tokens and their Context, masks as in ConvStem."""
+
+    stride = 4
+
+    def __init__(self, channels: int, dim: int, norm: str, place: Place = ANYWHERE) -> None:
+        super().__init__()
+        self.channels = channels
+        self.first = Reduction(channels, dim // 2, norm, place, kernel=3, padding=1, before=False, after=True)
+        self.second = Reduction(dim // 2, dim, norm, place, kernel=3, padding=1, before=False, after=True)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
+        x, context = self.first(*_pixels(images, mask, self.channels))
+        return self.second(F.gelu(x), context)
+
+
+def _pixels(images: Tensor, mask: Tensor | None, channels: int) -> tuple[Tensor, Context]:
+    images = checked(images, mask, channels)
+    grid = (images.shape[2], images.shape[3])
+    return to_tokens(images), Context(grid=grid, mask=None if mask is None else mask.flatten(1))

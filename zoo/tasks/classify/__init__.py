@@ -1,0 +1,1 @@
+"""Classifying images: training and prediction."""

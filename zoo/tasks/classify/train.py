@@ -1,0 +1,147 @@
+"""Image classification: DeiT's recipe by timm's pieces (Touvron et al. 2021, arXiv:2012.12877)."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from timm.data.mixup import Mixup
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from zoo.data.images import Batch
+from zoo.tasks.task import Task
+
+UNREADABLE = "skipped {}: it is not a readable picture"
+
+
+class Classify(Task):
+    """A classifier in training.
+
+    Args:
+        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        smoothing: label smoothing.
+        options: those of every task.
+    """
+
+    command = "classify"
+    score = ("val/accuracy", "max")
+    faulty = ("unreadable pictures",)
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        smoothing: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, **options)
+        self.classes = self.config.labelled
+        if min(mixup, cutmix) < 0 or not 0.0 <= smoothing < 1.0:
+            raise ValueError(
+                f"mixup and cutmix are at least 0 and smoothing in 0..1, not {mixup}, {cutmix}, {smoothing}"
+            )
+        if self.classes < 2:
+            raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {self.classes}")
+        self.smoothing = smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=self.classes)
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(self.classes, average="micro"),
+            "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
+        }
+        self.metrics = MetricCollection(metrics)
+        self.mean_loss = MeanMetric()
+        self.number = SumMetric()
+
+    def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        names = data.classes
+        if len(names) != self.classes:
+            raise ValueError(
+                f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
+            )
+        if (given := data.preprocess.channels) != (taken := self.model.config.channels):  # pyright: ignore
+            raise ValueError(f"the data has {given} channels and the model {taken}; set model.backbone.channels")
+        if stage == "fit" and self.mix is not None and data.batch < 2:
+            raise ValueError("mixup and cutmix mix pairs of pictures; raise data.batch, or set both to 0")
+        if self.start is None:
+            return
+        labels, kept = self.start.labels, self.start.preprocess
+        if isinstance(labels, tuple) and list(labels) != names:
+            apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
+            where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"{len(labels)} classes there"
+            if stage != "fit":
+                raise ValueError(f"the classes of the checkpoint are not those of the data: {where}")
+            rank_zero_info(f"the checkpoint was trained on other classes ({where}); its head starts from them")
+        if kept is not None and kept != data.preprocess:
+            rank_zero_warn(f"the checkpoint was trained with {kept}, the data comes with {data.preprocess}")
+
+    def inputs_of(self, batch: Batch) -> tuple[Tensor]:
+        return (batch.images,)
+
+    @property
+    def labels(self) -> list[str]:
+        return self.trainer.datamodule.classes  # pyright: ignore[reportAttributeAccessIssue]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
+        images, labels = batch.images, batch.labels
+        if self.mix is not None and len(images) % 2:
+            images, labels = images[:-1], labels[:-1]  # mixing takes pairs
+        if len(images) == 0:
+            return self.no_loss()
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+            loss = F.cross_entropy(self.model(images), labels)
+        else:
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing)
+        self.log("train/loss", self.checked(loss), prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.report("training")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
+        if len(batch.images) == 0:
+            return
+        logits = self.measured(batch.images)
+        self.metrics.update(logits, batch.labels)
+        self.mean_loss.update(F.cross_entropy(logits, batch.labels), len(logits))
+        self.number.update(len(logits))
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("validation")
+        number = int(self.number.compute())
+        if number == 0 and self.trainer.sanity_checking:
+            return
+        if number == 0:
+            raise ValueError("no picture of the validation set could be read")
+        values = self.metrics.compute()
+        part = "test" if self.trainer.testing else "val"
+        self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log(f"{part}/loss", self.mean_loss.compute())
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            correct = round(float(values["accuracy"]) * number)
+            low, high = interval(correct, number)
+            rank_zero_info(f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})")
+        for metric in (self.metrics, self.mean_loss, self.number):
+            metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def interval(correct: int, number: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(correct, number).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)

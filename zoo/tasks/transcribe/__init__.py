@@ -1,0 +1,1 @@
+"""Recognising speech: training, prediction from files and from a stream."""

@@ -1,0 +1,59 @@
+"""Functions of tensors that every part uses: masks, tokens and maps, filters along the grid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mask_of(lengths: Tensor, size: int) -> Tensor:
+    """[B, size], True on the first of lengths [B]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A linear map with truncated-normal weights (standard deviation 0.02) and zero bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, N, ...] with zeros where the mask [B, N] is False."""
+    return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
+
+
+def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Tokens [B, product(grid), C] as a map [B, C, *grid], channels last in memory."""
+    # In this order a batch of one, too, has the strides by which convolutions recognise channels last.
+    return x.unflatten(1, grid).movedim(-1, 1)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """A map [B, C, *grid] as tokens [B, product(grid), C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def filtered(
+    tokens: Tensor, grid: tuple[int, ...], weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1
+) -> Tensor:
+    """A depthwise convolution along the grid of tokens [B, product(grid), C], zeros outside: [B, N', C]. weight is that
+    of a Conv1d or a Conv2d."""
+    if len(grid) == 2:
+        return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
+    if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
+        return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
+    # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
+    maps, kernel = tokens.transpose(1, 2)[:, :, None], weight[:, :, None]
+    return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
+
+
+def exporting() -> bool:
+    """Whether the call is being traced by the exporter, whose program takes other sizes than it saw."""
+    return torch.compiler.is_exporting()
+
+
+def compiling() -> bool:
+    """Whether the call is being traced by the compiler or the exporter."""
+    return torch.compiler.is_compiling()

@@ -1,0 +1,92 @@
+"""config.json: its fields, its format, and how older formats are read."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import zoo
+from zoo.config import Config
+from zoo.inputs import INPUTS, Preprocess
+from zoo.models import FAMILIES
+from zoo.outputs import LABELS
+from zoo.text import one_line, reason
+from zoo.weights.names import CheckpointError
+
+FORMAT = 3
+FIELDS = {"format": int, "zoo": str, "family": str, "preset": str | None, "model": dict, "preprocess": dict | None}
+FIELDS |= {"labels": list | dict | None, "fused": bool, "source": str}
+
+
+def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 had the names of classes and the tokenizer in two fields. Families migrate their own fields."""
+    tokenizer = written.pop("tokenizer", None)
+    if tokenizer is not None and written.get("labels") is not None:
+        raise CheckpointError("there are both labels and a tokenizer")
+    family = FAMILIES.get(str(written.get("family")))
+    model = written.get("model")
+    if family is not None and isinstance(model, dict):
+        written["model"] = family.migrated(model)
+    return written | {"format": 3, "labels": written.get("labels") if tokenizer is None else tokenizer}
+
+
+# From a format to the next: takes a whole config.json of that format, returns it in the format one higher.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda written: written | {"format": 2, "tokenizer": None},
+    2: _one_field_of_labels,
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json in the newest format; CheckpointError where it is none, or of a newer zoo."""
+    try:
+        written = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
+    if not isinstance(written, dict) or type(written.get("format")) is not int:
+        raise CheckpointError(f"{path} is no config of a checkpoint: it has no whole number as format")
+    writer = f"zoo {written.get('zoo')}"
+    if written["format"] > FORMAT:
+        news = f"format {written['format']} of {writer}; zoo {zoo.__version__} reads up to {FORMAT}: upgrade zoo"
+        raise CheckpointError(f"{path} has {one_line(news)}")
+    while written["format"] < FORMAT:
+        if written["format"] not in MIGRATIONS:
+            raise CheckpointError(f"{path} has format {written['format']}, which zoo {zoo.__version__} does not know")
+        try:
+            written = MIGRATIONS[written["format"]](written)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    if odd := sorted(FIELDS.keys() ^ written.keys()):
+        verb = "lacks" if odd[0] in FIELDS else "has an unknown"
+        raise CheckpointError(f"{path} {verb} field {odd[0]!r}")
+    if wrong := [key for key, kind in FIELDS.items() if not isinstance(written[key], kind)]:
+        raise CheckpointError(f"{path}: {wrong[0]} has a value of the wrong kind, {type(written[wrong[0]]).__name__}")
+    if written["family"] not in FAMILIES:
+        raise CheckpointError(f"{path}: there is no family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
+    known = {field.name for field in fields(FAMILIES[written["family"]])}
+    if unknown := [field for field in written["model"] if field not in known]:
+        age = f"{one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
+        raise CheckpointError(f"{path}: {age}")
+    return written
+
+
+def check_fit(config: Config, preprocess: Preprocess | None, labels: Any) -> None:
+    """ValueError where the preprocessing or the labels are not those of such a model."""
+    if preprocess is not None:
+        kind = None if config.input is None else INPUTS[config.input]
+        if kind is None or not isinstance(preprocess, kind):
+            wanted = "no preprocess" if kind is None else kind.__name__
+            raise ValueError(f"this model takes {wanted}, not {type(preprocess).__name__}")
+        for name in preprocess.shared:
+            if (given := getattr(preprocess, name)) != (taken := getattr(config, name)):
+                raise ValueError(f"preprocess makes {given} {name}, but the model takes {taken}")
+    if labels is None:
+        return
+    if config.labels is None:
+        raise ValueError("this model has no outputs that take labels")
+    kind = LABELS[config.labels]
+    if not kind.fits(labels):
+        raise ValueError(f"labels must be {kind.what}, not {type(labels).__name__}")
+    if (given := kind.number(labels)) != config.labelled:
+        raise ValueError(kind.misfit.format(given=given, wanted=config.labelled))

@@ -1,0 +1,118 @@
+"""From a checkpoint's folder to a model. Only JSON and safetensors are read; no code from a file is ever run."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import Config
+from zoo.fusion import fuse
+from zoo.inputs import INPUTS, Preprocess
+from zoo.layer import advance
+from zoo.models import FAMILIES
+from zoo.models.base import Model
+from zoo.outputs import LABELS
+from zoo.outputs.tokens import Tokenizer
+from zoo.text import reason
+from zoo.weights.format import check_fit, read_config
+from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
+from zoo.weights.probe import check_probe
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Checkpoint(NamedTuple):
+    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it."""
+
+    model: Model
+    preprocess: Preprocess | None
+    labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name a class, or the tokens
+    config: dict[str, Any]  # config.json, in the newest format
+
+
+def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
+    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`."""
+    return load_checkpoint(name, check=check).model
+
+
+def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Checkpoint:
+    """Reads a checkpoint: the model in eval mode and float32 on the CPU, its preprocessing, labels and config.json.
+
+    Args:
+        name: a folder; or the name of a folder under ./checkpoints; or a Hub name "owner/name" or
+            "owner/name@revision".
+        check: run the probe, and raise where the output is off by more than 1e-4 of its largest number.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; a file of it is missing, truncated, a pickle, or does not fit the
+            others; it was written by a newer zoo; or its probe fails.
+    """
+    folder = locate(name)
+    path = file_of(folder, "config.json")
+    written = read_config(path)
+    tensors = read_tensors(file_of(folder, "model.safetensors"))
+    preprocess = labels = None
+    try:
+        config = FAMILIES[written["family"]](**written["model"])
+        if written["labels"] is not None:
+            if config.labels is None:
+                raise ValueError("this model has no outputs that take labels")
+            labels = LABELS[config.labels].read(written["labels"])
+        if written["preprocess"] is not None:
+            if config.input is None:
+                raise ValueError("this model takes no preprocess")
+            preprocess = INPUTS[config.input].from_dict(written["preprocess"])
+        check_fit(config, preprocess, labels)
+        model = _build(config, written["fused"], tensors, folder / "model.safetensors")
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config from elsewhere may break a constructor in any way
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+    if check:
+        check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
+    return Checkpoint(model, preprocess, labels, written)
+
+
+def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> Model:
+    """The model with the given weights. The caller's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        if not fused:
+            with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
+                model = config.build()
+            kinds = _match(model, tensors, path)
+            if {name for name, _ in model.named_buffers()} <= kinds.keys():
+                own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
+                model.load_state_dict(own, assign=True)
+                return _checked(model)
+        with torch.device("cpu"):  # buffers outside the state dict have to be made
+            model = config.build()
+            if fused:
+                advance(model, 1.0)
+                model = fuse(model)
+        _match(model, tensors, path)
+        model.load_state_dict(tensors)
+        return _checked(model)
+
+
+def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, torch.dtype]:
+    """The kinds of the model's tensors by name; CheckpointError where those of the file have others."""
+    wanted = model.state_dict()
+    wrong = [f"{name!r} is missing" for name in wanted.keys() - tensors.keys()]
+    wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        got, want = tensors[name], wanted[name]
+        if got.shape != want.shape:
+            wrong.append(f"{name!r} is {list(got.shape)}, not {list(want.shape)}")
+        elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
+            wrong.append(f"{name!r} is {got.dtype}, not {want.dtype}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(sorted(wrong)[:3])}{more}")
+    return {name: tensor.dtype for name, tensor in wanted.items()}
+
+
+def _checked(model: nn.Module) -> Model:
+    assert isinstance(model, Model)
+    return model.eval()

@@ -1,0 +1,69 @@
+"""Where a checkpoint is: in a folder, under ./checkpoints, or on the Hub; and its files."""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from zoo.text import reason
+
+FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; one line that names the file and says why."""
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint; CheckpointError where there is none."""
+    for folder in (Path(name), Path("checkpoints", name)):
+        if folder.is_dir():
+            return folder
+        if (previous := previous_of(folder.resolve())).is_dir():  # a save was killed between its two renames
+            return previous
+    if str(name).lower().endswith(".nemo"):
+        raise CheckpointError(
+            f"{name} is NeMo's; zoo.convert.from_nemo reads such files, and zoo.save_model keeps them"
+        )
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
+    repository, _, revision = str(name).partition("@")
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        from zoo.weights.hub import download
+
+        return download(repository, revision or None)
+    where = "neither a folder, nor one under checkpoints, nor OWNER/NAME on the Hub"
+    raise CheckpointError(f"there is no checkpoint {str(name)!r}: it is {where}")
+
+
+def previous_of(target: Path) -> Path:
+    """Where a checkpoint stands for the moment in which its successor takes its place."""
+    return target.parent / f".{target.name}.previous"
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """A file of a checkpoint; CheckpointError where it is missing."""
+    path = folder / name
+    if path.is_file():
+        return path
+    if pickles := sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES):
+        raise CheckpointError(f"{folder} holds {pickles[0]} and no {name}; only safetensors are read, never a pickle")
+    raise CheckpointError(f"{folder} has no {name}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError where it is none, or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        kind = "is no whole safetensors file"
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(2).startswith((b"\x80", b"PK")):
+                kind = "seems to be a pickle, which is never read"
+        raise CheckpointError(f"{path} {kind}: {reason(error)}") from error

@@ -1,0 +1,79 @@
+"""The probe of a checkpoint: an input and what the model made of it, which shows whether it still computes the same."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import Config
+from zoo.inputs import Preprocess
+from zoo.text import reason
+from zoo.weights.names import CheckpointError, read_tensors
+
+TOLERANCE = 1e-4  # how far an output may be off, as a share of its largest number
+RAW = "raw"  # the name of an input that the preprocessing prepares for the model's first argument
+
+
+def inputs_for(config: Config, preprocess: Preprocess | None) -> dict[str, Tensor]:
+    """Random inputs by name: the model's arguments, the first of them raw where there is a preprocessing."""
+    generator = torch.Generator().manual_seed(0)
+    if preprocess is None:
+        return config.probe_inputs(generator)
+    raw = preprocess.sample(generator)
+    rest = {name: each for name, each in config.probe_inputs(generator).items() if name != config.argument}
+    return {RAW: raw} | rest
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model makes of such inputs, by name."""
+    config: Config = model.config  # pyright: ignore[reportAssignmentType]
+    given = dict(inputs)
+    with torch.autocast("cpu", enabled=False):
+        if RAW in given:
+            if preprocess is None:
+                raise ValueError("its input is raw, and there is no preprocess")
+            given = {config.argument: preprocess(given.pop(RAW))[None]} | given
+        return config.probe_outputs(model, given)
+
+
+def pack(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of probe.safetensors."""
+    parts = (("input", inputs), ("output", outputs))
+    return {f"{side}.{name}": each.contiguous() for side, part in parts for name, each in part.items()}
+
+
+def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> None:
+    """CheckpointError where the model does not give what the probe holds."""
+    config: Config = model.config  # pyright: ignore[reportAssignmentType]
+    inputs, wanted = _unpack(path, config, preprocess)
+    try:
+        got = outputs_of(model, preprocess, inputs)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: the model cannot take the probe's input: {reason(error)}") from error
+    if got.keys() != wanted.keys():
+        raise CheckpointError(f"{path}: the model gives {', '.join(got)}, and the probe holds {', '.join(wanted)}")
+    for name, output in wanted.items():
+        if got[name].shape != output.shape:
+            raise CheckpointError(f"{path}: {name} is {list(got[name].shape)}, not {list(output.shape)}")
+        largest = output.abs().max()
+        error = (got[name] - output).abs().max()
+        if not error <= TOLERANCE * largest:  # also where one of them is NaN
+            share = f"{(error / largest).item():.3g} of its largest number, and {TOLERANCE:g} is allowed"
+            raise CheckpointError(f"{path}: {name} is off by {share}; weights, preprocessing or code have changed")
+
+
+def _unpack(path: Path, config: Config, preprocess: Preprocess | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    found = read_tensors(path)
+    if found.keys() == {"input", "output"}:  # until format 2
+        return {config.argument if preprocess is None else RAW: found["input"]}, {"output": found["output"]}
+    sides: dict[str, dict[str, Tensor]] = {"input": {}, "output": {}}
+    for key, tensor in found.items():
+        side, _, name = key.partition(".")
+        if side not in sides or not name:
+            raise CheckpointError(f"{path} is no probe: it holds {key!r}, not only input.NAME and output.NAME")
+        sides[side][name] = tensor
+    if not all(sides.values()):
+        raise CheckpointError(f"{path} is no probe: it has to hold inputs and outputs")
+    return sides["input"], sides["output"]

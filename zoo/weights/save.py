@@ -1,0 +1,169 @@
+"""From a model to a checkpoint's folder: written aside, loaded and probed, and only then put into its place."""
+
+import contextlib
+import copy
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import zoo
+from zoo.inputs import Preprocess
+from zoo.models import PRESETS, family_of
+from zoo.models.base import Model, count_parameters
+from zoo.outputs import LABELS
+from zoo.outputs.tokens import Tokenizer
+from zoo.text import reason
+from zoo.weights.card import model_card
+from zoo.weights.format import FORMAT, check_fit
+from zoo.weights.load import load_checkpoint
+from zoo.weights.names import FILES, CheckpointError, previous_of
+from zoo.weights.probe import inputs_for, outputs_of, pack
+
+LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    preset: str | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | Tokenizer | None = None,
+    source: str = "",
+    card: str | None = None,
+    license: str = "unknown",
+    metrics: Mapping[str, str | float] | None = None,
+) -> Path:
+    """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
+
+    The folder is written aside, loaded again and probed, and only then renamed into place; a checkpoint that stood
+    there is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
+
+    Args:
+        model: a model of the zoo, fused or not, unwrapped, in float32, float16 or bfloat16.
+        folder: where to write; a checkpoint that is there already is replaced.
+        preset: the preset that the model was made from.
+        preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one.
+        labels: what the outputs mean: one name a class, or the tokenizer of a speech model.
+        source: where the weights come from: a command, an address.
+        card: what the model is, in Markdown; a plain sentence where None.
+        license: of the weights, by its name on the Hub.
+        metrics: figures for the card, by name.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ValueError: an argument does not fit the model, the model's config does not describe it, its output is not
+            finite, or the folder holds something else than a checkpoint.
+        OSError: the folder could not be written; one line that says so and what became of the previous one.
+    """
+    target, family = Path(folder).resolve(), family_of(model)
+    if family is None or not isinstance(model, Model):
+        raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
+    config = model.config
+    check_fit(config, preprocess, labels)
+    written = {
+        "format": FORMAT,
+        "zoo": zoo.__version__,
+        "family": family,
+        "preset": preset,
+        "model": asdict(config),
+        "preprocess": None if preprocess is None else preprocess.to_dict(),
+        "labels": None if labels is None or config.labels is None else LABELS[config.labels].write(labels),
+        "fused": model.fusion is not None,
+        "source": source,
+    }
+    figures = {"parameters": f"{count_parameters(model):,}"} | dict(metrics or {})
+    texts = {
+        "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "README.md": model_card(config, written, preprocess, target.name, card, license, figures),
+    }
+    twin = copy.deepcopy(model).cpu().eval()
+    tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
+    inputs = inputs_for(config, preprocess)
+    outputs = outputs_of(twin.float(), preprocess, inputs)
+    if not all(bool(output.isfinite().all()) for output in outputs.values()):
+        raise ValueError(f"the model's output is not finite, so it is not saved to {target}")
+    _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": pack(inputs, outputs)})
+    return target
+
+
+def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Writes all files aside, loads and probes what was written, and puts it in the place of target."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
+    stands = target.exists() or previous_of(target).exists()
+    fate = "the previous one is untouched" if stands else "nothing was left behind"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target)
+        aside.mkdir()
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for name, content in tensors.items():
+            save_file(content, aside / name, metadata={"format": "pt"})
+            shutil.copymode(aside / "config.json", aside / name)  # safetensors lets only the owner read
+        for name in FILES:
+            with open(aside / name, "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_folder(aside)
+        load_checkpoint(aside, check=True)
+        _swap(aside, target)
+    except CheckpointError as error:
+        why = str(error).replace(str(aside), str(target))
+        raise ValueError(f"this model cannot be saved, its config does not describe it: {why}; {fate}") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write the checkpoint {target}: {reason(error)}; {fate}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(target: Path) -> None:
+    """Refuses to replace what is no checkpoint, and removes what saves that were killed long ago left behind."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, so no checkpoint can be written there")
+    found = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    if not found <= set(FILES) or found == {"README.md"}:
+        other = min(found - set(FILES), default="README.md")
+        raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.") and entry.suffix == ".new":
+            with contextlib.suppress(OSError):  # another save may be faster
+                if time.time() - entry.stat().st_mtime > LEFTOVER:
+                    shutil.rmtree(entry)
+
+
+def _swap(aside: Path, target: Path) -> None:
+    previous = previous_of(target)
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(target, previous)
+    try:
+        os.replace(aside, target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            os.replace(previous, target)
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can open or sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
