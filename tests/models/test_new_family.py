@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import randomise
 from torch import Tensor, nn
 
 import zoo
+from helpers import randomise
 from zoo.__main__ import main
 from zoo.block import Block
 from zoo.config import Choice, FlatConfig

@@ -651,7 +651,7 @@ def test_what_does_not_fit_a_speech_model_is_refused(tmp_path: Path):
         with pytest.raises(ValueError) as error:
             save_model(made(), tmp_path / "kept", **options)
         assert words in str(error.value) and not (tmp_path / "kept").exists()
-    with pytest.raises(ValueError, match="labels must be a tokenizer, not list"):
+    with pytest.raises(ValueError, match="labels must be a list of names, one for each class, not Characters"):
         save_model(zoo.create_model("vit_micro", classes=10), tmp_path / "kept", labels=LETTERS)
 
 
