@@ -1,9 +1,117 @@
+"""One thread, one seed a test; rows whose file has changed are tested whole; no file may grow slow unseen."""
+
+import datetime
+import os
+import resource
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 
+ROOT = Path(__file__).parent.parent
+BUDGET = 45.0  # seconds of CPU time that the quick tests of one file may take where `speed` measures UNIT
+UNIT = 0.045
+_used: Counter[str] = Counter()
+_quick: Counter[str] = Counter()
+_start = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers inherit the seed; it changes every day, so that in time every row is a representative.
+    os.environ.setdefault("ZOO_TEST_SEED", str(datetime.date.today().toordinal()))
+
+
+def pytest_report_header() -> str:
+    return f"representatives are drawn by ZOO_TEST_SEED={os.environ['ZOO_TEST_SEED']}"
+
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed() -> None:
     torch.manual_seed(0)
+
+
+def changed_files() -> set[Path]:
+    """The files that git knows to differ from the last commit, or does not know."""
+    try:
+        lines = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=all"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.splitlines()
+    except OSError:
+        return set()
+    return {ROOT / line[3:].rpartition(" -> ")[2] for line in lines}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of rows whose file has changed lose the marker that leaves them to `scripts/test --all`."""
+    from helpers import SOURCES
+
+    changed = changed_files()
+    for item in items:
+        name = getattr(getattr(item, "callspec", None), "params", {}).get("name")
+        if changed and isinstance(name, str) and SOURCES.get(name) in changed:
+            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "all"]
+
+
+def cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_start] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if call.when == "teardown" and _start in item.stash:
+        quick = not (item.get_closest_marker("slow") or item.get_closest_marker("all"))
+        report.user_properties.append(("cpu", (cpu_seconds() - item.stash[_start], quick)))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    seconds, quick = dict(report.user_properties).get("cpu", (0.0, False))
+    if report.when == "teardown":
+        _used[report.nodeid.partition("::")[0]] += seconds
+        _quick[report.nodeid.partition("::")[0]] += seconds if quick else 0.0
+
+
+def speed() -> float:
+    """How many times as long as on the machine that BUDGET was chosen on a fixed piece of work takes here."""
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        x = torch.ones(64, 64)
+        for step in range(6000):
+            x = x + step % 3 if step % 2 else x * 0.5
+        times.append(time.process_time() - start)
+    return max(1.0, min(times) / UNIT)
+
+
+def over_budget(used: Counter[str], slowdown: float) -> list[str]:
+    return [f"{file}: {used[file]:.0f} s" for file in used if used[file] > BUDGET * slowdown]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _quick and max(_quick.values()) > BUDGET and over_budget(_quick, speed()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _used:
+        return
+    slowest = ", ".join(f"{Path(file).stem} {seconds:.0f}" for file, seconds in _used.most_common(6))
+    terminalreporter.write_line(f"CPU seconds: {sum(_used.values()):.0f}; the files that took most: {slowest}")
+    if os.environ.get("ZOO_TEST_TIMES"):
+        for file, seconds in _used.most_common():
+            terminalreporter.write_line(f"{seconds:8.1f} s  {file}")
+    for line in over_budget(_quick, speed()) if max(_quick.values(), default=0.0) > BUDGET else []:
+        terminalreporter.write_line(f"over the {BUDGET:.0f} s that one file's quick tests may take: {line}", red=True)

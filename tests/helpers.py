@@ -1,10 +1,14 @@
 """What several tests share: every row of every table as a layer, contexts to run it in, and weights worth comparing."""
 
 import functools
+import inspect
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -117,8 +121,25 @@ def _dimensions(name: str) -> tuple[int, ...]:
     return MIXERS[parse(spec)[0]].dimensions if kind == "mixer" else (1, 2)
 
 
-# Each row on each kind of grid that it works on.
-PLACES = [(name, axes) for name in ROWS for axes in _dimensions(name)]
+# Each row on each kind of grid that it works on; what works on images too is tested along time by `--all`.
+PLACES = [
+    pytest.param(name, axes, marks=[pytest.mark.all] if axes < max(_dimensions(name)) else [])
+    for name in ROWS
+    for axes in _dimensions(name)
+]
+
+
+def _source(name: str) -> Path:
+    kind, _, spec = name.partition("-")
+    tables = {"mixer": MIXERS, "conv": CONVS, "cross": CROSSES, "norm": NORMS, "channel": CHANNELS, "ffn": FFNS}
+    table = (tables | {"position": POSITIONS})[kind]
+    match = re.match(r"\w+", spec)
+    assert match is not None
+    return Path(inspect.getfile(table[match[0]]))
+
+
+SOURCES = {name: _source(name) for name in ROWS}
+"""The file that a row is written in."""
 
 
 def reads_prefix(layer: Layer) -> bool:

@@ -274,8 +274,8 @@ class ModelConfig(Config):
                 raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
         if "cross" in self.words and "memory" not in self.provides:
             raise ValueError("layout: this model has no memory for 'cross' to read")
-        if self.modulation != "none" and "cond" not in self.provides:
-            raise ValueError(f"modulation '{readable(self.modulation)}': this model has no condition to modulate with")
+        if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:
+            raise ValueError(f"modulation '{self.described('modulation')}': this model has no condition to read")
         for entry in self.layout:
             if "+" in entry and not {"half", "norm"}.isdisjoint(entry.split("+")):
                 raise ValueError(f"layout: half and norm stand alone, not as in '{entry}'")
@@ -283,7 +283,8 @@ class ModelConfig(Config):
         for name, words in USES.items():
             value = getattr(self, name)
             if {*words}.isdisjoint(self.words) and value != usual[name]:
-                raise ValueError(f"{name} '{readable(value)}' would be ignored: the layout has no {' or '.join(words)}")
+                missing = " or ".join(words)
+                raise ValueError(f"{name} '{self.described(name)}' would be ignored: the layout has no {missing}")
 
     def _check_turns(self) -> None:
         for name in (*CHOICES, "position"):

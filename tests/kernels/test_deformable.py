@@ -408,7 +408,7 @@ def test_compiles_to_one_graph_of_the_operator(form, grid, request):
     same_when_compiled(form, compiled, [each.requires_grad_() for each in inputs(grid, batch=3)])
 
 
-@pytest.mark.compiled
+@pytest.mark.all
 @pytest.mark.parametrize("form", PUBLIC, indirect=True)
 @pytest.mark.parametrize("grid", [(9,), (5, 7)])
 def test_inductor_gives_the_same(form, grid):

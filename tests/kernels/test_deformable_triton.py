@@ -204,7 +204,7 @@ def usage(binary, folder):
 @pytest.mark.parametrize(
     "name,grid,channels,kind",
     [
-        pytest.param(name, grid, channels, kind, marks=() if channels == chosen else pytest.mark.compiled)
+        pytest.param(name, grid, channels, kind, marks=() if channels == chosen else pytest.mark.all)
         for name in ("_forward", "_backward")
         for grid, kind, chosen in [
             ((56, 56), torch.bfloat16, 16),

@@ -31,7 +31,7 @@ def test_export_takes_clips_of_any_length(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "squeezeformer_xs" else pytest.param(name, marks=pytest.mark.compiled) for name in LAYOUTS]
+    "name", [name if name == "squeezeformer_xs" else pytest.param(name, marks=pytest.mark.all) for name in LAYOUTS]
 )
 def test_onnxruntime_gives_the_same_at_any_length(name):
     model, program = exported(name)
@@ -51,7 +51,7 @@ def test_onnxruntime_gives_the_same_at_any_length(name):
         assert (got[mask] - wanted[mask]).abs().max() < 1e-4
 
 
-@pytest.mark.compiled
+@pytest.mark.all
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("training", [False, True])
 def test_encoders_compile_whole(name, training):

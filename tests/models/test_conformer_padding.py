@@ -1,12 +1,11 @@
 """Speech encoders: padding, and what else shares a batch, changes nothing, in inference and in training."""
 
-import itertools
-
 import pytest
 import torch
 
 import zoo
 from helpers import randomise, relative
+from signatures import pairwise, representatives
 from speech_cases import ALONG_TIME, LAYOUTS, NAMES, PADDINGS, TINY, in_company, tiny, trained
 from zoo.models import PRESETS, configure
 
@@ -23,36 +22,14 @@ CHOICES = {
         *({"mixer": mixer} for mixer in (*ALONG_TIME, "relative(window=4)", "local(window=8, tokens=1)")),
         *({"mixer": mixer, "position": "rope"} for mixer in ("softmax", "sla", "local(window=5)")),
     ],
-    "norm": list(zoo.NORMS),
-    "conv_norm": list(zoo.NORMS),
+    "norm": representatives(zoo.NORMS),
+    "conv_norm": representatives(zoo.NORMS),
     "progress": [0.0, 0.4, 1.0],  # prepbn blends LayerNorm in at 1, 0.5 and 0
     "kind": ["conv4", "depthwise4", "depthwise8"],
     "padding": PADDINGS,
-    "stem_channel": list(zoo.CHANNELS),
+    "stem_channel": representatives(zoo.CHANNELS),
     "channel": ["none", "se", "ela"],
 }
-
-
-def pairwise(choices: dict[str, list]) -> list[dict]:
-    """Rows in which each choice of each kind meets each choice of every other kind."""
-    order = {kind: range(len(values)) for kind, values in choices.items()}
-    left = {
-        frozenset({(one, i), (other, j)})
-        for one, other in itertools.combinations(order, 2)
-        for i, j in itertools.product(order[one], order[other])
-    }
-    rows = []
-    for pair in sorted(left, key=sorted):
-        if pair not in left:
-            continue
-        row = dict(pair)
-        for number, kind in enumerate(order):
-            if kind not in row:
-                new = {i: sum(frozenset({(kind, i), met}) in left for met in row.items()) for i in order[kind]}
-                row[kind] = max(order[kind], key=lambda i: (new[i], (i + len(rows) + number) % len(new)))  # noqa: B023
-        left -= {frozenset(each) for each in itertools.combinations(row.items(), 2)}
-        rows.append({kind: choices[kind][i] for kind, i in row.items()})
-    return rows
 
 
 ROWS = pairwise(CHOICES)

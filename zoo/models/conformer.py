@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.block import Block
 from zoo.choices import BlockConfig
-from zoo.config import Choice, FlatConfig, Size, names_of, readable
+from zoo.config import Choice, FlatConfig, Size, names_of
 from zoo.fusion import keep
 from zoo.heads import SPEECH_HEADS, CTCHead
 from zoo.layer import Chunks, Context, Fold, Layer, halved
@@ -145,7 +145,7 @@ class ConformerConfig(FlatConfig):
             raise ValueError("strided: stages need Conformer's layout, without layer_scale")
         for name, needed in (("placement", "pre"), ("conv", "glu"), ("position", "none"), ("channel", "none")):
             if any(parse(each)[0] != needed for each in names_of(getattr(self, name))):
-                raise ValueError(f"strided: stages need {name} '{needed}', not '{readable(getattr(self, name))}'")
+                raise ValueError(f"strided: stages need {name} '{needed}', not '{self.described(name)}'")
 
     def _check_unet(self) -> None:
         if not self.unet:
