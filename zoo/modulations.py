@@ -27,6 +27,8 @@ class Modulation(Layer):
 class NoModulation(Modulation):
     """Nothing is changed."""
 
+    reads = frozenset()
+
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()
 

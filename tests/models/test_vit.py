@@ -209,7 +209,7 @@ def test_depth_and_sizes_follow_the_config():
         ("vit_tiny", {"layout": ["half+mixer"]}, ["half", "alone"]),
         ("vit_tiny", {"layout": ["mixer", "cross"]}, ["cross", "memory"]),
         ("vit_tiny", {"layout": ["conv", "norm"], "conv": "depthwise"}, ["depthwise", "bare"]),
-        ("vit_tiny", {"modulate": True}, ["modulate"]),
+        ("vit_tiny", {"modulate": True}, ["modulation 'adaln'", "condition"]),
         ("vit_tiny", {"depth": "12"}, ["depth", "int"]),
         ("vit_tiny", {"depth": True}, ["depth", "int"]),
         ("vit_tiny", {"depth": 0}, ["depth", "at least 1"]),
