@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import zoo
 
 ROOT = Path(zoo.__file__).parent
@@ -26,27 +28,41 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = ["lightning", "torchaudio", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "transformers", "PIL"]
-HEAVY += ["soundfile", "sentencepiece", "kenlm", "flashlight"]
+HEAVY += ["soundfile", "sentencepiece", "kenlm", "flashlight", "huggingface_hub", "safetensors"]
 
 
-def imported(path: Path) -> set[str]:
-    """The parts of zoo that a file imports when it is imported."""
+def imported(code: str) -> set[str]:
+    """The parts of zoo that a file imports, at once or later, in any spelling."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("zoo."):
-            found.add(node.module.split(".")[1])
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "zoo":
+                homes = [zoo._HOMES.get(alias.name, f"zoo.{alias.name}") for alias in node.names]
+                found |= {home.split(".")[1] for home in homes if home != "zoo.__version__"}
+            elif node.module and node.module.startswith("zoo."):
+                found.add(node.module.split(".")[1])
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("zoo.")}
     return found
 
 
 def test_imports_go_one_way():
+    seen = set()
     for path in ROOT.rglob("*.py"):
         part = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if part == "__init__":
             continue
-        for other in imported(path):
+        seen.add(part)
+        for other in imported(path.read_text()):
             assert RANK[other] <= RANK[part], f"{path.relative_to(ROOT)} imports zoo.{other}"
+    assert seen == set(RANK), "each part has its line"
+
+
+def test_every_spelling_of_an_import_is_seen():
+    code = "from zoo import tasks, create_model\n"
+    code += "def later():\n    import zoo.weights.hub\n    from zoo.data.images import Images"
+    assert imported(code) == {"tasks", "models", "weights", "data"}
 
 
 def test_importing_all_models_loads_nothing_heavy():
@@ -66,6 +82,7 @@ def cpu_seconds(*command: str) -> float:
     return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_importing_zoo_costs_little_over_torch():
     """Five interleaved pairs of CPU times; the models, not only the lazy names, are imported."""
     pairs = [
@@ -75,9 +92,13 @@ def test_importing_zoo_costs_little_over_torch():
     assert statistics.median(ours / theirs for ours, theirs in pairs) <= 1.15, pairs
 
 
-def test_help_imports_no_torch_and_is_quick():
+def test_help_imports_no_torch():
     code = "import sys\nsys.argv = ['zoo', '--help']\nfrom zoo.__main__ import main\ntry:\n    main()\n"
     code += "except SystemExit:\n    print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.startswith("usage: zoo") and output.rstrip().endswith("False")
+
+
+@pytest.mark.slow
+def test_help_is_quick():
     assert statistics.median(cpu_seconds("-m", "zoo", "--help") for _ in range(3)) < 0.5

@@ -105,8 +105,8 @@ class BlockConfig:
             sites = row.sites_of(self.dim, self.heads, **options)
             wanted = {} if row.bare else PLACEMENTS[self.placement][word in FEED_FORWARD]
             outer.append({site: what for site, what in wanted.items() if site in OUTER})
-            own = {site: what for site, what in wanted.items() if site not in OUTER}
-            own |= {"norm": "conv_norm"} if "norm" in sites else {}
+            own = {"norm": "conv_norm"} if "norm" in sites else {}
+            own |= {site: what for site, what in wanted.items() if site not in OUTER}
             for site, what in own.items():
                 branch = f"{name} '{getattr(self, name)}'"
                 if site not in sites:

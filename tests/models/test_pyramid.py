@@ -130,7 +130,12 @@ def test_features_of_some_stages_are_what_the_head_reads():
 @pytest.mark.parametrize("name", NAMES)
 def test_without_classes_the_pooled_features_come_out(name):
     width = {"mlp": 192, "conv": 72}.get(PRESETS[name].head.split("(")[0], 48)
-    assert build(name, SMALL | {"classes": 0})(torch.randn(2, 3, 64, 64)).shape == (2, width)
+    full, bare = build(name, SMALL), build(name, SMALL | {"classes": 0})
+    state = full.state_dict()
+    bare.load_state_dict({key: state[key] for key in bare.state_dict()})
+    images = torch.randn(2, 3, 64, 64)
+    pooled = bare(images)
+    assert pooled.shape == (2, width) and relative(full.head.out(pooled), full(images)) < 1e-5
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -212,18 +217,22 @@ def test_stochastic_depth_grows_over_all_stages():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient(name):
-    gradients = []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = randomise(zoo.create_model(name, **SMALL))
         model.checkpointing = checkpointing
+        for stage in model.stages:
+            for block in stage.blocks:
+                block.register_forward_pre_hook(lambda *_, on=checkpointing: calls.append(on))
         model(torch.randn(2, 3, 64, 64)).square().sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert relative(gradients[1], gradients[0]) < 1e-6
+    assert calls == [False] * 8 + [True] * 16
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "davit_tiny" else pytest.param(name, marks=pytest.mark.compiled) for name in NAMES]
+    "name", [name if name == "davit_tiny" else pytest.param(name, marks=pytest.mark.all) for name in NAMES]
 )
 def test_one_graph_forward_and_backward(name):
     model = build(name, SMALL)
@@ -250,7 +259,7 @@ def test_export_takes_any_batch(name):
 def test_layer_wise_decay_knows_every_parameter(name):
     from timm.optim import param_groups_layer_decay
 
-    model = zoo.create_model(name, **SMALL)
+    model = zoo.create_model(name, **SMALL, position="learned")
     groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
     scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     assert len(scales) == len(list(model.parameters()))
@@ -258,6 +267,11 @@ def test_layer_wise_decay_knows_every_parameter(name):
     stem = max(scales[id(parameter)] for parameter in model.stem.parameters())
     assert stem < depth[0] and depth == sorted(depth) and len(set(depth)) == 8
     assert all(scales[id(parameter)] == 1.0 for parameter in model.head.parameters())
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    spared = {key for key, parameter in model.named_parameters() if decays[id(parameter)] == 0.0}
+    tables = {f"stages.{stage}.position.table" for stage in range(4)}
+    assert spared == tables | {key for key, parameter in model.named_parameters() if parameter.ndim < 2}
+    assert set(decays.values()) == {0.0, 0.05}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import torch
 import zoo
 from helpers import ON_PICTURES
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MODES = ("forward", "forward+backward")
 TIMED = {

@@ -18,6 +18,8 @@ from zoo.inputs.audio import RECIPES
 from zoo.outputs import greedy
 from zoo.outputs.tokens import train_characters
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts/evaluate"
 
 

@@ -9,11 +9,14 @@ import pytest
 
 from helpers import ON_PICTURES
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIDES = (28, 56, 112)
 CHILD = """
 import sys
 from benchmarks.peak import main
+
 for mixer in sys.argv[1:]:
     print(mixer)
     main(mixer, "192", "3", "float32", "1", "28", "56", "112")

@@ -27,6 +27,7 @@ class Reduce(nn.Module):
         self.point = linear(dim, dim)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """Tokens [B, N, D] to [B, (N + 1) // 2, D], and their Context."""
         frames = F.pad(zeroed(x, context.mask), (0, 0, self.left, 4 - self.left))
         x = self.point(filtered(frames, (x.shape[1],), self.conv.weight, self.conv.bias, 0, 2))
         return x, halved(context)
