@@ -2,7 +2,7 @@
 
 import torch
 
-from helpers import rectangle
+from helpers import rectangle, relative
 from zoo.choices import BlockConfig
 from zoo.layer import Context, Memory, Place
 
@@ -42,6 +42,14 @@ def context_of(config: BlockConfig, grid: tuple[int, ...], extents=None, batch: 
     if "code" in config.writes:
         context = context._replace(code=torch.randn(1, 40, 32, generator=generator)[:, : torch.tensor(grid).prod()])
     return context
+
+
+def check_dropout(got: torch.Tensor, whole: torch.Tensor, rate: float) -> None:
+    """Single values of the whole are missing at that rate, and the others are scaled up."""
+    kept = got != 0
+    assert abs(kept.double().mean().item() - (1 - rate)) < 0.04
+    assert kept.any(1).all() and kept.any(2).all()  # neither channels nor tokens as a whole
+    assert relative(got[kept], whole[kept] / (1 - rate)) < 1e-6
 
 
 def grid_of(config: BlockConfig, size: int) -> tuple[int, ...]:

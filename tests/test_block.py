@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from block_cases import BASE, CONFORMER, DECODER, DIFFUSION, LAYOUTS, LINE, PARALLEL, SQUEEZEFORMER, context_of, grid_of
+from block_cases import (
+    BASE,
+    CONFORMER,
+    DECODER,
+    DIFFUSION,
+    LAYOUTS,
+    LINE,
+    PARALLEL,
+    SQUEEZEFORMER,
+    check_dropout,
+    context_of,
+    grid_of,
+)
 from helpers import padded, position, randomise, relative
 from zoo.block import Block, Residual
 from zoo.choices import PLACEMENTS, BlockConfig
@@ -162,20 +174,39 @@ def test_stochastic_depth_drops_whole_samples_at_a_rate_that_grows_with_depth():
     assert relative(moved[kept], full.expand(int(kept.sum()), -1, -1) / 0.6) < 1e-4
 
 
+def test_dropout_drops_single_values_of_a_branch():
+    step = randomise(Block(BlockConfig(**BASE, layout=("ffn",), dropout=0.3))).double().steps[0]
+    x, context = torch.randn(8, 12, 32, dtype=torch.float64), Context(grid=(3, 4))
+    got = step(x, context) - x
+    check_dropout(got, step.eval()(x, context) - x, 0.3)
+
+
+def test_mlp_drops_what_its_second_linear_reads():
+    ffn, seen = randomise(FFNS["mlp"](32, dropout=0.3)), []
+    ffn.out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.randn(8, 12, 32)
+    for training in (True, False):
+        ffn.train(training)(x, Context(grid=(3, 4)))
+    check_dropout(*seen, 0.3)
+
+
 @pytest.mark.parametrize("norm", ["batchnorm", "prepbn"])
 def test_checkpointing_changes_no_value_and_moves_statistics_once(norm):
     config = BlockConfig(**LINE, norm=norm, layout=CONFORMER.layout, mixer="sla")
-    outcomes = []
+    outcomes, calls = [], {False: 0, True: 0}
     for checkpointing in (False, True):
         torch.manual_seed(1)
         blocks = torch.nn.ModuleList(Block(config, rate) for rate in drop_rates(0.5, 2))
         advance(blocks, 0.4)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_, on=checkpointing: calls.update({on: calls[on] + 1}))
         torch.manual_seed(2)
         x = torch.randn(2, 9, 32, requires_grad=True)
         mask = torch.arange(9)[None] < torch.tensor([[9], [5]])
         run(blocks, x, Context(grid=(9,), mask=mask), checkpointing).square().sum().backward()
         outcomes.append([x.grad] + [parameter.grad for parameter in blocks.parameters()] + list(blocks.buffers()))
     assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+    assert calls == {False: 2, True: 4}
 
 
 @pytest.mark.parametrize("gate", ["glu", "swish"])
@@ -198,17 +229,6 @@ def test_activations_are_what_they_are_called(name):
     ffn = randomise(FFNS["mlp"](32, activation=name))
     x = torch.randn(2, 5, 32)
     assert relative(ffn(x, Context(grid=(5,))), ffn.out(theirs(ffn.expand(x)))) < 1e-6
-
-
-def test_prefix_tokens_take_part_in_attention_and_not_in_the_grid():
-    config = BlockConfig(**BASE, mixer="sla")
-    block = randomise(Block(config)).eval()
-    x = torch.randn(2, 2 + 12, 32)
-    y = block(x, Context(grid=(3, 4), prefix=2))
-    changed = x.clone()
-    changed[:, 5] += 1.0
-    moved = (block(changed, Context(grid=(3, 4), prefix=2)) - y).abs().amax((0, 2))
-    assert moved.min() > 0, "a grid token reaches the prefix and all others"
 
 
 @pytest.mark.parametrize("base", ["sincos", "rope", "cpe", "learned"])

@@ -73,6 +73,7 @@ def test_rows_are_told_their_place():
 def test_names_of_earlier_versions_are_taken():
     stages = ("grouped(size=3)", "sla", "relative")
     assert configure("efficient_conformer_s", mixers=stages) == configure("efficient_conformer_s", mixer=stages)
+    assert configure("efficient_conformer_s", mixers=()) == configure("efficient_conformer_s", mixer="relative")
     assert configure("vit_micro", modulate=False) == PRESETS["vit_micro"]
     old = {"dim": 16, "depth": 2, "heads": 2, "mixers": (), "mixer": "sla"}
     assert configure("conformer_ctc_s", **old).mixer == "sla"

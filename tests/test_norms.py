@@ -108,11 +108,13 @@ def test_forward_does_not_count():
     assert torch.equal(norm.blend, blend)
 
 
-def test_large_means_keep_their_variance():
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_means_keep_their_variance(masked):
     """Squares are centred first: a mean of 10^4 leaves a variance of 1 intact in fp32."""
     norm = BatchNorm(8).train()
     x = 1e4 + torch.randn(4, 500, 8)
-    y = norm(x, Context(grid=(500,)))
+    mask = torch.ones(4, 500, dtype=torch.bool) if masked else None
+    y = norm(x, Context(grid=(500,), mask=mask))
     assert (y.std((0, 1)) - 1).abs().max() < 1e-2
 
 
@@ -126,20 +128,22 @@ def test_refreshed_statistics_are_plain_averages_and_the_weights_stand_still():
             return self.second(self.drop(self.first(x, CONTEXT)), CONTEXT)
 
     net = randomise(Net()).train()
+    net.second.eval()
+    modes = [module.training for module in net.modules()]
     before = {key: value.clone() for key, value in net.named_parameters()}
     batches = [torch.randn(4, 12, 8) * scale for scale in (1.0, 2.0, 3.0)]
     assert refresh_statistics(net, batches) == 3
-    variances = torch.stack([batch.flatten(0, 1).var(0) for batch in batches])
-    assert relative(net.first.running_var, variances.mean(0)) < 1e-5
-    net.eval()  # what the second norm saw was without dropout, and normalised by each batch's own statistics
-    second = []
+    assert [module.training for module in net.modules()] == modes
+    assert net.first.momentum == net.second.momentum == 0.1
+    assert all(torch.equal(value, before[key]) for key, value in net.named_parameters())
+    second = []  # what the second norm saw: without dropout, normalised by each batch's own statistics
     for batch in batches:
         own = (batch - batch.mean((0, 1))) / (batch.var((0, 1), correction=0) + net.first.eps).sqrt()
-        second.append((own * net.first.weight + net.first.bias).flatten(0, 1).var(0))
-    assert relative(net.second.running_var, torch.stack(second).mean(0)) < 1e-4
-    net.train()
-    assert all(torch.equal(value, before[key]) for key, value in net.named_parameters())
-    assert net.training and net.drop.training and net.first.momentum == 0.1
+        second.append(own * net.first.weight + net.first.bias)
+    for norm, seen in ((net.first, batches), (net.second, second)):
+        means, variances = (torch.stack([fn(each, (0, 1)) for each in seen]) for fn in (torch.mean, torch.var))
+        assert relative(norm.running_mean, means.mean(0)) < 1e-4
+        assert relative(norm.running_var, variances.mean(0)) < 1e-4
 
 
 def _rank(rank: int, folder: str, name: str, sizes: list[int]) -> None:
@@ -157,6 +161,7 @@ def _rank(rank: int, folder: str, name: str, sizes: list[int]) -> None:
     os._exit(0)  # gloo's threads can abort an interpreter that shuts down, after all is computed and written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batchnorm", "prepbn"])
 def test_ranks_share_statistics_and_gradients(name, tmp_path):
     """Two ranks equal one process with the whole batch; the second rank has no real token at all."""
@@ -185,10 +190,11 @@ def test_dyt_is_a_scaled_tanh():
     assert relative(norm(x, CONTEXT), norm.weight * torch.tanh(norm.alpha * x) + norm.bias) < 1e-6
 
 
-def test_an_empty_batch_leaves_statistics_alone():
+@pytest.mark.parametrize(("batch", "masked"), [(0, False), (0, True), (2, True)])
+def test_a_batch_without_a_real_token_leaves_statistics_alone(batch, masked):
     norm = BatchNorm(8).train()
-    norm(torch.zeros(0, 5, 8), Context(grid=(5,), mask=torch.zeros(0, 5, dtype=torch.bool)))
-    norm(torch.zeros(0, 5, 8), Context(grid=(5,)))
+    mask = torch.zeros(batch, 5, dtype=torch.bool) if masked else None
+    norm(torch.randn(batch, 5, 8), Context(grid=(5,), mask=mask))
     assert torch.equal(norm.running_mean, torch.zeros(8)) and torch.equal(norm.running_var, torch.ones(8))
 
 

@@ -27,12 +27,14 @@ from zoo.block import Block
 from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
 from zoo.ffns import FFNS
+from zoo.heads import HEADS as IMAGE_HEADS
 from zoo.kernels import deformable, multiscale
 from zoo.kernels.deformable import gathered
 from zoo.layer import Context, Memory, Place
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.mixers.attention import rotate
 from zoo.norms import NORMS
+from zoo.stems import STEMS
 from zoo.tensors import to_map, to_tokens
 
 EXACT = 1e-10  # fp64
@@ -261,6 +263,45 @@ def test_the_last_windows_attend_to_what_is_there(grid):
     check(ours(x, context), ours.out(mixed.transpose(1, 2).flatten(2)), (x,))
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_local_is_attention_to_neighbours_and_shared_tokens(masked, shared, prefix):
+    context = Context(grid=(11,), prefix=prefix)
+    ours = scattered(MIXERS["local"](DIM, HEADS, Place(1), window=2, tokens=shared))
+    x, place = tokens(context), torch.arange(prefix + 11)
+    whole = place < prefix + shared
+    allowed = ((place[:, None] - place).abs() <= 2) | whole[:, None] | whole
+    real = place < prefix + torch.tensor([11, 6, 4] if masked else [11] * 3)[:, None]
+    query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    seen = (allowed & real[:, None]) | ~real[:, :, None]  # padding sees anything, so that no row is empty
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None])
+    got = ours(x, context._replace(mask=real if masked else None))
+    check(got[real], ours.out(mixed.transpose(1, 2).flatten(2))[real], (x,))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_is_its_formula(masked):
+    """((q_i + u) . k_j + (q_i + v) . [W r(3 (i - j) - c) for c in 0..2]) / sqrt(3 d) for groups i and j of 3 frames."""
+    ours = scattered(MIXERS["grouped"](DIM, HEADS, Place(1), size=3))
+    context = Context(grid=(11,))
+    x, real = tokens(context), torch.arange(11) < torch.tensor([11, 7, 3] if masked else [11] * 3)[:, None]
+    projected = F.pad(ours.qkv(x) * real[..., None], (0, 0, 0, 1))
+    query, key, value = (part.reshape(3, 4, HEADS, 24) for part in projected.split(DIM, -1))
+    scores = torch.zeros(4, 4, 3, HEADS, dtype=torch.float64)
+    for i, j in itertools.product(range(4), range(4)):
+        offsets = 3 * (i - j) - torch.arange(3, dtype=torch.float64)[:, None]
+        angles = offsets / 10000 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+        rows = ours.relative(torch.stack([angles.sin(), angles.cos()], -1).flatten(1)).view(HEADS, 24)
+        content, offset = (query[:, i] + ours.content) * key[:, j], (query[:, i] + ours.offset) * rows
+        scores[i, j] = (content + offset).sum(-1) / math.sqrt(24)
+    groups = F.pad(real, (0, 1))[:, ::3].T  # real where the first frame is
+    weights = scores.masked_fill(~groups[None, :, :, None], -torch.inf).softmax(1)
+    mixed = torch.einsum("ijbh,bjhc->bihc", weights, value).reshape(3, 12, DIM)[:, :11]
+    got = ours(x, context._replace(mask=real if masked else None))
+    check(got[real], ours.out(mixed)[real], (x,), SINGLE)
+
+
 def test_depthwise_is_timm_position_encoding():
     theirs = scattered(ConvPosEnc(DIM, 3))
     ours = copied(CONVS["depthwise"](DIM), renamed(theirs, proj="conv"))
@@ -335,16 +376,28 @@ def test_fca_is_a_cosine_transform(grid):
     check(ours(x, context), x * gate[:, None])
 
 
+@pytest.mark.parametrize("grid", [(5, 6), (1, 1)])
 @pytest.mark.parametrize(("kernel", "span", "groups"), [(7, 1, 16), (5, 8, 4)])
-def test_ela_is_its_modules(kernel, span, groups):
+def test_ela_is_its_modules(kernel, span, groups, grid):
+    context = Context(grid=grid)
     ours = scattered(CHANNELS["ela"](DIM, kernel=kernel, span=span, groups=groups))
     conv = nn.Conv1d(DIM, DIM, kernel, padding=kernel // 2, groups=DIM // span, bias=False)
     strip = nn.Sequential(conv, nn.GroupNorm(groups, DIM), nn.Sigmoid())
     copied(strip, {"0.weight": ours.conv.weight, "1.weight": ours.weight, "1.bias": ours.bias})
-    x = tokens()
-    maps = to_map(x, GRID.grid)
+    x = tokens(context)
+    maps = to_map(x, grid)
     wanted = maps * strip(maps.mean(3))[:, :, :, None] * strip(maps.mean(2))[:, :, None]
-    check(ours(x, GRID), to_tokens(wanted), (x,))
+    check(ours(x, context), to_tokens(wanted), (x,))
+
+
+@pytest.mark.parametrize("length", [9, 1])
+def test_ela_on_a_line_is_its_modules(length):
+    context = Context(grid=(length,))
+    ours = scattered(CHANNELS["ela"](DIM, Place(1)))
+    x = tokens(context)
+    strip = F.conv1d(x.transpose(1, 2), ours.conv.weight, padding=3, groups=DIM)
+    gate = F.group_norm(strip, 16, ours.weight, ours.bias).sigmoid()
+    check(ours(x, context), x * gate.transpose(1, 2), (x,))
 
 
 # Feed-forward and norms
@@ -387,6 +440,36 @@ def test_token_norms_are_torch_norms(name, row, eps):
     ours = copied(NORMS[name](DIM, eps=eps), theirs.state_dict())
     x = tokens()
     check(ours(x, GRID), theirs(x), (x,))
+
+
+# Stems and heads
+
+
+def test_double_stem_is_its_formula():
+    ours = scattered(STEMS["double"](3, DIM, "layernorm"))
+    images = torch.randn(2, 3, 18, 27, dtype=torch.float64, requires_grad=True)
+    maps = images
+    for number, step in enumerate((ours.first, ours.second)):
+        maps = F.conv2d(F.gelu(maps) if number else maps, step.conv.weight, step.conv.bias, stride=2, padding=1)
+        rows = F.layer_norm(maps.movedim(1, -1), maps.shape[1:2], step.after.weight, step.after.bias, 1e-6)
+        maps = rows.movedim(-1, 1)
+    got, context = ours(images)
+    assert context.grid == (5, 7)
+    check(got, to_tokens(maps), (images,))
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_conv_head_is_its_formula(norm_first, classes):
+    ours = scattered(IMAGE_HEADS["conv"](DIM, classes, "layernorm", norm_first=norm_first))
+    norm = ours.inner
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    x = tokens()
+    y = F.layer_norm(x, (DIM,), ours.norm.weight, ours.norm.bias, 1e-6) if norm_first else x
+    y = F.linear(y, ours.expand.weight).flatten(0, 1)
+    y = F.gelu(F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias)).view(3, 30, 48).mean(1)
+    check(ours(x, GRID), F.linear(y, ours.out.weight, ours.out.bias) if classes else y, (x,))
 
 
 # Deformable aggregation
@@ -523,6 +606,16 @@ def test_deformable_cross_attention_is_transformers(boxes, masked, points):
 
 
 # Positions
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_cpe_is_timm_position_encoding(prefix):
+    context = GRID._replace(prefix=prefix)
+    theirs = scattered(ConvPosEnc(DIM, 3))
+    ours = copied(position_of("cpe", DIM, 8, GRID.grid, prefix), renamed(theirs, proj="conv"))
+    x = tokens(context)
+    moved = to_tokens(theirs(to_map(x[:, prefix:], GRID.grid)))
+    check(ours(x, context), torch.cat([x[:, :prefix], moved], 1), (x,))
 
 
 @pytest.mark.parametrize("prefix", [0, 2])

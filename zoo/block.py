@@ -45,7 +45,7 @@ from zoo.channels import CHANNELS
 from zoo.choices import FEED_FORWARD, BlockConfig, Filling
 from zoo.ffns import FFNS
 from zoo.fusion import fold_last, fold_residual, keep
-from zoo.layer import Context, Fold, Layer
+from zoo.layer import Context, Fold, Layer, Site
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Affine, HeadScale, Norm
@@ -109,11 +109,11 @@ class Residual(Layer):
             return
         self.drop, self.dropout = drop, config.dropout
         if parse(config.channel)[0] != "none":
-            self.channel = make(CHANNELS, config.channel, config.dim, config.place)
+            self.channel = make(CHANNELS, config.channel, config.dim, config.place, field="channel")
         if config.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         if parse(config.modulation)[0] != "none":
-            self.modulation = make(MODULATIONS, config.modulation, config.dim, config.place)
+            self.modulation = make(MODULATIONS, config.modulation, config.dim, config.place, field="modulation")
 
     @property
     def leaves(self) -> list[Layer]:
@@ -159,11 +159,11 @@ class Residual(Layer):
 def branch(config: BlockConfig, word: str) -> Layer:
     """The layer that a word of the layout stands for."""
     if word in FEED_FORWARD:
-        return make(FFNS, config.ffn, config.dim, config.place)
+        return make(FFNS, config.ffn, config.dim, config.place, field="ffn")
     if word == "conv":
-        return make(CONVS, config.conv, config.dim, config.place)
+        return make(CONVS, config.conv, config.dim, config.place, field="conv")
     table, spec = (MIXERS, config.mixer) if word == "mixer" else (CROSSES, config.cross)
-    return make(table, spec, config.dim, config.heads, config.place)
+    return make(table, spec, config.dim, config.heads, config.place, field=word)
 
 
 def filling(config: BlockConfig, given: Filling) -> Layer:
@@ -173,7 +173,8 @@ def filling(config: BlockConfig, given: Filling) -> Layer:
         return Affine(width, config.place)
     if given.what == "heads":
         return HeadScale(width, heads)
-    return make(NORMS, config.conv_norm if given.what == "conv_norm" else config.norm, width, config.place)
+    spec = config.conv_norm if given.what == "conv_norm" else config.norm
+    return make(NORMS, spec, width, config.place, field=given.what)
 
 
 class Block(Layer):
@@ -187,7 +188,7 @@ class Block(Layer):
     def __init__(self, config: BlockConfig, drop: float = 0.0) -> None:
         super().__init__()
         self.steps = nn.ModuleList(
-            make(NORMS, config.norm, config.dim, config.place) if entry == "norm" else Residual(config, entry, drop)
+            filling(config, Filling("", "norm", Site(config.dim))) if entry == "norm" else Residual(config, entry, drop)
             for entry in config.layout
         )
 

@@ -28,6 +28,18 @@ PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "normformer": (_PRE | {"after": "norm", "inner": "heads"}, _PRE | {"inner": "norm"}),
     "scaled": ({"before": "affine"} | _POST, {"before": "affine"} | _POST),
 }
+PAPERS = {
+    "pre": "2010.11929",
+    "post": "1706.03762",
+    "res_post": "2111.09883",
+    "res_scale": "2210.13452",
+    "peri": "2502.02732",
+    "sub": "2210.06423",
+    "hybrid": "2503.04598",
+    "normformer": "2110.09456",
+    "scaled": "2206.00888",
+}
+"""The arXiv number of each placement's paper."""
 OUTER = ("before", "after", "total", "stream")  # sites of the residual; others are the branch's own
 FEED_FORWARD = ("ffn", "half")
 WORDS = ("mixer", "cross", "conv", *FEED_FORWARD, "norm")
@@ -84,11 +96,14 @@ class BlockConfig:
     writes: frozenset[str] = frozenset({"mask"})  # the fields of the Context that the model and its position set
 
     def __post_init__(self) -> None:
+        # Blocks that differ in their index alone are checked once.
         _check(replace(self, place=replace(self.place, index=0)) if self.place.index else self)
 
     @property
     def head_width(self) -> int:
         """The width of one head of the mixer, which rotary positions turn."""
+        if "mixer" not in words_of(self.layout):
+            return self.dim // self.heads
         return MIXERS[parse(self.mixer)[0]].head_width_of(self.dim, self.heads, **check(MIXERS, self.mixer))
 
     def row(self, word: str) -> tuple[str, type, dict[str, Any]]:
@@ -105,7 +120,7 @@ class BlockConfig:
             sites = row.sites_of(self.dim, self.heads, **options)
             wanted = {} if row.bare else PLACEMENTS[self.placement][word in FEED_FORWARD]
             outer.append({site: what for site, what in wanted.items() if site in OUTER})
-            own = {"norm": "conv_norm"} if "norm" in sites else {}
+            own = {"norm": "conv_norm"} if word == "conv" and "norm" in sites else {}
             own |= {site: what for site, what in wanted.items() if site not in OUTER}
             for site, what in own.items():
                 branch = f"{name} '{getattr(self, name)}'"

@@ -1,6 +1,7 @@
 """What a model is, as frozen dataclasses: what a family says of itself, and the choices that all families share."""
 
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -47,7 +48,9 @@ def names_of(choice: Choice) -> list[str]:
 
 def readable(value: Any, between: str = ", ") -> str:
     """A field's value for people: what stages have with commas between, what blocks take in turns with slashes."""
-    return between.join(readable(each, " / ") for each in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return between.join(readable(each, " / ") for each in value) or "none"
+    return str(value) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Config:
 
     task: ClassVar[str | None] = None  # the command that trains, measures and uses it, as in `zoo classify`
     input: ClassVar[str | None] = None  # what the model sees, a row of zoo.inputs.INPUTS
-    argument: ClassVar[str] = "images"  # the name of the model's first argument, a batch of prepared inputs
+    argument: ClassVar[str] = "x"  # the name of the model's first argument, a batch of prepared inputs
     labels: ClassVar[str | None] = None  # what its outputs mean, a row of zoo.outputs.LABELS
     shown: ClassVar[tuple[str, ...]] = ()  # the fields that a card lists; () for all
 
@@ -72,8 +75,8 @@ class Config:
                 raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
 
     @classmethod
-    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields as an earlier version named them, under the names of today."""
+    def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
+        """Fields as an earlier version named them, under the names of today; `base` has the others, if they are few."""
         return dict(values)
 
     def build(self) -> nn.Module:
@@ -169,9 +172,16 @@ class ModelConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in (*CHOICES, "position"):
+            for spec in names_of(getattr(self, name)):
+                try:
+                    parse(spec)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         self.check_sizes()
-        if any(min(size) < 1 for size in self.stages):
-            sizes = readable(tuple(zip(*self.stages, strict=True)))
+        dims, depths, heads = zip(*self.stages, strict=True)
+        if min(*dims, *heads, sum(depths)) < 1:
+            sizes = f"dim {readable(dims)}, depth {readable(depths)}, heads {readable(heads)}"
             raise ValueError(f"dim, depth and heads are at least 1, not {sizes}")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -182,7 +192,7 @@ class ModelConfig(Config):
             self._check_stage(stage, size)
 
     @classmethod
-    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
         given = dict(values)
         if isinstance(given.get("modulate"), bool) and given.pop("modulate"):
             given.setdefault("modulation", "adaln")
@@ -219,6 +229,10 @@ class ModelConfig(Config):
         """The fields of the Context that this model sets, whatever its position, the mask among them."""
         return frozenset({"mask"} | ({"prefix"} if self.prefix else set()))
 
+    def path(self, stage: int, index: int) -> str:
+        """Where a block is in the model, as its weights are named."""
+        return f"blocks.{self.place(stage, index).index}"
+
     def grid(self, stage: int) -> tuple[int, ...]:
         """The grid of a stage at the config's own size."""
         raise TypeError(f"{type(self).__name__} has no grid")
@@ -245,7 +259,7 @@ class ModelConfig(Config):
     def place(self, stage: int = 0, index: int = 0) -> Place:
         """Where a block stands, given by its index in its stage."""
         before, depth = (sum(size.depth for size in part) for part in (self.stages[:stage], self.stages))
-        return Place(self.axes, self.grid(stage), self.prefix, before + index, depth)
+        return Place(self.axes, self.grid(stage), self.prefix, min(before + index, depth - 1), depth)
 
     def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
         """One block, given by its index in its stage."""
@@ -293,30 +307,36 @@ class ModelConfig(Config):
                 continue
             if self.staged and len(choice) != len(self.stages):
                 raise ValueError(f"{name} has {len(choice)} choices for {len(self.stages)} stages: {choice!r}")
-            for turns, size in zip(choice if self.staged else (choice,), self.stages, strict=True):
-                most = 1 if name == "position" else size.depth
+            for stage, turns in enumerate(choice if self.staged else (choice,)):
+                where = f" in stage {stage}" if self.staged else ""
                 if isinstance(turns, str):
                     continue
                 if not all(isinstance(each, str) for each in turns):
                     raise ValueError(f"{name} takes a name or a tuple of names for the blocks in turns, not {turns!r}")
-                if not 0 < len(turns) <= most:
-                    where = f"{most} blocks" if most > 1 or name != "position" else "one position for all blocks"
-                    raise ValueError(f"{name} takes 1 to {most} names in turns for {where}, not {turns!r}")
+                depth = max(1, self.stages[stage].depth)
+                if name == "position" and len(turns) != 1:
+                    raise ValueError(f"position is one name for all blocks{where}, not {turns!r}")
+                if not 0 < len(turns) <= depth:
+                    most = f"1 to {depth} names in turns" if depth > 1 else "one name"
+                    raise ValueError(f"{name} takes {most}{where}, where there are {depth} blocks, not {turns!r}")
+
+    def located(self, stage: int, index: int) -> str:
+        """What an error of a block begins with: its path where blocks differ."""
+        turned = any(len(self._turns(name, stage)) > 1 for name in CHOICES)
+        return f"{self.path(stage, index)}: " if turned or self.staged else ""
 
     def _check_stage(self, stage: int, size: Size) -> None:
         """ValueError, naming the block where they differ, where a block is not as it should be."""
-        at = f"stages.{stage}." if self.staged else ""
-        turns = max(len(self._turns(name, stage)) for name in CHOICES)
+        period = math.lcm(*(len(self._turns(name, stage)) for name in CHOICES))
         blocks = []
-        for index in range(min(turns, size.depth) if turns > 1 else 1):
+        for index in range(min(period, max(1, size.depth))):
             try:
                 blocks.append(self.block(stage, index))
             except ValueError as error:
-                where = f"{at}blocks.{index}: " if turns > 1 else f"stages.{stage}: " if at else ""
-                raise ValueError(f"{where}{error}") from None
+                raise ValueError(f"{self.located(stage, index)}{error}") from None
         widths = sorted({block.head_width for block in blocks})
         if "rotary" in blocks[0].writes and len(widths) > 1:
-            where = f"stages.{stage}: " if at else ""
+            where = f"{self.path(stage, 0)}: " if self.staged else ""
             raise ValueError(f"{where}position '{blocks[0].position}' turns heads of one width, not {widths}")
 
     def _turns(self, name: str, stage: int) -> tuple[str, ...]:

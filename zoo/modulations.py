@@ -32,6 +32,9 @@ class NoModulation(Modulation):
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()
 
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
+        return x, None
+
 
 class AdaLN(Modulation, nn.Linear):
     """y * (1 + scale) + shift, and a gate: the three are read off silu(cond) by a linear that starts at zero, so that a

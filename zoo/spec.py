@@ -62,7 +62,10 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
     return allowed | dict(given)
 
 
-def make(table: Mapping[str, type], spec: str, *arguments: Any) -> Any:
-    """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, axes)."""
-    options = check(table, spec)
-    return table[parse(spec)[0]](*arguments, **options)
+def make(table: Mapping[str, type], spec: str, *arguments: Any, field: str = "") -> Any:
+    """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, place). An error begins with the field
+    and the spec where the field is given."""
+    try:
+        return table[parse(spec)[0]](*arguments, **check(table, spec))
+    except ValueError as error:
+        raise ValueError(f"{field} '{spec}': {error}" if field else str(error)) from None

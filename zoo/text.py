@@ -1,4 +1,4 @@
-"""What is said to people: one line, of bearable length."""
+"""Messages in one line."""
 
 
 def one_line(value: object, most: int = 300) -> str:

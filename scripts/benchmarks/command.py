@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import layers, models, operators, plots, speech
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
+from zoo.text import one_line
 
 
 class Table(NamedTuple):
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, table in CHOICES[choice].items():
                 report(name, table, options)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"scripts/benchmark: {' '.join(str(error).split())[:300]}")
+        sys.exit(f"scripts/benchmark: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("scripts/benchmark: stopped; the CSVs hold what was measured")
     print(f"written to {options.output}")

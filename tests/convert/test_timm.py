@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -214,6 +215,8 @@ def test_vit_presets_lack_class_token_and_positions(size):
         model = timm.create_model(f"vit_{size}_patch16_224")
         ours = create_model(f"vit_{size}")
     assert count_parameters(ours) == count_parameters(model) - model.cls_token.numel() - model.pos_embed.numel()
+    taken = replace(from_timm(model).config, class_token=False, pool="mean", position="sincos")
+    assert taken == PRESETS[f"vit_{size}"]
 
 
 class OwnViT(VisionTransformer):
@@ -338,6 +341,7 @@ def test_state_dicts_without_counterpart_are_refused(message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_importing_the_converter_leaves_timm_alone():
     code = "import sys, zoo, zoo.convert; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

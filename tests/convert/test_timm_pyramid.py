@@ -239,6 +239,7 @@ def test_dtype_is_kept(kind):
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("name", "side"), [("poolformer_s12", 64), ("convformer_s18", 64), ("caformer_s18", 64), ("davit_tiny", 224)]
 )
@@ -259,11 +260,23 @@ def test_presets_are_timm_models(name):
     assert from_timm(model.state_dict()).config == PRESETS[name]
 
 
-@pytest.mark.parametrize("name", ["poolformer_m48", "convformer_b36", "caformer_m36", "davit_base"])
+LARGER = {  # dim, depth, heads
+    "poolformer_m48": ((96, 192, 384, 768), (8, 8, 24, 8), None),
+    "convformer_b36": ((128, 256, 512, 768), (3, 12, 18, 3), None),
+    "caformer_m36": ((96, 192, 384, 576), (3, 12, 18, 3), (3, 6, 12, 18)),
+    "davit_base": ((128, 256, 512, 1024), (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", LARGER)
 def test_larger_models_are_taken(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert count_parameters(from_timm(model)) == count_parameters(model)
+    ours = from_timm(model)
+    dim, depth, heads = LARGER[name]
+    assert (ours.config.dim, ours.config.depth) == (dim, depth) and heads in (None, ours.config.heads)
+    assert count_parameters(ours) == count_parameters(model)
 
 
 class OwnMetaFormer(MetaFormer):

@@ -143,6 +143,30 @@ def test_each_augmentation_acts(channels: int, option: dict[str, Any]):
     assert changed >= 2
 
 
+def test_erasing_puts_noise_into_a_rectangle():
+    """Noise of standard deviation 1 in normalised units; what lies around stays."""
+    plain = Images(dataset="synthetic", **PLAIN).train_dataloader().dataset
+    erased = Images(dataset="synthetic", **(PLAIN | {"erasing": 1.0})).train_dataloader().dataset
+    noise = []
+    for index in range(20):
+        before, after = plain[0, index][0], erased[0, index][0]
+        changed = (before != after).any(0)
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+        noise.append(after[:, changed].flatten())
+    assert abs(torch.cat(noise).mean()) < 0.05 and abs(torch.cat(noise).std() - 1) < 0.05
+
+
+def test_jitter_is_as_strong_as_asked():
+    transform = training_transform(Images(mean=[0.0] * 3, std=[1.0] * 3, **(PLAIN | {"jitter": 0.4})))
+    grey = Image.fromarray(np.full((8, 8, 3), 100, dtype=np.uint8))
+    factors = []
+    for index in range(200):
+        with seeded(index):
+            factors.append(float(transform(grey).mean()) * 255 / 100)
+    assert 0.59 <= min(factors) < 0.63 and 1.37 < max(factors) <= 1.41
+
+
 def test_whole_scale_cuts_the_centred_square(root: Path):
     data = folder(root, mean=[0.0] * 3, std=[1.0] * 3, **PLAIN)
     square = data.source("train").picture(0).crop((3, 0, 27, 24)).resize((16, 16), Image.Resampling.BICUBIC)
@@ -271,10 +295,12 @@ def test_last_batch_is_dropped_in_training_alone():
     assert [len(batch.labels) for batch in small.train_dataloader()] == [512]
 
 
-def test_workers_persist():
+def test_workers_persist(monkeypatch: pytest.MonkeyPatch):
     assert Images(dataset="synthetic", workers=1).train_dataloader().persistent_workers
     assert not Images(dataset="synthetic").train_dataloader().persistent_workers
-    assert Images(dataset="synthetic").train_dataloader().pin_memory == torch.cuda.is_available()
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert Images(dataset="synthetic").train_dataloader().pin_memory == there
 
 
 @pytest.mark.parametrize("dataset", ["digits", "synthetic", "imagefolder"])

@@ -1,7 +1,5 @@
 import math
 import struct
-import subprocess
-import sys
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -47,13 +45,6 @@ def write(path: Path, waveform: Tensor, rate: int = 16000, **options: Any) -> Pa
 
 
 # Reading
-
-
-def test_importing_is_light():
-    code = "import sys, zoo.inputs.audio, zoo.outputs.tokens\n"
-    code += "print([name for name in ('torchaudio', 'soundfile', 'sentencepiece') if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
 
 
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
@@ -168,7 +159,8 @@ def test_nemo_recipe_equals_parakeet(samples: list[int]):
         assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_squeezeformer_recipe_equals_its_definition():
+@pytest.mark.parametrize(("lowest", "highest"), [(0.0, 8000.0), (500.0, 7000.0)])
+def test_squeezeformer_recipe_equals_its_definition(lowest: float, highest: float):
     waveform = speechlike(8000).double().numpy()
     x = waveform / np.abs(waveform).max()
     x = np.concatenate([x[:1], x[1:] - 0.97 * x[:-1]])
@@ -176,7 +168,8 @@ def test_squeezeformer_recipe_equals_its_definition():
     window[56:456] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     x = np.pad(x, 256)
     power = [np.abs(np.fft.rfft(window * x[160 * t : 160 * t + 512])) ** 2 for t in range(50)]
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 82) / 2595) - 1)
+    ends = 2595 * np.log10(1 + np.array([lowest, highest]) / 700)
+    edges = 700 * (10 ** (np.linspace(*ends, 82) / 2595) - 1)
     hertz = np.arange(257) * 16000 / 512
     rise = (hertz[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - hertz[:, None]) / (edges[2:] - edges[1:-1])
@@ -185,7 +178,8 @@ def test_squeezeformer_recipe_equals_its_definition():
     expected = (decibels - decibels.mean()) / decibels.std()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = RECIPES["squeezeformer"](torch.from_numpy(waveform).float())
+        made = replace(RECIPES["squeezeformer"], lowest=lowest, highest=highest)
+        found = made(torch.from_numpy(waveform).float())
     assert found.shape == (50, 80)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
 

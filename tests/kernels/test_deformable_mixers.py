@@ -248,6 +248,7 @@ class Wrapped(nn.Module):
         return self.layer(x, Context(grid=self.grid))
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("axes", [1, 2])
 def test_export_of_dcnv4_knows_no_operator_of_ours(axes):
     model, x = Wrapped(dcnv4(axes), GRIDS[axes]).eval(), torch.randn(2, math.prod(GRIDS[axes]), DIM)
@@ -264,6 +265,7 @@ def test_export_of_deformable_cross_attention_knows_no_operator_of_ours(boxes):
     assert relative(program.module()(x, context), layer(x, context)) <= 1e-5
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("axes", "options"), [(1, {}), (2, {}), (2, {"weights": "softmax", "local": 3, "centre": True})], ids=str
 )

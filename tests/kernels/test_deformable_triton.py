@@ -201,6 +201,7 @@ def usage(binary, folder):
     return [int(n) for n in re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text.stdout).groups()]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "name,grid,channels,kind",
     [
@@ -226,6 +227,7 @@ def test_hopper_takes_the_kernels_without_spilling(monkeypatch, tmp_path, name, 
     assert ".v4" in kernel.asm["ptx"]  # 16 bytes at a time
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
 def test_sizes_of_one_compile(monkeypatch, tmp_path, name):
     """A launch gives the compiler numbers that are 1 as plain constants: one group on a map of one pixel."""

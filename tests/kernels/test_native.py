@@ -96,19 +96,16 @@ def quietly():
 # Without
 
 
-@pytest.mark.parametrize(("variable", "value"), [("PATH", ""), ("CXX", "no-such-compiler")])
-def test_without_a_compiler_one_warning_says_what_to_do_and_results_are_the_same(monkeypatch, variable, value):
+@pytest.mark.parametrize(
+    ("variable", "value", "tried"), [("PATH", "", ".*"), ("CXX", "no-such-compiler", "no-such-compiler")]
+)
+def test_without_a_compiler_one_warning_says_what_to_do_and_results_are_the_same(monkeypatch, variable, value, tried):
     monkeypatch.setenv(variable, value)
-    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler found among .*Install a C\+\+ compiler") as caught:
+    words = rf"no C\+\+ compiler found among {tried}\W.*Install a C\+\+ compiler"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
         assert equal_the_oracle()
     assert len(caught) == 1 and "ZOO_NATIVE=0" in str(caught[0].message)
     assert quietly(), "the warning came again"
-
-
-def test_a_compiler_named_in_vain_is_named_in_the_warning(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.warns(RuntimeWarning, match="among no-such-compiler"):
-        assert native.library("deformable_cpu") is None
 
 
 def test_zoo_native_0_does_without_in_silence(monkeypatch, compiler):

@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import zoo
+from block_cases import check_dropout
 from helpers import prepared, relative
 from speech_cases import ALONG_TIME, LAYOUTS, MILLIONS, NAMES, PADDINGS, TINY, in_company, real_mask, tiny, trained
-from zoo.mixers import MIXERS
+from zoo.layer import Context
+from zoo.mixers import CONVS, MIXERS
+from zoo.models import PRESETS
 from zoo.models.base import count_parameters
 from zoo.norms import Affine, BatchNorm
+from zoo.spec import check
 
 # Sizes and lengths
 
@@ -19,6 +23,33 @@ def test_parameters_with_a_ctc_head_of_128_are_those_published(name):
     with torch.device("meta"):
         model = zoo.create_model(name, head="ctc", vocabulary=128)
     assert round(count_parameters(model) / 1e6, 1) == MILLIONS[name]
+
+
+PUBLISHED = {  # dim, depth, heads, kernel
+    "conformer_s": (144, 16, 4, 31),
+    "conformer_m": (256, 16, 4, 31),
+    "conformer_l": (512, 17, 8, 31),
+    "conformer_ctc_s": (144, 16, 4, 31),
+    "conformer_ctc_m": (256, 16, 4, 31),
+    "conformer_ctc_l": (512, 18, 8, 31),
+    "squeezeformer_xs": (144, 16, 4, 31),
+    "squeezeformer_s": (196, 18, 4, 31),
+    "squeezeformer_sm": (256, 16, 4, 31),
+    "squeezeformer_m": (324, 20, 4, 31),
+    "squeezeformer_ml": (512, 18, 8, 31),
+    "squeezeformer_l": (640, 22, 8, 31),
+    "efficient_conformer_s": (120, 15, 4, 15),
+    "fastconformer_s": (176, 16, 4, 9),
+    "fastconformer_m": (256, 16, 4, 9),
+    "fastconformer_l": (512, 17, 8, 9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_that_the_number_of_parameters_does_not_show(name):
+    config = PRESETS[name]
+    kernel = check(CONVS, config.conv)["kernel"]
+    assert (config.dim, config.depth, config.heads, kernel) == PUBLISHED[name]
 
 
 def test_parameters_of_squeezeformer_xs_are_exact():
@@ -90,11 +121,12 @@ def test_encode_gives_what_each_block_makes_and_its_frames():
     assert [tap.lengths for tap in model.encode(features, layers=[-1, 0])] == [None, None]
 
 
-def test_the_unet_adds_what_it_saved_to_frames_repeated_twice():
-    model = tiny("squeezeformer_xs", depth=2)  # halved before block 0, restored before block 1
+@pytest.mark.parametrize("left", range(5))
+def test_the_unet_adds_what_it_saved_to_frames_repeated_twice(left):
+    model = tiny("squeezeformer_xs", depth=2, reduce_left=left)  # halved before block 0, restored before block 1
     features = torch.randn(1, 101, 20)
     x, context = model.embed(features, None)
-    padded = F.pad(x.transpose(1, 2), (3, 5))
+    padded = F.pad(x.transpose(1, 2), (left, 8 - left))
     reduced = model.reduce.point(model.reduce.conv(padded).transpose(1, 2)[:, :13])
     y = model.blocks[0](reduced, context._replace(grid=(13,)))
     restored = x + model.recover(y[:, torch.arange(26) // 2])
@@ -113,14 +145,19 @@ def test_without_a_vocabulary_a_model_gives_tokens():
 def test_a_transducer_gives_the_same_step_by_step(layers):
     model = tiny("conformer_s", head=f"transducer(hidden=24, layers={layers})")
     encoded, _ = model(torch.randn(2, 60, 20))
-    targets = torch.tensor([[1, 4, 4], [0, 9, 2]])
-    wanted = model.head(encoded, targets)
-    assert encoded.shape == (2, 15, 32) and wanted.shape == (2, 15, 4, 11)
-    said, state = model.head.start(2)
+    targets, head = torch.tensor([[1, 4, 4], [0, 9, 2]]), model.head
+    logits = head(encoded, targets)
+    assert encoded.shape == (2, 15, 32) and logits.shape == (2, 15, 4, 11)
+    assert not head.embedding.weight[10].any()
+    predicted, _ = head.predictor(head.embedding.weight[torch.tensor([[10, 1, 4, 4], [10, 0, 9, 2]])])
+    one, other = F.linear(encoded, head.encoded.weight, head.encoded.bias), F.linear(predicted, head.predicted.weight)
+    hidden = torch.tanh(one[:, :, None] + other[:, None])
+    assert relative(logits, F.linear(hidden, head.out.weight, head.out.bias)) < 1e-6
+    said, state = head.start(2)
     for number in range(4):
-        assert relative(model.head.joint(encoded, said[:, None]), wanted[:, :, number]) < 1e-5
+        assert relative(head.joint(encoded, said[:, None]), logits[:, :, number]) < 1e-5
         if number < 3:
-            said, state = model.head.predict(targets[:, number], (said, state))
+            said, state = head.predict(targets[:, number], (said, state))
 
 
 def test_advance_moves_the_blend_of_a_transducer():
@@ -133,11 +170,14 @@ def test_advance_moves_the_blend_of_a_transducer():
 def test_checkpointing_changes_no_gradient_and_moves_statistics_once(name):
     model = tiny(name, dropout=0.1, drop_path=0.2, norm="batchnorm")
     batch, lengths = torch.randn(3, 90, 20), torch.tensor([90, 50, 70])
-    outcomes = []
+    outcomes, calls = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(model.checkpointing))
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
         torch.manual_seed(5)
         outcomes.append(trained(model, batch, lengths))
+    assert calls == [False] * 4 + [True] * 8
     (_, slopes, buffers), (_, others, moved) = outcomes
     assert torch.equal(others, slopes) and slopes.abs().max() > 0
     assert all(torch.equal(moved[key], buffers[key]) for key in buffers)
@@ -163,12 +203,80 @@ def test_fused_encoders_give_the_same(name):
 
 
 def test_a_fused_model_whose_last_block_is_strided_gives_the_same():
-    fields = {"depth": 2, "widths": (32, 48), "strided": (1,), "mixer": ("grouped(size=3)", "relative"), "heads": 2}
+    fields = {"depth": 2, "widths": (32, 48), "strided": (1,), "mixer": "grouped(size=3)", "heads": 2}
     model = tiny("efficient_conformer_s", dim=32, vocabulary=7, norm="prepbn", **fields).double()
     zoo.advance(model, 1.0)
     fused, features = zoo.fuse(model), torch.randn(1, 90, 20, dtype=torch.float64)
     assert relative(fused(features)[0], model(features)[0]) < 1e-12
     assert fused.fusion[0].into == "the head" and "back" in fused.fusion[0].layer
+
+
+# Dropout and stages
+
+
+def test_training_drops_single_values_of_the_tokens_behind_the_subsampling():
+    model = tiny("conformer_ctc_s", dropout=0.3).train()
+    x, context = torch.randn(8, 12, 32), Context(grid=(12,))
+    check_dropout(model.start(x, context), x * 32**0.5, 0.3)
+
+
+def test_a_transducer_drops_what_its_predictor_reads():
+    head, seen = tiny("conformer_s", head="transducer(hidden=32, dropout=0.3)").head.train(), []
+    head.predictor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 1:]))
+    targets = torch.randint(10, (8, 12))
+    head(torch.randn(8, 1, 32), targets)
+    check_dropout(seen[0], head.embedding(targets), 0.3)
+
+
+STAGED = {"dim": 32, "widths": (32, 40, 48), "strided": (0, 2)}
+
+
+def test_a_strided_block_is_its_formula():
+    """A linear of every second token, and Conformer's convolution with stride 2."""
+    block = tiny("efficient_conformer_s", **STAGED).blocks[0].double()
+    real = torch.arange(11) < torch.tensor([11, 6])[:, None]
+    tokens, context = torch.randn(2, 11, 32, dtype=torch.float64), Context(grid=(11,), mask=real)
+    x = block.front(tokens, context)
+    y = F.layer_norm(x, (32,), block.norm.weight, block.norm.bias, 1e-5)
+    y = F.linear(y, block.conv.expand.weight, block.conv.expand.bias)
+    y = y[..., :40] * torch.sigmoid(y[..., 40:]) * real[..., None]
+    conv, norm = block.conv.conv, block.conv.norm
+    y = F.conv1d(y.transpose(1, 2), conv.weight, conv.bias, stride=2, padding=7, groups=40)
+    y = F.silu(F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias)).transpose(1, 2)
+    y = F.linear(y, block.conv.out.weight, block.conv.out.bias)
+    shortcut = F.linear(x[:, ::2], block.shortcut.weight, block.shortcut.bias)
+    wanted = block.back(shortcut + y, Context(grid=(6,), mask=real[:, ::2]))
+    assert relative(block(tokens, context)[real[:, ::2]], wanted[real[:, ::2]]) < 1e-12
+
+
+def test_a_strided_block_drops_single_values_of_its_convolution():
+    block, seen = tiny("efficient_conformer_s", dropout=0.3, **STAGED).blocks[0].double().train(), []
+    for part in (block.conv, block.shortcut):
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    block.back.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block(torch.randn(8, 24, 32, dtype=torch.float64), Context(grid=(24,)))
+    made, shortcut, whole = seen
+    check_dropout(whole - shortcut, made, 0.3)
+
+
+@torch.no_grad()
+def test_company_changes_no_clip_of_an_encoder_with_stages():
+    model = tiny("efficient_conformer_s", **STAGED).double()
+    clips = [torch.randn(frames, 20, dtype=torch.double) for frames in (97, 98, 100, 103, 1)]
+    together, lengths = model(*in_company(clips, 150))
+    for row, length, clip in zip(together, lengths, clips, strict=False):
+        alone, real = model(clip[None])
+        assert real.item() == length and relative(row[:length], alone[0]) < 1e-12
+
+
+def test_padding_changes_no_training_step_of_an_encoder_with_stages():
+    model = tiny("efficient_conformer_s", norm="batchnorm", **STAGED).double()
+    batch, lengths = in_company([torch.randn(frames, 20, dtype=torch.double) for frames in (97, 50)], 110, size=1.0)
+    padded = torch.cat([batch, 100 * torch.randn(batch.shape).double()], 1)
+    (wanted, slopes, buffers), (got, others, moved) = trained(model, batch, lengths), trained(model, padded, lengths)
+    assert max(relative(one, other) for one, other in zip(got, wanted, strict=True)) < 1e-9
+    assert relative(others, slopes) < 1e-9
+    assert all(relative(moved[key], buffers[key]) < 1e-9 for key in buffers)
 
 
 # What is refused

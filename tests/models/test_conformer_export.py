@@ -19,6 +19,7 @@ def exported(name: str) -> tuple[torch.nn.Module, torch.export.ExportedProgram]:
     return model, torch.export.export(model, (torch.randn(2, 100, 20), torch.tensor([100, 61])), dynamic_shapes=sizes)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_export_takes_clips_of_any_length(name):
     model, program = exported(name)
@@ -30,6 +31,7 @@ def test_export_takes_clips_of_any_length(name):
         assert relative(got[mask], wanted[mask]) < 1e-5
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "name", [name if name == "squeezeformer_xs" else pytest.param(name, marks=pytest.mark.all) for name in LAYOUTS]
 )

@@ -180,11 +180,11 @@ def test_it_is_exported(case):
 @pytest.mark.parametrize(
     ("name", "choices", "words"),
     [
-        ("vit_micro", {"depth": 2, "mixer": ("softmax",) * 3}, "mixer takes 1 to 2 names in turns for 2 blocks"),
+        ("vit_micro", {"depth": 2, "mixer": ("softmax",) * 3}, "mixer takes 1 to 2 names in turns, where"),
         ("vit_micro", {"mixer": ()}, "mixer takes 1 to 6 names in turns"),
         ("vit_micro", {"mixer": (("softmax", "sla"), "sla")}, "mixer takes a name or a tuple of names for the blocks"),
         ("vit_micro", {"mixer": ("softmax", 3)}, "mixer takes a name or a tuple of names, not ('softmax', 3)"),
-        ("vit_micro", {"position": ("rope", "sincos")}, "position takes 1 to 1 names"),
+        ("vit_micro", {"position": ("rope", "sincos")}, "position is one name for all blocks, not"),
         (
             "vit_micro",
             {"mixer": ("softmax", "pool"), "position": "rope"},
@@ -192,6 +192,27 @@ def test_it_is_exported(case):
         ),
         ("vit_micro", {"mixer": ("softmax", "slo")}, "blocks.1: mixer: there is no 'slo'"),
         ("vit_micro", {"placement": ("pre", "sub"), "mixer": ("sla", "pool")}, "blocks.1: placement 'sub' needs the"),
+        (
+            "vit_micro",
+            {"mixer": ("softmax", "pool"), "placement": ("hybrid", "pre", "pre")},
+            "blocks.3: placement 'hybrid' needs the site 'query'; mixer 'pool' has: none",
+        ),
+        ("vit_micro", {"mixer": ("softmax", "softmax(kv_heads=2)")}, "blocks.1: mixer 'softmax(kv_heads=2)': kv_heads"),
+        ("vit_micro", {"norm": ("layernorm", "groupnorm(groups=5)")}, "blocks.1: norm 'groupnorm(groups=5)': 5 groups"),
+        ("vit_micro", {"norm": ("layernorm", "rms(")}, "norm: cannot read 'rms('"),
+        ("vit_micro", {"patch": 0}, "image, patch and channels are at least 1"),
+        (
+            "poolformer_s12",
+            {"dim": (64, 120, 320, 512), "channel": "fca", "mixer": "pool"},
+            "stages.1.blocks.0: ch",
+        ),
+        ("efficient_conformer_s", {"mixer": ("relative", ("relative", "loca"), "sla")}, "blocks.6: mixer: there is no"),
+        (
+            "efficient_conformer_s",
+            {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ("relative", "grouped")},
+            "mixer 'grouped' would be ignored: the last stage has no block with a mixer",
+        ),
+        ("conformer_ctc_s", {"mixers": ("relative", "sla")}, "mixers would be ignored: strided names no block"),
         ("vit_micro", {"conv": ("glu", "swish")}, "conv 'glu / swish' would be ignored: the layout has no conv"),
         ("deit_tiny", {"channel": ("none", "none", "ela")}, "blocks.2: channel 'ela' does not read prefix"),
         (
@@ -208,7 +229,7 @@ def test_it_is_exported(case):
         (
             "davit_tiny",
             {"mixer": (("sla",) * 3, "sla", "sla", "sla")},
-            "mixer takes 1 to 2 names in turns for 2 blocks",
+            "mixer takes 1 to 2 names in turns in stage 0, where",
         ),
         ("conformer_ctc_s", {"mixer": ("relative", "window"), "chunk": 2}, "blocks.1: mixer 'window' does not read"),
         (
@@ -239,3 +260,11 @@ def test_every_choice_that_is_one_name_may_be_a_tuple_of_that_name():
             if isinstance(single, str) and {*USES.get(field, config.words)} & {*config.words}:
                 turned = replace(config, **{field: ((single,) if not config.staged else (single,) * 4)})
                 assert [turned.block(0, index) for index in range(2)] == [config.block(0, index) for index in range(2)]
+
+
+def test_heads_have_to_divide_dim_only_where_there_is_a_mixer():
+    assert zoo.create_model("vit_micro", layout=("ffn",), heads=5)(torch.randn(1, 3, 8, 8)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="5 heads do not divide dim 96; choose heads that do, or give head_dim"):
+        zoo.create_model("vit_micro", heads=5)
+    with pytest.raises(ValueError, match="5 heads do not divide dim 96; choose heads that do$"):
+        zoo.create_model("vit_micro", heads=5, mixer="window")

@@ -249,6 +249,7 @@ def test_list_models():
     assert configure("vit_tiny", depth=3).depth == 3
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "choices",
     [
@@ -275,6 +276,7 @@ def test_an_empty_batch(mixer):
     assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("choices", [{"position": position} for position in zoo.POSITIONS] + [{"layer_scale": 0.1}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_under_autocast_the_stream_keeps_the_precision_of_the_weights(choices, masked):

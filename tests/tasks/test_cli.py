@@ -126,6 +126,7 @@ def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert lines[0].startswith("usage: zoo") and ": error: " in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_fault_is_one_line_on_standard_error_and_status_1():
     line = [sys.executable, "-W", "ignore", "-m", "zoo", *TINY, "--model.backbone.mixer=none"]
     done = subprocess.run(line, capture_output=True, text=True)

@@ -1,13 +1,17 @@
 """Every checkpoint in the repository loads, meets its probe, is in the index, and does what its card says."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import zoo
 from zoo.data.images import Images
 from zoo.inputs.audio import AudioPreprocess
+from zoo.models import configure
+from zoo.models.base import count_parameters
 from zoo.outputs.tokens import Tokenizer
 from zoo.weights import load_checkpoint
 
@@ -42,17 +46,16 @@ def test_digits_are_read_as_the_card_says():
     assert accuracy in INDEX["vit_micro.digits"] and accuracy in (FOLDER / "vit_micro.digits/README.md").read_text()
 
 
-def test_the_figures_of_spoken_digits_agree():
+def test_spoken_digits_are_the_model_of_their_recipe():
+    """The error rate on the card cannot be measured here: the recordings are not in the repository."""
     model, preprocess, tokenizer, config = load_checkpoint(FOLDER / "squeezeformer_micro.spoken_digits")
     assert isinstance(preprocess, AudioPreprocess) and isinstance(tokenizer, Tokenizer) and model.config.stride == 4
     said = tokenizer.decode(list(range(tokenizer.vocabulary - 1))).split()
     assert {"ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"} <= set(said)
-    card = (FOLDER / "squeezeformer_micro.spoken_digits/README.md").read_text()
-    figure = "word error rate 0.0100"
-    assert figure in INDEX["squeezeformer_micro.spoken_digits"] and "| word error rate | 0.0100 |" in card
     (recipe,) = [word for word in config["source"].split() if word.endswith(".yaml")]
-    header = (FOLDER.parent / recipe).read_text()
-    assert "| squeezeformer_micro_fsdd        | 1.56 M     | 0.010 | 0.020           |" in header
+    text = (FOLDER.parent / recipe).read_text()
+    assert configure(**yaml.safe_load(text)["model"]["backbone"]) == model.config
+    assert re.search(rf"\| {Path(recipe).stem} +\| {count_parameters(model) / 1e6:.2f} M ", text)
 
 
 def test_a_checkpoint_is_found_by_name(monkeypatch):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
 from zoo.kernels.native import cache_folder
+from zoo.text import reason
 
 SMALL = 1000
 """The headers of fewer files are read each time; those of more are kept in the cache folder."""
@@ -273,7 +274,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {number}: it is not in UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+        raise ValueError(f"{path}: {reason(error)}") from error
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             yield number, line.rstrip("\r")

@@ -10,6 +10,8 @@ from zoo.tensors import linear
 class CTCHead(nn.Linear):
     """One linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
 
+    framewise = True  # each token has its logits, from a linear that alone reads it
+
     def __init__(self, dim: int, vocabulary: int) -> None:
         super().__init__(dim, vocabulary)
         nn.init.trunc_normal_(self.weight, std=0.02)
@@ -22,6 +24,8 @@ class TransducerHead(nn.Module):
 
     The blank is the last of the vocabulary. The LSTM reads it at the start; its embedding is zero.
     """
+
+    framewise = False
 
     def __init__(self, dim: int, vocabulary: int, *, hidden: int = 640, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zoo.inputs.base import Preprocess
 from zoo.tensors import mask_of
+from zoo.text import one_line, reason
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -101,10 +102,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
         with soundfile.SoundFile(name) as file:
             yield file
     except OSError as error:
-        raise UnreadableAudio(f"{name}: {error.strerror or error}") from error
+        raise UnreadableAudio(f"{name}: {reason(error)}") from error
     except soundfile.SoundFileError as error:
-        reason = str(error).removeprefix(f"Error opening {name!r}: ")
-        raise UnreadableAudio(f"{name}: no readable sound ({' '.join(reason.split())})") from error
+        said = str(error).removeprefix(f"Error opening {name!r}: ")
+        raise UnreadableAudio(f"{name}: no readable sound ({one_line(said)})") from error
 
 
 def cut_off(file: SoundFile) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.inputs.base import Preprocess
+from zoo.text import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -133,11 +134,10 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Picture:
             return convert_image(ImageOps.exif_transpose(picture), channels)
     except UnidentifiedImageError as error:
         empty = os.path.getsize(path) == 0
-        reason = "the file is empty" if empty else f"not a picture ({', '.join(FORMATS)})"
-        raise UnreadableImage(f"{os.fspath(path)}: {reason}") from error
+        why = "the file is empty" if empty else f"not a picture ({', '.join(FORMATS)})"
+        raise UnreadableImage(f"{os.fspath(path)}: {why}") from error
     except Exception as error:  # a broken file may raise anything: OSError, SyntaxError, struct.error
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableImage(f"{os.fspath(path)}: {' '.join(reason.split())}") from error
+        raise UnreadableImage(f"{os.fspath(path)}: {reason(error)}") from error
 
 
 def convert_image(picture: Picture, channels: int) -> Picture:

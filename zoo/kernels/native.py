@@ -13,6 +13,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from zoo.text import one_line
+
 # The vector types of the sources are those of GCC and Clang.
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -38,7 +40,7 @@ def library(name: str) -> ctypes.CDLL | None:
             path.unlink(missing_ok=True)
             return ctypes.CDLL(str(build(source)))
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         warnings.warn(
             f"zoo: {source.name} is not used ({reason}); the same is computed in plain PyTorch, several times slower. "
             "Install a C++ compiler (GCC or Clang), or set ZOO_NATIVE=0 to silence this.",

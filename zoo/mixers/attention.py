@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
 from zoo.norms import LayerNorm
+from zoo.spec import options_of
 from zoo.tensors import exporting, linear
 
 
@@ -31,7 +32,8 @@ class Headed(Layer):
     @classmethod
     def head_width_of(cls, dim: int, heads: int, *, head_dim: int = 0, **options: Any) -> int:
         if head_dim == 0 and dim % heads:
-            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do, or give head_dim")
+            other = ", or give head_dim" if "head_dim" in options_of(cls) else ""
+            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do{other}")
         return head_dim or dim // heads
 
     @classmethod

@@ -34,7 +34,7 @@ def configure(name: str, **choices: Any) -> Config:
         near = difflib.get_close_matches(name, PRESETS, n=3)
         raise ValueError(f"there is no model '{name}'; choose from: {', '.join(near or sorted(PRESETS))}")
     config = PRESETS[name]
-    choices = config.migrated(choices)
+    choices = config.migrated(choices, config)
     known = field_names(config)
     if unknown := [choice for choice in choices if choice not in known]:
         raise ValueError(f"'{name}' has no field '{unknown[0]}'; it has: {', '.join(known)}")

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.config import Config
+from zoo.block import Block
+from zoo.config import Config, ModelConfig
 from zoo.layer import Context, Fold, Layer
 from zoo.norms import recomputing
+from zoo.positions import POSITIONS, Position
+from zoo.spec import make
 from zoo.tensors import compiling
 
 Kind = TypeVar("Kind", bound=Config)
@@ -24,6 +27,7 @@ class ClassifierConfig(Config):
 
     task = "classify"
     input = "image"
+    argument = "images"
     labels = "classes"
 
     image: int = 224
@@ -83,7 +87,7 @@ class Model(nn.Module, Generic[Kind]):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
-        raise TypeError(f"{type(self).__name__} says nothing of how deep its parameters lie, as layer_decay needs it")
+        raise ValueError(f"{type(self).__name__} does not support layer_decay; it has no group_matcher")
 
     def name_layers(self) -> None:
         """Tells each layer its path in the model."""
@@ -102,6 +106,21 @@ def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[
     if bad := [layer for layer in wanted if not -number <= layer < number]:
         raise ValueError(f"layers: there is no {kind} {bad[0]}; the model has {number} {kind}s, from 0")
     return [layer % number for layer in wanted]
+
+
+def make_block(config: ModelConfig, stage: int, index: int, rate: float) -> Block:
+    """One block; an error names it where blocks differ."""
+    try:
+        return Block(config.block(stage, index), rate)
+    except ValueError as error:
+        raise ValueError(f"{config.located(stage, index)}{error}") from None
+
+
+def make_position(config: ModelConfig, stage: int = 0) -> Position:
+    """The position of a stage's tokens."""
+    first = config.block(stage)
+    place = (first.dim, first.head_width, first.place)
+    return make(POSITIONS, first.position, *place, field=f"{config.located(stage, 0)}position")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.block import Block
 from zoo.choices import BlockConfig
-from zoo.config import Choice, FlatConfig, Size, names_of
+from zoo.config import Choice, Config, FlatConfig, Size, names_of
 from zoo.fusion import keep
-from zoo.heads import SPEECH_HEADS, CTCHead
+from zoo.heads import SPEECH_HEADS
 from zoo.layer import Chunks, Context, Fold, Layer, halved
-from zoo.models.base import Model, chosen_layers, drop_rates
+from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.rates import Reduce, Strided
 from zoo.models.streaming import Stream
 from zoo.norms import NORMS, Norm
@@ -33,7 +32,7 @@ SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
 class ConformerConfig(FlatConfig):
     """A speech encoder and its head.
 
-    vocabulary counts the outputs, the blank being the last; 0 leaves the head away. head is `ctc` or `transducer`.
+    vocabulary counts the outputs, the blank being the last; 0 omits the head. head is `ctc` or `transducer`.
     unet halves the frame rate before the block of index `reduce` (None: half the depth less one) and restores it
     before the last block; reduce_left is how many of the four frames around a kept one that the halving reads lie in
     front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
@@ -89,12 +88,18 @@ class ConformerConfig(FlatConfig):
         self._check_chunk()
 
     @classmethod
-    def migrated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        given = super().migrated(values)
-        if mixers := given.pop("mixers", None):  # until format 2, one mixer for each stage
+    def migrated(cls, values: Mapping[str, Any], base: Config | None = None) -> dict[str, Any]:
+        given = super().migrated(values, base)
+        stages = base.strided if isinstance(base, ConformerConfig) else ()
+        mixers = given.pop("mixers", None)  # until format 2, one mixer for each stage, or none for `mixer` everywhere
+        if mixers:
             if given.get("mixer", "relative") != "relative":
                 raise ValueError(f"mixer '{given['mixer']}' would be ignored: mixers names one for each stage")
+            if not given.get("strided", stages):
+                raise ValueError("mixers would be ignored: strided names no block at which stages end")
             given["mixer"] = mixers
+        elif mixers is not None and stages:
+            given.setdefault("mixer", "relative")
         return given
 
     @property
@@ -103,7 +108,8 @@ class ConformerConfig(FlatConfig):
             return super().stages
         ends = (*(block + 1 for block in self.strided), self.depth)
         starts = (0, *ends[:-1])
-        depths = [max(1, end - start) for start, end in zip(starts, ends, strict=True)]  # half a block is one
+        # The last stage may be half a strided block and no whole one.
+        depths = [end - start for start, end in zip(starts, ends, strict=True)]
         return tuple(Size(width, depth, self.heads) for width, depth in zip(self.widths, depths, strict=True))
 
     @property
@@ -115,8 +121,12 @@ class ConformerConfig(FlatConfig):
 
     def at(self, index: int) -> BlockConfig:
         """The block of an index in the whole model."""
+        return self.block(*self.stage_of(index))
+
+    def stage_of(self, index: int) -> tuple[int, int]:
+        """The stage of a block, and its index there."""
         stage = sum(block < index for block in self.strided)
-        return self.block(stage, index - sum(size.depth for size in self.stages[:stage]))
+        return stage, index - sum(size.depth for size in self.stages[:stage])
 
     @property
     def width(self) -> int:
@@ -141,6 +151,12 @@ class ConformerConfig(FlatConfig):
             raise ValueError(f"strided lists rising indices of blocks, 0..{self.depth - 1}, not {self.strided}")
         if self.unet or self.chunk is not None:
             raise ValueError("strided: a model with stages has neither a temporal U-Net nor chunks")
+        if (
+            self.strided[-1] == self.depth - 1
+            and not isinstance(self.mixer, str)
+            and self.mixer[-1] != self.mixer[-2:][0]
+        ):
+            raise ValueError(f"mixer '{self.mixer[-1]}' would be ignored: the last stage has no block with a mixer")
         if self.layout != CONFORMER or self.layer_scale is not None:
             raise ValueError("strided: stages need Conformer's layout, without layer_scale")
         for name, needed in (("placement", "pre"), ("conv", "glu"), ("position", "none"), ("channel", "none")):
@@ -225,7 +241,7 @@ class ConformerConfig(FlatConfig):
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made, _ = model(**inputs)
-        if self.transducer:  # its head has its say too
+        if self.transducer:  # the probe covers the head too
             made = model.head(made, torch.zeros(1, 2, dtype=torch.long))  # pyright: ignore[reportCallIssue]
         return {"output": made}
 
@@ -254,12 +270,12 @@ class Conformer(Model[ConformerConfig]):
         first = config.block()
         self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim)
         self.scale = math.sqrt(config.dim) if config.scale_input else 1.0
-        self.position = make(POSITIONS, first.position, config.dim, first.head_width, first.place)
+        self.position = make_position(config)
         self.first: Norm | None = make(NORMS, first.norm, config.dim, first.place) if config.first_norm else None
         self.blocks = nn.ModuleList(
             Strided(config.at(index), config.block(config.strided.index(index) + 1), rate)
             if index in config.strided
-            else Block(config.at(index), rate)
+            else make_block(config, *config.stage_of(index), rate)
             for index, rate in enumerate(drop_rates(config.drop_path, config.depth))
         )
         self.reduce = Reduce(config.dim, config.reduce_left) if config.unet else None
@@ -365,7 +381,7 @@ class Conformer(Model[ConformerConfig]):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """A CTC head's logits of tokens; without one the tokens."""
-        return self.head(tokens) if isinstance(self.head, CTCHead) else tokens
+        return self.head(tokens) if self.head is not None and self.head.framewise else tokens
 
     def tokens(self, lengths: Any) -> Any:
         """Tokens that so many frames become, of a number or a tensor of them."""
@@ -416,7 +432,7 @@ class Conformer(Model[ConformerConfig]):
     def fold(self) -> list[Fold]:
         """Folds the norm at the end of the last block into a CTC head, which alone reads it."""
         done = [] if self.first is None else [keep(self, "first", "the stream reads it")]
-        if isinstance(self.head, CTCHead):
+        if self.head is not None and self.head.framewise:
             last: Any = self.blocks[-1]
             name = f"blocks.{self.config.depth - 1}."
             done += [fold._replace(layer=name + fold.layer) for fold in last.fold_last(self.head, "the head")]

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.block import Block
 from zoo.config import Choice, ModelConfig, Size
 from zoo.heads import HEADS
 from zoo.layer import Context
-from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, run
+from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position, run
 from zoo.norms import NORMS
-from zoo.positions import POSITIONS
 from zoo.spec import check, make, parse
 from zoo.stems import REDUCTIONS, STEMS
 from zoo.tensors import to_map
@@ -43,7 +41,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         super().__post_init__()
         if min(self.image, self.channels) < 1 or self.classes < 0:
             raise ValueError("image and channels are at least 1, classes at least 0")
-        for field, table in (("stem", STEMS), ("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
+        for field, table in (("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
             try:
                 check(table, getattr(self, field) or self.last_norm)
             except ValueError as error:
@@ -51,9 +49,18 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         if self.final_norm and check(HEADS, self.head).get("norm_first") is False:
             raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no such norm")
 
+    def path(self, stage: int, index: int) -> str:
+        return f"stages.{stage}.blocks.{index}"
+
     def check_sizes(self) -> None:
+        try:
+            check(STEMS, self.stem)
+        except ValueError as error:
+            raise ValueError(f"stem: {error}") from None
         if not len(self.dim) == len(self.depth) == len(self.heads) > 0:
             raise ValueError(f"dim, depth and heads have a number a stage, not {self.dim}, {self.depth}, {self.heads}")
+        if min(self.depth) < 1:
+            raise ValueError(f"depth is at least 1 in each stage, not {self.depth}")
 
     @property
     def stages(self) -> tuple[Size, ...]:
@@ -68,7 +75,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         return STEMS[parse(self.stem)[0]].stride * 2**stage  # pyright: ignore[reportAttributeAccessIssue]
 
     def grid(self, stage: int) -> tuple[int, int]:
-        side = -(-self.image // self.stride(stage)) if parse(self.stem)[0] in STEMS else 1
+        side = -(-self.image // self.stride(stage))
         return side, side
 
     @property
@@ -89,9 +96,9 @@ class Stage(nn.Module):
         self.reduction = None
         if stage > 0:
             given = (config.dim[stage - 1], first.dim, first.norm, first.place)
-            self.reduction = make(REDUCTIONS, config.reduction, *given)
-        self.position = make(POSITIONS, first.position, first.dim, first.head_width, first.place)
-        self.blocks = nn.ModuleList(Block(config.block(stage, index), rate) for index, rate in enumerate(rates))
+            self.reduction = make(REDUCTIONS, config.reduction, *given, field="reduction")
+        self.position = make_position(config, stage)
+        self.blocks = nn.ModuleList(make_block(config, stage, index, rate) for index, rate in enumerate(rates))
 
     def forward(self, x: Tensor, context: Context, checkpointing: bool = False) -> tuple[Tensor, Context]:
         """Tokens [B, N, D] of the stage before, or of the stem -> tokens of this stage, and where they lie."""
@@ -110,7 +117,7 @@ class Pyramid(Model[PyramidConfig]):
     def __init__(self, config: PyramidConfig) -> None:
         super().__init__(config)
         first, last = config.block(), config.block(len(config.dim) - 1)
-        self.stem = make(STEMS, config.stem, config.channels, first.dim, first.norm, first.place)
+        self.stem = make(STEMS, config.stem, config.channels, first.dim, first.norm, first.place, field="stem")
         rates = drop_rates(config.drop_path, sum(config.depth))
         stages = []
         for stage, depth in enumerate(config.depth):
@@ -118,7 +125,7 @@ class Pyramid(Model[PyramidConfig]):
             stages.append(Stage(config, stage, rates[start : start + depth]))
         self.stages = nn.ModuleList(stages)
         norm = config.final_norm or config.last_norm
-        self.head = make(HEADS, config.head, last.dim, config.classes, norm, last.place)
+        self.head = make(HEADS, config.head, last.dim, config.classes, norm, last.place, field="head")
 
     @property
     def strides(self) -> list[int]:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.block import Block
 from zoo.channels import grid_mean
 from zoo.config import FlatConfig
 from zoo.fusion import fold_in, keep, not_affine
 from zoo.layer import Context, Fold
-from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates
+from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.norms import NORMS, Norm
-from zoo.positions import POSITIONS
 from zoo.spec import make
 from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map
@@ -29,7 +27,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
     pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
     normalized; `distilled`, the mean of the logits of a class and a distillation token, each with a head of its own.
     registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token
-    puts a class token there, which `token` and `distilled` need. classes = 0 leaves the head away.
+    puts a class token there, which `token` and `distilled` need.
     """
 
     shown = (*FlatConfig.shown, "classes")
@@ -39,14 +37,13 @@ class ViTConfig(ClassifierConfig, FlatConfig):
     class_token: bool = False
     registers: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_sizes(self) -> None:
+        if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
+            raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
         if self.pool not in POOLS:
             raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
-        if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
-            raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
 
     @property
     def prefix(self) -> int:
@@ -75,10 +72,10 @@ class ViT(Model[ViTConfig]):
         if config.prefix:
             self.tokens = nn.Parameter(torch.zeros(1, config.prefix, config.dim))
             nn.init.trunc_normal_(self.tokens, std=0.02)
-        self.position = make(POSITIONS, first.position, config.dim, first.head_width, first.place)
+        self.position = make_position(config)
         rates = drop_rates(config.drop_path, config.depth)
-        self.blocks = nn.ModuleList(Block(config.block(index=index), rate) for index, rate in enumerate(rates))
-        self.norm: Norm | None = make(NORMS, first.norm, config.dim, first.place)
+        self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
+        self.norm: Norm | None = make(NORMS, first.norm, config.dim, first.place, field="norm")
         self.head = linear(config.dim, config.classes) if config.classes else None
         self.head_distilled = None
         if config.pool == "distilled" and config.classes:

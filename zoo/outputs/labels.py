@@ -1,6 +1,6 @@
 """What the outputs of a model mean: the names of classes, or the pieces of a tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple
 
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
@@ -18,10 +18,9 @@ class LabelKind(NamedTuple):
     variable: str  # the name of such labels in a line of code
 
 
-def _are_names(labels: object) -> bool:
-    return (
-        isinstance(labels, Sequence) and not isinstance(labels, str) and all(isinstance(each, str) for each in labels)
-    )
+def _are_names(labels: Any) -> bool:
+    several = isinstance(labels, Iterable) and isinstance(labels, Sized) and not isinstance(labels, str)
+    return several and all(isinstance(each, str) for each in labels)
 
 
 def _read_names(stored: object) -> tuple[str, ...]:
@@ -35,7 +34,7 @@ LABELS: dict[str, LabelKind] = {
         "a list of names, one for each class",
         "labels has {given} names, but the model has {wanted} classes",
         _are_names,
-        list,
+        lambda labels: [str(label) for label in labels],
         _read_names,
         len,
         "labels",

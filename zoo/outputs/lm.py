@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.outputs.tokens import SPACE
+from zoo.text import one_line
 
 if TYPE_CHECKING:
     from zoo.outputs.tokens import Tokenizer
@@ -63,7 +64,7 @@ class KenLM:
         try:
             self.model = kenlm.Model(os.fspath(path), quiet)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, most=200)
             raise ValueError(f"{os.fspath(path)} is no n-gram that kenlm reads: {reason}") from error
         self.make, self.tokenizer, self.unit = kenlm.State, tokenizer, unit
 

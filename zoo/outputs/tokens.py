@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.text import one_line, reason
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
@@ -256,7 +258,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> WordPieces:
         with open(path, "rb") as file:
             return WordPieces(file.read())
     except OSError as error:
-        raise ValueError(f"{os.fspath(path)}: {error.strerror or error}") from error
+        raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -278,7 +280,7 @@ def _misfit(said: str, size: int) -> str:
         return f"{size} word pieces are too many for these texts; at most {found[1]} can be made"
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", said):
         return f"{size} word pieces are too few for the characters of these texts; at least {found[1]} are needed"
-    return f"sentencepiece cannot train {size} word pieces: {' '.join(said.split())}"
+    return f"sentencepiece cannot train {size} word pieces: {one_line(said)}"
 
 
 def _unknown(characters: set[str], text: str) -> str:

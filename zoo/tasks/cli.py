@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.layer import unfinished
 from zoo.tasks.task import Task
-from zoo.text import one_line
+from zoo.text import one_line, reason
 from zoo.weights import save_model
 
 # Warnings of Lightning about what is meant to be so.
@@ -99,7 +99,7 @@ class States(CheckpointIO):
                 os.fsync(file.fileno())
             os.replace(aside, target)
         except OSError as error:
-            raise OSError(f"cannot write {target}: {error.strerror or error}; {fate}") from error
+            raise OSError(f"cannot write {target}: {reason(error)}; {fate}") from error
         finally:
             aside.unlink(missing_ok=True)
 
@@ -111,7 +111,7 @@ class States(CheckpointIO):
                 warnings.simplefilter("ignore")
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+            raise OSError(f"cannot read {path}: {reason(error)}") from error
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than tensors and numbers; no code from a file is ever run") from error
         except Exception as error:  # a broken file may raise anything

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from zoo.inputs.audio import AudioPreprocess
 from zoo.models.base import Model
 from zoo.outputs.tokens import Tokenizer
+from zoo.text import reason
 from zoo.weights import Checkpoint, load_checkpoint
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def load_for(command: str, name: str) -> Checkpoint:
     found = load_checkpoint(name)
     config = found.model.config
     if config.task != command:
-        other = f"`zoo {config.task} predict`" if config.task else "no predict command"
-        raise ValueError(f"{name} is not a model for `zoo {command}`; it takes {other}")
+        other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
+        raise ValueError(f"{name} is not a model for `zoo {command}`; {other}")
     if found.preprocess is None:
         raise ValueError(f"{name} does not say how to prepare its input: its config.json has no preprocess")
     if not config.labelled:
@@ -137,7 +138,7 @@ def write(
             for path in aside:
                 os.replace(path, output / path.name)
     except OSError as error:
-        raise OSError(f"cannot write to {output}: {error.strerror or error}") from error
+        raise OSError(f"cannot write to {output}: {reason(error)}") from error
 
 
 def short(text: str, most: int, tail: int = 0) -> str:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.config import Config
 from zoo.data.sampling import global_seed
+from zoo.inputs import Preprocess
 from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
@@ -52,11 +53,11 @@ class Task(lightning.LightningModule):
         weight_decay: of matrices only; norms, biases, tokens and positions have none.
         layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
         warmup: epochs of linear warm-up.
-        final_rate: learning rate at the end of the schedule.
+        final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
         checkpointing: computes activations again in the backward pass, to save memory.
         refresh: training batches on which batch statistics are measured again before the last validation.
-        seed: what dropout, dropped paths and augmentation depend on, besides the epoch; null for that of
+        seed: what dropout, dropped paths, mixing and masks depend on, besides the epoch; null for that of
             seed_everything.
     """
 
@@ -240,6 +241,12 @@ class Task(lightning.LightningModule):
         own, found = self.state_dict(), checkpoint["state_dict"]
         if differ := misfits(own, found):
             raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
+
+    def check_preprocess(self, preprocess: Preprocess) -> None:
+        """ValueError where the data is prepared for another model."""
+        for name in preprocess.shared:
+            if (given := getattr(preprocess, name)) != (taken := getattr(self.config, name)):
+                raise ValueError(f"the data has {given} {name} and the model {taken}; set model.backbone.{name}")
 
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """What the model takes of a batch."""

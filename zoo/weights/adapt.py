@@ -29,7 +29,7 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
     """
     config = start.model.config
     preset = start.config["preset"]
-    choices = config.migrated(choices)
+    choices = config.migrated(choices, config)
     if (asked := choices.pop("name", preset)) != preset:
         raise ValueError(f"{name} was made from {preset}, not from model.backbone.name={asked}")
     known = field_names(config)

@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has format {written['format']}, which zoo {zoo.__version__} does not know")
         try:
             written = MIGRATIONS[written["format"]](written)
-        except CheckpointError as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
     if odd := sorted(FIELDS.keys() ^ written.keys()):
         verb = "lacks" if odd[0] in FIELDS else "has an unknown"

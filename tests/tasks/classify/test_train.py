@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning
@@ -16,7 +18,7 @@ from training import PLAIN_FLAGS, classifier, command, difference, fit, images, 
 from zoo.data.images import Batch
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
-from zoo.tasks.classify.train import Classify
+from zoo.tasks.classify.train import Classify, interval
 from zoo.weights import load_checkpoint, save_model
 
 # Resuming
@@ -86,6 +88,7 @@ def test_resuming_gives_bitwise_the_run_that_never_stopped(whole: Run, resumed: 
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_as_random_as_it_says(whole: Run, tmp_path: Path):
     """Other seeds of data and of task each give other weights, so the comparison above compares something."""
     found = []
@@ -163,6 +166,21 @@ def test_mixing_takes_pairs_of_an_odd_batch(number: int):
     assert used == ([number // 2 * 2] if number > 1 else [])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_loss_is_cross_entropy_with_smoothed_labels(mixed: bool, monkeypatch: pytest.MonkeyPatch):
+    task, batch = classifier(mixup=0.8 * mixed, cutmix=1.0 * mixed, smoothing=0.1), batch_of(6)
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
+    task._trainer = SimpleNamespace(global_step=0)
+    images, targets = batch.images, torch.full((6, 4), 0.1 / 4)
+    targets[range(6), batch.labels] += 0.9
+    if mixed:
+        images, targets = task.mix(images.clone(), batch.labels)
+        monkeypatch.setattr(task, "mix", lambda *_: (images, targets))
+        assert torch.allclose(targets.sum(1), torch.ones(6)) and torch.allclose(targets.amin(1), torch.tensor(0.1 / 4))
+    wanted = -(targets * task.model(images).log_softmax(1)).sum(1).mean()
+    assert task.training_step(batch, 0).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 # A recipe that learns, and what it leaves
 
 LEARN = [*PLAIN_FLAGS, "--model.backbone.patch=4", "--model.backbone.dim=32", "--data.batch=32"]
@@ -185,16 +203,19 @@ def accuracies(root: Path) -> list[float]:
     return [float(row["val/accuracy"]) for row in rows_of(root) if row["val/accuracy"]]
 
 
+@pytest.mark.slow
 def test_learns_with_linear_attention_and_batch_statistics(learned: Path):
     found = accuracies(learned)
     assert len(found) == 6 and found[-1] >= 0.95 and found[0] < 0.9
 
 
+@pytest.mark.slow
 def test_learns_with_softmax_and_layernorm(tmp_path: Path):
     fit(tmp_path, *LEARN)
     assert right(zoo.load_model(tmp_path / "best"), images().val_dataloader()) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_trains_in_bfloat16(precision: str, tmp_path: Path):
     choices = ["--model.backbone.mixer=sla", "--model.backbone.norm=prepbn", "--model.average=0.9", "--model.refresh=2"]
@@ -245,6 +266,16 @@ def test_logs_and_config(learned: Path):
     assert "mixer: sla" in (learned / "config.yaml").read_text()
 
 
+def wilson(share: float, number: int, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of Wilson 1927."""
+    middle, spread = share + z**2 / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / number) ** 2 / 4)
+    return (middle - spread) / (1 + z**2 / number), (middle + spread) / (1 + z**2 / number)
+
+
+def test_interval():
+    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_measuring_a_kept_model_gives_the_logged_accuracy(verb: str, learned: Path, monkeypatch: Any, tmp_path: Path):
     """The config that a run leaves is one to start from, and measuring leaves nothing behind."""
@@ -254,9 +285,11 @@ def test_measuring_a_kept_model_gives_the_logged_accuracy(verb: str, learned: Pa
     before = sorted(learned.rglob("*"))
     flags = ["--trainer.default_root_dir=null"] if verb == "validate" else []
     command(verb, "--config", learned / "config.yaml", f"--model.weights={learned}/best", *flags)
-    if verb == "validate":
-        (line,) = lines
-        assert line.startswith(f"accuracy {max(accuracies(learned)):.4f} (n = 128, 95 % interval ")
+    wanted = max(accuracies(learned))
+    if verb == "test":
+        wanted = right(zoo.load_model(learned / "best"), images().test_dataloader())
+    low, high = wilson(wanted, 128)
+    assert lines == [f"accuracy {wanted:.4f} (n = 128, 95 % interval {low:.4f} to {high:.4f})"]
     assert sorted(learned.rglob("*")) == before and not list(tmp_path.iterdir())
 
 
@@ -279,12 +312,10 @@ def test_starting_from_a_checkpoint_trains_all_of_it(learned: Path):
     assert {key for key in before if "running" in key} | {"head.weight", "stem.conv.weight"} <= set(moved)
 
 
-def test_a_fused_model_can_be_measured_and_not_trained(learned: Path, tmp_path: Path):
+def test_a_fused_model_can_be_measured(learned: Path, tmp_path: Path):
     kept = load_checkpoint(learned / "last")
     folder = save_model(zoo.fuse(kept.model), tmp_path / "fused", preprocess=kept.preprocess, labels=kept.labels)
     task = Classify(weights=str(folder), mixup=0.0, cutmix=0.0)
     run = trainer(1, 1, limit_val_batches=1.0)
     (found,) = run.validate(task, datamodule=images(), verbose=False)
     assert found["val/accuracy"] == pytest.approx(accuracies(learned)[-1])
-    with pytest.raises(ValueError, match="fused model is for inference and cannot be trained"):
-        trainer(1, 1).fit(task, datamodule=images())

@@ -168,7 +168,7 @@ def test_csv_says_what_json_says(ear: Ear):
 def test_batches_are_of_one_duration_and_change_nothing(ear: Ear):
     names = [record(Path(f"many/{index:02}.wav"), "ab " * (1 + 5 * index % 7)) for index in range(14)]
     whole = predict("ear", "many", "--seconds", 1000)
-    assert ear.batches == [(14, max(frames for _, frames in ear.batches))]
+    assert [number for number, _ in ear.batches] == [14]
     ear.batches.clear()
     assert predict("ear", "many", "--seconds", 9) == whole
     assert len(ear.batches) > 2 and sum(number for number, _ in ear.batches) == len(names)
@@ -418,7 +418,7 @@ def test_answer_that_is_no_number(ear: Ear):
     [
         (["ear", "nowhere"], "there is no file or folder 'nowhere'"),
         (["ear", "sounds", "empty"], "there is no sound file in the folder 'empty'"),
-        (["vision", "sounds"], "vision is not a model for `zoo transcribe`; it takes `zoo classify predict`"),
+        (["vision", "sounds"], "vision is not a model for `zoo transcribe`; use `zoo classify predict`"),
         (["encoder", "sounds"], "encoder is a backbone without a head"),
         (["ear", "sounds", "--output", "sounds/z.wav"], "--output sounds/z.wav: this is a file"),
         (["transducer", "sounds", "--decode", "beam"], "transducer is a transducer; only greedy"),

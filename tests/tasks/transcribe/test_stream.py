@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torchaudio.transforms import Resample as Resampled
 
 import zoo
 from helpers import randomise
-from training import refused
+from training import difference, refused
 from zoo.__main__ import main
 from zoo.inputs.audio import RECIPES, StreamingFeatures
 from zoo.layer import Chunks
 from zoo.outputs import greedy, transducer_greedy, words
 from zoo.outputs.tokens import Tokenizer, train_characters, train_pieces
+from zoo.outputs.transducer import transducer_search
 from zoo.tasks.transcribe.stream import Listener, Resample
 from zoo.weights import load_checkpoint, save_model
 
@@ -126,6 +127,9 @@ def test_a_file_gives_the_text_of_the_whole(kept: Path, capsys: pytest.CaptureFi
         text = capsys.readouterr().out
         assert text == whole(kept, sound(seconds)) + "\n"
         assert seconds < 3 or len(text.split()) > 5
+    if loaded(kept).model.config.head == "ctc":  # letters that go on behind the end of a chunk are said once
+        path = tokens_of(loaded(kept).model, sound())[1].argmax(-1).tolist()
+        assert sum(path[at - 1] == path[at] != LETTERS.blank for at in range(CHUNK, len(path), CHUNK)) >= 2
 
 
 @pytest.mark.parametrize("size", [321, 3201, 100_000])
@@ -142,14 +146,6 @@ def test_look_ahead(ahead: int, kept: Path, capsys: Any, monkeypatch: Any):
     text = capsys.readouterr().out
     assert text == whole(kept, sound(), visible) + "\n"
     assert text != whole(kept, sound()) + "\n"
-
-
-def test_repeats_are_collapsed_across_chunks(ctc: Path):
-    """At a chunk's border the same letter is the likeliest before and behind, and it is said once."""
-    _, logits = tokens_of(loaded(ctc).model, sound())
-    path = logits.argmax(-1).tolist()
-    borders = [place for place in range(CHUNK, len(path), CHUNK) if path[place - 1] == path[place] != LETTERS.blank]
-    assert len(borders) >= 2  # so that the equality above says something
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -173,13 +169,12 @@ def test_listener_in_pieces_of_any_size(tokenizer: Tokenizer, kind: str):
 
 def test_memory_does_not_grow():
     listener, sizes = Listener(talkative(LETTERS, "ctc"), PREPROCESS, LETTERS, rate=44100), set()
-    held = (listener.resample, listener.features, listener.stream)
     for piece in sound(6.0).split(500):
         listener.push(piece)
         assert listener.resample.waiting.numel() + listener.features.waiting.numel() < 3000
         assert listener.stream.waiting.shape[1] < 16 and not listener.pending
         sizes.add(sum(value.numel() for value in listener.stream.cache.values()))
-    assert len(sizes) == 1 and all(held)
+    assert len(sizes) == 1
 
 
 # Words as they come
@@ -233,10 +228,15 @@ def test_times_are_those_of_the_best_path(ctc: Path, capsys: pytest.CaptureFixtu
 def test_times_of_a_transducer(capsys: pytest.CaptureFixture[str]):
     listener = Listener(talkative(LETTERS, "transducer"), PREPROCESS, LETTERS, times=True)
     said = "".join(map(listener.push, sound().split(777))) + listener.finish()
-    found = [line.split() for line in said.splitlines()]
-    times = [float(time) for time, _ in found]
-    assert times == sorted(times) and 0 <= times[0] < times[-1] < 3.1
-    assert [word for _, word in found] == spelt(LETTERS, tokens_of(listener.model, sound())[0]).split()
+    made, lengths = listener.model(PREPROCESS(sound())[None])
+    (found,), _ = transducer_search(listener.model.head, made, lengths, listener.model.head.start(1))
+    wanted: list[str] = []
+    space = True
+    for letter, frame in ((LETTERS.pieces[token], frame) for token, frame in found):
+        if letter != " ":
+            wanted += [f"{frame * 0.04:8.2f}  {letter}"] if space else [wanted.pop() + letter]
+        space = letter == " "
+    assert said.splitlines() == wanted and len(wanted) > 5
 
 
 class Bytes(Tokenizer):
@@ -437,7 +437,11 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"look_ahead": -1}, "look_ahead is at least 0"), ({"tokenizer": PIECES}, "tokens with the blank"), ({}, "chunk")],
+    [
+        ({"look_ahead": -1}, "look_ahead is at least 0"),
+        ({"tokenizer": PIECES}, "tokens with the blank"),
+        ({}, "no chunk"),
+    ],
     ids=str,
 )
 def test_listener_refuses(options: dict[str, Any], words: str):
@@ -455,11 +459,15 @@ def test_an_answer_that_is_not_a_number(ctc: Path):
         listener.push(sound(1.0))
 
 
-def test_the_weights_of_a_stream_are_left_alone(ctc: Path):
-    """Two listeners of one model do not hear each other."""
-    model = loaded(ctc).model
-    one, other = (Listener(model, PREPROCESS, LETTERS) for _ in range(2))
-    parts: Iterable[tuple[Tensor, Tensor]] = zip(sound(1.0).split(1000), sound(2.0)[16000:].split(1000), strict=True)
-    said = [(one.push(first), other.push(second)) for first, second in parts]
-    alone = Listener(model, PREPROCESS, LETTERS)
-    assert "".join(first for first, _ in said) + one.finish() == alone.push(sound(1.0)) + alone.finish()
+def test_two_listeners_of_one_model_do_not_hear_each_other(ctc: Path):
+    model = load_checkpoint(ctc).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    waveforms = (sound(1.0), sound(2.0)[16000:])
+    pairs = [(Listener(model, PREPROCESS, LETTERS), waveform, list[str]()) for waveform in waveforms]
+    for place in range(0, 16000, 1000):
+        for listener, waveform, said in pairs:
+            said.append(listener.push(waveform[place : place + 1000]))
+    for listener, waveform, said in pairs:
+        alone = Listener(model, PREPROCESS, LETTERS)
+        assert "".join(said) + listener.finish() == alone.push(waveform) + alone.finish()
+    assert difference(before, model.state_dict()) is None

@@ -23,6 +23,7 @@ from zoo.data.speech import Batch, Speech
 from zoo.data.speech_sources import Tones
 from zoo.inputs.audio import RECIPES
 from zoo.inputs.images import ImagePreprocess
+from zoo.layer import Chunks
 from zoo.norms import PRepBN
 from zoo.outputs import greedy
 from zoo.outputs.tokens import Characters, Tokenizer, train_characters, train_pieces
@@ -97,6 +98,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_learns(learned: Path):
     found = logged(learned, "val/wer")
     assert len(found) == 6 and found[0] > 0.9 and found[-1] < 0.5
@@ -105,6 +107,7 @@ def test_learns(learned: Path):
     assert logged(learned, "val/cer")[-1] < found[-1] and logged(learned, "val/loss")[-1] < 3
 
 
+@pytest.mark.slow
 def test_best_has_the_smallest_error_of_what_can_be_folded(learned: Path):
     found = logged(learned, "val/wer")
     done = [math.inf] * 4 + found[4:]  # prepbn blends until 0.8 of 6 epochs
@@ -118,6 +121,7 @@ def test_best_has_the_smallest_error_of_what_can_be_folded(learned: Path):
     assert steps[1] % 6 == 0 and steps[0] == steps[1] // 6 * (found.index(min(found)) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, monkeypatch: pytest.MonkeyPatch):
     model, preprocess, tokenizer, config = load_checkpoint(learned / name, check=True)
@@ -138,6 +142,7 @@ def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, monkeypat
     assert lines[-1].endswith(f"({words} words in 64 utterances)")
 
 
+@pytest.mark.slow
 def test_the_test_set_is_another(learned: Path, monkeypatch: pytest.MonkeyPatch):
     lines: list[str] = []
     monkeypatch.setattr("zoo.tasks.transcribe.train.rank_zero_info", lines.append)
@@ -165,6 +170,7 @@ def stop(task: Transcribe, batch: Batch, batch_idx: int) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_resuming_gives_bitwise_the_run_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     fit(whole, *RANDOM, backbone=ALL)
@@ -245,14 +251,22 @@ def test_a_run_goes_on_with_its_own_tokens():
 
 
 def test_rates_decay_from_block_to_block():
-    from timm.optim._param_groups import param_groups_layer_decay
-
-    model = recogniser().model
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = param_groups_layer_decay(model, layer_decay=0.5)
-    scales = {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
-    assert scales["stem.out.weight"] < scales["blocks.0.steps.0.branch.out.weight"] < 1.0
-    assert scales["blocks.0.steps.0.branch.out.weight"] < scales["blocks.1.steps.0.branch.out.weight"] <= 1.0
+    task = recogniser({"depth": 3, "position": "learned"}, rate=1e-3, layer_decay=0.5, weight_decay=0.01)
+    plan = {"estimated_stepping_batches": 100, "num_training_batches": 10, "accumulate_grad_batches": 1}
+    task._trainer = SimpleNamespace(**plan)
+    (optimizer,), _ = task.configure_optimizers()
+    found = {
+        each: (group["initial_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for each in group["params"]
+    }
+    assert set(found) == set(task.model.parameters())
+    shares = {"stem": 1 / 16, "first": 1 / 16, "position": 1 / 16}
+    shares |= {"blocks.0": 1 / 8, "blocks.1": 1 / 4, "blocks.2": 1 / 2, "reduce": 1 / 2, "recover": 1 / 2, "head": 1}
+    for name, parameter in task.model.named_parameters():
+        (share,) = [share for start, share in shares.items() if name.startswith(start)]
+        spared = parameter.ndim < 2 or name.endswith((".content", ".offset", "position.table"))
+        assert found[parameter] == (pytest.approx(1e-3 * share), 0.0 if spared else 0.01), name
 
 
 def test_divergence():
@@ -292,6 +306,34 @@ def test_a_loss_of_intermediate_blocks_and_of_two_views(monkeypatch: pytest.Monk
     wanted = 0.6 * losses[2] + 0.4 * (losses[0] + losses[1]) / 2 + 0.5 * apart
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert logs["train/divergence"] == pytest.approx(apart.item(), rel=1e-3)
+
+
+def stepping(task: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The task, so that a training step can be taken without a trainer."""
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
+    task._trainer = SimpleNamespace(world_size=1, global_step=0)
+    return task
+
+
+def test_a_step_warps_filters_and_masks_in_this_order(monkeypatch: pytest.MonkeyPatch):
+    task, calls = stepping(recogniser(warp=0.1, filter=0.3, time_masks=2), monkeypatch), list[Any]()
+    task.centres = RECIPES["squeezeformer"].centres
+    for name in ("warp_frequencies", "filter_bands", "spec_augment"):
+
+        def record(features: Tensor, *given: Any, name: str = name) -> Tensor:
+            calls.append((name, features, given))
+            return 2 * features
+
+        monkeypatch.setattr(f"zoo.tasks.transcribe.train.{name}", record)
+    task.model.stem.register_forward_pre_hook(lambda _, inputs: calls.append(("stem", inputs[0], ())))
+    batch = utterances([60, 40, 33])
+    task.training_step(batch, 0)
+    assert [name for name, _, _ in calls] == ["warp_frequencies", "filter_bands", "spec_augment", "stem"]
+    assert all(torch.equal(features, batch.features * 2**number) for number, (_, features, _) in enumerate(calls))
+    warped, filtered, masked, _ = (given for _, _, given in calls)
+    assert warped[0] is task.centres
+    assert torch.equal(filtered[0], batch.lengths) and torch.equal(masked[0], batch.lengths)
+    assert warped[1:] == (0.1,) and filtered[1:] == (0.3,) and masked[1:] == (2, 27, 2, 0.05)
 
 
 @pytest.mark.parametrize("numbers", [(2, 5, 1), (3, 0, 4)], ids=str)
@@ -353,12 +395,20 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_chunks(streams: Path):
     assert load_checkpoint(streams / "last", check=True).preprocess == RECIPES["streaming"]
     task = recogniser(STREAMS, chunks=[1, 3, 8])
     found = {task.visible() for _ in range(40)}
     assert {(each.chunk, each.left) for each in found} == {(1, 16), (3, 15), (8, 16)}
     assert recogniser(STREAMS).visible() is None
+
+
+def test_a_step_works_in_the_chunk_that_was_drawn(monkeypatch: pytest.MonkeyPatch):
+    task, seen = stepping(recogniser(STREAMS, chunks=[1]), monkeypatch), list[Any]()
+    task.model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].visible))
+    task.training_step(utterances([60, 40, 33]), 0)
+    assert seen == [Chunks(1, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +418,7 @@ def transducer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_transducer(transducer: Path):
     kept = load_checkpoint(transducer / "last", check=True)
     assert kept.model.head.__class__.__name__ == "TransducerHead" and kept.labels == LETTERS
@@ -422,11 +473,11 @@ def test_a_model_of_pictures_is_refused():
             [],
             "the tokenizer has 10 tokens with the blank and the model 30; set model.backbone.vocabulary=10",
         ),
-        ({}, ["--data.mels=64"], "the data has 64 mel bands and the model 80; set model.backbone.mels"),
+        ({}, ["--data.mels=64"], "the data has 64 mels and the model 80; set model.backbone.mels"),
         ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised band by band"),
         (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, which a stream has not"),
         ({}, ["--model.chunks=[4]"], "model.chunks"),
-        ({"mels": 4}, ["--data.mels=2"], "2 mel bands and the model 4"),
+        ({"mels": 4}, ["--data.mels=2"], "2 mels and the model 4"),
         ({}, ["--data.tokenizer=nowhere.model"], "nowhere.model: No such file"),
     ],
     ids=str,
@@ -436,6 +487,7 @@ def test_data_that_does_not_fit_is_one_line(backbone: dict[str, Any], flags: lis
     assert words in refused("fit", *flags_of(backbone), *SHORT, root, *flags)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_checkpoint_stays(transducer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """It is what the weights were trained with; another .model file is refused, and a new vocabulary is a new head."""
     (tmp_path / "same.model").write_bytes(train_pieces(["AB CD", "EF"] * 3, 9).model)
@@ -446,6 +498,7 @@ def test_the_tokenizer_of_a_checkpoint_stays(transducer: Path, monkeypatch: pyte
     command("validate", *flags[:2], "--data.limit=4")
 
 
+@pytest.mark.slow
 def test_a_start_from_a_checkpoint_with_a_new_vocabulary(learned: Path, tmp_path: Path):
     (tmp_path / "new.model").write_bytes(train_pieces(["AB CD", "EF GH", "A HEAD"] * 3, 12).model)
     flags = [f"--data.tokenizer={tmp_path}/new.model", "--model.backbone.vocabulary=13", "--trainer.logger=false"]
@@ -453,8 +506,10 @@ def test_a_start_from_a_checkpoint_with_a_new_vocabulary(learned: Path, tmp_path
     command("fit", *flags, f"--model.weights={learned}/last", f"--trainer.default_root_dir={tmp_path}/run")
     kept = load_checkpoint(tmp_path / "run/last")
     assert isinstance(kept.labels, Tokenizer) and kept.labels.vocabulary == 13
-    old, new = zoo.load_model(learned / "last").state_dict(), kept.model.state_dict()
+    old, new = (dict(model.named_parameters()) for model in (zoo.load_model(learned / "last"), kept.model))
     assert new["head.weight"].shape == (13, 48) and old["head.weight"].shape == (10, 48)
+    moves = [float((new[key] - old[key]).detach().abs().max()) for key in old if not key.startswith("head")]
+    assert 0 < max(moves) <= 2e-3  # by one step at a rate of 1e-3
 
 
 # Real folders and their faults
@@ -578,6 +633,7 @@ def test_a_checkpoint_is_measured_on_its_own_features(tmp_path: Path, monkeypatc
         fit(tmp_path / "on", weights, "--data.mels=40", "--data.recipe=nemo", backbone={"mels": 40})
 
 
+@pytest.mark.slow
 def test_nothing_to_measure(faulty: Path, transducer: Path, tmp_path: Path):
     path = speak(tmp_path, "dev", range(1), {})[0]
     flags = ["--data.dataset=librispeech", f"--data.root={tmp_path}", f"--model.weights={transducer}/last"]

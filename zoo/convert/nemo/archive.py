@@ -21,7 +21,7 @@ from zoo.convert.speech import (
 )
 from zoo.inputs.audio import AudioPreprocess
 from zoo.outputs.tokens import Characters, Tokenizer, WordPieces
-from zoo.text import one_line
+from zoo.text import one_line, reason
 from zoo.weights.names import read_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -85,7 +85,7 @@ def from_nemo(
         try:
             config = _yaml(Path(config).read_bytes(), where)
         except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error.strerror or error}") from error
+            raise ValueError(f"{where} cannot be read: {reason(error)}") from error
     if isinstance(source, Mapping):
         return _convert(config, _tensors(source, "the state dict"), where, "the state dict", None)
     return _convert(config, read_tensors(Path(source)), where, str(source), None)

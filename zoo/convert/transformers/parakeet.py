@@ -21,7 +21,7 @@ from zoo.convert.speech import (
 )
 from zoo.inputs.audio import RECIPES, AudioPreprocess
 from zoo.outputs.tokens import Tokenizer, WordPieces
-from zoo.text import one_line
+from zoo.text import one_line, reason
 from zoo.weights.names import read_tensors
 
 # NeMo's names and those of transformers, in the order in which they are replaced.
@@ -124,8 +124,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(one_line(f"{path} cannot be read as JSON: {reason}")) from error
+        raise ValueError(one_line(f"{path} cannot be read as JSON: {reason(error)}")) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no fields")
     return values

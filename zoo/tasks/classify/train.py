@@ -66,8 +66,7 @@ class Classify(Task):
             raise ValueError(
                 f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
             )
-        if (given := data.preprocess.channels) != (taken := self.model.config.channels):  # pyright: ignore
-            raise ValueError(f"the data has {given} channels and the model {taken}; set model.backbone.channels")
+        self.check_preprocess(data.preprocess)
         if stage == "fit" and self.mix is not None and data.batch < 2:
             raise ValueError("mixup and cutmix mix pairs of pictures; raise data.batch, or set both to 0")
         if self.start is None:

@@ -153,10 +153,7 @@ class Transcribe(Task):
             else:
                 rank_zero_info("the features are those of model.weights, whatever data.recipe and data.mels say")
                 data.preprocess = trained
-        if data.preprocess.mels != config.mels:
-            raise ValueError(
-                f"the data has {data.preprocess.mels} mel bands and the model {config.mels}; set model.backbone.mels"
-            )
+        self.check_preprocess(data.preprocess)
         if stage == "fit" and self.filter and data.preprocess.normalize == "bin":
             raise ValueError(
                 "model.filter needs features that are not normalised band by band, which removes a microphone's curve; "
