@@ -161,9 +161,11 @@ def test_a_patch_that_does_not_divide_the_picture_is_padded_with_zeros():
 def test_features_and_the_bare_backbone():
     model = randomise(zoo.create_model("vit_micro", **(TINY | {"classes": 0}))).eval()
     images = torch.randn(2, 3, 24, 24)
-    assert model(images).shape == (2, 32)
     first, last = model.features(images, layers=[0, -1])
     assert torch.equal(last, model.features(images)[1]) and not torch.equal(first, last)
+    tokens = last.flatten(2).transpose(1, 2)
+    pooled = torch.nn.functional.layer_norm(tokens, (32,), model.norm.weight, model.norm.bias, 1e-6).mean(1)
+    assert relative(model(images), pooled) < 1e-5
     x, context = model.embed(images, None)
     assert torch.equal(first.flatten(2).transpose(1, 2), model.blocks[0](x, context))
     with pytest.raises(ValueError, match="no block 2"):
