@@ -68,11 +68,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = _frozen(getattr(self, each.name))
-            object.__setattr__(self, each.name, value)
             kind = _kinds(type(self))[each.name]
+            try:
+                value = _frozen(getattr(self, each.name))
+            except RecursionError:
+                raise ValueError(f"{each.name} takes {_said(kind)}, not lists in lists in lists") from None
+            if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            object.__setattr__(self, each.name, value)
             if not _fits(value, kind):
                 raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{each.name} takes a finite number, not {value!r}")
 
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
@@ -126,7 +133,9 @@ class Config:
 
 def _said(kind: Any) -> str:
     """A field's type as an error names it."""
-    names = {Choice: "a name or a tuple of names", str: "a name", str | None: "a name or null"}
+    names = {Choice: "a name or a tuple of names", str: "a name", str | None: "a name or null", float: "a number"}
+    names |= {float | None: "a number or null", int: "an int", int | None: "an int or null", bool: "true or false"}
+    names |= {tuple[int, ...]: "a tuple of ints", tuple[str, ...]: "a tuple of names"}
     return names.get(kind) or str(getattr(kind, "__name__", kind))
 
 
@@ -194,8 +203,9 @@ class ModelConfig(Config):
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
         given = dict(values)
-        if isinstance(given.get("modulate"), bool) and given.pop("modulate"):
-            given.setdefault("modulation", "adaln")
+        modulated = isinstance(given.get("modulate"), bool) and given.pop("modulate")
+        if modulated and given.setdefault("modulation", "adaln") != "adaln":
+            raise ValueError(f"modulate=True and modulation '{given['modulation']}' contradict each other")
         return given
 
     # What a family says of itself
@@ -281,7 +291,7 @@ class ModelConfig(Config):
         )
 
     def _check_layout(self) -> None:
-        if not self.layout:
+        if {*self.layout} <= {"norm"}:
             raise ValueError("layout is empty; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:

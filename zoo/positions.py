@@ -147,6 +147,8 @@ class Rotary(Position):
             raise ValueError(
                 f"rope on {place.axes} axes needs a head of a width that {2 * place.axes} divides, not {head_dim}"
             )
+        if base <= 0:
+            raise ValueError(f"rope takes a base above 0, not {base}")
         self.base = base
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
 

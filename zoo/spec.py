@@ -59,7 +59,7 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
             least = 1 if isinstance(default, int) and default > 0 else 0
             if not least <= value < math.inf:
                 raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
-    return allowed | dict(given)
+    return allowed | {option: float(value) if isinstance(allowed[option], float) else value for option, value in given}
 
 
 def make(table: Mapping[str, type], spec: str, *arguments: Any, field: str = "") -> Any:

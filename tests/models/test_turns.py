@@ -210,8 +210,22 @@ def test_it_is_exported(case):
         (
             "efficient_conformer_s",
             {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ("relative", "grouped")},
-            "mixer 'grouped' would be ignored: the last stage has no block with a mixer",
+            "mixer 'grouped' would be ignored: no block has it",
         ),
+        (
+            "efficient_conformer_s",
+            {"depth": 4, "strided": (0,), "widths": (120, 168), "mixer": "relative", "conv": ("glu(kernel=3)", "glu")},
+            "conv 'glu(kernel=3)' would be ignored: no block has it",
+        ),
+        (
+            "efficient_conformer_s",
+            {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ()},
+            "mixer has 0 choices",
+        ),
+        ("vit_micro", {"layout": ("norm",)}, "layout is empty"),
+        ("vit_micro", {"layer_scale": float("nan")}, "layer_scale takes a finite number, not nan"),
+        ("vit_micro", {"position": "rope(base=0)"}, "position 'rope(base=0)': rope takes a base above 0"),
+        ("vit_micro", {"modulate": True, "modulation": "none"}, "contradict each other"),
         ("conformer_ctc_s", {"mixers": ("relative", "sla")}, "mixers would be ignored: strided names no block"),
         ("vit_micro", {"conv": ("glu", "swish")}, "conv 'glu / swish' would be ignored: the layout has no conv"),
         ("deit_tiny", {"channel": ("none", "none", "ela")}, "blocks.2: channel 'ela' does not read prefix"),
@@ -268,3 +282,9 @@ def test_heads_have_to_divide_dim_only_where_there_is_a_mixer():
         zoo.create_model("vit_micro", heads=5)
     with pytest.raises(ValueError, match="5 heads do not divide dim 96; choose heads that do$"):
         zoo.create_model("vit_micro", heads=5, mixer="window")
+
+
+def test_whole_numbers_stand_for_real_ones():
+    model = zoo.create_model("vit_micro", layer_scale=1, drop_path=0, norm="dyt(alpha=1)", ffn="mlp(ratio=2)")
+    assert model.config.layer_scale == 1.0 and isinstance(model.config.layer_scale, float)
+    assert model.blocks[0].steps[0].before.alpha.dtype == torch.float32

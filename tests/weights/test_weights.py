@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import zoo
 import zoo.weights.format
+import zoo.weights.load
 from helpers import randomise
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
@@ -309,9 +310,20 @@ PROBES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda probe: probe.update({"output.boxes": probe.pop("output.output")}),
         "gives output, and the probe holds boxes",
     ),
-    "another input": (lambda probe: probe.update({"input.lengths": torch.ones(1)}), "cannot take"),
-    "more": (lambda probe: probe.update(more=torch.zeros(1)), "no probe"),
-    "shape": (lambda probe: probe.update({"output.output": torch.zeros(1, 6)}), r"\[1, 5\], not \[1, 6\]"),
+    "another input": (
+        lambda probe: probe.update({"input.lengths": torch.ones(1)}),
+        "its inputs have to be raw",
+    ),
+    "prepared": (
+        lambda probe: (probe.pop("input.raw"), probe.update({"input.images": torch.ones(1, 3, 16, 16)})),
+        "its inputs have to be raw",
+    ),
+    "infinite": (lambda probe: probe["output.output"].fill_(torch.inf), "is off by nan"),
+    "integers": (lambda probe: probe.update({"output.output": torch.ones(1, 5).long()}), r"not int64 \[1, 5\]"),
+    "no batch": (lambda probe: probe.update({"output.output": torch.ones(0, 5)}), r"not float32 \[0, 5\]"),
+    "no pixels": (lambda probe: probe.update({"input.raw": torch.zeros(0, 5, 3).byte()}), "cannot take"),
+    "odd name": (lambda probe: probe.update({"output.a\nb": torch.ones(1)}), "gives output, and the probe holds"),
+    "shape": (lambda probe: probe.update({"output.output": torch.zeros(1, 6)}), r"\[1, 5\], not float32 \[1, 6\]"),
     "input": (lambda probe: probe.update({"input.raw": torch.zeros(1, 3, 16, 16)}), "cannot take"),
 }
 
@@ -569,6 +581,26 @@ def test_names_may_come_in_any_collection(tmp_path):
 
     for labels in (numpy.array(LABELS), dict.fromkeys(LABELS).keys(), tuple(LABELS)):
         assert load_checkpoint(save(tmp_path / "x", labels=labels)).labels == tuple(LABELS)
+    for labels in (set(LABELS), dict.fromkeys(LABELS, 1), "abcde"):
+        with pytest.raises(ValueError, match="labels must be a list of names"):
+            save(tmp_path / "x", labels=labels)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    one, other = build(dim=16, depth=1), build(dim=16, depth=1)
+    other.head.bias.data += 1.0
+    folder, read, calls = save(tmp_path / "x", one), zoo.weights.load.read_config, []
+
+    def interrupted(path: Path) -> dict[str, Any]:
+        found = read(path)
+        if not calls:
+            calls.append(path)
+            save(folder, other, labels=[*reversed(LABELS)])
+        return found
+
+    monkeypatch.setattr(zoo.weights.load, "read_config", interrupted)
+    model, _, labels, _ = load_checkpoint(folder, check=True)
+    assert calls and labels == tuple(reversed(LABELS)) and torch.equal(model.head.bias, other.head.bias)
 
 
 def test_fields_that_are_left_out_have_their_defaults(tmp_path):

@@ -84,6 +84,7 @@ class ConformerConfig(FlatConfig):
             raise ValueError(f"frames={self.frames} would be ignored: position '{self.position}' has no table")
         if not self.vocabulary and self.head != "ctc":
             raise ValueError(f"head '{self.head}' would be ignored: vocabulary is 0")
+        self._check_strided()
         self._check_unet()
         self._check_chunk()
 
@@ -91,7 +92,8 @@ class ConformerConfig(FlatConfig):
     def migrated(cls, values: Mapping[str, Any], base: Config | None = None) -> dict[str, Any]:
         given = super().migrated(values, base)
         stages = base.strided if isinstance(base, ConformerConfig) else ()
-        mixers = given.pop("mixers", None)  # until format 2, one mixer for each stage, or none for `mixer` everywhere
+        # Until format 2, one mixer for each stage, or none for `mixer` everywhere.
+        mixers = given.pop("mixers") if isinstance(given.get("mixers"), list | tuple) else None
         if mixers:
             if given.get("mixer", "relative") != "relative":
                 raise ValueError(f"mixer '{given['mixer']}' would be ignored: mixers names one for each stage")
@@ -151,17 +153,23 @@ class ConformerConfig(FlatConfig):
             raise ValueError(f"strided lists rising indices of blocks, 0..{self.depth - 1}, not {self.strided}")
         if self.unet or self.chunk is not None:
             raise ValueError("strided: a model with stages has neither a temporal U-Net nor chunks")
-        if (
-            self.strided[-1] == self.depth - 1
-            and not isinstance(self.mixer, str)
-            and self.mixer[-1] != self.mixer[-2:][0]
-        ):
-            raise ValueError(f"mixer '{self.mixer[-1]}' would be ignored: the last stage has no block with a mixer")
         if self.layout != CONFORMER or self.layer_scale is not None:
             raise ValueError("strided: stages need Conformer's layout, without layer_scale")
         for name, needed in (("placement", "pre"), ("conv", "glu"), ("position", "none"), ("channel", "none")):
             if any(parse(each)[0] != needed for each in names_of(getattr(self, name))):
                 raise ValueError(f"strided: stages need {name} '{needed}', not '{self.described(name)}'")
+
+    def _check_strided(self) -> None:
+        """ValueError where a choice is used by no block: a strided one takes its mixer from the stage that it ends, and
+        its convolution from the one that it leads to."""
+        blocks = [self.at(index) for index in range(self.depth)] if self.strided else []
+        for name in ("mixer", "conv", "conv_norm") if blocks else ():
+            whole = [block for index, block in enumerate(blocks) if name == "mixer" or index not in self.strided]
+            used = {getattr(block, name) for block in whole}
+            if name != "mixer":
+                used |= {getattr(self.block(stage + 1), name) for stage in range(len(self.strided))}
+            if unused := [each for each in names_of(getattr(self, name)) if each not in used]:
+                raise ValueError(f"{name} '{unused[0]}' would be ignored: no block has it, as strided cuts the stages")
 
     def _check_unet(self) -> None:
         if not self.unet:

@@ -1,6 +1,6 @@
 """What the outputs of a model mean: the names of classes, or the pieces of a tokenizer."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
@@ -19,8 +19,9 @@ class LabelKind(NamedTuple):
 
 
 def _are_names(labels: Any) -> bool:
-    several = isinstance(labels, Iterable) and isinstance(labels, Sized) and not isinstance(labels, str)
-    return several and all(isinstance(each, str) for each in labels)
+    several = isinstance(labels, Iterable) and isinstance(labels, Sized)
+    ordered = several and not isinstance(labels, str | Mapping | set | frozenset)
+    return ordered and all(isinstance(each, str) for each in labels)
 
 
 def _read_names(stored: object) -> tuple[str, ...]:

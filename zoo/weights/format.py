@@ -21,14 +21,16 @@ FIELDS |= {"labels": list | dict | None, "fused": bool, "source": str}
 
 def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
     """Format 2 had the names of classes and the tokenizer in two fields. Families migrate their own fields."""
-    tokenizer = written.pop("tokenizer", None)
-    if tokenizer is not None and written.get("labels") is not None:
+    if missing := [name for name in ("labels", "tokenizer") if name not in written]:
+        raise CheckpointError(f"lacks field {missing[0]!r}")
+    labels, tokenizer = written.pop("labels"), written.pop("tokenizer")
+    if tokenizer is not None and labels is not None:
         raise CheckpointError("there are both labels and a tokenizer")
     family = FAMILIES.get(str(written.get("family")))
     model = written.get("model")
     if family is not None and isinstance(model, dict):
         written["model"] = family.migrated(model)
-    return written | {"format": 3, "labels": written.get("labels") if tokenizer is None else tokenizer}
+    return written | {"format": 3, "labels": labels if tokenizer is None else tokenizer}
 
 
 # From a format to the next: takes a whole config.json of that format, returns it in the format one higher.

@@ -21,6 +21,7 @@ from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
 from zoo.weights.probe import check_probe
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TRIES = 5  # at reading a checkpoint that another process replaces meanwhile
 
 
 class Checkpoint(NamedTuple):
@@ -49,7 +50,30 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
         CheckpointError: there is no such checkpoint; a file of it is missing, truncated, a pickle, or does not fit the
             others; it was written by a newer zoo; or its probe fails.
     """
-    folder = locate(name)
+    for _ in range(TRIES):
+        folder = locate(name)
+        identity = _identity(folder)
+        try:
+            found = _load(folder, check)
+        except CheckpointError:
+            if _identity(folder) == identity:
+                raise
+            continue
+        if _identity(folder) == identity:
+            return found
+    raise CheckpointError(f"{name} was replaced {TRIES} times while it was read; try again")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that takes its place."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _load(folder: Path, check: bool) -> Checkpoint:
     path = file_of(folder, "config.json")
     written = read_config(path)
     tensors = read_tensors(file_of(folder, "model.safetensors"))

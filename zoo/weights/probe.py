@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.config import Config
 from zoo.inputs import Preprocess
-from zoo.text import reason
+from zoo.text import one_line, reason
 from zoo.weights.names import CheckpointError, read_tensors
 
 TOLERANCE = 1e-4  # how far an output may be off, as a share of its largest number
@@ -48,18 +48,23 @@ def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> 
     """CheckpointError where the model does not give what the probe holds."""
     config: Config = model.config  # pyright: ignore[reportAssignmentType]
     inputs, wanted = _unpack(path, config, preprocess)
+    expected = inputs_for(config, preprocess).keys()
+    if inputs.keys() != expected:
+        raise CheckpointError(f"{path} is no probe of this model: its inputs have to be {', '.join(expected)}")
     try:
         got = outputs_of(model, preprocess, inputs)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # an input from elsewhere may break a model in any way
         raise CheckpointError(f"{path}: the model cannot take the probe's input: {reason(error)}") from error
     if got.keys() != wanted.keys():
-        raise CheckpointError(f"{path}: the model gives {', '.join(got)}, and the probe holds {', '.join(wanted)}")
+        held = one_line(", ".join(wanted))
+        raise CheckpointError(f"{path}: the model gives {', '.join(got)}, and the probe holds {held}")
     for name, output in wanted.items():
-        if got[name].shape != output.shape:
-            raise CheckpointError(f"{path}: {name} is {list(got[name].shape)}, not {list(output.shape)}")
-        largest = output.abs().max()
-        error = (got[name] - output).abs().max()
-        if not error <= TOLERANCE * largest:  # also where one of them is NaN
+        if not output.is_floating_point() or got[name].shape != output.shape:
+            shape = f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
+            raise CheckpointError(f"{path}: {name} is {list(got[name].shape)}, not {shape}")
+        largest = output.double().abs().max() if output.numel() else output.new_zeros(())
+        error = (got[name].double() - output.double()).abs().max() if output.numel() else output.new_zeros(())
+        if not bool(largest.isfinite()) or not error <= TOLERANCE * largest:  # also where one of them is NaN
             share = f"{(error / largest).item():.3g} of its largest number, and {TOLERANCE:g} is allowed"
             raise CheckpointError(f"{path}: {name} is off by {share}; weights, preprocessing or code have changed")
 
