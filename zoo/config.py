@@ -83,7 +83,7 @@ class Config:
 
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
-        """Fields as an earlier version named them, under the names of today; `base` has the others, if they are few."""
+        """Fields as an earlier version named them, under the names of today; they change `base`, where it is given."""
         return dict(values)
 
     def build(self) -> nn.Module:

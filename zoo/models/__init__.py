@@ -51,7 +51,7 @@ def create_model(name: str, **choices: Any) -> nn.Module:
 
 
 def family_of(model: object) -> str | None:
-    """The name of a model's family; None where it is no model of the zoo."""
+    """The name of a model's family; None for what is not a model of the zoo."""
     config = model.config if isinstance(model, Model) else None
     return next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
 

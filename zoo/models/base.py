@@ -101,7 +101,7 @@ class Model(nn.Module, Generic[Kind]):
 
 
 def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[int]:
-    """The layers asked for, counted from 0; all where None, and -1 is the last. ValueError where there is no such."""
+    """The layers asked for, counted from 0; all where None, and -1 is the last. ValueError where one does not exist."""
     wanted = range(number) if layers is None else layers
     if bad := [layer for layer in wanted if not -number <= layer < number]:
         raise ValueError(f"layers: there is no {kind} {bad[0]}; the model has {number} {kind}s, from 0")
