@@ -26,10 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("ZOO_TEST_SEED", str(datetime.date.today().toordinal()))
 
 
-def pytest_report_header() -> str:
-    return f"representatives are drawn by ZOO_TEST_SEED={os.environ['ZOO_TEST_SEED']}"
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -108,6 +104,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     if not _used:
         return
+    terminalreporter.write_line(f"representatives of rows were drawn by ZOO_TEST_SEED={os.environ['ZOO_TEST_SEED']}")
     slowest = ", ".join(f"{Path(file).stem} {seconds:.0f}" for file, seconds in _used.most_common(6))
     terminalreporter.write_line(f"CPU seconds: {sum(_used.values()):.0f}; the files that took most: {slowest}")
     if os.environ.get("ZOO_TEST_TIMES"):
