@@ -89,9 +89,10 @@ DESIGN = pairwise(CHOICES, lambda row: not reasons(row))
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_two_choices_that_go_together_train_a_step(part):
-    images, labels = torch.randn(2, 3, 24, 20), torch.tensor([0, 3])
+    """A step down the gradient lowers the loss, so short a step that the slope alone decides."""
+    images, labels = torch.randn(2, 3, 24, 20, dtype=torch.double), torch.tensor([0, 3])
     for row in DESIGN[part::4]:
-        model = zoo.create_model("vit_micro", **choices_of(row))
+        model = zoo.create_model("vit_micro", **choices_of(row)).double()
         before = torch.nn.functional.cross_entropy(model(images), labels)
         before.backward()
         missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
@@ -99,8 +100,9 @@ def test_every_two_choices_that_go_together_train_a_step(part):
         with torch.no_grad():
             length = sum(parameter.grad.square().sum() for parameter in model.parameters()).sqrt()
             for parameter in model.parameters():
-                parameter -= 0.02 / length * parameter.grad
-        assert torch.nn.functional.cross_entropy(model(images), labels) < before, row
+                parameter -= 1e-6 / length * parameter.grad
+        gain = before - torch.nn.functional.cross_entropy(model(images), labels)
+        assert gain > 0.5e-6 * length, row
 
 
 def test_the_design_holds_every_two_choices_that_go_together():
