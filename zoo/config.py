@@ -292,7 +292,7 @@ class ModelConfig(Config):
 
     def _check_layout(self) -> None:
         if {*self.layout} <= {"norm"}:
-            raise ValueError("layout is empty; the usual one is mixer, ffn")
+            raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
                 raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")

@@ -222,7 +222,7 @@ def test_it_is_exported(case):
             {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ()},
             "mixer has 0 choices",
         ),
-        ("vit_micro", {"layout": ("norm",)}, "layout is empty"),
+        ("vit_micro", {"layout": ("norm",)}, "layout has no branch"),
         ("vit_micro", {"layer_scale": float("nan")}, "layer_scale takes a finite number, not nan"),
         ("vit_micro", {"position": "rope(base=0)"}, "position 'rope(base=0)': rope takes a base above 0"),
         ("vit_micro", {"modulate": True, "modulation": "none"}, "contradict each other"),

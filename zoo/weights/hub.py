@@ -28,7 +28,8 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
         tag: a tag for this upload, so that "owner/name@tag" loads it for ever.
 
     Raises:
-        ValueError: the folder is no whole checkpoint, its probe fails, the name is none, or there is no token.
+        ValueError: the folder is not a complete checkpoint, its probe fails, the name is not OWNER/NAME, or there is no
+            token.
         OSError: the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token

@@ -29,7 +29,7 @@ class Checkpoint(NamedTuple):
 
     model: Model
     preprocess: Preprocess | None
-    labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name a class, or the tokens
+    labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name for each class, or the tokenizer
     config: dict[str, Any]  # config.json, in the newest format
 
 

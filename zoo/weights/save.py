@@ -131,7 +131,7 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
 
 
 def _clear(target: Path) -> None:
-    """Refuses to replace what is no checkpoint, and removes what saves that were killed long ago left behind."""
+    """Refuses to replace what is not a checkpoint, and removes what saves that were killed long ago left behind."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, so no checkpoint can be written there")
     found = {entry.name for entry in target.iterdir()} if target.exists() else set()
