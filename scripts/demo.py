@@ -27,18 +27,19 @@ VARIANTS = {
 
 
 def train(name: str, folder: Path, epochs: int) -> None:
-    """Trains one variant, or goes on where an earlier call was stopped."""
-    goes_on = (folder / "resume/last.ckpt").exists() and not (folder / "finished").exists()
-    if folder.exists() and not goes_on:
+    """Trains one variant, or resumes it where an earlier call was stopped."""
+    state = folder / "resume/last.ckpt"
+    resumed = state.exists() and not (folder / "finished").exists()
+    if folder.exists() and not resumed:
         shutil.rmtree(folder)
     choices = SIZE | VARIANTS[name]
     arguments = ["classify", "fit", "--config", CONFIG, f"--trainer.max_epochs={epochs}"]
-    arguments += [f"--trainer.default_root_dir={folder}", "--trainer.enable_model_summary=false"]
+    arguments += [f"--trainer.default_root_dir={folder}"]
     arguments += ["--model.rate=3e-3", "--data.scale=[1.0,1.0]"]
     arguments += [f"--model.backbone.{field}={value}" for field, value in choices.items()]
-    if goes_on:
-        arguments.append(f"--ckpt_path={folder}/resume/last.ckpt")
-    print(f"\n{name}: {', '.join(f'{field}={value}' for field, value in choices.items())}", flush=True)
+    if resumed:
+        arguments.append(f"--ckpt_path={state}")
+    print(f"\n{name}: {', '.join(f'{field}={value}' for field, value in choices.items())}", file=sys.stderr)
     command(arguments)
     (folder / "finished").touch()
 
@@ -63,7 +64,7 @@ def accuracy(model: torch.nn.Module, data: Images) -> tuple[int, int]:
 
 @torch.inference_mode()
 def speeds(models: list[torch.nn.Module], images: torch.Tensor, rounds: int = 15) -> list[float]:
-    """Pictures a second of CPU time, the models taking turns: medians."""
+    """Images a second of CPU time, the models taking turns: medians."""
     times: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 2):
         for model, seconds in zip(models, times, strict=True):
@@ -97,7 +98,7 @@ def measure(folder: Path, data: Images) -> dict[str, str]:
     }
 
 
-def picture(curves: dict[str, list[float]], path: Path) -> None:
+def draw(curves: dict[str, list[float]], path: Path) -> None:
     """The accuracy of each variant after each epoch."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -125,7 +126,7 @@ def main() -> None:
     table = "\n".join(f"| {line} |" for line in lines)
     note = f"images/s: batch 64, CPU time, float32, eager, {torch.get_num_threads()} threads, medians of turns\n"
     (output / "table.md").write_text(f"{table}\n\n{note}")
-    picture({name: curve(output / name) for name in VARIANTS}, output / "accuracy.png")
+    draw({name: curve(output / name) for name in VARIANTS}, output / "accuracy.png")
 
     samples = output / "digits"
     samples.mkdir(exist_ok=True)
@@ -134,7 +135,7 @@ def main() -> None:
         source.picture(index).save(samples / f"digit_{index:02}.png")
     command(["classify", "predict", str(output / "sla_prepbn/last"), str(samples), f"--output={output}"])
 
-    print(f"\n{table}\n\n{note}\npictures: {output}/accuracy.png, {output}/predictions.png")
+    print(f"\n{table}\n\n{note}\nimages: {output}/accuracy.png, {output}/predictions.png")
     if low := [row["variant"] for row in rows if given.epochs >= 30 and float(row["accuracy"]) < 0.95]:
         sys.exit(f"below the expected accuracy of 0.95: {', '.join(low)}")
 

@@ -58,7 +58,7 @@ def said(stop: SystemExit, start: str = "zoo: error: ") -> str:
 
 
 def state(path: Path) -> dict[str, Any]:
-    """A file that a run goes on from."""
+    """The state that a run is resumed from."""
     return torch.load(path, weights_only=True)
 
 

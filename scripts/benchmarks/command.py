@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import layers, models, operators, plots, speech
+from benchmarks import layers, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.text import one_line
 
@@ -71,6 +71,15 @@ CHOICES: dict[str, dict[str, Table]] = {
         )
     },
     "norms": {"norms": Table("A norm and the linear behind it, C to 3C, batch 1", layers.norms, layers.norm_table)},
+    "training": {
+        "training": Table(
+            "A step of training against a bare loop of PyTorch, forward, backward, clipping, AdamW",
+            training.steps,
+            training.step_table,
+            clock="CPU time",
+            form="eager",
+        )
+    },
     "memory": {
         "memory": Table(
             f"Peak memory of one mixer layer, its input and output counted, dim {layers.DIM}, {layers.HEADS} heads, "

@@ -1,10 +1,9 @@
-import functools
 import inspect
 import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonargparse
 import lightning
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from zoo.data.images import Batch, Images, Pictures, collate, training_transform
+from zoo.data.images import Batch, Images, Pictures, normalized, stack, training_transform
 from zoo.data.sampling import seeded
 from zoo.inputs.images import ImagePreprocess
 
@@ -42,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def folder(root: Path, **options: Any) -> Images:
-    return Images(dataset="imagefolder", root=str(root), size=16, **options)
+    return Images(**{"dataset": "imagefolder", "root": str(root), "size": 16, "workers": 0, **options})
 
 
 def whole(loader: Any) -> Batch:
@@ -52,6 +51,13 @@ def whole(loader: Any) -> Batch:
         torch.cat([batch.labels for batch in batches]),
         tuple(name for batch in batches for name in batch.skipped),
     )
+
+
+def image_of(dataset: Any, epoch: int, index: int) -> torch.Tensor:
+    """One image [channels, size, size] of an epoch."""
+    batch = dataset[epoch, index]
+    assert len(batch.images) == len(batch.labels) == 1 and batch.skipped == ()
+    return batch.images[0]
 
 
 # Digits
@@ -114,7 +120,7 @@ def test_training_without_augmentation_is_a_resize(channels: int):
     data = Images(channels=channels, size=24, crop=1.0, **PLAIN)
     dataset = data.train_dataloader().dataset
     for index in range(5):
-        assert torch.equal(dataset[0, index][0], data.preprocess(data.source("train").picture(index)))
+        torch.testing.assert_close(image_of(dataset, 0, index), data.preprocess(data.source("train").picture(index)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -136,8 +142,8 @@ def test_each_augmentation_acts(channels: int, option: dict[str, Any]):
     data = Images(dataset="synthetic", channels=channels, **(PLAIN | option))
     changed = 0
     for index in range(8):
-        before = plain.train_dataloader().dataset[0, index][0]
-        after = data.train_dataloader().dataset[0, index][0]
+        before = image_of(plain.train_dataloader().dataset, 0, index)
+        after = image_of(data.train_dataloader().dataset, 0, index)
         assert after.shape == (channels, 32, 32) and after.isfinite().all()
         changed += not torch.equal(before, after)
     assert changed >= 2
@@ -149,7 +155,7 @@ def test_erasing_puts_noise_into_a_rectangle():
     erased = Images(dataset="synthetic", **(PLAIN | {"erasing": 1.0})).train_dataloader().dataset
     noise = []
     for index in range(20):
-        before, after = plain[0, index][0], erased[0, index][0]
+        before, after = image_of(plain, 0, index), image_of(erased, 0, index)
         changed = (before != after).any(0)
         rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
         assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
@@ -158,12 +164,13 @@ def test_erasing_puts_noise_into_a_rectangle():
 
 
 def test_jitter_is_as_strong_as_asked():
-    transform = training_transform(Images(mean=[0.0] * 3, std=[1.0] * 3, **(PLAIN | {"jitter": 0.4})))
+    transform, erase = training_transform(Images(**(PLAIN | {"jitter": 0.4})))
+    assert erase is None
     grey = Image.fromarray(np.full((8, 8, 3), 100, dtype=np.uint8))
     factors = []
     for index in range(200):
         with seeded(index):
-            factors.append(float(transform(grey).mean()) * 255 / 100)
+            factors.append(float(transform(grey).mean()) / 100)
     assert 0.59 <= min(factors) < 0.63 and 1.37 < max(factors) <= 1.41
 
 
@@ -172,20 +179,20 @@ def test_whole_scale_cuts_the_centred_square(root: Path):
     square = data.source("train").picture(0).crop((3, 0, 27, 24)).resize((16, 16), Image.Resampling.BICUBIC)
     dataset = data.train_dataloader().dataset
     for epoch in range(5):
-        image = dataset[epoch, 0][0].permute(1, 2, 0) * 255
+        image = image_of(dataset, epoch, 0).permute(1, 2, 0) * 255
         np.testing.assert_allclose(image.numpy(), np.asarray(square), atol=1e-3)
 
 
 def test_flip_mirrors():
     plain = Images(**PLAIN).train_dataloader().dataset
     flipped = Images(**(PLAIN | {"flip": 1.0})).train_dataloader().dataset
-    torch.testing.assert_close(flipped[0, 3][0], plain[0, 3][0].flip(-1))
+    assert torch.equal(image_of(flipped, 0, 3), image_of(plain, 0, 3).flip(-1))
 
 
 def test_grey_is_normalised_with_one_value():
     grey = Images(channels=1, size=8, mean=[0.5], std=[0.25], **PLAIN).train_dataloader().dataset
     unit = Images(channels=1, size=8, mean=[0.0], std=[1.0], **PLAIN).train_dataloader().dataset
-    torch.testing.assert_close(grey[0, 0][0], (unit[0, 0][0] - 0.5) / 0.25)
+    torch.testing.assert_close(image_of(grey, 0, 0), (image_of(unit, 0, 0) - 0.5) / 0.25)
 
 
 @pytest.mark.parametrize("name", ["rand-z9", "nonsense", "rand-mx9"])
@@ -197,7 +204,7 @@ def test_unknown_randaugment(name: str):
 @pytest.mark.parametrize("name", ["rand-m10-p1-n2-inc1", "rand-m0-p1", "v0", "original"])
 def test_strong_posterizing(name: str):
     """Levels at which timm asks Pillow for 0 bits."""
-    transform = training_transform(Images(**(PLAIN | {"randaugment": name})))
+    transform, _ = training_transform(Images(**(PLAIN | {"randaugment": name})))
     picture = Image.fromarray(np.full((8, 8, 3), 255, dtype=np.uint8))
     for index in range(200):
         with seeded(index):
@@ -227,11 +234,11 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
 
 def test_seed_epoch_and_index_each_change_a_picture():
     dataset: Any = Images(dataset="synthetic", size=16).train_dataloader().dataset
-    assert torch.equal(dataset[4, 0][0], dataset[4, 0][0])
-    assert not torch.equal(dataset[4, 0][0], dataset[5, 0][0])
-    assert not torch.equal(dataset[4, 0][0], dataset[4, 4][0])
+    assert torch.equal(image_of(dataset, 4, 0), image_of(dataset, 4, 0))
+    assert not torch.equal(image_of(dataset, 4, 0), image_of(dataset, 5, 0))
+    assert not torch.equal(image_of(dataset, 4, 0), image_of(dataset, 4, 4))
     other: Any = Images(dataset="synthetic", size=16, seed=1).train_dataloader().dataset
-    assert not torch.equal(dataset[4, 0][0], other[4, 0][0])
+    assert not torch.equal(image_of(dataset, 4, 0), image_of(other, 4, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -308,8 +315,8 @@ def test_what_workers_get_pickles(dataset: str, root: Path):
     data = folder(root) if dataset == "imagefolder" else Images(dataset=dataset, channels=1)
     loader = data.train_dataloader()
     again, gather = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
-    batch = gather([again[1, 2]])
-    assert torch.equal(batch.images[0], loader.dataset[1, 2][0])
+    batch, plain = gather(again.__getitems__([(1, 2), (1, 4)])), cast(Any, loader.dataset)
+    assert torch.equal(batch.images, torch.stack([image_of(plain, 1, 2), image_of(plain, 1, 4)]))
 
 
 # Synthetic
@@ -424,13 +431,14 @@ def test_unreadable_pictures_are_skipped_and_named(root: Path, workers: int):
 
 def test_skipping_changes_no_other_picture(root: Path):
     before = folder(root).train_dataloader().dataset
-    images = {index: before[0, index][0] for index in range(9)}
+    images = {index: image_of(before, 0, index) for index in range(9)}
     list(break_pictures(root))
-    after = folder(root).train_dataloader().dataset
+    after: Any = folder(root).train_dataloader().dataset
+    whole = [index for index in range(9) if index not in (0, 4, 8)]
+    batch = after.__getitems__([(0, index) for index in range(9)])
+    assert torch.equal(batch.images, torch.stack([images[index] for index in whole]))
     for index in range(9):
-        image, _, _ = after[0, index]
-        assert (image is None) == (index in (0, 4, 8))
-        assert image is None or torch.equal(image, images[index])
+        assert bool(after[0, index].skipped) == (index not in whole)
 
 
 def test_batch_of_unreadable_pictures_is_empty(root: Path):
@@ -450,12 +458,23 @@ def test_other_errors_are_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPa
     source = folder(root).source("train")
     monkeypatch.setattr(source, "picture", fail)
     with pytest.raises(ZeroDivisionError):
-        _ = Pictures(source, folder(root).preprocess, None)[0, 0]
+        _ = Pictures(source, folder(root).preprocess, torch.stack)[0, 0]
 
 
-def test_collate_of_nothing():
-    batch = functools.partial(collate, shape=(1, 4, 4))([])
-    assert batch.images.shape == (0, 1, 4, 4) and batch.skipped == ()
+@pytest.mark.parametrize("finish", [stack, normalized])
+def test_a_batch_of_nothing(finish: Any):
+    images = finish([], ImagePreprocess(size=4, channels=1, mean=(0.5,), std=(0.5,)))
+    assert images.shape == (0, 1, 4, 4) and images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_what_its_images_are_alone(channels: int):
+    """Augmented and erased, so no image's randomness depends on its batch."""
+    dataset: Any = Images(dataset="synthetic", size=16, channels=channels, jitter=0.3).train_dataloader().dataset
+    keys = [(1, 5), (1, 0), (1, 7)]
+    batch = dataset.__getitems__(keys)
+    assert torch.equal(batch.images, torch.stack([image_of(dataset, *key) for key in keys]))
+    assert batch.labels.tolist() == [dataset.source.labels[index] for _, index in keys]
 
 
 # Options

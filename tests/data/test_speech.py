@@ -56,7 +56,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def libri(root: Path, **options: Any) -> Speech:
-    given = {"train": ["train-clean-100"], "val": ["dev-clean"], "tokenizer": "characters"}
+    given = {"train": ["train-clean-100"], "val": ["dev-clean"], "tokenizer": "characters", "workers": 0}
     return Speech(**({"dataset": "librispeech", "root": str(root)} | given | options))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import zoo
@@ -22,8 +23,9 @@ from training import BACKBONE, PLAIN_FLAGS, command, difference, fit, images, re
 from zoo.__main__ import main
 from zoo.data.images import Images
 from zoo.models import PRESETS
-from zoo.tasks import cli as training
+from zoo.tasks import run as running
 from zoo.tasks.classify.train import Classify
+from zoo.tasks.cli import completed, option
 from zoo.weights import load_checkpoint, save_model
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
@@ -83,6 +85,13 @@ def test_list_and_info(capsys: pytest.CaptureFixture[str]):
         ([*TINY, "--model.backbone.classes=5"], "the data has 4 classes and the model 5; set model.backbone.classes"),
         ([*TINY, "--model.backbone.classes=0"], "at least 2 classes"),
         ([*TINY, "--model.average=1.0"], "model.average"),
+        (
+            [*TINY, "--model.backbone.channels=3", "--data.channels=1"],
+            "the data has 1 channels and the model 3; set model.backbone.channels",
+        ),
+        ([*TINY, "--trainer.precision=64-true"], "trainer.precision: models are trained in 32-true, "),
+        ([*TINY, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, so there is nothing to train"),
+        ([*TINY, "--trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
         ([*TINY, "--model.weights=nowhere"], "there is no checkpoint 'nowhere'"),
         ([*TINY, "--data.dataset=mnist"], "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
         ([*TINY, "--data.dataset=imagefolder"], "needs root"),
@@ -92,7 +101,7 @@ def test_list_and_info(capsys: pytest.CaptureFixture[str]):
         ([*TINY, "--trainer.max_epochs=-1"], "the schedule needs an end"),
         ([*TINY, "--trainer.precision=7"], "precision"),
         ([*TINY, "--trainer.limit_val_batches=1.5"], "limit_val_batches"),
-        ([*TINY, "--ckpt_path=nowhere.ckpt"], "cannot read nowhere.ckpt: No such file"),
+        ([*TINY, "--ckpt_path=nowhere.ckpt"], "--ckpt_path nowhere.ckpt does not exist, so there is nothing to resume"),
         (["classify", "fit"], "model.backbone needs a name"),
         (["classify", "validate", *TINY[2:]], "--model.weights"),
         (["classify", "test", *TINY[2:]], "--model.weights"),
@@ -156,7 +165,7 @@ def test_code_in_a_file_is_never_run(verb: str, how: str, tmp_path: Path):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization="old" not in how)
-    assert "no code from a file is ever run" in refused("classify", verb, *TINY[2:], f"--ckpt_path={path}")
+    assert "code from a file is never run" in refused("classify", verb, *TINY[2:], f"--ckpt_path={path}")
     assert not owned.exists()
     with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
         warnings.simplefilter("ignore")
@@ -168,7 +177,7 @@ def test_code_in_a_file_is_never_run(verb: str, how: str, tmp_path: Path):
 def test_a_truncated_file_to_go_on_from(size: int, run: Path, tmp_path: Path):
     path = tmp_path / "broken.ckpt"
     path.write_bytes((run / "resume" / "last.ckpt").read_bytes()[:size])
-    assert f"{path} is truncated, or no state of a training run" in refused(*TINY, f"--ckpt_path={path}")
+    assert f"{path} is truncated, or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
 def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,7 +191,7 @@ def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_files_to_go_on_from(run: Path, tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
-    assert "Is a directory" in refused(*TINY, f"--ckpt_path={run}/best")
+    assert f"{run}/best/resume/last.ckpt does not exist" in refused(*TINY, f"--ckpt_path={run}/best")
     other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
     assert "--ckpt_path is of another model: 'model.blocks.0." in refused(*other)
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
@@ -222,33 +231,36 @@ def stopped(root: Path, *flags: str) -> str:
 
 def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     kept: list[bytes] = []
-    files = [tmp_path / "resume" / name for name in ("best.ckpt", "last.ckpt")]
+    file = tmp_path / "resume" / "last.ckpt"
 
     def fill(task: Classify) -> None:
-        kept.extend(path.read_bytes() for path in files)
-        monkeypatch.setattr(training, "open", lambda path, mode: Full(path, mode), raising=False)
+        kept.append(file.read_bytes())
+        monkeypatch.setattr(running, "open", lambda path, mode: Full(path, mode), raising=False)
 
     later("on_train_epoch_start", fill)
     message = stopped(tmp_path)
     assert ".ckpt: No space left on device; the previous one is untouched" in message
-    assert [path.read_bytes() for path in files] == kept
-    assert sorted((tmp_path / "resume").iterdir()) == files
-    assert state(files[1])["global_step"] == 3
+    assert [file.read_bytes()] == kept
+    assert list((tmp_path / "resume").iterdir()) == [file]
+    assert state(file)["global_step"] == 3
     monkeypatch.undo()
-    fit(tmp_path, *SHORT, f"--ckpt_path={files[1]}")
-    assert state(files[1])["global_step"] == 6
+    fit(tmp_path, *SHORT, f"--ckpt_path={file}")
+    assert state(file)["global_step"] == 6
 
 
 def test_a_full_disk_at_the_first_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(training, "open", lambda path, mode: Full(path, mode), raising=False)
+    monkeypatch.setattr(running, "open", lambda path, mode: Full(path, mode), raising=False)
     assert "No space left on device; nothing was left behind" in stopped(tmp_path)
-    assert list((tmp_path / "resume").iterdir()) == []
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == [".begun"]
+    monkeypatch.undo()
+    fit(tmp_path, *SHORT)
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["last.ckpt"]
 
 
-# Numbers that are none
+# NaN and infinity
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(later: Any, tmp_path: Path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(later: Any, tmp_path: Path):
     later("on_train_epoch_start", lambda task: task.model.head.bias.data.fill_(float("nan")))
     message = stopped(tmp_path)
     assert message == (
@@ -256,7 +268,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(later: Any
         "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
     )
     for name in ("best", "last"):
-        assert load_checkpoint(tmp_path / name, check=True).config["source"].endswith("epoch 1")
+        assert load_checkpoint(tmp_path / name, check=True).config["source"].endswith("epoch 1, step 3")
     found = state(tmp_path / "resume" / "last.ckpt")
     assert found["global_step"] == 3
     assert all(value.isfinite().all() for value in found["state_dict"].values())
@@ -267,15 +279,17 @@ def test_weights_that_the_last_step_spoils_are_not_kept(flag: str, later: Any, t
     """No loss of training sees them."""
     later("on_validation_start", lambda task: task.model.stem.conv.weight.data[0].fill_(float("inf")))
     assert "the weights are not finite after step 5; lower model.rate" in stopped(tmp_path, flag)
-    assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1")
+    assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1, step 3")
     assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
 
 
-def test_a_state_is_not_kept_where_nothing_is_validated(later: Any, tmp_path: Path):
+def test_a_state_is_not_kept_where_nothing_is_validated(later: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(running, "OVERHEAD", 0.0)
     later("on_train_epoch_end", lambda task: task.model.stem.conv.weight.data[0].fill_(float("nan")))
-    with pytest.warns(UserWarning, match="could not find the monitored key"):
-        assert "the weights are not finite after step 5" in stopped(tmp_path, "--trainer.check_val_every_n_epoch=5")
+    flags = ["--trainer.check_val_every_n_epoch=5", "--trainer.max_epochs=3"]
+    assert "the weights are not finite after step 5" in stopped(tmp_path, *flags)
     assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
+    assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1, step 3")
 
 
 def test_an_absurd_rate_stops(tmp_path: Path):
@@ -283,7 +297,7 @@ def test_an_absurd_rate_stops(tmp_path: Path):
     assert "not finite" in message and "lower model.rate" in message
 
 
-# Pictures
+# Images
 
 
 def paint(path: Path, value: int) -> None:
@@ -307,12 +321,18 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def folder_flags(root: Path) -> list[str]:
-    flags = [f"--data.root={root}", "--data.batch=7", "--model.backbone.classes=2", "--trainer.max_epochs=2"]
+    flags = [
+        f"--data.root={root}",
+        "--data.batch=7",
+        "--data.workers=0",
+        "--model.backbone.classes=2",
+        "--trainer.max_epochs=2",
+    ]
     return [*flags, "--trainer.num_sanity_val_steps=0", *PLAIN_FLAGS]
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_unreadable_pictures_are_named_once_and_counted(mixed: bool, pictures: Path, tmp_path: Path):
+def test_unreadable_images_are_named_once_and_counted(mixed: bool, pictures: Path, tmp_path: Path):
     """Batches of 7 with mixup, too, which takes pairs."""
     flags = folder_flags(pictures) + ([] if mixed else ["--model.mixup=0", "--model.cutmix=0"])
     with pytest.warns(UserWarning) as seen:
@@ -320,10 +340,10 @@ def test_unreadable_pictures_are_named_once_and_counted(mixed: bool, pictures: P
     messages = [str(each.message) for each in seen]
     found = [message for message in messages if "skipped" in message]
     broken = [
-        f"skipped {pictures}/{part}: it is not a readable picture" for part in ("train/cat/3.png", "val/dog/1.png")
+        f"skipped {pictures}/{part}: it cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")
     ]
     counts = [
-        f"1 unreadable pictures were skipped in the {stage} of epoch {epoch}"
+        f"1 unreadable images were skipped in the {stage} of epoch {epoch}"
         for epoch in range(2)
         for stage in ("training", "validation")
     ]
@@ -331,13 +351,13 @@ def test_unreadable_pictures_are_named_once_and_counted(mixed: bool, pictures: P
     assert load_checkpoint(tmp_path / "run" / "last", check=True).labels == ("cat", "dog")
 
 
-def test_pictures_that_are_all_unreadable(pictures: Path, tmp_path: Path):
+def test_images_that_are_all_unreadable(pictures: Path, tmp_path: Path):
     """In training such batches change nothing; without one picture to validate there is nothing to say."""
     for path in pictures.glob("val/*/*.png"):
         path.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", *folder_flags(pictures), "--trainer.num_sanity_val_steps=2", data="imagefolder")
-    assert said(stop.value) == "no picture of the validation set could be read"
+    assert said(stop.value) == "no image of the validation set could be read"
 
 
 def test_folders_that_are_not_as_they_should_be(pictures: Path, tmp_path: Path):
@@ -356,8 +376,8 @@ def test_folders_that_are_not_as_they_should_be(pictures: Path, tmp_path: Path):
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
-    for module in ("classify.train", "task"):
-        monkeypatch.setattr(f"zoo.tasks.{module}.rank_zero_info", found.append)
+    for module in ("tasks.classify.train", "tasks.task", "data.loading"):
+        monkeypatch.setattr(f"zoo.{module}.rank_zero_info", found.append)
     yield found
 
 
@@ -375,7 +395,7 @@ def test_classes_that_differ_from_those_of_the_checkpoint(run: Path, lines: list
     assert message == f"the classes of the checkpoint are not those of the data: {where}"
     flags += [*SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/run"]
     command("fit", *flags)
-    assert f"the checkpoint was trained on other classes ({where}); its head starts from them" in lines
+    assert f"the checkpoint was trained on other classes: {where}" in lines
     assert load_checkpoint(tmp_path / "run" / "last").labels == tuple(names)
 
 
@@ -407,10 +427,16 @@ def test_a_backbone_that_the_checkpoint_does_not_fit(backbone: dict[str, Any], w
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_another_preprocessing_than_that_of_the_checkpoint(run: Path):
-    flags = ["--data.dataset=synthetic", "--data.size=24", f"--model.weights={run}/last"]
-    with pytest.warns(UserWarning, match="the checkpoint was trained with ImagePreprocess.size=16"):
-        command("validate", *flags)
+def test_another_preprocessing_than_that_of_the_checkpoint(
+    run: Path, lines: list[str], capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--data.dataset=synthetic", f"--model.weights={run}/last"]
+    capsys.readouterr()
+    for more in ([], ["--data.size=16"], ["--data.size=24", "--data.crop=0.5"]):
+        command("validate", *flags, *more)
+    assert lines == ["measured with the preprocessing of the checkpoint: size 16 (not 24), crop 0.875 (not 0.5)"]
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and len(set(shown)) == 1 and shown[0].startswith("accuracy 0.")
 
 
 def test_a_fused_checkpoint_cannot_be_trained(run: Path, tmp_path: Path):
@@ -438,7 +464,7 @@ def test_there_is_no_best_while_a_norm_blends(tmp_path: Path):
     assert all(value.item() == 0 for key, value in kept.items() if key.endswith("blend"))
 
 
-def test_measuring_needs_no_training_pictures(tmp_path: Path):
+def test_measuring_needs_no_training_images(tmp_path: Path):
     for name in "ab":
         (tmp_path / "val" / name).mkdir(parents=True)
         Image.new("RGB", (20, 20), "red").save(tmp_path / "val" / name / "1.png")
@@ -458,10 +484,71 @@ def test_measuring_needs_no_training_pictures(tmp_path: Path):
         ("--model.warmup=-3", "warmup"),
         ("--model.refresh=3", "refresh"),
         ("--model.backbone.image=big", "image"),
-        ("--data.channels=1", "model.backbone.channels"),
     ],
 )
 def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path):
     with pytest.raises(SystemExit) as ended:
         main([*TINY, f"--trainer.default_root_dir={tmp_path}", flag])
     assert words in str(ended.value) and "\n" not in str(ended.value)
+
+
+# The config of a run, taken from its folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("fit --model.rate=1", "fit --model.rate=1"),
+        ("fit --ckpt_path RUN", "fit --config RUN/config.yaml --trainer.default_root_dir RUN STATE"),
+        ("fit --ckpt_path=RUN/resume/last.ckpt", "fit --config RUN/config.yaml --trainer.default_root_dir RUN STATE"),
+        ("fit --config x.yaml --ckpt_path=RUN", "fit --config x.yaml STATE"),
+        ("fit --ckpt_path last --trainer.default_root_dir RUN", "fit --config RUN/config.yaml STATE"),
+        ("fit --ckpt_path RUN/other", "fit --ckpt_path RUN/other"),
+        ("fit --model.weights RUN/best", "fit --model.weights RUN/best"),
+        ("test --model.weights=RUN/best", "test --config RUN/config.yaml --model.weights=RUN/best"),
+        ("validate --model.weights RUN/best --config=x.yaml", "validate --model.weights RUN/best --config=x.yaml"),
+        ("validate --model.weights owner/name", "validate --model.weights owner/name"),
+    ],
+)
+def test_which_config_is_read(arguments: str, wanted: str, tmp_path: Path):
+    """What stands later wins, so a flag that is given wins over the config."""
+    (tmp_path / "resume").mkdir()
+    for name in ("config.yaml", "resume/last.ckpt"):
+        (tmp_path / name).write_text("")
+    found = completed(arguments.replace("RUN", str(tmp_path)).split())
+    paths = {"RUN": str(tmp_path), "STATE": f"--ckpt_path {tmp_path}/resume/last.ckpt"}
+    words = wanted.replace("STATE", paths["STATE"]).replace("RUN", paths["RUN"]).split()
+    assert [word for word in words if word not in found] == [] and found[0] == words[0]
+    assert [word for word in found if word.startswith("--config")] == [w for w in words if w.startswith("--config")]
+    assert option(found, "--ckpt_path") == option(words, "--ckpt_path")
+
+
+def test_a_run_resumes_with_its_own_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "a run"
+    flags = ["--model.backbone.norm=prepbn", "--model.average=0.5", "--data.seed=3"]
+    fit(run, *SHORT, *flags, "--trainer.max_epochs=1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    command("fit", "--ckpt_path", run)
+    shown = capsys.readouterr().err
+    assert (
+        "changed " not in shown and "nothing is left to train: 1 epochs are over; raise --trainer.max_epochs" in shown
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    command("fit", "--ckpt_path", run, "--trainer.max_epochs=2", "--model.warmup=0.5")
+    shown = capsys.readouterr().err
+    assert "changed   trainer.max_epochs 2 (was 1), model.warmup 0.5 (was 1.0)\n" in shown
+    assert "resumed   at epoch 2, step 3\n" in shown and "epoch 1/2" not in shown and "epoch 2/2" in shown
+    assert state(run / "resume/last.ckpt")["global_step"] == 6
+    kept = load_checkpoint(run / "last")
+    assert kept.config["source"].endswith("epoch 2, step 6") and kept.config["model"]["norm"] == "prepbn"
+    before, after = (yaml.safe_load(text) for text in (before[run / "config.yaml"], (run / "config.yaml").read_text()))
+    assert after["model"]["warmup"] == 0.5 and after["trainer"]["max_epochs"] == 2 and after["data"] == before["data"]
+
+
+def test_what_is_kept_is_measured_without_a_config(run: Path, capsys: pytest.CaptureFixture[str]):
+    for flags in ([f"--model.weights={run}/last"], [f"--ckpt_path={run}"], [f"--ckpt_path={run}/resume/last.ckpt"]):
+        capsys.readouterr()
+        command("validate", *flags)
+        shown = capsys.readouterr().out
+        assert "n = 16" in shown and shown.count("\n") == 1  # limit_val_batches is 1, as in the run

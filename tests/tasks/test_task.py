@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ class Schedule:
     """What configure_optimizers asks of a trainer: 10 batches an epoch, 100 steps."""
 
     estimated_stepping_batches, num_training_batches, accumulate_grad_batches, max_epochs = 100, 10, 1, 10
+    precision, fit_loop = "32-true", SimpleNamespace(setup_data=lambda: None)
 
 
 def optimizers(task: Classify, plan: type[Schedule] = Schedule) -> tuple[torch.optim.Optimizer, Any]:

@@ -13,22 +13,34 @@ from torch.utils.data import Sampler
 
 
 @contextlib.contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Within it, the CPU generators of `random`, NumPy and PyTorch depend on `numbers` alone.
-
-    Their states from before are put back at the end; generators of accelerators are not touched.
-    """
+def kept_generators() -> Iterator[None]:
+    """Puts the CPU generators of `random`, NumPy and PyTorch back at the end as they were at the start."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = hashed(*numbers)
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def reseed(*numbers: int) -> None:
+    """Seeds the CPU generators of `random`, NumPy and PyTorch with a function of `numbers`."""
+    seed = hashed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Within it, the CPU generators of `random`, NumPy and PyTorch depend on `numbers` alone.
+
+    Their states from before are put back at the end; generators of accelerators are not touched.
+    """
+    with kept_generators():
+        reseed(*numbers)
+        yield
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

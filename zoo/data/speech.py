@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
-import lightning
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
+from zoo.data.loading import DataModule, make_loader
 from zoo.data.sampling import global_seed, seeded
 from zoo.data.speech_sources import CORPORA, Corpus
+from zoo.inputs import Preprocess
 from zoo.inputs.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
 from zoo.outputs.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces, train_words
 
@@ -111,7 +112,7 @@ def collate(clips: list[Clip], mels: int) -> Batch:
     return Batch(*pad_features(features), texts, names, skipped, silent, clipped)
 
 
-class Speech(lightning.LightningDataModule):
+class Speech(DataModule):
     """Transcribed utterances in batches of type `Batch`, of similar duration each.
 
     Files that cannot be read are left out of their batch and named in it. The Trainer must run with
@@ -128,8 +129,8 @@ class Speech(lightning.LightningDataModule):
             on their texts.
         val: folders, such as dev-clean, or manifests for validation.
         test: folders or manifests for testing; null for those of val.
-        recipe: how features are made: nemo, squeezeformer or streaming.
-        mels: mel bands.
+        recipe: how features are made: nemo, squeezeformer or streaming; null for that of the checkpoint, or nemo.
+        mels: mel bands; null for those of the checkpoint, or 80.
         tokenizer: `pieces`, `words` or `characters`, trained on the training texts, or the path of a sentencepiece
             .model file.
         pieces: word pieces, where they are trained.
@@ -142,7 +143,7 @@ class Speech(lightning.LightningDataModule):
         noise: lowest and highest ratio of signal to noise, in dB, between which that of a training utterance is drawn;
             null for no noise.
         dither: standard deviation of white noise on training waveforms, full scale being 1.
-        workers: processes that read files; 0 reads in the main process.
+        workers: processes that read files; 0 reads in the main process; null for one per core if sound is in files.
         limit: most utterances of each split, taken at even distances; null for all.
         seed: what order, speed, noise and dither depend on, besides epoch and index; null for that of seed_everything.
 
@@ -162,8 +163,8 @@ class Speech(lightning.LightningDataModule):
         train: list[str] | str | None = None,
         val: list[str] | str | None = None,
         test: list[str] | str | None = None,
-        recipe: str = "nemo",
-        mels: int = 80,
+        recipe: str | None = None,
+        mels: int | None = None,
         tokenizer: str = "pieces",
         pieces: int = 128,
         seconds: float = 120.0,
@@ -174,7 +175,7 @@ class Speech(lightning.LightningDataModule):
         speeds: list[float] = [1.0],  # noqa: B006 (it is never changed, and --help shows it)
         noise: tuple[float, float] | None = None,
         dither: float = 1e-5,
-        workers: int = 0,
+        workers: int | None = None,
         limit: int | None = None,
         seed: int | None = None,
     ):
@@ -185,7 +186,7 @@ class Speech(lightning.LightningDataModule):
             raise ValueError("dataset 'synthetic' takes neither root nor train, val and test")
         if dataset == "librispeech" and root is None:
             raise ValueError("dataset 'librispeech' needs root, a folder")
-        if recipe not in RECIPES:
+        if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; allowed: {', '.join(RECIPES)}")
         if tokenizer not in TOKENIZERS and not tokenizer.endswith(".model"):
             raise ValueError(
@@ -205,8 +206,10 @@ class Speech(lightning.LightningDataModule):
             raise ValueError(f"noise holds the lowest and the highest ratio in dB, within -100..100, not {list(noise)}")
         if not 0 <= dither < 1:
             raise ValueError(f"dither must be at least 0 and below 1, not {dither}")
-        self.preprocess = replace(RECIPES[recipe], mels=mels)
-        self.dataset, self.root, self.batch, self.workers = dataset, root, batch, workers
+        self.recipe, self.given = recipe, {} if mels is None else {"mels": mels}
+        self.preprocess = self.prepared(None)
+        self.dataset, self.root, self.batch = dataset, root, batch
+        self.workers = workers
         given = {"train": train, "val": val, "test": test or val}
         self.splits = {split: [names] if isinstance(names, str) else names for split, names in given.items()}
         self.wanted_tokenizer, self.pieces = tokenizer, pieces
@@ -215,23 +218,27 @@ class Speech(lightning.LightningDataModule):
         self.seed = global_seed() if seed is None else seed
         self._sources: dict[str, Corpus] = {}
 
+    def prepared(self, base: Preprocess | None) -> AudioPreprocess:
+        """The preprocessing `base`, or that of the recipe where one was given, with as many bands as were given."""
+        if base is None or self.recipe is not None:
+            base = RECIPES[self.recipe or "nemo"]
+        assert isinstance(base, AudioPreprocess)
+        return replace(base, **self.given)
+
     @classmethod
     def measuring(
         cls,
-        preprocess: AudioPreprocess,
         *,
         root: str | None = None,
         split: str | None = None,
         splits: Sequence[str] | None = None,
         batch: int = 64,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> Self:
-        """The data to measure a model with that preprocessing on: folders in LibriSpeech's layout below root."""
+        """The data to measure a checkpoint on: folders in LibriSpeech's layout below root."""
         if root is None or not splits or split is not None:
             raise ValueError("a speech recogniser is measured on --root DIR and --splits NAME..., without --split")
-        data = cls(dataset="librispeech", root=root, val=list(splits), batch=batch, workers=workers)
-        data.preprocess = preprocess
-        return data
+        return cls(dataset="librispeech", root=root, val=list(splits), batch=batch, workers=workers)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -246,7 +253,23 @@ class Speech(lightning.LightningDataModule):
         texts = [source.text(index) for index in range(len(source))]
         return TOKENIZERS[self.wanted_tokenizer](texts, self.pieces)
 
-    def setup(self, stage: str) -> None:
+    @property
+    def labelled(self) -> int:
+        """How many tokens the tokenizer has, with the blank."""
+        return self.tokenizer.vocabulary
+
+    def described(self) -> str:
+        """What a run trains on, in a line."""
+        hours = float(np.nan_to_num(self.training.durations).sum()) / 3600
+        train, val = f"{len(self.training):,} utterances ({hours:.2f} h)", f"{len(self.source('val')):,}"
+        return f"{self.dataset}: {train} to train on, {val} to validate"
+
+    def example(self) -> tuple[tuple[Tensor, ...], str]:
+        """An input of the model, to count what it costs, and what to call it."""
+        features = self.preprocess(torch.zeros(10 * self.preprocess.rate))[None]
+        return (features, torch.tensor([features.shape[1]])), "10 s of sound"
+
+    def find(self, stage: str) -> None:
         """Finds the utterances of a stage, and their faults, before the first step."""
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in splits.get(stage, ()):
@@ -308,13 +331,9 @@ class Speech(lightning.LightningDataModule):
         batches = DurationBatches(
             durations, seconds=self.seconds, padding=self.padding, batch=self.batch, training=training, seed=self.seed
         )
-        return DataLoader(
+        return make_loader(
             dataset,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=functools.partial(collate, mels=self.preprocess.mels),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-            # Without its own generator an iterator would draw from the main one.
-            generator=torch.Generator().manual_seed(0),
+            batches,
+            functools.partial(collate, mels=self.preprocess.mels),
+            self.processes(self.dataset != "synthetic"),
         )

@@ -1,28 +1,29 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all that a run leaves behind."""
 
-import io
 import logging
-import os
-import pickle
+import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from zoo.layer import unfinished
-from zoo.tasks.task import Task
-from zoo.text import one_line, reason
-from zoo.weights import save_model
+import zoo
+from zoo.tasks.output import Output
+from zoo.tasks.run import STATE, Keep, Run, States
+from zoo.tasks.stopping import Stop, Stopped
+from zoo.text import one_line
 
+VERBS = ("fit", "validate", "test")
 # Warnings of Lightning about what is meant to be so.
 NOISE = (
     "LightningCLI's args parameter",
@@ -30,153 +31,159 @@ NOISE = (
     ".*in eval mode at the start",
     "Be aware that when using `ckpt_path`, callbacks",
     "Checkpoint directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "The '.*_dataloader' does not have many workers",
+    "GPU available but not used",
+    ".*sync_dist=True",
 )
 
 
-def no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
-
-
-class Keep(Callback):
-    """After every validation writes the measured model as a checkpoint of the zoo: `last`, and `best` by the score.
-
-    While a layer has not reached its final form (prepbn still blends), there is no `best`.
-    """
-
-    def __init__(self, folder: Path, score: str, mode: str) -> None:
-        self.folder, self.score, self.sign = folder, score, 1.0 if mode == "max" else -1.0
-        self.best = -self.sign * float("inf")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, Task)
-        if not pl_module.fitting or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        value = float(trainer.callback_metrics[self.score])
-        # While a layer still changes its form, the model is not yet what is trained.
-        better = self.sign * value > self.sign * self.best and not unfinished(pl_module.measured)
-        if better:
-            self.best = value
-        for name in ("last", "best") if better else ("last",):
-            self.save(trainer, pl_module, name, value)
-
-    @rank_zero_only
-    def save(self, trainer: lightning.Trainer, task: Any, name: str, value: float) -> None:
-        assert isinstance(task, Task)
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        save_model(
-            task.measured,
-            self.folder / name,
-            preset=task.preset,
-            preprocess=data.preprocess,
-            labels=task.labels,
-            source=f"trained by zoo on {data.dataset}, epoch {trainer.current_epoch + 1}",
-            metrics={self.score: round(value, 4)},
-        )
-
-
-class States(CheckpointIO):
-    """The files that a run goes on from: written aside and renamed, read as tensors and numbers and never as code."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.new")
-        fate = "the previous one is untouched" if target.exists() else "nothing was left behind"
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except OSError as error:
-            raise OSError(f"cannot write {target}: {reason(error)}; {fate}") from error
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise OSError(f"cannot read {path}: {reason(error)}") from error
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} holds more than tensors and numbers; no code from a file is ever run") from error
-        except Exception as error:  # a broken file may raise anything
-            raise ValueError(f"{path} is truncated, or no state of a training run") from error
-        if not isinstance(state, dict) or not {"state_dict", "loops"} <= state.keys():
-            raise ValueError(f"{path} is no state of a training run; FOLDER/resume/last.ckpt is one")
-        return state
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes what was asked for as `config.yaml` into the run's folder."""
-
-    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            path = Path(trainer.default_root_dir, "config.yaml")
-            self.parser.save(self.config, path, skip_none=False, overwrite=True)
+def from_zoo(record: logging.LogRecord) -> bool:
+    """Whether a message was written by this package, and not by Lightning."""
+    return Path(record.pathname).is_relative_to(Path(zoo.__file__).parent)
 
 
 class Command(LightningCLI):
-    """LightningCLI whose `trainer.default_root_dir` holds logs, checkpoints to resume from, and the model itself."""
+    """LightningCLI whose `trainer.default_root_dir` holds logs, the state to resume from, and the model itself."""
+
+    run: Run | None = None
+
+    def __init__(self, *arguments: Any, command: str, verbose: bool, **options: Any):
+        self.command, self.verbose = command, verbose
+        try:
+            super().__init__(*arguments, **options)
+        finally:
+            if self.run is not None:
+                self.run.close()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        verbs = {verb: LightningCLI.subcommands()[verb] for verb in ("fit", "validate", "test")}
-        return {verb: skipped | {"weights_only"} for verb, skipped in verbs.items()}
+        verbs = {verb: LightningCLI.subcommands()[verb] for verb in VERBS}
+        return {verb: skipped | {"weights_only", "verbose"} for verb, skipped in verbs.items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        more = {} if subcommand == "fit" else {"verbose": self.verbose}
+        return super()._prepare_subcommand_kwargs(subcommand) | more
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the configuration is what was asked for, whatever a checkpoint says."""
 
+    @property
+    def given(self) -> Any:
+        """The config of the verb."""
+        return self.config[self.config["subcommand"]]
+
+    def before_instantiate_classes(self) -> None:
+        given, fit = self.given, self.config["subcommand"] == "fit"
+        if given.trainer.use_distributed_sampler:
+            raise ValueError("trainer.use_distributed_sampler must be false: the data module splits the set over ranks")
+        if fit and str(given.trainer.precision) in ("64", "64-true"):
+            raise ValueError("trainer.precision: models are trained in 32-true, 16-mixed, bf16-mixed or bf16-true")
+        if fit and given.trainer.limit_train_batches == 0:
+            raise ValueError("trainer.limit_train_batches is 0, so there is nothing to train on")
+        if not fit and given.model.weights is None and given.ckpt_path is None:
+            raise ValueError("nothing to measure: give --model.weights FOLDER/best or --ckpt_path")
+        if not fit:
+            return
+        name = given.model.backbone.get("name") or "model"
+        self.run = Run(given.trainer.default_root_dir or f"runs/{self.command}_{name}")
+        path = given.ckpt_path
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"--ckpt_path {path} does not exist, so there is nothing to resume")
+        self.run.open(resumed=path is not None and self.run.state.exists() and self.run.state.samefile(path))
+        if path is not None and self.run.config.exists():
+            self.compare(self.run.config)
+
+    def recorded(self) -> str:
+        """The config of the run, as it is kept in its folder."""
+        config = self.given.clone()
+        config.ckpt_path = None
+        config.trainer.default_root_dir = str(self.run.folder) if self.run else None
+        return self._parser("fit").dump(config, skip_none=False, skip_validation=True)
+
+    def compare(self, path: Path) -> None:
+        """Says which options of a resumed run are not those that it was started with."""
+        before, now = (flat(yaml.safe_load(text) or {}) for text in (path.read_text(), self.recorded()))
+        changed = [key for key in now if now[key] != before.get(key)]
+        if changed:
+            lines = ", ".join(f"{key} {now[key]} (was {before.get(key)})" for key in changed)
+            print(f"changed   {lines}", file=sys.stderr)
+
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         settings = self._get(self.config_init, "trainer", default={})
-        folder = Path(settings.default_root_dir or "runs/latest")
+        callbacks = list(settings.callbacks or [])
         extra: list[Callback] = []
-        if self.config["subcommand"] == "fit":
-            if (folder / "resume").exists() and self.config["fit"].ckpt_path is None:
-                way = f"go on with --ckpt_path {folder}/resume/last.ckpt, or choose another --trainer.default_root_dir"
-                raise ValueError(f"{folder} holds a run already, which would be lost; {way}")
-            folder.mkdir(parents=True, exist_ok=True)
+        kwargs["enable_checkpointing"] = any(isinstance(each, ModelCheckpoint) for each in callbacks)
+        if not self.verbose:
+            kwargs["enable_model_summary"] = False
+        if self.run is not None:
+            folder, (score, mode) = self.run.folder, self.model.score
+            keep = Keep(self.run, score, mode, self.recorded())
+            if not self.verbose:
+                extra.append(Output(keep, folder, self.command, settings.enable_progress_bar is not False))
             if settings.logger is None:
                 kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
-            if settings.enable_checkpointing is not False:
-                place = {"dirpath": folder / "resume", "save_on_train_epoch_end": True, "enable_version_counter": False}
-                score, mode = self.model.score
-                best = ModelCheckpoint(filename="best", monitor=score, mode=mode, **place)
-                last = ModelCheckpoint(filename="last", **place)  # save_last would wait for the next best
-                extra += [Keep(folder, score, mode), best, last]
-            if settings.logger is not False:
+            if settings.enable_checkpointing is not False and not settings.fast_dev_run:
+                kwargs["enable_checkpointing"] = True
+                extra += [keep, Stop(keep)]
+            if settings.logger is not False and not settings.fast_dev_run:
                 extra.append(LearningRateMonitor("step"))
+            kwargs["default_root_dir"] = str(folder)
         else:
             kwargs["logger"] = settings.logger or False
-            kwargs["enable_checkpointing"] = bool(settings.callbacks)
-        kwargs["default_root_dir"] = str(folder)
+        kwargs["enable_progress_bar"] = self.verbose or self.run is not None
         kwargs["plugins"] = [*(settings.plugins or []), States()]
-        callbacks = settings.callbacks or []
         return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
 
-    def before_validate(self) -> None:
-        given = self.config[self.config["subcommand"]]
-        if given.model.weights is None and given.ckpt_path is None:
-            raise ValueError("what is to be measured? give --model.weights=FOLDER/best or --ckpt_path")
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            print(self.model.said)
 
-    before_test = before_validate
+    after_test = after_validate
+
+
+def flat(values: Any, place: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots between the names."""
+    if not isinstance(values, dict):
+        return {place: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{place}.{key}" if place else str(key))
+    return found
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    """The value of an option, the last one given, or None."""
+    found = None
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            found = argument.partition("=")[2]
+        elif argument == name and index + 1 < len(arguments):
+            found = arguments[index + 1]
+    return found
+
+
+def completed(arguments: list[str]) -> list[str]:
+    """The arguments with what a run's folder says: its config, where --ckpt_path or --model.weights lies in it and no
+    --config was given; and the path of its state, where --ckpt_path names the folder."""
+    verb, rest = arguments[0], arguments[1:]
+    resumed, weights = option(rest, "--ckpt_path"), option(rest, "--model.weights")
+    if resumed == "last":
+        resumed = option(rest, "--trainer.default_root_dir") or "."
+    if resumed is not None:
+        path = Path(resumed).expanduser()
+        path = path / STATE if path.is_dir() else path
+        rest += ["--ckpt_path", str(path)]
+        folder = path.parent.parent
+    elif verb != "fit" and weights is not None:
+        folder = Path(weights).expanduser().parent
+    else:
+        return arguments
+    config = folder / "config.yaml"
+    if option(rest, "--config") is None and config.is_file():
+        rest = ["--config", str(config), "--trainer.default_root_dir", str(folder), *rest]
+    return [verb, *rest]
 
 
 def warning_line(message: Warning | str, *_: object) -> str:
@@ -185,30 +192,41 @@ def warning_line(message: Warning | str, *_: object) -> str:
 
 
 def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
-    """Runs one verb; `--trainer.default_root_dir` names the run's folder, `--ckpt_path` what to go on from."""
+    """Runs one verb; `--trainer.default_root_dir` names the run's folder, `--ckpt_path` the state to resume from."""
     torch.set_float32_matmul_precision("high")
     warnings.formatwarning = warning_line
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    verbose = "--verbose" in arguments
+    arguments = [argument for argument in arguments if argument != "--verbose"]
+    loggers = [
+        logging.getLogger(f"lightning.{part}") for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+    ]
+    for logger in () if verbose else loggers:
+        logger.addFilter(from_zoo)
     each = {"allow_abbrev": False, "exit_on_error": False}
     try:
         Command(
             task,
             data,
-            args=arguments,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
+            command=name,
+            verbose=verbose,
+            args=completed(arguments),
+            save_config_callback=None,
             trainer_defaults={"use_distributed_sampler": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={
-                "prog": f"zoo {name}",
-                "exit_on_error": False,
-                **{verb: each for verb in ("fit", "validate", "test")},
-            },
+            parser_kwargs={"prog": f"zoo {name}", "exit_on_error": False, **{verb: each for verb in VERBS}},
         )
     except ArgumentError as error:
-        raise ValueError(f"{error} (zoo {name} {arguments[0]} --help lists all options)") from None
+        raise ValueError(f"{error} (zoo {name} {arguments[0]} --help-all lists all options)") from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
+    except Stopped as stop:
+        print(f"zoo: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        for logger in loggers:
+            logger.removeFilter(from_zoo)

@@ -32,12 +32,13 @@ def evaluate(
     if found.preprocess is None:
         raise ValueError(f"{name} does not say how its input is prepared")
     task, data = tasks[command]
-    module = data.measuring(found.preprocess, split=split, **given)
+    module = data.measuring(split=split, **given)
     trainer = lightning.Trainer(
         logger=False,
         precision=precision,  # pyright: ignore[reportArgumentType]
         use_distributed_sampler=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
     )
     measure = trainer.test if split == "test" else trainer.validate

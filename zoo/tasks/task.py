@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,8 +18,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.config import Config
-from zoo.data.sampling import global_seed
-from zoo.inputs import Preprocess
+from zoo.data.loading import DataModule
+from zoo.data.sampling import global_seed, reseed
 from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
@@ -33,17 +31,19 @@ HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip
 
 
 class NotFinite(ValueError):
-    """The loss or the weights are no numbers."""
+    """The loss or the weights are NaN or infinite."""
 
 
 class Task(lightning.LightningModule):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
-    `max` or `min`; `faulty` lists what may be wrong with samples.
+    `max` or `min`; `counted` is the field of the model's config that says how many outputs it has; `faulty` lists what
+    may be wrong with samples.
 
     Every step advances the model (and its averaged copy) to the share of training that is over. Randomness is a
-    function of seed and epoch, so a run resumed at the end of an epoch gives the weights of one that never stopped.
+    function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
+    model's config that the data decides (the number of outputs, channels) are taken from it unless backbone has them.
 
     Args:
         backbone: the call of `zoo.create_model`: name, and any field of the model's config.
@@ -57,12 +57,17 @@ class Task(lightning.LightningModule):
         average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
         checkpointing: computes activations again in the backward pass, to save memory.
         refresh: training batches on which batch statistics are measured again before the last validation.
-        seed: what dropout, dropped paths, mixing and masks depend on, besides the epoch; null for that of
+        seed: what dropout, dropped paths, mixing and masks depend on, besides epoch and batch; null for that of
             seed_everything.
+
+    Attributes:
+        start: the checkpoint that training starts from or that is measured, or None.
+        said: what the last validation found, in a line.
     """
 
     command: ClassVar[str]
     score: ClassVar[tuple[str, str]]
+    counted: ClassVar[str]
     faulty: ClassVar[tuple[str, ...]] = ()
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
@@ -81,24 +86,17 @@ class Task(lightning.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.start = dict(backbone), None
-        if weights is None:
-            if "name" not in backbone:
-                raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
-            model = create_model(**backbone)
-            assert isinstance(model, Model)
-            self.model = model
-        else:
-            self.start = load_checkpoint(weights)
-            self.model, fresh = adapted(self.start, self.backbone, weights)
-            self.model.train()
-            if fresh:
-                rank_zero_info(f"started from {weights} with a new head")
+        self.backbone, self.weights, self.said = dict(backbone), weights, ""
+        self.start = None if weights is None else load_checkpoint(weights)
+        if self.start is None and "name" not in backbone:
+            raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
+        self.generators = torch.get_rng_state()
+        self.model = self.built(self.backbone)
         if (trained := self.config.task) != self.command:
             by = f"trained by `zoo {trained}`" if trained else "trained by no command"
             raise ValueError(f"model.backbone is {by}, not by `zoo {self.command}`")
         self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
-        self.model.checkpointing = checkpointing
+        self.checkpointing, self.decay = checkpointing, average
         for name, value, least in (
             ("warmup", warmup, 0.0),
             ("weight_decay", weight_decay, 0.0),
@@ -114,15 +112,62 @@ class Task(lightning.LightningModule):
             raise ValueError("model.refresh measures batch statistics again, and this model has none; set it to 0")
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average is a decay in 0..1, or 0 for no averaged copy; not {average}")
-        self.average = None
-        if average:
-            self.average = ModelEmaV3(self.model, decay=average, use_warmup=True, exclude_buffers=True)
-            self.average.requires_grad_(False)
+        self.average: ModelEmaV3 | None = None
+        self.complete()
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
         self.warmup, self.final_rate, self.refresh = warmup, final_rate, refresh
         self.seed = global_seed() if seed is None else seed
-        self.counted, self.warned = Counter[tuple[str, str]](), set[str]()
+        self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
+        self.loss_sum, self.loss_number = torch.zeros(()), 0
+        self.total, self.finished_at = 0, -1
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
+
+    def built(self, backbone: dict[str, Any]) -> Model:
+        """The model that backbone describes, with the weights of the checkpoint that training starts from."""
+        if self.start is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self.generators)
+                model = create_model(**backbone)
+            assert isinstance(model, Model)
+            return model
+        assert self.weights is not None
+        model, fresh = adapted(self.start, backbone, self.weights)
+        if fresh:
+            rank_zero_info(f"started from {self.weights} with a new head")
+        return model.train()
+
+    def complete(self) -> None:
+        """Makes what depends on the model, here its averaged copy; called again where the data changed the model."""
+        self.model.checkpointing = self.checkpointing
+        if self.decay:
+            self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True, exclude_buffers=True)
+            self.average.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        data = self.data
+        found = {self.counted: self.outputs_wanted(data)}
+        found |= {name: getattr(data.preprocess, name) for name in data.preprocess.shared}
+        differ = {name: value for name, value in found.items() if getattr(self.config, name) != value}
+        taken = {name: value for name, value in differ.items() if name not in self.backbone and stage == "fit"}
+        if taken:
+            self.backbone |= taken
+            self.model = self.built(self.backbone)
+            self.complete()
+            rank_zero_info(f"taken from the data: {', '.join(f'{name}={value}' for name, value in taken.items())}")
+        if wrong := next((name for name in differ if name not in taken), None):
+            raise ValueError(
+                f"the data has {found[wrong]} {wrong} and the model {getattr(self.config, wrong)}; "
+                f"set model.backbone.{wrong}"
+            )
+
+    def outputs_wanted(self, data: DataModule) -> int:
+        """How many outputs the model needs for the data."""
+        return data.labelled
+
+    @property
+    def data(self) -> Any:
+        """The data module."""
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def config(self) -> Config:
@@ -141,8 +186,7 @@ class Task(lightning.LightningModule):
     @property
     def progress(self) -> float:
         """The share of training that is over."""
-        total = self.trainer.estimated_stepping_batches
-        return min(1.0, self.trainer.global_step / total) if math.isfinite(total) else 0.0
+        return min(1.0, self.trainer.global_step / self.total) if self.total else 0.0
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
@@ -155,12 +199,15 @@ class Task(lightning.LightningModule):
             groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
-        optimizer = AdamW(groups, lr=self.rate, betas=self.betas)
+        # Gradient scaling in float16 clips gradients itself, which the fused form would not let it do.
+        optimizer = AdamW(groups, lr=self.rate, betas=self.betas, fused=self.trainer.precision != "16-mixed")
+        self.trainer.fit_loop.setup_data()
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end; give trainer.max_epochs or trainer.max_steps")
+        self.total = int(steps)
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        schedule = LambdaLR(optimizer, lambda step: self.factor(step, per_epoch, int(steps)))
+        schedule = LambdaLR(optimizer, lambda step: self.factor(step, per_epoch, self.total))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def factor(self, step: int, per_epoch: int, steps: int) -> float:
@@ -175,13 +222,20 @@ class Task(lightning.LightningModule):
         if self.start is not None and self.start.config["fused"]:
             raise ValueError("a fused model is for inference and cannot be trained; start from the unfused one")
 
-    def on_train_epoch_start(self) -> None:
-        seed = (self.seed * 1_000_003 + self.current_epoch) * 1009 + self.global_rank
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        self.advance()
+    def on_train_start(self) -> None:
+        loop = self.trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.completed
+        if loop.restarted_mid_epoch and done < loop.max_batches:
+            loader: Any = self.trainer.train_dataloader
+            loader.batch_sampler.skip = done
         self.averaged_step = self.trainer.global_step
+        self.advance()
+
+    def on_train_epoch_start(self) -> None:
+        self.loss_sum, self.loss_number = torch.zeros((), device=self.device), 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def advance(self) -> None:
         advance(self.model, self.progress)
@@ -190,9 +244,15 @@ class Task(lightning.LightningModule):
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss, its first step that is not finite remembered; asks the device now and then only."""
-        bad = (self.bad_step < 0) & ~loss.detach().isfinite()
-        self.bad_step = torch.where(bad, torch.full_like(self.bad_step, self.global_step), self.bad_step)
-        if loss.device.type == "cpu" or self.global_step % 50 == 0:
+        value = loss.detach()
+        self.loss_sum, self.loss_number = self.loss_sum + value, self.loss_number + 1
+        if loss.device.type != "cpu":
+            bad = (self.bad_step < 0) & ~value.isfinite()
+            self.bad_step = torch.where(bad, torch.full_like(self.bad_step, self.global_step), self.bad_step)
+            if self.global_step % 50 == 0:
+                self.raise_bad_step()
+        elif not math.isfinite(value.item()):
+            self.bad_step.fill_(self.global_step)
             self.raise_bad_step()
         return loss
 
@@ -201,7 +261,7 @@ class Task(lightning.LightningModule):
             raise NotFinite(f"the loss was not finite at step {step} (epoch {self.current_epoch}); {HINT}")
 
     def raise_bad_weights(self) -> None:
-        """Stops before weights that are no numbers are measured or kept."""
+        """Stops before weights that are NaN or infinite are measured or kept."""
         self.raise_bad_step()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise NotFinite(f"the weights are not finite after step {self.global_step - 1}; {HINT}")
@@ -213,21 +273,26 @@ class Task(lightning.LightningModule):
         self.advance()
         if self.average is not None:
             self.average.update(self.model, step=self.trainer.global_step)
+        if self.progress == 1.0:  # also in the middle of an epoch: Lightning then validates before it ends
+            self.trainer.should_stop, self.trainer.check_val_every_n_epoch = True, None
 
     def on_train_epoch_end(self) -> None:
         self.raise_bad_weights()
 
     def on_validation_start(self) -> None:
-        if not self.fitting:
-            return
-        self.raise_bad_weights()
-        if self.progress == 1.0 and self.refresh:
+        if self.fitting:
+            self.raise_bad_weights()
+            self.finish()
+
+    def finish(self) -> None:
+        """What is done to the model once, after the last step and before it is measured and kept."""
+        if self.progress == 1.0 and self.refresh and self.finished_at != self.trainer.global_step:
             self.refresh_statistics()
+        self.finished_at = self.trainer.global_step
 
     def refresh_statistics(self) -> None:
         """Measures batch statistics again on `refresh` training batches of an epoch that training did not see."""
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        loader = data.train_dataloader()
+        loader = self.data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         precision = self.trainer.precision_plugin
         moved = (self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0) for batch in loader)
@@ -242,12 +307,6 @@ class Task(lightning.LightningModule):
         if differ := misfits(own, found):
             raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
 
-    def check_preprocess(self, preprocess: Preprocess) -> None:
-        """ValueError where the data is prepared for another model."""
-        for name in preprocess.shared:
-            if (given := getattr(preprocess, name)) != (taken := getattr(self.config, name)):
-                raise ValueError(f"the data has {given} {name} and the model {taken}; set model.backbone.{name}")
-
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """What the model takes of a batch."""
         raise TypeError(f"{type(self).__name__} has no inputs_of")
@@ -261,7 +320,7 @@ class Task(lightning.LightningModule):
         """Warns of each fault once, and counts them all; kind is one of `faulty`."""
         faults = list(faults)
         if faults:
-            self.counted[stage, kind] += len(faults)
+            self.faults[stage, kind] += len(faults)
         for fault in sorted(set(faults) - self.warned):
             warnings.warn(fault, stacklevel=2)
         self.warned |= set(faults)
@@ -272,7 +331,7 @@ class Task(lightning.LightningModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             place = "test" if self.trainer.testing else "validation"
         for kind in self.faulty:
-            total = self.all_gather(torch.tensor(self.counted.pop((stage, kind), 0), device=self.device))
+            total = self.all_gather(torch.tensor(self.faults.pop((stage, kind), 0), device=self.device))
             if number := int(torch.as_tensor(total).sum()):
                 rank_zero_warn(f"{number} {kind} were {self.fate(kind, stage)} the {place}")
 

@@ -3,6 +3,8 @@
 import copy
 import csv
 import math
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,15 +12,17 @@ from typing import Any, NamedTuple
 import lightning
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import zoo
-from training import PLAIN_FLAGS, classifier, command, difference, fit, images, state, trainer
+from training import BACKBONE, PLAIN_FLAGS, classifier, command, difference, fit, images, refused, state, trainer
 from zoo.data.images import Batch
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
 from zoo.tasks.classify.train import Classify, interval
+from zoo.tasks.task import Task
 from zoo.weights import load_checkpoint, save_model
 
 # Resuming
@@ -50,11 +54,13 @@ def randomly(root: Path, *flags: str, stop: bool = False) -> Run:
     blends = []
 
     def watch(task: Classify, batch: Batch, batch_idx: int) -> None:
+        Task.on_train_batch_start(task, batch, batch_idx)
         blends.append(blend_of(task.model))
         if stop and task.current_epoch == EPOCHS - 1 and batch_idx == 1:
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.tasks.run.OVERHEAD", 0.0)
         patch.setattr(Classify, "on_train_batch_start", watch)
         if stop:
             with pytest.raises(Stopped):
@@ -122,7 +128,7 @@ EMPTY = Batch(torch.empty(0, 3, 16, 16), torch.empty(0, dtype=torch.int64), ("a.
 class Given(lightning.LightningDataModule):
     """Batches as they are."""
 
-    classes, batch, preprocess = list("abcd"), 16, ImagePreprocess()
+    classes, labelled, batch, preprocess = list("abcd"), 4, 16, ImagePreprocess()
 
     def __init__(self, batches: list[Batch]) -> None:
         super().__init__()
@@ -146,7 +152,7 @@ def test_a_batch_without_a_readable_picture_changes_nothing():
         trainer(1, 1).fit(task, datamodule=Given([EMPTY]))
     messages = [str(each.message) for each in seen]
     assert sum("skipped a.png" in message for message in messages) == 1
-    assert "2 unreadable pictures were skipped in the training of epoch 0" in messages
+    assert "2 unreadable images were skipped in the training of epoch 0" in messages
     after = task.model.state_dict()
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
         key for key in before if key.endswith("blend")
@@ -179,6 +185,19 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels(mixed: bool, monkeypatch
         assert torch.allclose(targets.sum(1), torch.ones(6)) and torch.allclose(targets.amin(1), torch.tensor(0.1 / 4))
     wanted = -(targets * task.model(images).log_softmax(1)).sum(1).mean()
     assert task.training_step(batch, 0).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn():
+    """Class 2 is answered once and asked never; what is measured is the mean of the others."""
+    labels, answers = [0, 0, 0, 1, 1, 3], [0, 0, 1, 1, 2, 0]
+    metric = classifier().metrics["balanced_accuracy"]
+    for part in (slice(0, 4), slice(4, 6)):
+        metric.update(torch.eye(4)[answers[part]], torch.tensor(labels[part]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (
+            metric.compute().item() == pytest.approx(balanced_accuracy_score(labels, answers)) == pytest.approx(7 / 18)
+        )
 
 
 # A recipe that learns, and what it leaves
@@ -243,10 +262,12 @@ def test_best_and_last_are_checkpoints(learned: Path):
     loader = images().val_dataloader()
     assert right(zoo.load_model(learned / "best"), loader) == pytest.approx(max(done))
     assert right(zoo.load_model(learned / "last"), loader) == pytest.approx(found[-1])
-    assert f"epoch {done.index(max(done)) + 1}" in load_checkpoint(learned / "best").config["source"]
-    assert sorted(path.name for path in (learned / "resume").iterdir()) == ["best.ckpt", "last.ckpt"]
-    steps = [state(learned / "resume" / name)["global_step"] for name in ("best.ckpt", "last.ckpt")]
-    assert steps == [16 * (found.index(max(found)) + 1), 16 * 6]
+    best = done.index(max(done)) + 1
+    for name, epoch in (("best", best), ("last", 6)):
+        source = load_checkpoint(learned / name).config["source"]
+        assert source == f"trained by zoo on synthetic, epoch {epoch}, step {16 * epoch}"
+    assert [path.name for path in (learned / "resume").iterdir()] == ["last.ckpt"]
+    assert state(learned / "resume/last.ckpt")["global_step"] == 16 * 6
 
 
 def test_logs_and_config(learned: Path):
@@ -277,27 +298,29 @@ def test_interval():
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_measuring_a_kept_model_gives_the_logged_accuracy(verb: str, learned: Path, monkeypatch: Any, tmp_path: Path):
-    """The config that a run leaves is one to start from, and measuring leaves nothing behind."""
-    lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.classify.train.rank_zero_info", lines.append)
+def test_measuring_a_kept_model_gives_the_logged_accuracy(
+    verb: str, learned: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """With the config that its run has left, which may be omitted. Measuring leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
     before = sorted(learned.rglob("*"))
-    flags = ["--trainer.default_root_dir=null"] if verb == "validate" else []
-    command(verb, "--config", learned / "config.yaml", f"--model.weights={learned}/best", *flags)
+    capsys.readouterr()
+    flags = ["--config", learned / "config.yaml", "--trainer.default_root_dir=null"] if verb == "validate" else []
+    command(verb, *flags, f"--model.weights={learned}/best")
     wanted = max(accuracies(learned))
     if verb == "test":
         wanted = right(zoo.load_model(learned / "best"), images().test_dataloader())
     low, high = wilson(wanted, 128)
-    assert lines == [f"accuracy {wanted:.4f} (n = 128, 95 % interval {low:.4f} to {high:.4f})"]
+    shown = capsys.readouterr().out
+    assert shown == f"accuracy {wanted:.4f} (n = 128, 95 % interval {low:.4f} to {high:.4f})\n"
     assert sorted(learned.rglob("*")) == before and not list(tmp_path.iterdir())
 
 
-def test_a_state_to_go_on_from_can_be_measured(learned: Path, monkeypatch: pytest.MonkeyPatch):
-    lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.classify.train.rank_zero_info", lines.append)
-    command("validate", "--config", learned / "config.yaml", f"--ckpt_path={learned}/resume/last.ckpt")
-    assert lines[0].startswith(f"accuracy {accuracies(learned)[-1]:.4f} ")
+@pytest.mark.parametrize("path", ["resume/last.ckpt", ""])
+def test_the_state_of_a_run_can_be_measured(path: str, learned: Path, capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    command("validate", f"--ckpt_path={learned / path}")
+    assert capsys.readouterr().out.startswith(f"accuracy {accuracies(learned)[-1]:.4f} ")
 
 
 def test_starting_from_a_checkpoint_trains_all_of_it(learned: Path):
@@ -319,3 +342,59 @@ def test_a_fused_model_can_be_measured(learned: Path, tmp_path: Path):
     run = trainer(1, 1, limit_val_batches=1.0)
     (found,) = run.validate(task, datamodule=images(), verbose=False)
     assert found["val/accuracy"] == pytest.approx(accuracies(learned)[-1])
+
+
+# Fine-tuning
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A checkpoint of 24 pixels and 7 classes, with statistics of its own."""
+    torch.manual_seed(0)
+    fields = BACKBONE | {"image": 24, "classes": 7}
+    names, preprocess = [f"class {index}" for index in range(7)], ImagePreprocess(size=24, mean=(0.1, 0.2, 0.3))
+    model = zoo.create_model(**fields).eval()
+    return save_model(model, tmp_path / "other", preset="vit_micro", preprocess=preprocess, labels=names)
+
+
+TUNE = ["--data.dataset=synthetic", "--data.batch=16", "--trainer.logger=false", "--trainer.max_epochs=1"]
+TUNE += ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--model.rate=1e-4", *PLAIN_FLAGS]
+
+
+def test_fine_tuning_takes_classes_of_the_data_and_preprocessing_of_the_checkpoint(
+    other: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    lines: list[str] = []
+    for module in ("tasks.task", "tasks.classify.train", "data.loading"):
+        monkeypatch.setattr(f"zoo.{module}.rank_zero_info", lines.append)
+    command("fit", *TUNE, f"--model.weights={other}", f"--trainer.default_root_dir={tmp_path}/run")
+    assert lines == [
+        f"started from {other} with a new head",
+        "taken from the data: classes=4",
+        "the checkpoint was trained on other classes: it has 'class 0' where the data has '0 degrees'",
+    ]
+    kept, start = load_checkpoint(tmp_path / "run/last", check=True), load_checkpoint(other)
+    assert kept.preprocess == start.preprocess and kept.labels == tuple(images().classes)
+    assert kept.model.config == replace(start.model.config, classes=4)
+    old, new = dict(start.model.named_parameters()), dict(kept.model.named_parameters())
+    moves = [float((new[name] - old[name]).detach().abs().max()) for name in old if not name.startswith("head")]
+    assert 0 < max(moves) <= 2e-4  # by one step at a rate of 1e-4
+
+
+def test_what_the_data_decides_may_be_stated_and_must_then_be_right(other: Path, tmp_path: Path):
+    flags = ["classify", "fit", *TUNE, f"--trainer.default_root_dir={tmp_path}/run"]
+    words = "the data has 4 classes and the model 7; set model.backbone.classes"
+    assert refused(*flags, f"--model.weights={other}", "--model.backbone.classes=7") == words
+    assert refused("classify", "validate", *TUNE, f"--model.weights={other}") == words
+
+
+def test_a_new_model_takes_classes_and_channels_of_the_data(tmp_path: Path):
+    """And is what it would be if they had been stated."""
+    flags = [*TUNE, "--data.size=16", "--data.channels=1", "--model.average=0.9"]
+    flags += [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items() if field != "classes"]
+    command("fit", *flags, f"--trainer.default_root_dir={tmp_path}/taken")
+    stated = ["--model.backbone.classes=4", "--model.backbone.channels=1"]
+    command("fit", *flags, *stated, f"--trainer.default_root_dir={tmp_path}/stated")
+    taken, stated = (load_checkpoint(tmp_path / name / "last") for name in ("taken", "stated"))
+    assert taken.model.config == stated.model.config and taken.model.config.channels == 1
+    assert difference(taken.model.state_dict(), stated.model.state_dict()) is None

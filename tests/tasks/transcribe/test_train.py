@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torchaudio.functional import rnnt_loss
 from torchmetrics.functional.text import word_error_rate
 
 import zoo
-from training import QUIET, difference, state
+from training import QUIET, difference, state, trainer
 from training import refused as refused_by
 from zoo.__main__ import main
 from zoo.data.speech import Batch, Speech
@@ -28,6 +29,7 @@ from zoo.norms import PRepBN
 from zoo.outputs import greedy
 from zoo.outputs.tokens import Characters, Tokenizer, train_characters, train_pieces
 from zoo.tasks.classify.train import Classify
+from zoo.tasks.task import Task
 from zoo.tasks.transcribe.train import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence
 from zoo.weights import load_checkpoint, save_model
 
@@ -112,18 +114,17 @@ def test_best_has_the_smallest_error_of_what_can_be_folded(learned: Path):
     found = logged(learned, "val/wer")
     done = [math.inf] * 4 + found[4:]  # prepbn blends until 0.8 of 6 epochs
     kept = load_checkpoint(learned / "best", check=True)
-    assert f"epoch {done.index(min(done)) + 1}" in kept.config["source"]
     assert any(isinstance(module, PRepBN) for module in kept.model.modules())
     assert all(value.item() == 0 for key, value in kept.model.state_dict().items() if key.endswith("blend"))
     zoo.fuse(kept.model)
     assert f"| val/wer | {round(min(done), 4)} |" in (learned / "best" / "README.md").read_text()
-    steps = [state(learned / "resume" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
-    assert steps[1] % 6 == 0 and steps[0] == steps[1] // 6 * (found.index(min(found)) + 1)
+    steps, epoch = state(learned / "resume/last.ckpt")["global_step"], done.index(min(done)) + 1
+    assert steps % 6 == 0 and kept.config["source"].endswith(f"epoch {epoch}, step {steps // 6 * epoch}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "last"])
-def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, capsys: pytest.CaptureFixture[str]):
     model, preprocess, tokenizer, config = load_checkpoint(learned / name, check=True)
     assert preprocess == RECIPES["nemo"] and tokenizer == LETTERS and config["preset"] == "squeezeformer_xs"
     said, texts = [], []
@@ -134,21 +135,19 @@ def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, monkeypat
     found = logged(learned, "val/wer")
     wanted = min(found[4:]) if name == "best" else found[-1]
     assert float(word_error_rate(said, texts)) == pytest.approx(wanted, abs=1e-6)
-    lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.transcribe.train.rank_zero_info", lines.append)
-    command("validate", "--config", learned / "config.yaml", f"--model.weights={learned}/{name}")
+    capsys.readouterr()
+    command("validate", f"--model.weights={learned}/{name}")
     words = sum(len(text.split()) for text in texts)
-    assert lines[-1].startswith(f"word error rate {wanted:.4f}, character error rate 0.")
-    assert lines[-1].endswith(f"({words} words in 64 utterances)")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"word error rate {wanted:.4f}, character error rate 0.")
+    assert shown.endswith(f"(n = {words} words in 64 utterances)\n") and shown.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_the_test_set_is_another(learned: Path, monkeypatch: pytest.MonkeyPatch):
-    lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.transcribe.train.rank_zero_info", lines.append)
+def test_the_test_set_is_another(learned: Path, capsys: pytest.CaptureFixture[str]):
     command("test", "--config", learned / "config.yaml", f"--model.weights={learned}/best")
-    words = sum(len(text.split()) for text in Tones("test", range(64)).texts)
-    assert f"({words} words in 64 utterances)" in lines[-1] and float(lines[-1].split()[3][:-1]) < 0.6
+    words, shown = sum(len(text.split()) for text in Tones("test", range(64)).texts), capsys.readouterr().out
+    assert f"(n = {words} words in 64 utterances)" in shown and float(shown.split()[3][:-1]) < 0.6
 
 
 # Resuming
@@ -166,12 +165,14 @@ class Stopped(Exception):
 
 
 def stop(task: Transcribe, batch: Batch, batch_idx: int) -> None:
+    Task.on_train_batch_start(task, batch, batch_idx)
     if task.current_epoch == EPOCHS - 1 and batch_idx == 1:
         raise Stopped
 
 
 @pytest.mark.slow
 def test_resuming_gives_bitwise_the_run_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zoo.tasks.run.OVERHEAD", 0.0)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     fit(whole, *RANDOM, backbone=ALL)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -236,7 +237,7 @@ def test_an_intermediate_block_with_too_few_frames_is_counted():
     with pytest.warns(UserWarning, match="no intermediate loss of second: too few frames"):
         tokens = [LETTERS.encode("AB"), LETTERS.encode("AABBC")]
         fits = task.fitting_frames([torch.tensor([5, 5])], tokens, ["first", "second"])
-    assert fits.tolist() == [[1.0, 0.0]] and task.counted["training", BETWEEN] == 1
+    assert fits.tolist() == [[1.0, 0.0]] and task.faults["training", BETWEEN] == 1
 
 
 def test_a_run_goes_on_with_its_own_tokens():
@@ -253,6 +254,7 @@ def test_a_run_goes_on_with_its_own_tokens():
 def test_rates_decay_from_block_to_block():
     task = recogniser({"depth": 3, "position": "learned"}, rate=1e-3, layer_decay=0.5, weight_decay=0.01)
     plan = {"estimated_stepping_batches": 100, "num_training_batches": 10, "accumulate_grad_batches": 1}
+    plan |= {"precision": "32-true", "fit_loop": SimpleNamespace(setup_data=lambda: None)}
     task._trainer = SimpleNamespace(**plan)
     (optimizer,), _ = task.configure_optimizers()
     found = {
@@ -468,12 +470,8 @@ def test_a_model_of_pictures_is_refused():
 @pytest.mark.parametrize(
     ("backbone", "flags", "words"),
     [
-        (
-            {"vocabulary": 30},
-            [],
-            "the tokenizer has 10 tokens with the blank and the model 30; set model.backbone.vocabulary=10",
-        ),
-        ({}, ["--data.mels=64"], "the data has 64 mels and the model 80; set model.backbone.mels"),
+        ({"vocabulary": 30}, [], "the data has 10 vocabulary and the model 30; set model.backbone.vocabulary"),
+        ({"mels": 80}, ["--data.mels=64"], "the data has 64 mels and the model 80; set model.backbone.mels"),
         ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised band by band"),
         (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, which a stream has not"),
         ({}, ["--model.chunks=[4]"], "model.chunks"),
@@ -493,7 +491,7 @@ def test_the_tokenizer_of_a_checkpoint_stays(transducer: Path, monkeypatch: pyte
     (tmp_path / "same.model").write_bytes(train_pieces(["AB CD", "EF"] * 3, 9).model)
     flags = [f"--model.weights={transducer}/last", f"--trainer.default_root_dir={tmp_path}/run", *SHORT]
     message = refused("fit", *flags, f"--data.tokenizer={tmp_path}/same.model")
-    assert message == "data.tokenizer does not match that of model.weights; leave one of the two away"
+    assert message == "data.tokenizer does not match that of model.weights; omit one of the two"
     monkeypatch.setattr(Speech, "tokenizer", property(lambda self: pytest.fail("it is not needed")))
     command("validate", *flags[:2], "--data.limit=4")
 
@@ -539,10 +537,16 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_flags(root: Path) -> list[str]:
-    return ["--data.dataset=librispeech", f"--data.root={root}", "--data.train=[train]", "--data.val=[dev]"]
+    return [
+        "--data.dataset=librispeech",
+        f"--data.root={root}",
+        "--data.train=[train]",
+        "--data.val=[dev]",
+        "--data.workers=0",
+    ]
 
 
-def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = [*folder_flags(faulty), "--trainer.max_epochs=2", "--data.limit=null", "--trainer.num_sanity_val_steps=0"]
     with pytest.warns(UserWarning) as seen:
         fit(tmp_path, *flags)
@@ -570,13 +574,13 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, monkeyp
     assert sorted(message for message in messages if " of epoch " in message) == sorted(wanted)
 
     # What cannot be learned from counts as words all the same, and the test set is that of validation here.
-    lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.transcribe.train.rank_zero_info", lines.append)
+    capsys.readouterr()
     for verb, run in {"validate": "validation", "test": "test"}.items():
         with pytest.warns(UserWarning) as seen:
             command(verb, *folder_flags(faulty), f"--model.weights={tmp_path}/last")
         assert f"1 unreadable files were skipped in the {run}" in [str(each.message) for each in seen]
-    assert lines[0] == lines[1] and lines[0].endswith("words in 7 utterances)")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.endswith("words in 7 utterances)")
 
 
 def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
@@ -590,6 +594,7 @@ def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
             f"--data.root={tmp_path}",
             "--data.train=train",
             "--data.val=train",
+            "--data.workers=0",
         )
     said = [str(each.message) for each in seen]
     assert "1-2-0000 is silent, though it has a transcript" in said
@@ -598,15 +603,14 @@ def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
         assert f"1 {kind} were used in the training of epoch 0" in said
 
 
-def test_a_validation_without_any_loss_shows_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_validation_without_any_loss_has_none(tmp_path: Path):
     speak(tmp_path, "train", range(2), {0: "AB" * 200, 1: "BA" * 200})
     weights = save_model(made(), tmp_path / "ear", preset=TINY["name"], preprocess=RECIPES["nemo"], labels=LETTERS)
-    flags = ["--data.dataset=librispeech", f"--data.root={tmp_path}", "--data.val=train", "--trainer.logger=false"]
+    task, data = Transcribe(weights=str(weights)), Speech("librispeech", str(tmp_path), val="train", workers=0)
     with pytest.warns(UserWarning) as seen:
-        command("validate", *flags, f"--model.weights={weights}")
+        (found,) = trainer(1, 1, limit_val_batches=1.0).validate(task, datamodule=data, verbose=False)
     assert [str(each.message) for each in seen if "compute" in str(each.message)] == []
-    shown = capsys.readouterr().out
-    assert "val/wer" in shown and "val/loss" not in shown
+    assert found.keys() == {"val/wer", "val/cer"}
 
 
 def test_training_on_nothing_is_an_error(tmp_path: Path):
@@ -619,18 +623,29 @@ def test_training_on_nothing_is_an_error(tmp_path: Path):
     assert not (tmp_path / "run/last").exists() and not (tmp_path / "run/best").exists()
 
 
-def test_a_checkpoint_is_measured_on_its_own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fit(tmp_path, "--data.recipe=squeezeformer", "--data.mels=40", "--model.rate=1e-2", backbone={"mels": 40})
+def test_a_checkpoint_is_measured_on_its_own_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fit(tmp_path / "run", "--data.recipe=squeezeformer", "--data.mels=40", "--model.rate=1e-2")
+    kept = load_checkpoint((tmp_path / "run/last").rename(tmp_path / "ear"))  # away from the config of its run
+    assert kept.model.config.mels == kept.preprocess.mels == 40 and kept.preprocess.normalize == "utterance"
     lines: list[str] = []
-    monkeypatch.setattr("zoo.tasks.transcribe.train.rank_zero_info", lines.append)
-    weights = f"--model.weights={tmp_path}/last"
+    monkeypatch.setattr("zoo.data.loading.rank_zero_info", lines.append)
+    weights = f"--model.weights={tmp_path}/ear"
+    capsys.readouterr()
     for flags in (["--data.recipe=squeezeformer", "--data.mels=40"], []):
         command("validate", weights, "--data.limit=16", *flags)
-    first, second = [line for line in lines if line.startswith("word error rate")]
-    assert first == second
-    assert sum("the features are those of model.weights" in line for line in lines) == 1
-    with pytest.warns(UserWarning, match=r"normalize bin \(was utterance\)"):
-        fit(tmp_path / "on", weights, "--data.mels=40", "--data.recipe=nemo", backbone={"mels": 40})
+    assert not lines
+    command("validate", weights, "--data.limit=16", "--data.recipe=nemo")
+    (line,) = lines
+    assert line.startswith("measured with the preprocessing of the checkpoint: ")
+    assert "mels 40 (not 80)" in line and "normalize utterance (not bin)" in line
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == second == third and first.startswith("word error rate ")
+    fit(tmp_path / "on", weights, "--data.mels=40", "--data.recipe=nemo")
+    assert "inputs are prepared as for the checkpoint, but for " in lines[1]
+    assert "normalize bin (was utterance)" in lines[1] and "mels" not in lines[1]
+    assert load_checkpoint(tmp_path / "on/last").preprocess == replace(RECIPES["nemo"], mels=40)
 
 
 @pytest.mark.slow
@@ -651,7 +666,7 @@ def test_a_batch_without_an_utterance_changes_nothing():
     with pytest.warns(UserWarning, match="skipped a.flac: it is truncated"):
         loss = task.training_step(empty, 0)
     loss.backward()
-    assert loss.item() == 0 and task.counted == {("training", UNREADABLE): 1}
+    assert loss.item() == 0 and task.faults == {("training", UNREADABLE): 1}
     assert all(each.grad is not None and not each.grad.any() for each in task.model.parameters())
 
 

@@ -3,17 +3,25 @@
 from typing import Any
 
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from zoo.data.images import Batch
 from zoo.tasks.task import Task
 
-UNREADABLE = "skipped {}: it is not a readable picture"
+UNREADABLE = "skipped {}: it cannot be read as an image"
+
+
+class BalancedAccuracy(MulticlassStatScores):
+    """The mean over classes of the share of their images that is answered right; classes without any do not count."""
+
+    def compute(self) -> Tensor:
+        right, _, _, missed = self._final_state()
+        number = right + missed
+        return (right / number)[number > 0].mean()
 
 
 class Classify(Task):
@@ -29,7 +37,8 @@ class Classify(Task):
 
     command = "classify"
     score = ("val/accuracy", "max")
-    faulty = ("unreadable pictures",)
+    counted = "classes"
+    faulty = ("unreadable images",)
 
     def __init__(
         self,
@@ -39,54 +48,47 @@ class Classify(Task):
         smoothing: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__(backbone, **options)
-        self.classes = self.config.labelled
         if min(mixup, cutmix) < 0 or not 0.0 <= smoothing < 1.0:
             raise ValueError(
                 f"mixup and cutmix are at least 0 and smoothing in 0..1, not {mixup}, {cutmix}, {smoothing}"
             )
-        if self.classes < 2:
-            raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {self.classes}")
-        self.smoothing = smoothing
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=self.classes)
-        metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(self.classes, average="micro"),
-            "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
-        }
-        self.metrics = MetricCollection(metrics)
+        self.mixing, self.smoothing = (mixup, cutmix), smoothing
+        super().__init__(backbone, **options)
         self.mean_loss = MeanMetric()
         self.number = SumMetric()
 
+    def complete(self) -> None:
+        super().complete()
+        classes = self.config.labelled
+        if classes < 2:
+            raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {classes}")
+        self.mix = None
+        if any(self.mixing):
+            self.mix = Mixup(*self.mixing, label_smoothing=self.smoothing, num_classes=classes)
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "balanced_accuracy": BalancedAccuracy(classes, average=None),
+        }
+        self.metrics = MetricCollection(metrics)
+
     def setup(self, stage: str) -> None:
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        names = data.classes
-        if len(names) != self.classes:
-            raise ValueError(
-                f"the data has {len(names)} classes and the model {self.classes}; set model.backbone.classes"
-            )
-        self.check_preprocess(data.preprocess)
-        if stage == "fit" and self.mix is not None and data.batch < 2:
-            raise ValueError("mixup and cutmix mix pairs of pictures; raise data.batch, or set both to 0")
-        if self.start is None:
-            return
-        labels, kept = self.start.labels, self.start.preprocess
+        super().setup(stage)
+        if stage == "fit" and self.mix is not None and self.data.batch < 2:
+            raise ValueError("mixup and cutmix mix pairs of images; raise data.batch, or set both to 0")
+        labels, names = (None if self.start is None else self.start.labels), self.data.classes
         if isinstance(labels, tuple) and list(labels) != names:
             apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
-            where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"{len(labels)} classes there"
+            where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"it has {len(labels)} classes"
             if stage != "fit":
                 raise ValueError(f"the classes of the checkpoint are not those of the data: {where}")
-            rank_zero_info(f"the checkpoint was trained on other classes ({where}); its head starts from them")
-        if kept is not None and kept != data.preprocess:
-            rank_zero_warn(f"the checkpoint was trained with {kept}, the data comes with {data.preprocess}")
+            rank_zero_info(f"the checkpoint was trained on other classes: {where}")
 
     def inputs_of(self, batch: Batch) -> tuple[Tensor]:
         return (batch.images,)
 
     @property
     def labels(self) -> list[str]:
-        return self.trainer.datamodule.classes  # pyright: ignore[reportAttributeAccessIssue]
+        return self.data.classes
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
@@ -100,7 +102,7 @@ class Classify(Task):
             loss = F.cross_entropy(self.model(images), labels)
         else:
             loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing)
-        self.log("train/loss", self.checked(loss), prog_bar=True)
+        self.log("train/loss", self.checked(loss))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -122,15 +124,14 @@ class Classify(Task):
         if number == 0 and self.trainer.sanity_checking:
             return
         if number == 0:
-            raise ValueError("no picture of the validation set could be read")
+            raise ValueError("no image of the validation set could be read")
         values = self.metrics.compute()
         part = "test" if self.trainer.testing else "val"
-        self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log_dict({f"{part}/{name}": value for name, value in values.items()})
         self.log(f"{part}/loss", self.mean_loss.compute())
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            correct = round(float(values["accuracy"]) * number)
-            low, high = interval(correct, number)
-            rank_zero_info(f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})")
+        correct = round(float(values["accuracy"]) * number)
+        low, high = interval(correct, number)
+        self.said = f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
         for metric in (self.metrics, self.mean_loss, self.number):
             metric.reset()
 

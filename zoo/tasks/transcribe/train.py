@@ -14,7 +14,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from zoo.data.augment import filter_bands, spec_augment, warp_frequencies
 from zoo.data.speech import Batch
-from zoo.inputs.audio import AudioPreprocess, StreamingFeatures
+from zoo.inputs.audio import StreamingFeatures
 from zoo.layer import Chunks
 from zoo.models.conformer import Conformer
 from zoo.outputs import frames_for, greedy, transducer_greedy
@@ -63,6 +63,7 @@ class Transcribe(Task):
 
     command = "transcribe"
     score = ("val/wer", "min")
+    counted = "vocabulary"
     faulty = FAULTS + REMARKS
     betas = (0.9, 0.98)
     model: Conformer  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -127,37 +128,26 @@ class Transcribe(Task):
         assert self.tokenizer is not None
         return self.tokenizer
 
-    def setup(self, stage: str) -> None:
-        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        config, vocabulary = self.model.config, self.model.config.vocabulary
+    def outputs_wanted(self, data: Any) -> int:
+        """The size of the tokenizer's vocabulary: that of the checkpoint where its head is kept, or of the data."""
         kept = None if self.start is None else self.start.labels
-        if isinstance(kept, Tokenizer) and kept.vocabulary == vocabulary:
+        if isinstance(kept, Tokenizer) and kept.vocabulary == self.config.labelled:
             self.tokenizer = kept
             if data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
-                raise ValueError("data.tokenizer does not match that of model.weights; leave one of the two away")
-            if stage == "fit":
-                rank_zero_info("the tokens are those of model.weights, whatever data.tokenizer says")
+                raise ValueError("data.tokenizer does not match that of model.weights; omit one of the two")
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                rank_zero_info("the tokenizer is that of model.weights, whatever data.tokenizer says")
         else:
             self.tokenizer = data.tokenizer
-        if self.labels.vocabulary != vocabulary:
-            raise ValueError(
-                f"the tokenizer has {self.labels.vocabulary} tokens with the blank and the model {vocabulary}; "
-                f"set model.backbone.vocabulary={self.labels.vocabulary}"
-            )
-        trained = None if self.start is None else self.start.preprocess
-        if isinstance(trained, AudioPreprocess) and trained != data.preprocess:
-            if stage == "fit":
-                theirs, ours = trained.to_dict(), data.preprocess.to_dict()
-                differ = ", ".join(f"{key} {ours[key]} (was {theirs[key]})" for key in ours if ours[key] != theirs[key])
-                rank_zero_warn(f"the data's features are not those that model.weights was trained on: {differ}")
-            else:
-                rank_zero_info("the features are those of model.weights, whatever data.recipe and data.mels say")
-                data.preprocess = trained
-        self.check_preprocess(data.preprocess)
+        return self.labels.vocabulary
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data, config = self.data, self.model.config
         if stage == "fit" and self.filter and data.preprocess.normalize == "bin":
             raise ValueError(
                 "model.filter needs features that are not normalised band by band, which removes a microphone's curve; "
-                "choose data.recipe=squeezeformer or streaming, or leave model.filter away"
+                "choose data.recipe=squeezeformer or streaming, or omit model.filter"
             )
         self.centres = data.preprocess.centres
         if config.chunk is not None:
@@ -259,7 +249,7 @@ class Transcribe(Task):
             apart = divergence(logits[-1], real[-1])  # pyright: ignore[reportArgumentType]
             self.log("train/divergence", apart)
             loss = loss + self.consistency * apart
-        self.log("train/loss", self.checked(loss), prog_bar=True, batch_size=len(tokens))
+        self.log("train/loss", self.checked(loss), batch_size=len(tokens))
         return loss * self.share(len(tokens) // views)
 
     def fitting_frames(self, lengths: list[Any], tokens: list[list[int]], names: list[str]) -> Tensor:
@@ -331,12 +321,11 @@ class Transcribe(Task):
             raise ValueError("no utterance of the validation set could be read, or none has a transcript")
         part = "test" if self.trainer.testing else "val"
         wer, cer = self.wer.compute(), self.cer.compute()
-        self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer}, prog_bar=True)
+        self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer})
         if self.with_loss.compute():
             self.log(f"{part}/loss", self.mean_loss.compute())
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            size = f"{words} words in {number} utterances"
-            rank_zero_info(f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})")
+        size = f"n = {words} words in {number} utterances"
+        self.said = f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})"
         for metric in (self.wer, self.cer, self.mean_loss, self.with_loss, self.number, self.words):
             metric.reset()
 

@@ -1,0 +1,87 @@
+"""SIGINT and SIGTERM at every kind of moment: the resumed run equals one that was never stopped."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import PLAIN_FLAGS, fit, state
+from zoo.tasks.classify.train import Classify
+
+FLAGS = [
+    *PLAIN_FLAGS,
+    "--model.backbone.norm=prepbn",
+    "--model.backbone.drop_path=0.2",
+    "--model.average=0.9",
+    "--model.refresh=2",
+    "--trainer.limit_train_batches=4",
+    "--trainer.max_epochs=3",
+]
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, number: int, step: str, call: int, run: Any) -> str:
+    """Runs until the signal arrives in that call of a step; what was said to resume. The exit status is checked."""
+    plain, seen = getattr(Classify, step), [0]
+
+    def struck(self: Classify, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.sanity_checking:
+            return plain(self, batch, batch_idx)
+        seen[0] += 1
+        if seen[0] == call:
+            os.kill(os.getpid(), number)
+        return plain(self, batch, batch_idx)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Classify, step, struck)
+        run()
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    return str(stop.value.code)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last" / "model.safetensors") | {
+        f"best.{name}": value for name, value in load_file(folder / "best" / "model.safetensors").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    fit(folder, *FLAGS)
+    return weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "call", "steps"),
+    [
+        (signal.SIGTERM, "training_step", 2, 2),
+        (signal.SIGINT, "training_step", 5, 5),
+        (signal.SIGTERM, "training_step", 7, 7),
+        (signal.SIGTERM, "training_step", 8, 8),  # the last of an epoch: its validation is interrupted
+        (signal.SIGINT, "validation_step", 1, 4),
+        (signal.SIGTERM, "validation_step", 8, 4),  # its last: at the end of the epoch
+    ],
+)
+def test_a_stopped_run_resumes_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    whole: dict[str, torch.Tensor],
+    number: int,
+    step: str,
+    call: int,
+    steps: int,
+):
+    run = tmp_path / "a run"
+    stopped(monkeypatch, number, step, call, lambda: fit(run, *FLAGS))
+    said = capsys.readouterr().err
+    assert f"resume with: zoo classify fit --ckpt_path '{run}/resume/last.ckpt'" in said
+    assert state(run / "resume/last.ckpt")["global_step"] == steps
+    fit(run, *FLAGS, f"--ckpt_path={run}/resume/last.ckpt")
+    found = weights(run)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)

@@ -1,0 +1,138 @@
+"""What the data modules share: the loader, its workers, and preprocessing that is taken from a checkpoint."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from zoo.data.sampling import rank_and_world
+from zoo.inputs import Preprocess
+
+MOST_WORKERS = 16
+
+
+class Batches(Sampler[list[Any]]):
+    """A batch sampler whose next iteration can start in the middle of an epoch.
+
+    Args:
+        batches: the batch sampler; its `sampler` has `set_epoch`.
+
+    Attributes:
+        skip: how many batches the next iteration leaves out at its start; 0 again afterwards.
+    """
+
+    def __init__(self, batches: Any):
+        self.batches, self.skip = batches, 0
+
+    @property
+    def sampler(self) -> Any:
+        """What Lightning sets the epoch of."""
+        return self.batches.sampler
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        skip, self.skip = self.skip, 0
+        return itertools.islice(iter(self.batches), skip, None)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that draws nothing from its sampler before its first batch is asked for.
+
+    Lightning makes the iterator before it sets the epoch, and workers that run ahead would see the order of epoch 0.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], Any], workers: int) -> Loader:
+    """The loader of a data set whose keys come from a batch sampler."""
+    workers = min(workers, len(batches))
+    return Loader(
+        dataset,
+        batch_sampler=Batches(batches),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        # Without its own generator an iterator would draw from the main one.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class DataModule(lightning.LightningDataModule):
+    """What the data modules share.
+
+    A task that starts from a checkpoint has its inputs prepared as the checkpoint says. Fields of the preprocessing
+    that the data module was given replace those of the checkpoint in `fit`, and are ignored in `validate` and `test`,
+    which measure the checkpoint as it is.
+
+    Attributes:
+        preprocess: how a raw input becomes the model's.
+        given: the fields of the preprocessing that the data module was given.
+        dataset: the name of the kind of data.
+    """
+
+    preprocess: Any
+    given: dict[str, Any]
+    dataset: str
+    workers: int | None
+
+    def prepared(self, base: Preprocess | None) -> Preprocess:
+        """The preprocessing `base`, or the default, with the fields in `given` replaced."""
+        raise TypeError(f"{type(self).__name__} has no prepared")
+
+    def follow(self, start: Any, stage: str) -> list[str]:
+        """Takes the preprocessing of the checkpoint `start`, or None; returns lines that say what differs from it."""
+        kept = None if start is None else start.preprocess
+        self.preprocess = self.prepared(kept)
+        if kept is None or self.preprocess == kept:
+            return []
+        ours, theirs = self.preprocess.to_dict(), kept.to_dict()
+        differ = [name for name in ours if ours[name] != theirs[name]]
+        if stage == "fit":
+            changes = ", ".join(f"{name} {ours[name]} (was {theirs[name]})" for name in differ)
+            return [f"inputs are prepared as for the checkpoint, but for {changes}"]
+        self.preprocess = kept
+        ignored = ", ".join(f"{name} {theirs[name]} (not {ours[name]})" for name in differ)
+        return [f"measured with the preprocessing of the checkpoint: {ignored}"]
+
+    def processes(self, files: bool) -> int:
+        """How many workers a rank uses: `workers`, or its share of the cores, at most 16, where data is in files."""
+        if self.workers is not None or not files:
+            return self.workers or 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _, world = rank_and_world()
+        return min(MOST_WORKERS, max(1, cores // world))
+
+    def setup(self, stage: str) -> None:
+        """Prepares inputs as the task's checkpoint says, then finds the data of a stage and its faults."""
+        task = self.trainer.lightning_module if self.trainer is not None else None
+        for line in self.follow(getattr(task, "start", None), stage):
+            rank_zero_info(line)
+        self.find(stage)
+
+    def find(self, stage: str) -> None:
+        """Finds the data of a stage, and its faults, before the first step."""
+        raise TypeError(f"{type(self).__name__} has no find")
+
+    @property
+    def labelled(self) -> int:
+        """How many labels the data has: what decides the number of the model's outputs."""
+        raise TypeError(f"{type(self).__name__} has no labelled")
+
+    def described(self) -> str:
+        """What a run trains on, in a line."""
+        raise TypeError(f"{type(self).__name__} has no described")
+
+    def example(self) -> tuple[tuple[Tensor, ...], str]:
+        """An input of the model, to count what it costs, and what to call it."""
+        raise TypeError(f"{type(self).__name__} has no example")

@@ -1,0 +1,161 @@
+"""What a run prints: what is trained on what, then a line for each epoch, then what it left and what comes next."""
+
+import copy
+import shlex
+import sys
+import time
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from zoo.layer import unfinished
+from zoo.models.base import count_parameters
+from zoo.tasks.run import STATE, Keep
+from zoo.tasks.task import Task
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def readable_count(number: float) -> str:
+    """A count with three digits, as 213 k or 4.62 M."""
+    for unit in ("", " k", " M", " G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Multiply-adds of matrix products, convolutions and attention; of nothing else, as is usual."""
+    twin = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        twin(*inputs)
+    return counter.get_total_flops() / 2
+
+
+class Output(ProgressBar):
+    """Prints a summary, a line for each epoch and, on a terminal, a bar for the epoch, all on standard error.
+
+    Args:
+        keep: knows the best score.
+        folder: the run's folder.
+        task: the task's name on the command line.
+        bar: whether a bar is drawn where standard error is a terminal.
+    """
+
+    def __init__(self, keep: Keep, folder: Any, task: str, bar: bool):
+        super().__init__()
+        self.keep, self.folder, self.task, self.bar = keep, folder, task, bar
+        self.start = self.began = 0.0
+        self.first = 0  # the step that training began with
+        self.drawn: Any = None
+
+    def disable(self) -> None:
+        """Nothing: rank 0 prints, the others do not."""
+
+    def say(self, line: str) -> None:
+        if self.trainer.is_global_zero:
+            tqdm.write(line, file=sys.stderr)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self.start, self.first = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        inputs, unit = pl_module.data.example()
+        cost = readable_count(multiply_adds(pl_module.model, inputs))
+        size = f"{count_parameters(pl_module.model):,} parameters, {cost} multiply-adds for {unit}"
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs
+        length = f"{epochs} epochs of {batches} batches" if (epochs or -1) > 0 else f"{pl_module.total:,} steps"
+        where = f"{trainer.strategy.root_device.type}, {trainer.precision}"
+        self.say(f"model     {pl_module.preset}: {size}")
+        self.say(f"data      {pl_module.data.described()}")
+        self.say(f"training  {length}; AdamW, learning rate {pl_module.rate:g}, seed {pl_module.seed}; {where}")
+        self.say(f"folder    {self.folder}")
+        if self.first:
+            self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.began = time.monotonic()
+        self.draw(trainer.num_training_batches, f"epoch {trainer.current_epoch + 1}")
+
+    def draw(self, total: float, what: str) -> None:
+        if self.bar and self.trainer.is_global_zero:
+            self.erase()
+            number = int(total) if total < float("inf") else None
+            self.drawn = tqdm(total=number, desc=what, leave=False, disable=None, ncols=79, unit="batch")
+
+    def erase(self) -> None:
+        if self.drawn is not None:
+            self.drawn.close()
+            self.drawn = None
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        if self.drawn is not None:
+            self.drawn.update()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.draw(sum(trainer.num_val_batches), "validation")
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        if self.drawn is not None:
+            self.drawn.update()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.erase()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self.erase()
+        name = self.keep.name.rpartition("/")[2]
+        latest, best, now = self.keep.latest, self.keep.best, time.monotonic()
+        done, total = trainer.global_step, pl_module.total
+        left = (now - self.start) / max(1, done - self.first) * (total - done)
+        loss = float(pl_module.loss_sum) / max(1, pl_module.loss_number)
+        score = f"{latest.value:.4f}" if latest and latest.step == done else "-"
+        epochs = trainer.max_epochs or -1
+        place = (
+            f"{trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
+            if epochs > 0
+            else f"{trainer.current_epoch + 1}"
+        )
+        self.say(
+            f"epoch {place}  loss {loss:.4f}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
+            f"{duration(now - self.began)}, {duration(left)} left"
+        )
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.erase()
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        self.erase()
+        if not self.start:
+            epochs = f"{trainer.current_epoch} epochs are over"
+            self.say(f"nothing is left to train: {epochs}; raise --trainer.max_epochs or --trainer.max_steps")
+            return
+        folder, best = shlex.quote(str(self.folder)), self.keep.best
+        if best:
+            self.say(f"best      {best.said}, epoch {best.epoch + 1}")
+        elif left := unfinished(pl_module.measured):
+            self.say(f"no best   {left[0]} has not reached its final form: training ended before its schedule")
+        self.say(
+            f"took      {duration(time.monotonic() - self.start)}; checkpoints, logs and state are in {self.folder}"
+        )
+        name, inputs = ("best" if best else "last"), {"classify": "IMAGES", "transcribe": "RECORDINGS"}[self.task]
+        self.say("next")
+        self.say(f"  zoo {self.task} validate --model.weights {folder}/{name}")
+        self.say(f"  zoo {self.task} predict {folder}/{name} {inputs}")
+        self.say(f"  zoo {self.task} fit --ckpt_path {folder}/{STATE} --trainer.max_epochs MORE")

@@ -1,0 +1,212 @@
+"""The folder of a training run: its lock, its state to resume from, its config, and the checkpoints it leaves."""
+
+import copy
+import io
+import math
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from zoo.layer import unfinished
+from zoo.tasks.task import Task
+from zoo.text import reason
+from zoo.weights import save_model
+
+STATE = "resume/last.ckpt"
+OVERHEAD = 30.0  # files are written once this many times as long has passed as writing them took
+
+
+class Run:
+    """The folder of a run.
+
+    Args:
+        folder: where a run leaves everything.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder).expanduser()
+        self.state, self.config = self.folder / STATE, self.folder / "config.yaml"
+        self.begun = self.state.with_name(".begun")  # there from the start of a run until its first state
+        self._lock: FileLock | None = None
+
+    def open(self, resumed: bool) -> None:
+        """Makes the folder and locks it until this process ends, however it ends.
+
+        Raises:
+            ValueError: another process trains in it, it holds a run and `resumed` is False, or it is a file.
+        """
+        if getattr(rank_zero_only, "rank", 0) != 0:  # the first rank holds the lock for all
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; choose another --trainer.default_root_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"another run is training in {self.folder}; choose another --trainer.default_root_dir"
+            ) from None
+        kept = [name for name in (STATE, "last", "best") if (self.folder / name).exists()]
+        if kept and not resumed and (STATE in kept or not self.begun.exists()):
+            way = f"resume it with --ckpt_path {self.state}" if STATE in kept else "delete it"
+            raise ValueError(
+                f"{self.folder} holds a run already, which would be lost; {way}, or choose another "
+                "--trainer.default_root_dir"
+            )
+        if STATE not in kept:
+            self.begun.parent.mkdir(exist_ok=True)
+            self.begun.touch()
+
+    def close(self) -> None:
+        """Lets other processes train in the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+class States(CheckpointIO):
+    """Reads and writes the state of a run: written aside and renamed, read as tensors and numbers and never as code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        aside = target.with_name(f".{target.name}.new")
+        fate = "the previous one is untouched" if target.exists() else "nothing was left behind"
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        except OSError as error:
+            raise OSError(f"cannot write {target}: {reason(error)}; {fate}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise OSError(f"cannot read {path}: {reason(error)}") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} holds more than tensors and numbers; code from a file is never run") from error
+        except Exception as error:  # a broken file may raise anything
+            raise ValueError(f"{path} is truncated, or not the state of a training run") from error
+        if not isinstance(state, dict) or not {"state_dict", "loops"} <= state.keys():
+            raise ValueError(f"{path} is not the state of a training run; FOLDER/{STATE} is one")
+        return state
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Score(NamedTuple):
+    """What a validation has found: the value that is monitored, a line that says it, the epoch and the step."""
+
+    value: float
+    said: str
+    epoch: int
+    step: int
+
+
+class Keep(Checkpoint):
+    """Writes the checkpoints `last` and `best`, the state to resume from, and once the run's config.
+
+    They are written at the end of an epoch, if 30 times as long has passed as writing takes; at the end of training;
+    and where training is stopped. Best is the measured model with the best score, once every layer has its final form
+    (while prepbn still blends, there is no best).
+
+    Attributes:
+        best: the best score so far; None before the first.
+        latest: the score of the last validation.
+    """
+
+    def __init__(self, run: Run, name: str, mode: str, config: str) -> None:
+        self.run, self.name, self.sign, self.config = run, name, 1.0 if mode == "max" else -1.0, config
+        self.best: Score | None = None
+        self.latest: Score | None = None
+        self.waiting: Any = None  # the best model, not yet written
+        self.written, self.cost, self.step = 0.0, 0.0, -1  # when files were last written, how long it took, which step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best and tuple(self.best), "latest": self.latest and tuple(self.latest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.latest = (found and Score(*found) for found in (state_dict["best"], state_dict["latest"]))
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        aside = self.run.config.with_name(".config.yaml.new")
+        aside.write_text(self.config)
+        os.replace(aside, self.run.config)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        if not pl_module.fitting:
+            return
+        value = float(trainer.callback_metrics[self.name])
+        self.latest = Score(value, pl_module.said, trainer.current_epoch, trainer.global_step)
+        # While a layer still changes its form, the model is not yet what is trained.
+        if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
+            return
+        self.best = self.latest
+        if trainer.is_global_zero:
+            self.waiting = copy.deepcopy(pl_module.measured).cpu()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        due = trainer.strategy.broadcast(time.monotonic() - self.written >= OVERHEAD * self.cost)
+        if due or trainer.should_stop:
+            pl_module.finish()
+            self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.step != trainer.global_step:
+            self.write(trainer, pl_module, state=False)
+
+    def write(self, trainer: lightning.Trainer, pl_module: Any, *, last: bool = True, state: bool = True) -> None:
+        """Writes `best` if there is a better one, `last`, and then the state, which knows of them."""
+        start = time.monotonic()
+        if self.waiting is not None and self.best is not None:
+            self.save(trainer, pl_module, "best", self.waiting, self.best)
+            self.waiting = None
+        if last:
+            now = Score(math.nan, "", trainer.current_epoch, trainer.global_step)
+            found = self.latest if self.latest and self.latest.step == now.step else now
+            self.save(trainer, pl_module, "last", pl_module.measured, found)
+        if state:
+            trainer.save_checkpoint(self.run.state, weights_only=False)
+            if trainer.is_global_zero:
+                self.run.begun.unlink(missing_ok=True)
+        self.written, self.step = time.monotonic(), trainer.global_step
+        self.cost = self.written - start
+
+    @rank_zero_only
+    def save(self, trainer: lightning.Trainer, task: Task, name: str, model: Any, score: Score) -> None:
+        save_model(
+            model,
+            self.run.folder / name,
+            preset=task.preset,
+            preprocess=task.data.preprocess,
+            labels=task.labels,
+            source=f"trained by zoo on {task.data.dataset}, epoch {score.epoch + 1}, step {score.step}",
+            metrics={self.name: round(score.value, 4)} if math.isfinite(score.value) else None,
+        )
