@@ -25,12 +25,31 @@ TRIES = 5  # at reading a checkpoint that another process replaces meanwhile
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it."""
+    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it.
+
+    Called with a raw input, such as the path of a file, it answers: `load_checkpoint("vit_micro.digits")("photo.jpg")`.
+    """
 
     model: Model
     preprocess: Preprocess | None
     labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name for each class, or the tokenizer
     config: dict[str, Any]  # config.json, in the newest format
+
+    def __call__(self, raw: Any, /) -> Any:
+        """The answer to one raw input, which is anything that `preprocess` takes.
+
+        Returns:
+            For an image, its classes as a list of (label, probability), the most probable first; for sound, its text.
+
+        Raises:
+            ValueError: the input cannot be read, or the checkpoint has no preprocessing or no answer.
+        """
+        kind = self.model.config.labels
+        if self.preprocess is None:
+            raise ValueError("the checkpoint has no preprocess, so call its model with a prepared input")
+        if kind is None or not self.model.config.labelled:
+            raise ValueError("the checkpoint is a backbone without a head, so it has no answer; call its model")
+        return LABELS[kind].answer(self.model, self.preprocess.parts(raw), self.labels)
 
 
 def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
