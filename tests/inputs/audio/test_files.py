@@ -225,6 +225,15 @@ def test_extensions_are_those_of_the_formats(tmp_path: Path):
             assert abs(len(read_audio(path)) - 8000) < 10
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_long_ogg_files_are_whole(tmp_path: Path, subtype: str):
+    path = write(tmp_path / "a.ogg", speechlike(5 * 16000), format="OGG", subtype=subtype)
+    assert len(read_audio(path)) == 5 * 16000
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UnreadableAudio, match="it is truncated, after [34]"):
+        read_audio(path)
+
+
 def test_formats_that_are_no_one_s_sound(tmp_path: Path):
     path = write(tmp_path / "a.wav", tone(0.1), format="MAT5")
     with pytest.raises(UnreadableAudio, match=r"a\.wav: MAT5 is not read; allowed: WAV, "):

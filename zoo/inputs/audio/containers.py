@@ -6,7 +6,7 @@ from typing import BinaryIO, NamedTuple
 CHUNKS = {b"RIFF": ("<I", b"data"), b"RIFX": (">I", b"data"), b"RF64": ("<I", b"data"), b"FORM": (">I", b"SSND")}
 UNKNOWN = 0x7FFF0000  # programs that write into a pipe promise at least so much
 MOST_CHUNKS = 1000
-OGG_PAGE = 65536  # bytes that hold at least the last page
+OGG_PAGE = 65307  # bytes of the largest page
 
 
 class Length(NamedTuple):
@@ -80,8 +80,12 @@ def _chunks_follow(file: BinaryIO, start: int, size: int) -> bool:
 
 
 def ogg_ends(file: BinaryIO, size: int) -> bool:
-    """Whether the last page of an ogg file says that it is the last."""
-    file.seek(max(0, size - OGG_PAGE))
+    """Whether the last page of an ogg file is whole and says that it is the last."""
+    file.seek(max(0, size - 2 * OGG_PAGE))
     end = file.read()
     last = end.rfind(b"OggS")
-    return last >= 0 and len(end) > last + 5 and bool(end[last + 5] & 4)
+    if last < 0 or len(end) < last + 27:
+        return False
+    segments = end[last + 27 : last + 27 + end[last + 26]]
+    whole = len(end) >= last + 27 + end[last + 26] + sum(segments)
+    return whole and bool(end[last + 5] & 4)

@@ -158,8 +158,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Sound]:
             size = os.fstat(raw.fileno()).st_size
             if size == 0:
                 raise UnreadableAudio(f"{name}: the file is empty")
-            with _corrected(raw, size) as (source, share), soundfile.SoundFile(source) as file:
-                yield _checked(name, file, share, file.format != "OGG" or ogg_ends(raw, size))
+            ended = ogg_ends(raw, size)
+            with _corrected(name, raw, size) as (source, share), soundfile.SoundFile(source) as file:
+                yield _checked(name, file, share, file.format != "OGG" or ended)
     except OSError as error:
         raise UnreadableAudio(f"{name}: {reason(error)}") from error
     except soundfile.SoundFileError as error:
@@ -182,12 +183,11 @@ def _checked(name: str, file: Any, share: float, ended: bool) -> Sound:
 
 
 @contextmanager
-def _corrected(raw: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
+def _corrected(name: str, raw: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
     """The file with the true length in its header, and how many times that the header promises."""
     length = length_of(raw, size)
-    raw.seek(0)
     if length is None or not length.wrong or not length.found:
-        yield raw, 1.0
+        yield name, 1.0
         return
     with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory alone
         copy[length.place : length.place + len(length.corrected)] = length.corrected

@@ -177,7 +177,7 @@ def _tell(files: Sequence[File], timed: bool, width: int, bar: Any) -> None:
         good = [part for part in file.parts if part.error is None]
         if good:
             entry["text"] = " ".join(part.text for part in good if part.text)
-            entry["seconds"] = file.parts[-1].start + file.parts[-1].seconds
+            entry["seconds"] = round(file.parts[-1].start + file.parts[-1].seconds, 6)
             entry["words"] = [word for part in good for word in part.words] if timed else None
             say(f"{plain(entry['path']).ljust(width)}  {entry['text']}".rstrip())
         if bad is not None:
