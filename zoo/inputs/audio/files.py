@@ -39,6 +39,7 @@ EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in
 
 LOUDEST = 1e6  # full scale is 1; the power of what is far beyond overflows
 BLOCK = 2**20  # samples of all channels that are read at once
+LEAST = 4096  # frames of a block
 UNKNOWN = 2**36 - 1  # frames; FLAC's largest number
 
 
@@ -111,7 +112,8 @@ class Sound:
         left = math.inf if seconds is None else max(1, round(seconds * self.rate))
         at = self._skip(first)
         while left and at >= first:
-            samples = self.file.read(int(min(size, left)), dtype="float32", always_2d=True)
+            hint = max(LEAST, self.file.frames - at)  # what is asked for is filled with zeros, which takes time
+            samples = self.file.read(int(min(size, left, hint)), dtype="float32", always_2d=True)
             if not len(samples):
                 break
             at, left = at + len(samples), left - len(samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -212,7 +211,7 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor
     notes = [f"and {more} more in transcripts.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
 
     width, edge, sound, between, line = 11.0, 0.3, 0.9, 0.75, 0.17  # inches; `between` holds name and seconds
-    span = max(1.0, *(min(VIEW, entry["seconds"]) for entry, _ in shown))
+    span = max(0.1, *(min(VIEW, entry["seconds"]) for entry, _ in shown))
     inches = (width - 2 * edge) / span  # of a second
     labels = [_labels(entry, span, inches) for entry, _ in shown]
     lanes = [1 + max(lane for *_, lane in placed) for placed in labels]
@@ -248,7 +247,8 @@ def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float, span: float) -> N
     axes.imshow(bands, cmap=COLOURS, vmin=low, vmax=max(high, low + 1e-6), extent=extent, origin="lower", aspect="auto")
     axes.spines[:].set_visible(False)
     axes.set(yticks=[], ylim=(0, 1), xlim=(0, seconds))
-    axes.set_xticks([tick for tick in range(math.ceil(span) + 1) if tick <= seconds])
+    step = next(step for step in (0.1, 0.2, 0.5, 1.0) if span <= 10 * step)
+    axes.set_xticks([step * tick for tick in range(int(seconds / step + 1e-6) + 1)])
     axes.tick_params(labelsize=7, labelcolor=GREY, color=GREY, length=2, pad=2)
 
 
