@@ -117,7 +117,10 @@ class BlockConfig:
         outer, inner = [], []
         for word in entry.split("+"):
             name, row, options = self.row(word)
-            sites = row.sites_of(self.dim, self.heads, **options)
+            try:
+                sites = row.sites_of(self.dim, self.heads, **options)
+            except ValueError as error:
+                raise ValueError(f"{name} '{getattr(self, name)}': {error}") from None
             wanted = {} if row.bare else PLACEMENTS[self.placement][word in FEED_FORWARD]
             outer.append({site: what for site, what in wanted.items() if site in OUTER})
             own = {"norm": "conv_norm"} if word == "conv" and "norm" in sites else {}

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+# The largest value of an option that is an integer; 1,000,000 for others.
+LARGEST = {"kernel": 1_000, "layers": 100, "levels": 100, "size": 1_000}
+
 
 @lru_cache(maxsize=4096)
 def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -56,9 +59,11 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
         ):
             raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
         if isinstance(default, int | float) and not isinstance(default, bool):
-            least = 1 if isinstance(default, int) and default > 0 else 0
+            least, most = 1 if isinstance(default, int) and default > 0 else 0, LARGEST.get(option, 1_000_000)
             if not least <= value < math.inf:
-                raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
+                raise ValueError(f"option {option} of '{name}' must be at least {least} and finite, not {value!r}")
+            if value > most and isinstance(default, int):
+                raise ValueError(f"option {option} of '{name}' must be at most {most:,}, not {str(value)[:40]}")
     return allowed | {option: float(value) if isinstance(allowed[option], float) else value for option, value in given}
 
 

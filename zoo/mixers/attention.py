@@ -115,10 +115,9 @@ class Attention(Projected):
 
     reads = Projected.reads | {"visible"}
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
-        weight = self.qkv.weight
-        kept = weight.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
-        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=weight.device)
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
+        kept = like.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
+        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=like.device)
         return {"key": kept, "value": kept.clone(), "real": real}
 
     def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -23,7 +23,8 @@ Kind = TypeVar("Kind", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(Config):
-    """What a family that names the class of an image says of itself; classes = 0 omits the head's last linear."""
+    """What a family that names the class of an image says of itself; classes = 0 omits the classifier: pooled
+    features [B, D] of the last map then."""
 
     task = "classify"
     input = "image"
@@ -76,6 +77,11 @@ class Model(nn.Module, Generic[Kind]):
     def channels(self) -> list[int]:
         """The channels of each of `features`."""
         raise TypeError(f"{type(self).__name__} has no channels")
+
+    @property
+    def num_features(self) -> int:
+        """The channels of the last of `features`, and the size D of the pooled [B, D] that classes = 0 gives."""
+        return self.channels[-1]
 
     def features(self, inputs: Tensor, /, layers: Sequence[int] | None = None) -> list[Tensor]:
         """Maps [B, C, ...] after the given layers, all where None, for other models to build on."""

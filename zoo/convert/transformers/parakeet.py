@@ -175,7 +175,7 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
         depthwise=True,
         factor=encoder.fixed("subsampling_factor", *(factor for deep, factor in sorted(SUBSAMPLING)[::-1] if deep)),
         channels=encoder.whole("subsampling_conv_channels", 256),
-        scale=encoder.take("scale_input", bool, True),
+        scale=encoder.take("scale_input", bool, True, null=False),
         bias=encoder.take("attention_bias", bool, True),
         conv_bias=encoder.take("convolution_bias", bool, True),
     )
@@ -186,20 +186,20 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
 def _features(folder: Path, mels: int) -> AudioPreprocess:
     """The features that ParakeetFeatureExtractor makes."""
     path = folder / "preprocessor_config.json"
-    values: Any = None
+    usual, name = RECIPES["nemo"], ""
     if path.is_file():
         values = _json(path)
-    elif (folder / "processor_config.json").is_file():
-        path = folder / "processor_config.json"
-        values = _json(path).get("feature_extractor")
-    if values is None:
-        return replace(RECIPES["nemo"], mels=mels)
-    given = Section(values, "", str(path))
+    else:
+        path, name = folder / "processor_config.json", "feature_extractor"
+        whole = _json(path) if path.is_file() else {}
+        if name not in whole:
+            return replace(usual, mels=mels)
+        values = whole[name]
+    given = Section(values, name, str(path))
     fields = {"mels": "feature_size", "rate": "sampling_rate", "window": "win_length", "hop": "hop_length"}
     fields["fft"] = "n_fft"
-    usual = RECIPES["nemo"]
     sizes = {ours: given.whole(theirs, getattr(usual, ours)) for ours, theirs in fields.items()}
-    preemphasis = given.take("preemphasis", float, usual.preemphasis)
+    preemphasis = given.take("preemphasis", float, usual.preemphasis, null=0.0)
     given.finish(*_FEATURES)
     try:
         preprocess = replace(usual, preemphasis=preemphasis, **sizes)
