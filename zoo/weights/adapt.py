@@ -37,6 +37,7 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
         raise ValueError(f"model.backbone has no field '{unknown[0]}'; it has: {', '.join(known)}")
     wanted = replace(config, **choices)
     if wanted == config:
+        start.model.preset = start.model.preprocess = start.model.labels = None  # training says its own
         return start.model, []
     if start.config["fused"]:
         raise ValueError(f"{name} is fused, and a fused model keeps its config; start from the unfused one")

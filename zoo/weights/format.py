@@ -1,6 +1,5 @@
 """config.json: its fields, its format, and how older formats are read."""
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from zoo.config import Config
 from zoo.inputs import INPUTS, Preprocess
 from zoo.models import FAMILIES
 from zoo.outputs import LABELS
-from zoo.text import one_line, reason
+from zoo.text import from_json, one_line, reason
 from zoo.weights.names import CheckpointError
 
 FORMAT = 3
@@ -43,7 +42,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json in the newest format; CheckpointError where it is none, or of a newer zoo."""
     try:
-        written = json.loads(path.read_bytes())
+        written = from_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:

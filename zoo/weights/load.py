@@ -34,7 +34,10 @@ class Checkpoint(NamedTuple):
 
 
 def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
-    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`."""
+    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`.
+
+    `model.preprocess` and `model.labels` are the checkpoint's, and `save_model` keeps them.
+    """
     return load_checkpoint(name, check=check).model
 
 
@@ -98,6 +101,7 @@ def _load(folder: Path, check: bool) -> Checkpoint:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     if check:
         check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
+    model.preset, model.preprocess, model.labels = written["preset"], preprocess, labels
     return Checkpoint(model, preprocess, labels, written)
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from zoo.convert.speech import (
 )
 from zoo.inputs.audio import RECIPES, AudioPreprocess
 from zoo.outputs.tokens import Tokenizer, WordPieces
-from zoo.text import one_line, reason
+from zoo.text import from_json, one_line, reason
 from zoo.weights.names import read_tensors
 
 # NeMo's names and those of transformers, in the order in which they are replaced.
@@ -122,7 +121,7 @@ def _locate(name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = from_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(one_line(f"{path} cannot be read as JSON: {reason(error)}")) from error
     if not isinstance(values, dict):
