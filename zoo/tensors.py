@@ -66,5 +66,5 @@ def exporting() -> bool:
 
 
 def compiling() -> bool:
-    """Whether the call is being traced by the compiler or the exporter."""
-    return torch.compiler.is_compiling()
+    """Whether the call is being traced, by the compiler, the exporter or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

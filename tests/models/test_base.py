@@ -132,3 +132,37 @@ def test_absurd_sizes_are_refused_before_anything_is_built(field):
         small("vit_micro", **{field: 10**30})
     with pytest.raises(ValueError, match="option kernel of 'dcnv4' must be at most 1,000"):
         small("vit_micro", mixer="dcnv4(kernel=1000000)")
+
+
+# torch.jit.trace
+
+TRACED = [
+    ("vit_micro", {"mixer": mixer}) for mixer in ("softmax", "window", "sla", "dcnv4", "pool", "sepconv", "channel")
+]
+TRACED += [("vit_micro", {"position": position}) for position in ("learned", "rope", "cpe")]
+TRACED += [("vit_micro", {"norm": norm}) for norm in ("prepbn", "batchnorm", "rmsnorm", "groupnorm")]
+TRACED += [("vit_micro", {"channel": channel}) for channel in ("se", "eca", "fca")]
+TRACED += [("poolformer_s12", {}), ("pvt_sla_tiny", {}), ("flash_internimage_t", {})]
+TRACED += [("conformer_ctc_s", {"mixer": mixer}) for mixer in ("relative", "grouped", "local", "sla", "dcnv4")]
+TRACED += [("squeezeformer_xs", {"depth": 3}), ("fastconformer_s", {})]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("preset, choices", TRACED, ids=lambda value: str(value))
+def test_a_model_can_be_traced(preset, choices):
+    """As timm's models can; the program of a model whose weights do not depend on the size takes other sizes too."""
+    model: Any = small(preset, **choices).eval()
+    speech = model.config.input == "audio"
+    one, other = (
+        (torch.randn(2, 80, 16), torch.randn(1, 131, 16))
+        if speech
+        else (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 40, 56))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (one,))
+    with torch.no_grad():
+        for inputs in (one,) if choices.get("position") == "learned" else (one, other):
+            got, wanted = traced(inputs), model(inputs)
+            for a, b in zip(got, wanted, strict=True) if speech else ((got, wanted),):
+                assert torch.equal(a, b) or (a - b).abs().max() < 1e-5 * b.abs().max()

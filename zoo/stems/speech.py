@@ -46,7 +46,7 @@ class Stage(nn.Module):
     def activated(self, maps: Tensor, real: Tensor | None) -> Tensor:
         """ReLU of the maps, or the norm over their real frames and swish."""
         if not self.normed:
-            return F.relu(maps, inplace=not torch.is_grad_enabled())
+            return F.relu(maps, inplace=not torch.is_grad_enabled() and not compiling())
         frames = maps.permute(0, 2, 3, 1)
         if self.norm is not None:  # else it is folded
             frames = self.norm(frames, Context(grid=(maps.shape[2],), mask=real))
