@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
+from zoo.spec import hint
 from zoo.tensors import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +37,7 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     if name == "star_relu":
         return StarReLU()
     if name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation '{name}'; choose from: {', '.join(ACTIVATIONS)}, star_relu")
+        raise ValueError(f"there is no activation '{name}'; {hint(name, [*ACTIVATIONS, 'star_relu'])}")
     return ACTIVATIONS[name]
 
 

@@ -19,6 +19,7 @@ from zoo.models import PRESETS, family_of
 from zoo.models.base import Model, count_parameters
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
+from zoo.spec import hint
 from zoo.text import reason
 from zoo.weights.card import model_card
 from zoo.weights.format import FORMAT, check_fit
@@ -115,7 +116,7 @@ def _check_texts(
 ) -> None:
     """ValueError where what is to be told about a model is not text, or the preset is unknown."""
     if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
-        raise ValueError(f"there is no preset {preset!r}; choose from: {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"there is no preset {preset!r}; {hint(str(preset), PRESETS)}")
     for name, value in {"source": source, "card": card or "", "license": license}.items():
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, not {type(value).__name__}")
