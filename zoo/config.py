@@ -4,7 +4,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
 from zoo.positions import POSITIONS
-from zoo.spec import parse
+from zoo.spec import hint, parse
 
 # One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
 # entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
 Choice = str | tuple[str | tuple[str, ...], ...]
 CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
+
+
+# The largest value of an integer field; 1,000,000 for others. A config from elsewhere cannot ask for more before it is
+# compared with its weights.
+LARGEST = {"depth": 1_000, "dim": 65_536, "widths": 65_536, "heads": 4_096, "patch": 4_096, "image": 65_536}
 
 
 @functools.cache
@@ -80,6 +85,10 @@ class Config:
                 raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{each.name} takes a finite number, not {value!r}")
+            most = LARGEST.get(each.name, 1_000_000)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and number > most:
+                    raise ValueError(f"{each.name} must be at most {most:,}, not {str(number)[:40]}")
 
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
@@ -89,6 +98,10 @@ class Config:
     def build(self) -> nn.Module:
         """The model that this config describes."""
         raise TypeError(f"{type(self).__name__} describes no model")
+
+    def missing(self, names: Iterable[str]) -> str | None:
+        """The path of a block that tensors by these names lack, where it can be told without building the model."""
+        return None
 
     @property
     def labelled(self) -> int:
@@ -243,6 +256,17 @@ class ModelConfig(Config):
         """Where a block is in the model, as its weights are named."""
         return f"blocks.{self.place(stage, index).index}"
 
+    def missing(self, names: Iterable[str]) -> str | None:
+        """Blocks that are the same have tensors by the same names, one block as many as the next one of its kind."""
+        length = 1 + self.path(0, 0).count(".")
+        paths = {".".join(name.split(".")[:length]) for name in names}
+        for stage, size in enumerate(self.stages):
+            turns = self.turns(stage)
+            for index in range(size.depth - turns):
+                if self.path(stage, index) in paths and (path := self.path(stage, index + turns)) not in paths:
+                    return path
+        return None
+
     def grid(self, stage: int) -> tuple[int, ...]:
         """The grid of a stage at the config's own size."""
         raise TypeError(f"{type(self).__name__} has no grid")
@@ -295,7 +319,7 @@ class ModelConfig(Config):
             raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
-                raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
+                raise ValueError(f"layout: there is no '{word}'; {hint(word, WORDS)}")
         if "cross" in self.words and "memory" not in self.provides:
             raise ValueError("layout: this model has no memory for 'cross' to read")
         if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:
@@ -337,9 +361,8 @@ class ModelConfig(Config):
 
     def _check_stage(self, stage: int, size: Size) -> None:
         """ValueError, naming the block where they differ, where a block is not as it should be."""
-        period = math.lcm(*(len(self._turns(name, stage)) for name in CHOICES))
         blocks = []
-        for index in range(min(period, max(1, size.depth))):
+        for index in range(min(self.turns(stage), max(1, size.depth))):
             try:
                 blocks.append(self.block(stage, index))
             except ValueError as error:
@@ -348,6 +371,10 @@ class ModelConfig(Config):
         if "rotary" in blocks[0].writes and len(widths) > 1:
             where = f"{self.path(stage, 0)}: " if self.staged else ""
             raise ValueError(f"{where}position '{blocks[0].position}' turns heads of one width, not {widths}")
+
+    def turns(self, stage: int) -> int:
+        """After how many blocks of a stage the same block comes again."""
+        return math.lcm(*(len(self._turns(name, stage)) for name in CHOICES))
 
     def _turns(self, name: str, stage: int) -> tuple[str, ...]:
         choice = getattr(self, name)

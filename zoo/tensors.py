@@ -1,5 +1,7 @@
 """Functions of tensors that every part uses: masks, tokens and maps, filters along the grid."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,15 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def like(module: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device in which a module computes: its first one in floating point.
+
+    Quantization replaces the weights of linears, so no single layer's weight tells.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -55,5 +66,5 @@ def exporting() -> bool:
 
 
 def compiling() -> bool:
-    """Whether the call is being traced by the compiler or the exporter."""
-    return torch.compiler.is_compiling()
+    """Whether the call is being traced, by the compiler, the exporter or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -7,7 +7,7 @@ import zoo
 from helpers import ON_PICTURES, randomise, relative
 from zoo.choices import PLACEMENTS
 from zoo.fusion import fuse
-from zoo.layer import advance
+from zoo.layer import Context, advance
 from zoo.mixers import CONVS
 from zoo.mixers.deformable import DCNv4
 from zoo.models import PRESETS
@@ -129,13 +129,18 @@ def test_features_of_some_stages_are_what_the_head_reads():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_classes_the_pooled_features_come_out(name):
-    width = {"mlp": 192, "conv": 72}.get(PRESETS[name].head.split("(")[0], 48)
-    full, bare = build(name, SMALL), zoo.create_model(name, **SMALL | {"classes": 0}).eval()
-    state = full.state_dict()
-    bare.load_state_dict({key: state[key] for key in bare.state_dict()})
+    bare = build(name, SMALL | {"classes": 0})
     images = torch.randn(2, 3, 64, 64)
-    pooled = bare(images)
-    assert pooled.shape == (2, width) and relative(full.head.out(pooled), full(images)) < 1e-5
+    last = bare.features(images)[-1].flatten(2).transpose(1, 2)
+    norm = bare.head.norm or (lambda x, context: x)
+    if bare.config.head in ("mlp", "linear(mean_first=True)"):
+        last = last.mean(1, keepdim=True)
+    wanted = norm(last, Context(grid=(last.shape[1],))).mean(1)
+    assert bare(images).shape == (2, bare.num_features) == (2, 48) and relative(bare(images), wanted) < 1e-5
+    assert not [key for key in bare.state_dict() if key.startswith("head.") and not key.startswith("head.norm.")]
+    advance(bare, 1.0)
+    fused, wanted = fuse(bare), bare(images)
+    assert relative(fused(images), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("masked", [False, True])

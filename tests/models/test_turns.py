@@ -200,7 +200,7 @@ def test_it_is_exported(case):
         ("vit_micro", {"mixer": ("softmax", "softmax(kv_heads=2)")}, "blocks.1: mixer 'softmax(kv_heads=2)': kv_heads"),
         ("vit_micro", {"norm": ("layernorm", "groupnorm(groups=5)")}, "blocks.1: norm 'groupnorm(groups=5)': 5 groups"),
         ("vit_micro", {"norm": ("layernorm", "rms(")}, "norm: cannot read 'rms('"),
-        ("vit_micro", {"patch": 0}, "image, patch and channels are at least 1"),
+        ("vit_micro", {"patch": 0}, "image, patch and channels must be at least 1"),
         (
             "poolformer_s12",
             {"dim": (64, 120, 320, 512), "channel": "fca", "mixer": "pool"},

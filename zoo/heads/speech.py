@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.tensors import linear
+from zoo.tensors import like, linear
 
 
 class CTCHead(nn.Linear):
@@ -29,6 +29,8 @@ class TransducerHead(nn.Module):
 
     def __init__(self, dim: int, vocabulary: int, *, hidden: int = 640, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
+        if dropout >= 1.0:
+            raise ValueError(f"dropout must be below 1, not {dropout}")
         self.blank = vocabulary - 1
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=self.blank)
         self.predictor = nn.LSTM(hidden, hidden, layers, batch_first=True)
@@ -38,9 +40,10 @@ class TransducerHead(nn.Module):
 
     def start(self, batch: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What the predictor says before any token [B, hidden], and its state."""
-        tokens = torch.full((batch,), self.blank, device=self.out.weight.device)
+        kind = like(self)
+        tokens = torch.full((batch,), self.blank, device=kind.device)
         shape = (self.predictor.num_layers, batch, self.predictor.hidden_size)
-        zeros = self.out.weight.new_zeros(shape)
+        zeros = kind.new_zeros(shape)
         return self.predict(tokens, (zeros[0], (zeros, zeros)))
 
     def predict(

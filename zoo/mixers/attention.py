@@ -115,10 +115,9 @@ class Attention(Projected):
 
     reads = Projected.reads | {"visible"}
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
-        weight = self.qkv.weight
-        kept = weight.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
-        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=weight.device)
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
+        kept = like.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
+        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=like.device)
         return {"key": kept, "value": kept.clone(), "real": real}
 
     def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -238,7 +237,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
     if bias is not None:
         bias = (bias if bias.ndim == 4 else bias[None]).to(query.dtype)
         allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
-    shared = key.shape[1] != query.shape[1]
+    shared = bool(key.shape[1] != query.shape[1])  # which torch.jit.trace makes a tensor
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
     y = y.transpose(1, 2)
     return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX lays it out otherwise

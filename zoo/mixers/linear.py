@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Projected, rotate
-from zoo.tensors import filtered, zeroed
+from zoo.tensors import compiling, filtered, zeroed
 
 
 class SimplifiedLinear(Projected):
@@ -33,7 +33,7 @@ class SimplifiedLinear(Projected):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        spare = not torch.is_grad_enabled()  # the projections are read by nobody else
+        spare = not torch.is_grad_enabled() and not compiling()  # the projections are read by nobody else
         query, key, value = F.relu(query, spare), F.relu(key, spare), zeroed(value, context.mask)
         turned = None
         if context.rotary is not None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffns import StarReLU
+from zoo.ffns import StarReLU, hidden_width
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site, halved
 from zoo.tensors import filtered, linear, to_map, to_tokens, zeroed
@@ -82,7 +82,7 @@ class SeparableConv(Layer):
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, ratio: float = 2.0, kernel: int = 7) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width(dim, ratio)
         self.expand, self.out = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
         self.activation = StarReLU()
         self.conv = depthwise(hidden, kernel, place.axes, bias=False)
@@ -90,7 +90,7 @@ class SeparableConv(Layer):
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, ratio: float = 2.0, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(int(dim * ratio))}
+        return {"inner": Site(hidden_width(dim, ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(self.activation(self.expand(x)), context.mask)
@@ -124,9 +124,9 @@ class Convolution(Layer):
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
         return dict.fromkeys(("norm", "inner"), Site(dim if cls.gate == "glu" else 2 * dim))
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
         width, front = self.conv.in_channels, self.conv.kernel_size[0] - 1
-        return {"past": self.conv.weight.new_zeros(batch, front, width)}
+        return {"past": like.new_zeros(batch, front, width)}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.expand(x)

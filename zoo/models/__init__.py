@@ -1,6 +1,7 @@
 """All models by name. A new family is a file in this folder, one for its presets, and two rows here."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,7 +48,24 @@ def create_model(name: str, **choices: Any) -> nn.Module:
     `list_models()` lists the names; the fields are those of the family's config. ValueError, in one line, where a name,
     a field or a choice is wrong, or where two choices would ignore each other.
     """
+    _check_habits(name, choices)
     return configure(name, **choices).build()
+
+
+# What timm calls some of our fields.
+HABITS = {"num_classes": "classes", "img_size": "image", "in_chans": "channels", "patch_size": "patch"}
+HABITS |= {"embed_dim": "dim", "num_heads": "heads", "drop_path_rate": "drop_path", "drop_rate": "dropout"}
+
+
+def _check_habits(name: str, choices: Mapping[str, Any]) -> None:
+    """ValueError, with what to write instead, for what users of other libraries expect to work."""
+    if name not in PRESETS and name.partition(".")[0] in PRESETS and "." in name:
+        raise ValueError(f"'{name}' is the name of a checkpoint, not of a model; zoo.load_model('{name}') reads it")
+    for choice in choices:
+        if choice.startswith("pretrained"):
+            raise ValueError(f"there is no '{choice}' here; zoo.load_model(NAME) reads a checkpoint with its weights")
+        if choice in HABITS:
+            raise ValueError(f"'{name}' has no field '{choice}'; did you mean {HABITS[choice]}?")
 
 
 def family_of(model: object) -> str | None:

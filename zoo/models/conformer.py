@@ -22,7 +22,7 @@ from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS, Position
 from zoo.spec import check, make, parse
 from zoo.stems import SUBSAMPLINGS
-from zoo.tensors import compiling, linear, mask_of
+from zoo.tensors import compiling, like, linear, mask_of
 
 CONFORMER = ("half", "mixer", "conv", "half", "norm")
 SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
@@ -276,7 +276,7 @@ class Conformer(Model[ConformerConfig]):
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__(config)
         first = config.block()
-        self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim)
+        self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim, field="subsampling")
         self.scale = math.sqrt(config.dim) if config.scale_input else 1.0
         self.position = make_position(config)
         self.first: Norm | None = make(NORMS, first.norm, config.dim, first.place) if config.first_norm else None
@@ -288,7 +288,9 @@ class Conformer(Model[ConformerConfig]):
         )
         self.reduce = Reduce(config.dim, config.reduce_left) if config.unet else None
         self.recover = linear(config.dim, config.dim) if config.unet else None
-        self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary) if config.vocabulary else None
+        self.head = None
+        if config.vocabulary:
+            self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary, field="head")
         self.name_layers()
 
     @property
@@ -403,10 +405,11 @@ class Conformer(Model[ConformerConfig]):
         visible = self.chunks(visible)
         if visible is None:
             raise ValueError("this model was not made to stream; its config has no chunk")
-        cache = self.stem.state(batch)
+        kind = like(self)
+        cache = self.stem.state(batch, kind)
         for name, module in self.named_modules():
             if isinstance(module, Layer):
-                cache |= {f"{name}.{slot}": tensor for slot, tensor in module.state(batch, visible).items()}
+                cache |= {f"{name}.{slot}": tensor for slot, tensor in module.state(batch, visible, kind).items()}
         return cache
 
     def step(self, features: Tensor, mask: Tensor, cache: dict[str, Tensor], visible: Chunks) -> Tensor:

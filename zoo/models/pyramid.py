@@ -40,12 +40,14 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.image, self.channels) < 1 or self.classes < 0:
-            raise ValueError("image and channels are at least 1, classes at least 0")
+            raise ValueError("image and channels must be at least 1, classes at least 0")
         for field, table in (("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
             try:
                 check(table, getattr(self, field) or self.last_norm)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        if len(self.dim) == 1 and self.reduction != "conv":
+            raise ValueError(f"reduction '{self.reduction}' would be ignored: there is one stage; leave it at 'conv'")
         if self.final_norm and check(HEADS, self.head).get("norm_first") is False:
             raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no such norm")
 
@@ -109,7 +111,8 @@ class Stage(nn.Module):
 
 
 class Pyramid(Model[PyramidConfig]):
-    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled features [B, D] where classes = 0.
+    """model(images [B, channels, H, W]) -> logits [B, classes], or where classes = 0 the pooled features
+    [B, num_features] of the last map.
 
     H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
     """

@@ -13,7 +13,7 @@ from zoo.fusion import fold_in, keep, not_affine
 from zoo.layer import Context, Fold
 from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.norms import NORMS, Norm
-from zoo.spec import make
+from zoo.spec import hint, make
 from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map
 
@@ -39,9 +39,9 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
     def check_sizes(self) -> None:
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
-            raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
+            raise ValueError("image, patch and channels must be at least 1, classes and registers at least 0")
         if self.pool not in POOLS:
-            raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
+            raise ValueError(f"pool: there is no '{self.pool}'; {hint(self.pool, POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
 

@@ -40,6 +40,12 @@ def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     return conv(maps)
 
 
+def in_dtype_of(conv: nn.Module, tokens: Tensor) -> Tensor:
+    """The tokens in the dtype of the convolution's weights, or as they are where those are quantized."""
+    weight = conv.weight
+    return tokens.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else tokens
+
+
 class Patches(nn.Module):
     """Cuts pictures [B, channels, H, W] into patches and maps each to a token (Dosovitskiy et al. 2021,
     arXiv:2010.11929).
@@ -57,7 +63,7 @@ class Patches(nn.Module):
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
         maps = convolve(self.conv, checked(images, mask, self.channels))
         # Under autocast the stream of tokens stays in the precision of the weights.
-        tokens = to_tokens(maps).to(self.conv.weight.dtype)
+        tokens = in_dtype_of(self.conv, to_tokens(maps))
         return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
 
 
@@ -98,7 +104,7 @@ class Reduction(nn.Module):
         mask = None if context.mask is None else coarsened(context.mask.unflatten(1, context.grid), self.stride)
         context = Context(grid=(maps.shape[2], maps.shape[3]), mask=mask)
         # Under autocast the stream of tokens stays in the precision of the weights.
-        x = to_tokens(maps).to(self.conv.weight.dtype)
+        x = in_dtype_of(self.conv, to_tokens(maps))
         return x if self.after is None else self.after(x, context), context
 
     def fold(self) -> list[Fold]:

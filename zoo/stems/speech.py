@@ -46,7 +46,7 @@ class Stage(nn.Module):
     def activated(self, maps: Tensor, real: Tensor | None) -> Tensor:
         """ReLU of the maps, or the norm over their real frames and swish."""
         if not self.normed:
-            return F.relu(maps, inplace=not torch.is_grad_enabled())
+            return F.relu(maps, inplace=not torch.is_grad_enabled() and not compiling())
         frames = maps.permute(0, 2, 3, 1)
         if self.norm is not None:  # else it is folded
             frames = self.norm(frames, Context(grid=(maps.shape[2],), mask=real))
@@ -95,12 +95,11 @@ class Subsampling(nn.Module):
             raise ValueError(f"mels: {mels} bands are too few to be halved {self.stages} times")
         self.out = linear(width * rows[-1], dim)
 
-    def state(self, batch: int) -> dict[str, Tensor]:
+    def state(self, batch: int, like: Tensor) -> dict[str, Tensor]:
         """The last frame in front of each convolution, before the first chunk of a stream."""
-        weight = self.out.weight
         widths = [1] + [self.width] * (self.stages - 1)
         return {
-            f"stem.{number}": weight.new_zeros(batch, width, 1, rows)
+            f"stem.{number}": like.new_zeros(batch, width, 1, rows)
             for number, (width, rows) in enumerate(zip(widths, self.rows[:-1], strict=True))
         }
 

@@ -1,5 +1,6 @@
 """Where a checkpoint is: in a folder, under ./checkpoints, or on the Hub; and its files."""
 
+import difflib
 import os
 import re
 from contextlib import suppress
@@ -35,8 +36,20 @@ def locate(name: str | os.PathLike[str]) -> Path:
         from zoo.weights.hub import download
 
         return download(repository, revision or None)
-    where = "neither a folder, nor one under checkpoints, nor OWNER/NAME on the Hub"
-    raise CheckpointError(f"there is no checkpoint {str(name)!r}: it is {where}")
+    raise CheckpointError(f"there is no checkpoint {str(name)!r}: {_where_it_is_not(str(name))}")
+
+
+def _where_it_is_not(name: str) -> str:
+    """Where a checkpoint was looked for, and what may have been meant."""
+    from zoo.models import PRESETS
+
+    home = Path("checkpoints").resolve()
+    looked = f"{Path(name).absolute()} and {home / name} are not folders, and the name is not OWNER/NAME on the Hub"
+    stored = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
+    if near := difflib.get_close_matches(name, [*stored, *PRESETS], n=1):
+        made = f"zoo.create_model({near[0]!r}), which builds it untrained" if near[0] in PRESETS else near[0]
+        return f"{looked}; did you mean {made}?"
+    return looked
 
 
 def previous_of(target: Path) -> Path:

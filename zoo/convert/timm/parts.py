@@ -59,7 +59,7 @@ def with_width(
         ratio,
         math.nextafter(ratio, 0),
         math.nextafter(ratio, math.inf),
-        (hidden - 4) / arguments[0],
+        max(hidden - 4, 1) / arguments[0],
     ):
         spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *options])
         with torch.device("meta"):

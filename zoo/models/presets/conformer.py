@@ -36,8 +36,10 @@ def _efficient(widths: tuple[int, ...], strided: tuple[int, ...], depth: int, he
         widths=widths,
         strided=strided,
         mixer=("grouped(size=3)", "relative", "relative"),
+        norm="layernorm",
         conv="glu(kernel=15)",
         subsampling="conv2",
+        scale_input=False,
         vocabulary=257,
     )
 
