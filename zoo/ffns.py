@@ -40,8 +40,8 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class MLP(Layer):
-    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False leaves both
-    biases away, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
+    """W2 activation(W1 x) with a hidden width of ratio * dim (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits
+    both biases, out_bias=False that of W2; dropout is the dropout rate in front of W2."""
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class MLP(Layer):
 
 
 class SwiGLU(Layer):
-    """W3 (silu(W1 x) * W2 x), W1 and W2 stored as one (Shazeer 2020, arXiv:2002.05202).
+    """W3 (silu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202).
 
-    The width inside is ratio * dim, rounded up to a multiple of 8; the default keeps the size of an MLP of ratio 4.
+    The hidden width is ratio * dim, rounded up to a multiple of 8; the default has the size of an MLP of ratio 4.
     """
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, bias: bool = True) -> None:

@@ -14,7 +14,7 @@ _ONE = Context(grid=(1,))
 
 
 class LinearHead(nn.Module):
-    """The mean of the normalized tokens, then a linear map; mean_first takes the mean before the norm."""
+    """The mean of the normalized tokens, then a linear map; mean_first=True takes the mean before the norm."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, mean_first: bool = False) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class LinearHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Mean, norm, linear, squared ReLU, norm, linear; `ratio` times as wide inside (MetaFormer baselines, Yu et al.
-    2022, arXiv:2210.13452)."""
+    """Mean, norm, linear, squared ReLU, norm and linear, with a hidden width of ratio * dim (MetaFormer baselines, Yu
+    et al. 2022, arXiv:2210.13452)."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 4.0) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class MLPHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False leaves
-    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778)."""
+    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False omits
+    the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778)."""
 
     def __init__(
         self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
