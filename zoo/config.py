@@ -158,6 +158,22 @@ class ModelConfig(Config):
 
     The choices of CHOICES are one name for all blocks, or several in turns (see Choice); position is that of a stage's
     tokens, one for all its blocks. Norms outside the blocks are those of the first block of their stage.
+
+    Args:
+        layout: branches of a block, in order: mixer, cross, conv, ffn, half (an ffn that counts half), norm.
+        mixer: token mixer.
+        cross: how a decoder attends to its memory.
+        conv: convolution branch of a layout with `conv`.
+        conv_norm: norm inside the convolution branch.
+        ffn: feed-forward layer.
+        norm: normalization of the blocks.
+        placement: where the norms of a block are.
+        channel: channel attention at the end of each branch.
+        modulation: how a condition changes a block.
+        position: position encoding.
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0.
+        dropout: dropout rate of the branches.
+        layer_scale: initial value of the learned scale of each branch; None for no such scale.
     """
 
     axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
@@ -358,7 +374,13 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FlatConfig(ModelConfig):
-    """A family whose blocks all have one width: dim channels, depth blocks, heads."""
+    """A family whose blocks all have one width.
+
+    Args:
+        dim: channels of each token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+    """
 
     dim: int
     depth: int

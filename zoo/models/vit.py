@@ -24,10 +24,13 @@ POOLS = ("mean", "token", "norm_after_mean", "distilled")
 class ViTConfig(ClassifierConfig, FlatConfig):
     """A vision transformer.
 
-    pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
-    normalized; `distilled`, the mean of the logits of a class and a distillation token, each with a head of its own.
-    registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token
-    puts a class token there, which `token` and `distilled` need.
+    Args:
+        patch: side of a patch in pixels.
+        pool: what the head reads: `mean` of the normalized grid tokens; `token`, the normalized class token;
+            `norm_after_mean`, the mean, then normalized; `distilled`, the mean of the logits of a class and a
+            distillation token, each with a head of its own.
+        class_token: whether a class token stands before the grid; `token` and `distilled` need it.
+        registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
     """
 
     shown = (*FlatConfig.shown, "classes")
