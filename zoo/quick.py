@@ -17,7 +17,7 @@ from typing import Any
 from zoo.text import near, one_line, unknown
 
 VERBS = {
-    "fit": "train a model, or resume its training",
+    "fit": "train a model",
     "validate": "measure a model on the validation data",
     "test": "measure a model on the test data",
     "predict": "run a model on your own files",
