@@ -14,6 +14,7 @@ from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
 from zoo.spec import check, parse
+from zoo.text import unknown
 
 # What fills which site, for branches that mix tokens and for feed-forward; block.py draws where the sites are.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
@@ -148,7 +149,7 @@ def _check(block: BlockConfig) -> None:
             if table is not PLACEMENTS:
                 check(table, spec)
             elif spec not in table:
-                raise ValueError(f"there is no '{spec}'; choose from: {', '.join(sorted(table))}")
+                raise ValueError(unknown("name", spec, table))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _check_pairs(block)

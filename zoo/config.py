@@ -15,6 +15,7 @@ from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
 from zoo.positions import POSITIONS
 from zoo.spec import parse
+from zoo.text import unknown
 
 # One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
 # entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
@@ -311,7 +312,7 @@ class ModelConfig(Config):
             raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
-                raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
+                raise ValueError(f"layout: {unknown('branch', word, WORDS)}; + joins two, as in mixer+ffn")
         if "cross" in self.words and "memory" not in self.provides:
             raise ValueError("layout: this model has no memory for 'cross' to read")
         if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from zoo.text import unknown
+
 
 @lru_cache(maxsize=4096)
 def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -25,11 +27,11 @@ def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     options = []
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in dict(options):
-            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
+            raise ValueError(f"cannot read {spec!r}; write each option once, by its name")
         try:
             options.append((keyword.arg, ast.literal_eval(keyword.value)))
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
+            raise ValueError(f"cannot read {spec!r}; {hint}; write words in quotes") from None
     return node.func.id, tuple(options)
 
 
@@ -44,11 +46,11 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
     """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong."""
     name, given = parse(spec)
     if name not in table:
-        raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")
+        raise ValueError(unknown("name", name, table))
     allowed = options_of(table[name])
     for option, value in given:
         if option not in allowed:
-            raise ValueError(f"'{name}' has no option '{option}'; it has: {', '.join(allowed) or 'none'}")
+            raise ValueError(unknown(f"option of {name}", option, allowed))
         default = allowed[option]
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and (

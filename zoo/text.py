@@ -20,8 +20,10 @@ def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
-    """That a name is unknown, and which are near, or else all that are allowed."""
+    """That a name is unknown, which are near, and which are allowed, where these are few or none is near."""
     allowed = [*allowed]
     found = near(name, allowed)
-    hint = f"did you mean {' or '.join(found)}?" if found else f"choose from: {', '.join(allowed)}"
-    return f"unknown {what} '{name}'; {hint}"
+    hints = [f"did you mean {' or '.join(found)}?"] if found else []
+    if not found or len(allowed) <= 20:
+        hints.append(f"choose from: {', '.join(allowed) or 'none'}")
+    return f"unknown {what} '{name}'; {' '.join(hints)}"

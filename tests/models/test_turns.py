@@ -190,7 +190,7 @@ def test_it_is_exported(case):
             {"mixer": ("softmax", "pool"), "position": "rope"},
             "blocks.1: mixer 'pool' does not read",
         ),
-        ("vit_micro", {"mixer": ("softmax", "slo")}, "blocks.1: mixer: there is no 'slo'"),
+        ("vit_micro", {"mixer": ("softmax", "slo")}, "blocks.1: mixer: unknown name 'slo'; did you mean sla"),
         ("vit_micro", {"placement": ("pre", "sub"), "mixer": ("sla", "pool")}, "blocks.1: placement 'sub' needs the"),
         (
             "vit_micro",
@@ -206,7 +206,11 @@ def test_it_is_exported(case):
             {"dim": (64, 120, 320, 512), "channel": "fca", "mixer": "pool"},
             "stages.1.blocks.0: ch",
         ),
-        ("efficient_conformer_s", {"mixer": ("relative", ("relative", "loca"), "sla")}, "blocks.6: mixer: there is no"),
+        (
+            "efficient_conformer_s",
+            {"mixer": ("relative", ("relative", "loca"), "sla")},
+            "blocks.6: mixer: unknown name",
+        ),
         (
             "efficient_conformer_s",
             {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ("relative", "grouped")},

@@ -63,8 +63,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*TINY, "--config=nowhere.yaml"], "nowhere.yaml"),
         ([*TINY, "--model.backbone.name=vit_tinny"], "unknown model 'vit_tinny'; did you mean vit_tiny"),
         ([*TINY, "--model.backbone.depht=3"], "unknown field of vit_micro 'depht'; did you mean depth?"),
-        ([*TINY, "--model.backbone.mixer=atention"], "mixer: there is no 'atention'; choose from: "),
-        ([*TINY, "--model.backbone.norm=prepbn(blend=1)"], "'prepbn' has no option 'blend'; it has: "),
+        ([*TINY, "--model.backbone.mixer=atention"], "mixer: unknown name 'atention'; "),
+        ([*TINY, "--model.backbone.norm=prepbn(blend=1)"], "unknown option of prepbn 'blend'; "),
         ([*TINY, "--model.backbone.position=rope", "--model.backbone.mixer=pool"], "rope"),
         ([*TINY, "--model.backbone.classes=5"], "the data has 4 classes and the model 5; set model.backbone.classes"),
         ([*TINY, "--model.backbone.classes=0"], "at least 2 classes"),
@@ -94,7 +94,7 @@ def test_a_fault_is_one_line_on_standard_error_and_status_1():
     line = [sys.executable, "-W", "ignore", "-m", "zoo", *TINY, "--model.backbone.mixer=none"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("zoo: error: mixer: there is no 'none'; choose from: ")
+    assert done.stderr.splitlines()[-1].startswith("zoo: error: --model.backbone.mixer: unknown mixer 'none'; ")
 
 
 # Files to go on from

@@ -10,6 +10,7 @@ from zoo.kernels import deformable, multiscale
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
 from zoo.mixers.local import depthwise
 from zoo.tensors import filtered, linear, zeroed
+from zoo.text import unknown
 
 WEIGHTS = ("raw", "sigmoid", "softmax")
 
@@ -23,7 +24,7 @@ def weigh(scores: Tensor, how: str) -> Tensor:
 
 def _check_weights(name: str, weights: str) -> None:
     if weights not in WEIGHTS:
-        raise ValueError(f"weights of '{name}': there is no '{weights}'; choose from: {', '.join(WEIGHTS)}")
+        raise ValueError(f"{name}: {unknown('weights', weights, WEIGHTS)}")
 
 
 class DCNv4(Layer):

@@ -16,6 +16,7 @@ from zoo.norms import NORMS, Norm
 from zoo.spec import make
 from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map
+from zoo.text import unknown
 
 POOLS = ("mean", "token", "norm_after_mean", "distilled")
 
@@ -44,7 +45,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
             raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
         if self.pool not in POOLS:
-            raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
+            raise ValueError(f"pool: {unknown('name', self.pool, POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
 

@@ -12,6 +12,7 @@ from zoo.layer import Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import check, make, parse
 from zoo.tensors import compiling, linear, mask_of
+from zoo.text import unknown
 
 SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
 SLICE = 8192  # elsewhere
@@ -76,7 +77,7 @@ class Subsampling(nn.Module):
     ) -> None:
         super().__init__()
         if padding not in PADDINGS:
-            raise ValueError(f"padding of the subsampling: there is no '{padding}'; choose from: {', '.join(PADDINGS)}")
+            raise ValueError(f"subsampling: {unknown('padding', padding, PADDINGS)}")
         self.mels, self.padding = mels, padding
         self.width = width = channels or self.usual or dim
         self.convs = nn.ModuleList(
