@@ -118,6 +118,14 @@ def test_checkpoints_are_listed_with_their_scores(capsys: pytest.CaptureFixture[
         (broken / "config.json").write_text(text)
         assert "broken  " in printed(capsys, "list", "checkpoints")
         assert "broken/config.json" in refused("info", "broken")
+    (broken / "config.json").write_text('{"preset": "\\u001b[31m", "labels": ["\\u001b[32m"]}')
+    (broken / "README.md").write_text("# broken\n\nIt \x1b[33mis.\n\n| n | \x1b[34m |")
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best/config.json").write_text('{"family": "vit"}')
+    assert "run/best (checkpoint)" in printed(capsys, "info", "run")
+    for text in (printed(capsys, "list", "checkpoints"), printed(capsys, "info", "broken")):
+        assert "\x1b" not in text and "\\x1b[33mis" in text
 
 
 # Descriptions

@@ -33,10 +33,10 @@ EPILOG = """examples:
   zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
   zoo classify fit --config configs/classify/vit_micro_digits.yaml --model.backbone.mixer=sla
-  zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights=runs/vit_micro_digits/best
-  zoo classify predict runs/vit_micro_digits/best images/ photo.jpg
+  zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights RUN/best
+  zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe fit --config configs/transcribe/squeezeformer_micro_fsdd.yaml --data.root DIR
-  zoo transcribe predict runs/squeezeformer_micro_fsdd/best recordings/"""
+  zoo transcribe predict RUN/best recordings/"""
 
 
 LISTS = """examples:
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         **made,
     )
-    top.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
+    top.add_argument("-V", "--version", action="version", version=f"zoo {zoo.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     listed = commands.add_parser("list", help="list models, choices or checkpoints", epilog=LISTS, **made)
     listed.add_argument("what", nargs="?", metavar="KIND", help=f"{', '.join(quick.kinds())}, models or checkpoints")

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from zoo.text import near, one_line, unknown
+from zoo.text import from_json, near, one_line, plain, unknown
 
 VERBS = {
     "fit": "train a model",
@@ -110,7 +110,7 @@ def listing(what: str | None = None, pattern: str | None = None) -> str:
         raise ValueError(f"none of the {what} matches '{pattern}'; {hint}")
     left = max(map(len, chosen))
     most = width() - left - 4 if sys.stdout.isatty() else None
-    return "\n".join(f"  {name:<{left}}  {cut(said, most)}" for name, said in chosen.items())
+    return "\n".join(plain(f"  {name:<{left}}  {cut(said, most)}") for name, said in chosen.items())
 
 
 def cut(text: str, most: int | None) -> str:
@@ -167,7 +167,7 @@ def card(folder: Path) -> tuple[str, dict[str, str]]:
 def stored(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint; ValueError where it is broken."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = from_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {folder}/config.json: {one_line(error)}") from None
     if not isinstance(found, dict):
@@ -202,12 +202,13 @@ def info(name: str) -> str:
     for kind, table in facts()["tables"].items():
         if name in table["rows"]:
             pages.append(choice_page(kind, name, table["rows"][name]))
-    folders = [folder for folder in (Path(name), Path("checkpoints", name)) if (folder / "config.json").is_file()]
-    pages += [checkpoint_page(name, folder) for folder in folders[:1]]
+    places = [Path(name), Path("checkpoints", name), Path(name, "best")]
+    folders = [folder for folder in places if (folder / "config.json").is_file()]
+    pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
     if not pages:
         hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows what there is"
         raise ValueError(f"nothing is called '{name}': no model, choice or checkpoint; {hint}")
-    return "\n\n".join(pages)
+    return "\n".join(plain(line) for page in pages for line in [*page.split("\n"), ""])[:-1]
 
 
 def model_page(name: str, model: Mapping[str, Any], choices: str = "") -> str:
@@ -268,9 +269,10 @@ def checkpoint_page(name: str, folder: Path) -> str:
     config, (text, rows) = stored(folder), card(folder)
     lines = [f"{name} (checkpoint)", ""]
     lines += [*textwrap.wrap(text, width() - 2, initial_indent="  ", subsequent_indent="  "), ""] if text else []
-    pairs = [(key, str(config[key])) for key in ("family", "preset", "source") if config.get(key)] + [*rows.items()]
+    pairs = [(key, one_line(config[key])) for key in ("family", "preset", "source") if config.get(key)]
+    pairs += rows.items()
     if isinstance(config.get("labels"), list):
-        pairs.append(("labels", textwrap.shorten(", ".join(map(str, config["labels"])), 200, placeholder=" ...")))
+        pairs.append(("labels", cut(", ".join(map(str, config["labels"])), 200)))
     uses = [f'zoo.load_model("{name}")']
     if task := task_of(config):
         uses.insert(0, f"zoo {task} predict {name} FILES")
