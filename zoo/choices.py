@@ -13,7 +13,8 @@ from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
-from zoo.spec import check, hint, parse
+from zoo.spec import check, parse
+from zoo.text import unknown
 
 # What fills which site, for branches that mix tokens and for feed-forward; block.py draws where the sites are.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
@@ -152,7 +153,7 @@ def _check(block: BlockConfig) -> None:
                 axes = block.place.axes
                 check(table, spec, [row for row, kind in table.items() if axes in getattr(kind, "dimensions", (axes,))])
             elif spec not in table:
-                raise ValueError(f"there is no '{spec}'; {hint(spec, table)}")
+                raise ValueError(unknown("name", spec, table))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _check_pairs(block)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
 from zoo.positions import POSITIONS
-from zoo.spec import hint, parse
+from zoo.spec import parse
+from zoo.text import unknown
 
 # One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
 # entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
@@ -171,6 +172,22 @@ class ModelConfig(Config):
 
     The choices of CHOICES are one name for all blocks, or several in turns (see Choice); position is that of a stage's
     tokens, one for all its blocks. Norms outside the blocks are those of the first block of their stage.
+
+    Args:
+        layout: branches of a block, in order: mixer, cross, conv, ffn, half (an ffn that counts half), norm.
+        mixer: token mixer.
+        cross: how a decoder attends to its memory.
+        conv: convolution branch of a layout with `conv`.
+        conv_norm: norm inside the convolution branch.
+        ffn: feed-forward layer.
+        norm: normalization of the blocks.
+        placement: where the norms of a block are.
+        channel: channel attention at the end of each branch.
+        modulation: how a condition changes a block.
+        position: position encoding.
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0.
+        dropout: dropout rate of the branches.
+        layer_scale: initial value of the learned scale of each branch; None for no such scale.
     """
 
     axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
@@ -319,7 +336,7 @@ class ModelConfig(Config):
             raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
-                raise ValueError(f"layout: there is no '{word}'; {hint(word, WORDS)}")
+                raise ValueError(f"layout: {unknown('branch', word, WORDS)}; + joins two, as in mixer+ffn")
         if "cross" in self.words and "memory" not in self.provides:
             raise ValueError("layout: this model has no memory for 'cross' to read")
         if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:
@@ -385,7 +402,13 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FlatConfig(ModelConfig):
-    """A family whose blocks all have one width: dim channels, depth blocks, heads."""
+    """A family whose blocks all have one width.
+
+    Args:
+        dim: channels of each token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+    """
 
     dim: int
     depth: int

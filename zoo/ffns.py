@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
-from zoo.spec import hint
 from zoo.tensors import linear
+from zoo.text import unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -37,7 +37,7 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     if name == "star_relu":
         return StarReLU()
     if name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation '{name}'; {hint(name, [*ACTIVATIONS, 'star_relu'])}")
+        raise ValueError(unknown("activation", name, [*ACTIVATIONS, "star_relu"]))
     return ACTIVATIONS[name]
 
 
@@ -53,8 +53,8 @@ def hidden_width(dim: int, ratio: float, multiple: int = 1) -> int:
 
 
 class MLP(Layer):
-    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits both
-    biases, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
+    """W2 activation(W1 x) with a hidden width of ratio * dim (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits
+    both biases, out_bias=False that of W2; dropout is the dropout rate in front of W2."""
 
     def __init__(
         self,
@@ -92,9 +92,9 @@ class MLP(Layer):
 
 
 class SwiGLU(Layer):
-    """W3 (silu(W1 x) * W2 x), W1 and W2 stored as one (Shazeer 2020, arXiv:2002.05202).
+    """W3 (silu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202).
 
-    The width inside is ratio * dim, rounded up to a multiple of 8; the default keeps the size of an MLP of ratio 4.
+    The hidden width is ratio * dim, rounded up to a multiple of 8; the default has the size of an MLP of ratio 4.
     """
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, bias: bool = True) -> None:

@@ -1,12 +1,13 @@
 """Words in a config: "pool(size=5)" names a row of a table and its options; `make` builds the row."""
 
 import ast
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
+
+from zoo.text import unknown
 
 # The largest value of an option that is an integer; 1,000,000 for others.
 LARGEST = {"kernel": 1_000, "layers": 100, "levels": 100, "size": 1_000}
@@ -29,11 +30,11 @@ def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     options = []
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in dict(options):
-            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
+            raise ValueError(f"cannot read {spec!r}; write each option once, by its name")
         try:
             options.append((keyword.arg, ast.literal_eval(keyword.value)))
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"cannot read {spec!r}; {form}; a word is written in quotes") from None
+            raise ValueError(f"cannot read {spec!r}; {form}; write words in quotes") from None
     return node.func.id, tuple(options)
 
 
@@ -44,24 +45,16 @@ def options_of(row: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def hint(name: str, allowed: Iterable[str], otherwise: str = "choose from") -> str:
-    """What an error says after an unknown name: what is near, or all that are allowed."""
-    allowed = sorted(allowed)
-    if near := difflib.get_close_matches(name, allowed):
-        return f"did you mean {' or '.join(near)}?"
-    return f"{otherwise}: {', '.join(allowed) or 'none'}"
-
-
 def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = None) -> dict[str, Any]:
     """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong,
     which names what is `offered`, by default the whole table."""
     name, given = parse(spec)
     if name not in table:
-        raise ValueError(f"there is no '{name}'; {hint(name, table if offered is None else offered)}")
+        raise ValueError(unknown("name", name, table if offered is None else offered))
     allowed = options_of(table[name])
     for option, value in given:
         if option not in allowed:
-            raise ValueError(f"'{name}' has no option '{option}'; {hint(option, allowed, 'it has')}")
+            raise ValueError(unknown(f"option of {name}", option, allowed))
         default = allowed[option]
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and (

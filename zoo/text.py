@@ -1,7 +1,9 @@
 """Messages in one line, and JSON."""
 
+import difflib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -31,3 +33,18 @@ def from_json(text: str | bytes) -> Any:
         return found
 
     return json.loads(text, object_pairs_hook=mapping)
+
+
+def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """At most three of the allowed names that look like this one, the nearest first."""
+    return difflib.get_close_matches(name, [*allowed], n=3, cutoff=cutoff)
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
+    """That a name is unknown, which are near, and which are allowed, where these are few or none is near."""
+    allowed = [*allowed]
+    found = near(name, allowed)
+    hints = [f"did you mean {' or '.join(found)}?"] if found else []
+    if not found or len(allowed) <= 20:
+        hints.append(f"choose from: {', '.join(allowed) or 'none'}")
+    return f"unknown {what} '{name}'; {' '.join(hints)}"

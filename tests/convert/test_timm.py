@@ -298,7 +298,7 @@ REFUSED_STATES = {
     "'token' for a distilled model": (lambda: without(distilled=True), HEADS | {"pool": "avg"}),
     "needs a class token": (lambda: build(**NO_DIMS).state_dict(), HEADS | {"pool": "token"}),
     "norm is 'layernorm' or 'rmsnorm'": (lambda: without(), HEADS | {"norm": "batchnorm"}),
-    "no option 'epsilon'": (lambda: without(), HEADS | {"norm": "layernorm(epsilon=1.0)"}),
+    "unknown option of layernorm 'epsilon'": (lambda: without(), HEADS | {"norm": "layernorm(epsilon=1.0)"}),
     "no activation 'mish'": (lambda: without(), HEADS | {"activation": "mish"}),
     "several meanings": (lambda: build(norm_layer=RmsNorm).state_dict(), HEADS),
     "'blocks.0.norm1.bias' has no counterpart": (lambda: without(), HEADS | {"norm": "rmsnorm"}),

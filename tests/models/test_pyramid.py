@@ -304,7 +304,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
             ["stages.0", "rope", "[4, 8]"],
         ),
         ({"head": "conv(norm_first=False)", "final_norm": "rmsnorm"}, ["final_norm", "ignored"]),
-        ({"reduction": "conv(kernel=4, stride=4)"}, ["no option 'stride'"]),
+        ({"reduction": "conv(kernel=4, stride=4)"}, ["option of conv 'stride'"]),
         ({"mixer": ("sla", "sla", "slab", "sla")}, ["stages.2", "mixer", "slab", "softmax"]),
         ({"mixer": ("sla", ("sla", "pool(sise=3)"), "sla", "sla")}, ["stages.1", "sise", "size"]),
         ({"position": "rope", "mixer": "pool"}, ["stages.0", "rope", "pool"]),
@@ -313,7 +313,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
         ({"head": "mpl"}, ["head", "mpl", "mlp"]),
         ({"final_norm": "layernrom"}, ["final_norm", "layernrom"]),
         ({"layout": ("mixer", "cross")}, ["cross", "memory"]),
-        ({"pool": "mean"}, ["no field 'pool'", "head"]),
+        ({"pool": "mean"}, ["unknown field of pvt_sla_tiny 'pool'", "head"]),
         (
             {"conv": "depthwise", "layout": ("conv", "mixer", "ffn"), "conv_norm": "layernorm"},
             ["depthwise", "has no norm"],

@@ -403,7 +403,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         CONFIG,
         "missing 1 required keyword-only argument: 'dim'",
     ),
-    "mixer": (put_model("mixer", "unheard"), CONFIG, "mixer: there is no 'unheard'"),
+    "mixer": (put_model("mixer", "unheard"), CONFIG, "mixer: unknown name 'unheard'"),
     "call": (put_model("mixer", "__import__('os').abort()"), CONFIG, "cannot read"),
     "deep option": (
         put_model("mixer", f"softmax(qk_norm={'-' * 100_000}1)"),

@@ -15,7 +15,7 @@ _ONE = Context(grid=(1,))
 
 
 class LinearHead(nn.Module):
-    """The mean of the normalized tokens, then a linear map; mean_first takes the mean before the norm."""
+    """The mean of the normalized tokens, then a linear map; mean_first=True takes the mean before the norm."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, mean_first: bool = False) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class LinearHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Mean, norm, linear, squared ReLU, norm, linear; `ratio` times as wide inside (MetaFormer baselines, Yu et al.
-    2022, arXiv:2210.13452). With classes = 0 the mean and the norm alone."""
+    """Mean, norm, linear, squared ReLU, norm and linear, with a hidden width of ratio * dim (MetaFormer baselines, Yu
+    et al. 2022, arXiv:2210.13452). With classes = 0 the mean and the norm alone."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 4.0) -> None:
         super().__init__()

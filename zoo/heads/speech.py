@@ -8,7 +8,7 @@ from zoo.tensors import like, linear
 
 
 class CTCHead(nn.Linear):
-    """One linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
+    """A linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
 
     framewise = True  # each token has its logits, from a linear that alone reads it
 
@@ -19,10 +19,10 @@ class CTCHead(nn.Linear):
 
 
 class TransducerHead(nn.Module):
-    """RNN-T (Graves 2012, arXiv:1211.3711): an LSTM reads the tokens that were put out, and a joint network
+    """RNN-T (Graves 2012, arXiv:1211.3711): an LSTM reads the tokens emitted so far, and a joint network
     W tanh(A encoded + B predicted) gives the logits of the next one.
 
-    The blank is the last of the vocabulary. The LSTM reads it at the start; its embedding is zero.
+    The blank is the last entry of the vocabulary. The LSTM reads it at the start; its embedding is zero.
     """
 
     framewise = False

@@ -148,9 +148,9 @@ class Attention(Projected):
 class Softmax(Attention):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
-    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442); kv_heads below `heads` shares
-    keys and values between heads, 0 means as many (Shazeer 2019, arXiv:1911.02150); head_dim 0 means dim / heads;
-    bias=False leaves the biases of both projections away.
+    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442). kv_heads below `heads` shares
+    keys and values between heads; 0 means `heads` (Shazeer 2019, arXiv:1911.02150). head_dim=0 means dim / heads.
+    bias=False omits the biases of both projections.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
@@ -183,8 +183,8 @@ class Softmax(Attention):
 
 class Window(Projected):
     """Softmax attention inside windows of `size` x `size` tokens, or of `size` tokens along time (Swin without its
-    shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). Windows are cut from the
-    grid's first corner; the last ones may reach beyond the grid, where there is nothing to attend to."""
+    shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). The windows start at the
+    grid's first corner. The last ones may reach beyond the grid; what lies there is masked."""
 
     reads = Projected.reads - {"prefix"}
 
@@ -244,7 +244,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
 
 
 class Cross(Headed):
-    """Softmax attention of tokens over the memory of the Context (Vaswani et al. 2017; Carion et al. 2020,
+    """Softmax attention of the tokens to the memory of a decoder (Vaswani et al. 2017; Carion et al. 2020,
     arXiv:2005.12872). Each side's code is added to queries or keys, and not to values."""
 
     reads = frozenset({"prefix", "mask", "code", "memory"})

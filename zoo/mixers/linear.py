@@ -13,11 +13,12 @@ from zoo.tensors import compiling, filtered, zeroed
 
 
 class SimplifiedLinear(Projected):
-    """q' (k'^T v) / (q' sum k') + depthwise(v), q' = relu(q), k' = relu(k) (SLAB, Guo et al. 2024, arXiv:2405.11582).
+    """Linear attention q' (k'^T v) / (q' sum k') + depthwise(v) with q' = relu(q) and k' = relu(k) (SLAB, Guo et al.
+    2024, arXiv:2405.11582).
 
-    Half precision holds at any number of tokens. Rotary angles turn the numerator alone. The depthwise filter has one
-    head's channels and serves every head; prefix tokens stay outside it. Unlike the paper there is no learned table on
-    the keys, which would tie the layer to one resolution.
+    It is stable in half precision at any number of tokens. Rotary positions are applied to the numerator alone. The
+    depthwise filter has the channels of one head and is shared by all heads; prefix tokens are not filtered. Unlike in
+    the paper, no learned table is added to the keys, which would tie the layer to one resolution.
     """
 
     reads = Projected.reads | {"rotary"}
@@ -50,8 +51,8 @@ class SimplifiedLinear(Projected):
 
 
 class ChannelGroups(Projected):
-    """softmax(k^T v / sqrt(d)) applied to q: attention between the channels of a group, tokens being the features
-    (DaViT, Ding et al. 2022, arXiv:2204.03645). Positions do not mix except through the channels' scores."""
+    """Attention between the channels of a group, softmax(k^T v / sqrt(d)) applied to q (DaViT, Ding et al. 2022,
+    arXiv:2204.03645). Tokens are mixed through the scores of the channels alone."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)

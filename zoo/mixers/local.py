@@ -13,7 +13,7 @@ from zoo.tensors import filtered, linear, to_map, to_tokens, zeroed
 
 
 class Identity(Layer):
-    """Returns its input: the branch then adds what the norm makes of x (IdentityFormer, Yu et al. 2022,
+    """Returns its input, so the branch adds the normalized x (IdentityFormer, Yu et al. 2022,
     arXiv:2210.13452)."""
 
     reads = frozenset({"mask"})
@@ -27,7 +27,7 @@ class Identity(Layer):
 
 
 class Pool(Layer):
-    """The mean of the real neighbours less the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418)."""
+    """The mean of the neighbouring tokens minus the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418)."""
 
     reads = frozenset({"mask"})
     mixes = True
@@ -74,8 +74,8 @@ def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor
 
 
 class SeparableConv(Layer):
-    """Linear, StarReLU, depthwise convolution, linear, without
-    biases (ConvFormer, Yu et al. 2022, arXiv:2210.13452)."""
+    """Linear, StarReLU, depthwise convolution and linear, without biases (ConvFormer, Yu et al. 2022,
+    arXiv:2210.13452)."""
 
     reads = frozenset({"mask"})
     mixes = True
@@ -105,7 +105,7 @@ class SeparableConv(Layer):
 
 
 class Convolution(Layer):
-    """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish, linear
+    """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish and linear
     (Gulati et al. 2020, arXiv:2005.08100). The Block fills `norm`. Under `visible` the convolution is causal."""
 
     reads = frozenset({"mask", "visible"})
@@ -160,15 +160,15 @@ class StridedConvolution(Convolution):
 
 
 class SwishConvolution(Convolution):
-    """The convolution branch of Squeezeformer: swish keeps all of the doubled channels (Kim et al. 2022,
-    arXiv:2206.00888)."""
+    """The convolution branch of Squeezeformer: that of Conformer with swish in place of the gated linear unit (Kim et
+    al. 2022, arXiv:2206.00888)."""
 
     gate = "swish"
 
 
 class Depthwise(Layer):
-    """A depthwise convolution on the grid and nothing else: as a bare branch it is the conditional position encoding in
-    front of each branch of DaViT (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645)."""
+    """A depthwise convolution on the grid, the conditional position encoding in front of each branch of DaViT
+    (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645)."""
 
     reads = frozenset({"mask"})
     mixes = True

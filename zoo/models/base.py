@@ -23,8 +23,13 @@ Kind = TypeVar("Kind", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(Config):
-    """What a family that names the class of an image says of itself; classes = 0 omits the classifier: pooled
-    features [B, D] of the last map then."""
+    """What a family that names the class of an image says of itself.
+
+    Args:
+        image: side of the images in pixels, for weights that depend on it; any other size works too.
+        channels: channels of the images.
+        classes: number of classes; 0 omits the classifier, and the model gives pooled features [B, D] of the last map.
+    """
 
     task = "classify"
     input = "image"

@@ -30,17 +30,24 @@ SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
 
 @dataclass(frozen=True, kw_only=True)
 class ConformerConfig(FlatConfig):
-    """A speech encoder and its head.
+    """A speech encoder and its head. With `strided`, a tuple of choices has an entry for each stage.
 
-    vocabulary counts the outputs, the blank being the last; 0 omits the head. head is `ctc` or `transducer`.
-    unet halves the frame rate before the block of index `reduce` (None: half the depth less one) and restores it
-    before the last block; reduce_left is how many of the four frames around a kept one that the halving reads lie in
-    front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
-    strided names blocks whose convolution halves the frame rate for good and leads from one of widths, a number a
-    stage, to the next (Efficient Conformer); a tuple of choices has an entry for each stage then.
-    chunk, in tokens, makes a model that streams: each token sees its own chunk and `left` tokens in front of the chunk,
-    and convolutions are causal, so the look-ahead is chunk - 1 tokens. frames is the size of a table of `learned`
-    positions.
+    Args:
+        mels: mel bands of the features.
+        vocabulary: number of outputs; the blank is the last of them; 0 omits the head.
+        head: from tokens to logits over the vocabulary.
+        subsampling: from speech features to tokens.
+        widths: channels of each stage, for a model with `strided` blocks (Efficient Conformer).
+        strided: indices of the blocks whose convolution halves the frame rate and leads to the next of `widths`.
+        scale_input: whether the tokens are multiplied by sqrt(dim).
+        first_norm: whether a norm follows the subsampling.
+        unet: whether the frame rate is halved before the block `reduce` and restored before the last block.
+        reduce: index of the block before which `unet` halves the frame rate; None for half the depth less one.
+        reduce_left: how many of the four frames that the halving reads lie before the kept one.
+        chunk: tokens in a chunk of a streaming model, in which a token sees its own chunk and `left` tokens before it
+            and convolutions are causal; the look-ahead is chunk - 1 tokens; None for a model of whole utterances.
+        left: tokens before its own chunk that a token of a streaming model sees.
+        frames: rows of the table of `learned` positions.
     """
 
     axes = 1

@@ -19,11 +19,18 @@ from zoo.tensors import to_map
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidConfig(ClassifierConfig, ModelConfig):
-    """A pyramid. dim, depth and heads have a number for each stage; a tuple of choices has an entry for each stage.
+    """A hierarchical model. A tuple of choices has an entry for each stage.
 
-    stem and reduction name what leads to the first stage and from a stage to the next, head what comes after the last
-    one. The stem and a reduction take the norm of the first block that they lead to; the head takes final_norm, which
-    "" makes that of the last stage's first block. image is the side for which learned positions have their rows.
+    The stem and a reduction take the norm of the first block that they lead to.
+
+    Args:
+        dim: channels of each stage.
+        depth: number of blocks of each stage.
+        heads: attention heads of each stage.
+        stem: from the image to the tokens of the first stage.
+        reduction: from a stage to the next.
+        head: from the tokens of the last stage to logits.
+        final_norm: norm of the head; empty for that of the last stage's first block.
     """
 
     shown = (*ModelConfig.shown, "classes")

@@ -68,8 +68,8 @@ class Patches(nn.Module):
 
 
 class Reduction(nn.Module):
-    """Norm, strided convolution, norm: tokens of a grid to those of one whose sides are divided by `stride` and rounded
-    up. before and after say which of the two norms is there, bias whether the convolution has one."""
+    """Norm, strided convolution, norm, from the tokens of a grid to a grid whose sides are divided by `stride` and
+    rounded up. before and after say which of the two norms exist, bias whether the convolution has a bias."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Reduction(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """One convolution of stride 4 and a norm, which after=False leaves away: pictures to tokens and their Context.
+    """A convolution of stride 4 and a norm, which after=False omits; from images to tokens and their Context.
 
     A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is.
     """
@@ -147,7 +147,7 @@ class ConvStem(nn.Module):
 
 class DoubleStem(nn.Module):
     """Convolution of stride 2, norm, GELU, convolution of stride 2, norm (InternImage, Wang et al. 2023,
-    arXiv:2211.05778): pictures to tokens and their Context, masks as in ConvStem."""
+    arXiv:2211.05778). Images become tokens and their Context; masks are as in ConvStem."""
 
     stride = 4
 

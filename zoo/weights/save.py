@@ -19,8 +19,7 @@ from zoo.models import PRESETS, family_of
 from zoo.models.base import Model, count_parameters
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
-from zoo.spec import hint
-from zoo.text import reason
+from zoo.text import reason, unknown
 from zoo.weights.card import model_card
 from zoo.weights.format import FORMAT, check_fit
 from zoo.weights.load import load_checkpoint
@@ -116,7 +115,7 @@ def _check_texts(
 ) -> None:
     """ValueError where what is to be told about a model is not text, or the preset is unknown."""
     if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
-        raise ValueError(f"there is no preset {preset!r}; {hint(str(preset), PRESETS)}")
+        raise ValueError(unknown("preset", str(preset), PRESETS))
     for name, value in {"source": source, "card": card or "", "license": license}.items():
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, not {type(value).__name__}")
