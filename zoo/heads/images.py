@@ -8,7 +8,7 @@ from zoo.fusion import fold_norm, fold_site
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, BatchNorm, Norm
 from zoo.spec import make
-from zoo.tensors import linear
+from zoo.tensors import gelu, linear
 
 _ONE = Context(grid=(1,))
 
@@ -73,7 +73,7 @@ class ConvHead(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.expand(x if self.norm is None else self.norm(x, context))
-        x = grid_mean(F.gelu(x if self.inner is None else self.inner(x, context)), context)
+        x = grid_mean(gelu(x if self.inner is None else self.inner(x, context)), context)
         return x if self.out is None else self.out(x)
 
     def fold(self) -> list[Fold]:

@@ -8,7 +8,7 @@ from zoo.fusion import fold_site, keep
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
-from zoo.tensors import compiling, to_map, to_tokens, zeroed
+from zoo.tensors import compiling, gelu, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
@@ -40,6 +40,12 @@ def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     return conv(maps)
 
 
+def stream(maps: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The tokens of a convolution's result, which the residual branches are added to: in the precision of its weights
+    under autocast, too, and with the channels last in memory, or every layer would copy them."""
+    return to_tokens(maps).to(conv.weight.dtype).contiguous()
+
+
 class Patches(nn.Module):
     """Cuts pictures [B, channels, H, W] into patches and maps each to a token (Dosovitskiy et al. 2021,
     arXiv:2010.11929).
@@ -56,8 +62,7 @@ class Patches(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
         maps = convolve(self.conv, checked(images, mask, self.channels))
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        tokens = to_tokens(maps).to(self.conv.weight.dtype)
+        tokens = stream(maps, self.conv)
         return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
 
 
@@ -97,8 +102,7 @@ class Reduction(nn.Module):
         maps = convolve(self.conv, to_map(zeroed(x, context.mask), context.grid))
         mask = None if context.mask is None else coarsened(context.mask.unflatten(1, context.grid), self.stride)
         context = Context(grid=(maps.shape[2], maps.shape[3]), mask=mask)
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        x = to_tokens(maps).to(self.conv.weight.dtype)
+        x = stream(maps, self.conv)
         return x if self.after is None else self.after(x, context), context
 
     def fold(self) -> list[Fold]:
@@ -153,7 +157,7 @@ class DoubleStem(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
         x, context = self.first(*_pixels(images, mask, self.channels))
-        return self.second(F.gelu(x), context)
+        return self.second(gelu(x), context)
 
 
 def _pixels(images: Tensor, mask: Tensor | None, channels: int) -> tuple[Tensor, Context]:
