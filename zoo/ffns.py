@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
-from zoo.tensors import linear
+from zoo.tensors import gelu, linear, relu, silu
 from zoo.text import unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # not a lambda, which cannot be pickled
-    "relu": F.relu,
-    "silu": F.silu,
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),  # not a lambda, which cannot be pickled
+    "relu": relu,
+    "silu": silu,
 }
+"""What each gives of a tensor that the caller gives up."""
 
 
 class StarReLU(nn.Module):
@@ -29,7 +30,7 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x).square() + self.bias
+        return torch.addcmul(self.bias, relu(x).square(), self.scale)
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
@@ -109,7 +110,7 @@ class SwiGLU(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, value = self.expand(x).chunk(2, -1)
-        y = F.silu(gate) * value
+        y = silu(gate) * value
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:

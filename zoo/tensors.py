@@ -35,6 +35,30 @@ def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
 
 
+def overwritable() -> bool:
+    """Whether a layer may write over tensors that it has made itself, since no gradient needs them."""
+    return not torch.is_grad_enabled() and not compiling()
+
+
+# Activations of a tensor that the caller gives up. In place they save fresh memory of the size of a hidden layer, which
+# on the CPU may cost more than the activation itself.
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """F.gelu, in place where `overwritable`."""
+    return torch.ops.aten.gelu_(x, approximate=approximate) if overwritable() else F.gelu(x, approximate=approximate)
+
+
+def relu(x: Tensor) -> Tensor:
+    """F.relu, in place where `overwritable`."""
+    return F.relu(x, inplace=overwritable())
+
+
+def silu(x: Tensor) -> Tensor:
+    """F.silu, in place where `overwritable`."""
+    return F.silu(x, inplace=overwritable())
+
+
 def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Tokens [B, product(grid), C] as a map [B, C, *grid], channels last in memory."""
     # In this order a batch of one, too, has the strides by which convolutions recognise channels last.
@@ -52,7 +76,8 @@ def filtered(
     """A depthwise convolution along the grid of tokens [B, product(grid), C], zeros outside: [B, N', C]. weight is that
     of a Conv1d or a Conv2d."""
     if len(grid) == 2:
-        return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
+        maps = to_map(tokens.contiguous(), grid)  # on the CPU, part of wider tokens takes twice as long
+        return to_tokens(F.conv2d(maps, weight, bias, stride, padding, groups=len(weight)))
     if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
         return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
     # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
@@ -67,4 +92,4 @@ def exporting() -> bool:
 
 def compiling() -> bool:
     """Whether the call is being traced, by the compiler, the exporter or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

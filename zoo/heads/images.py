@@ -9,7 +9,7 @@ from zoo.fusion import fold_norm, fold_site
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, BatchNorm, Norm
 from zoo.spec import make
-from zoo.tensors import linear
+from zoo.tensors import gelu, linear
 
 _ONE = Context(grid=(1,))
 
@@ -80,7 +80,7 @@ class ConvHead(nn.Module):
         if self.expand is None or self.out is None:
             return grid_mean(x, context)
         x = self.expand(x)
-        return self.out(grid_mean(F.gelu(x if self.inner is None else self.inner(x, context)), context))
+        return self.out(grid_mean(gelu(x if self.inner is None else self.inner(x, context)), context))
 
     def fold(self) -> list[Fold]:
         # The norm behind the linear comes first: the one in front then sees the new weights.

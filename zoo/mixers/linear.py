@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Projected, rotate
-from zoo.tensors import compiling, filtered, zeroed
+from zoo.tensors import filtered, relu, zeroed
 
 
 class SimplifiedLinear(Projected):
@@ -34,12 +34,11 @@ class SimplifiedLinear(Projected):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        spare = not torch.is_grad_enabled() and not compiling()  # the projections are read by nobody else
-        query, key, value = F.relu(query, spare), F.relu(key, spare), zeroed(value, context.mask)
+        query, key, value = relu(query), relu(key), zeroed(value, context.mask)
         turned = None
         if context.rotary is not None:
             turned = rotate(query, context.rotary), rotate(key, context.rotary)
-        return linear_attention(query, key, value, context.mask, turned, beside=self.local(value, context))
+        return linear_attention(query, key, value, context.mask, turned, onto=self.local(value, context))
 
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.ffns import StarReLU, hidden_width
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site, halved
-from zoo.tensors import filtered, linear, to_map, to_tokens, zeroed
+from zoo.tensors import filtered, linear, silu, to_map, to_tokens, zeroed
 
 
 class Identity(Layer):
@@ -130,9 +130,9 @@ class Convolution(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.expand(x)
-        y = zeroed(F.glu(y, -1) if self.gate == "glu" else F.silu(y), context.mask)
+        y = zeroed(F.glu(y, -1) if self.gate == "glu" else silu(y), context.mask)
         y = along(self.conv, y, context, None if context.cache is None else self.recall(context, "past"))
-        y = F.silu(y if self.norm is None else self.norm(y, context))
+        y = silu(y if self.norm is None else self.norm(y, context))
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:
@@ -156,7 +156,7 @@ class StridedConvolution(Convolution):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(F.glu(self.expand(x), -1), context.mask)
         y = filtered(y, context.grid, self.conv.weight, self.conv.bias, int(self.conv.padding[0]), 2)
-        return self.out(F.silu(y if self.norm is None else self.norm(y, halved(context))))
+        return self.out(silu(y if self.norm is None else self.norm(y, halved(context))))
 
 
 class SwishConvolution(Convolution):

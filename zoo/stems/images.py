@@ -8,7 +8,7 @@ from zoo.fusion import fold_site, keep
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
-from zoo.tensors import compiling, to_map, to_tokens, zeroed
+from zoo.tensors import compiling, gelu, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
@@ -40,10 +40,14 @@ def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     return conv(maps)
 
 
-def in_dtype_of(conv: nn.Module, tokens: Tensor) -> Tensor:
-    """The tokens in the dtype of the convolution's weights, or as they are where those are quantized."""
-    weight = conv.weight
-    return tokens.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else tokens
+def stream(maps: Tensor, conv: nn.Module) -> Tensor:
+    """The tokens of a convolution's result, which the residual branches are added to: in the precision of its weights
+    (where they are not quantized) under autocast, too, and with the channels last in memory, or every layer would copy
+    them."""
+    tokens, weight = to_tokens(maps), conv.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        tokens = tokens.to(weight.dtype)
+    return tokens.contiguous()
 
 
 class Patches(nn.Module):
@@ -62,8 +66,7 @@ class Patches(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
         maps = convolve(self.conv, checked(images, mask, self.channels))
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        tokens = in_dtype_of(self.conv, to_tokens(maps))
+        tokens = stream(maps, self.conv)
         return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
 
 
@@ -103,8 +106,7 @@ class Reduction(nn.Module):
         maps = convolve(self.conv, to_map(zeroed(x, context.mask), context.grid))
         mask = None if context.mask is None else coarsened(context.mask.unflatten(1, context.grid), self.stride)
         context = Context(grid=(maps.shape[2], maps.shape[3]), mask=mask)
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        x = in_dtype_of(self.conv, to_tokens(maps))
+        x = stream(maps, self.conv)
         return x if self.after is None else self.after(x, context), context
 
     def fold(self) -> list[Fold]:
@@ -159,7 +161,7 @@ class DoubleStem(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
         x, context = self.first(*_pixels(images, mask, self.channels))
-        return self.second(F.gelu(x), context)
+        return self.second(gelu(x), context)
 
 
 def _pixels(images: Tensor, mask: Tensor | None, channels: int) -> tuple[Tensor, Context]:

@@ -11,7 +11,7 @@ from zoo.fusion import fold_site
 from zoo.layer import Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import check, make, parse
-from zoo.tensors import compiling, linear, mask_of
+from zoo.tensors import compiling, linear, mask_of, relu, silu
 from zoo.text import unknown
 
 SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
@@ -47,11 +47,11 @@ class Stage(nn.Module):
     def activated(self, maps: Tensor, real: Tensor | None) -> Tensor:
         """ReLU of the maps, or the norm over their real frames and swish."""
         if not self.normed:
-            return F.relu(maps, inplace=not torch.is_grad_enabled() and not compiling())
+            return relu(maps)
         frames = maps.permute(0, 2, 3, 1)
         if self.norm is not None:  # else it is folded
             frames = self.norm(frames, Context(grid=(maps.shape[2],), mask=real))
-        return F.silu(frames).permute(0, 3, 1, 2)
+        return silu(frames).permute(0, 3, 1, 2)
 
     def fold(self) -> list[Fold]:
         return fold_site(self, "norm", self.conv)
