@@ -59,7 +59,7 @@ class MLPHead(nn.Module):
 
 class ConvHead(nn.Module):
     """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False omits
-    the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778)."""
+    the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778). The hidden width is ratio * dim."""
 
     def __init__(
         self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
