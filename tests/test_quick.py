@@ -162,6 +162,7 @@ def test_a_choice_is_described(capsys: pytest.CaptureFixture[str]):
         "zoo.fuse an affine",
     ):
         assert part in text
+    assert "`causal` (2 before" in " ".join(printed(capsys, "info", "conv4").split())
     assert "prefix tokens  no: refused" in printed(capsys, "info", "pool")
     assert "quadratic in the number" in printed(capsys, "info", "relative")
     assert 'norm="prepbn(alpha=1.0)"' in printed(capsys, "info", "prepbn")
@@ -196,6 +197,7 @@ def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixt
         (["info", "slaa"], "nothing is called 'slaa': no model, choice or checkpoint; did you mean `zoo info sla`?"),
         (["info", "vit_tinny"], "`zoo info vit_tiny`"),
         (["info", "vit_micro.digit"], "`zoo info vit_micro.digits`"),
+        (["info", "mixer"], "`zoo list mixers` lists the mixers"),
         (["info", "qqqq"], "`zoo list` shows what there is"),
         (["list", "sla"], "none of the models matches 'sla'; did you mean `zoo info sla`"),
         (["list", "nothing_*"], "none of the models matches 'nothing_*'"),

@@ -89,7 +89,8 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467).
+    affine=False omits the weight."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class RMSNorm(Norm):
 
 class GroupNorm(Norm):
     """(x - mean) / sqrt(variance + eps) over all real tokens of a sample and the channels of a group, then weight and
-    bias per channel (Wu and He 2018, arXiv:1803.08494)."""
+    bias per channel (Wu and He 2018, arXiv:1803.08494). The channels form `groups` groups."""
 
     reads = frozenset({"prefix", "mask"})
     mixes = True

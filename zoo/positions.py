@@ -135,7 +135,8 @@ class Learned(Position):
 
 class Rotary(Position):
     """Rotates queries and keys by angles that grow with the position (RoPE, Su et al. 2021, arXiv:2104.09864); on
-    images each axis has half of the channels. Prefix tokens are not rotated."""
+    images each axis has half of the channels. Prefix tokens are not rotated. Of n pairs, pair k is rotated by
+    position / base^(k / n)."""
 
     writes = frozenset({"rotary"})
     streams = True
@@ -162,7 +163,8 @@ class Rotary(Position):
 
 
 class Conditional(Position):
-    """x + a depthwise convolution of x on the grid, with zero padding (CPE, Chu et al. 2021, arXiv:2102.10882)."""
+    """x + a depthwise convolution of x on the grid, with zero padding (CPE, Chu et al. 2021, arXiv:2102.10882).
+    The convolution is `kernel` tokens wide."""
 
     reads = frozenset({"prefix", "mask"})
     mixes = True

@@ -207,6 +207,8 @@ def info(name: str) -> str:
     pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
     if not pages:
         hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows what there is"
+        if kind := next((kind for kind in kinds() if name in (kind, kind.removesuffix("s"))), None):
+            hint = f"`zoo list {kind}` lists the {kind}"
         raise ValueError(f"nothing is called '{name}': no model, choice or checkpoint; {hint}")
     return "\n".join(plain(line) for page in pages for line in [*page.split("\n"), ""])[:-1]
 
@@ -256,7 +258,7 @@ def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
     call = name + (f"({options.split(', ')[0]})" if options else "")
     models = [each for each, model in facts()["models"].items() if any_name(model["fields"].get(field, ""), name)]
     if models:
-        pairs.append(("used by", ", ".join(models)))
+        pairs.append(("used by", cut(", ".join(models), 200)))
     return "\n".join([*lines, *columns(pairs), "", "example:", f'  --model.backbone.{field}="{call}"'])
 
 

@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[str, Mapping[str, type], tuple[int, ...]]] = {
     "head (images)": ("from the tokens of the last stage to logits", HEADS, ()),
     "head (speech)": ("from tokens to logits over a vocabulary", SPEECH_HEADS, ()),
 }
+USUAL = {"eps", "momentum", "bias"}  # options that are as in PyTorch
 TIMES = 4  # how many times as many tokens the cost of a mixer is compared at
 
 
@@ -76,6 +77,10 @@ def facts() -> dict[str, Any]:
 def row_facts(kind: str, row: type, arguments: tuple[int, ...]) -> dict[str, Any]:
     doc = inspect.getdoc(row) or ""
     found = {"summary": summary(doc), "doc": doc, "papers": papers_in(doc.split("\n\n")[0]), "options": options_of(row)}
+    for base in row.__mro__[1:]:  # whose docstring explains the options that rows share
+        shared = inspect.cleandoc(base.__doc__ or "").split("\n\n")[-1]
+        if any(not named(option, found["doc"]) and named(option, shared) for option in {*options_of(row)} - USUAL):
+            found["doc"] += f"\n\n{shared}"
     if not issubclass(row, Layer):
         return found
     found |= {"reads": sorted(row.reads - {"mask"}), "mixes": row.mixes, "axes": list(row.dimensions)}
@@ -85,6 +90,10 @@ def row_facts(kind: str, row: type, arguments: tuple[int, ...]) -> dict[str, Any
         least, most = (operations(row, arguments, number) for number in (1024, 1024 * TIMES))
         found["cost"] = "quadratic" if most > 2 * TIMES * least else "linear"
     return found
+
+
+def named(word: str, text: str) -> bool:
+    return re.search(rf"\b{word}\b", text) is not None
 
 
 def papers_in(text: str) -> list[str]:
@@ -147,6 +156,7 @@ def placements() -> Iterator[tuple[str, dict[str, Any]]]:
     for name, parts in PLACEMENTS.items():
         mixing, ffn = (", ".join(SITES[site] for site in part.items()) for part in parts)
         text = mixing if mixing == ffn else f"{mixing}; in feed-forward branches {ffn}"
+        text = text[0].upper() + text[1:]
         yield name, {"summary": text, "doc": f"{text}.", "papers": [PAPERS[name]], "options": {}}
 
 

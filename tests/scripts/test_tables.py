@@ -1,6 +1,9 @@
 """zoo/facts.json and configs/README.md are what the code says."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -70,6 +73,20 @@ def test_every_measured_recipe_has_its_score(made: Any):
         if found["measured"]:
             assert made[1].sentence(found["result"]).startswith(("accuracy 0.", "word error rate 0.")), path
     assert measured >= 10
+
+
+def test_every_option_is_explained(made: Any, facts: dict[str, Any]):
+    """In the docstring of its row, or of a class that it derives from."""
+    for kind, table in facts["tables"].items():
+        for name, row in table["rows"].items():
+            missing = [each for each in row["options"] if not re.search(rf"\b{each}\b", row["doc"])]
+            assert not {*missing} - made[0].USUAL, (kind, name, missing)
+
+
+@pytest.mark.slow
+def test_the_script_agrees():
+    line = [sys.executable, ROOT / "scripts/tables", "--check"]
+    assert subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 def test_a_difference_is_noticed(made: Any, facts: dict[str, Any]):

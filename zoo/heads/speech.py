@@ -22,7 +22,8 @@ class TransducerHead(nn.Module):
     """RNN-T (Graves 2012, arXiv:1211.3711): an LSTM reads the tokens emitted so far, and a joint network
     W tanh(A encoded + B predicted) gives the logits of the next one.
 
-    The blank is the last entry of the vocabulary. The LSTM reads it at the start; its embedding is zero.
+    The LSTM has `layers` layers of width `hidden`, and `dropout` on its input. The blank is the last entry of the
+    vocabulary. The LSTM reads it at the start; its embedding is zero.
     """
 
     framewise = False

@@ -17,8 +17,9 @@ class SimplifiedLinear(Projected):
     2024, arXiv:2405.11582).
 
     It is stable in half precision at any number of tokens. Rotary positions are applied to the numerator alone. The
-    depthwise filter has the channels of one head and is shared by all heads; prefix tokens are not filtered. Unlike in
-    the paper, no learned table is added to the keys, which would tie the layer to one resolution.
+    depthwise filter, `kernel` tokens wide, has the channels of one head and is shared by all heads; prefix tokens are
+    not filtered. Unlike in the paper, no learned table is added to the keys, which would tie the layer to one
+    resolution.
     """
 
     reads = Projected.reads | {"rotary"}

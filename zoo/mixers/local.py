@@ -27,7 +27,8 @@ class Identity(Layer):
 
 
 class Pool(Layer):
-    """The mean of the neighbouring tokens minus the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418)."""
+    """The mean of the neighbouring tokens minus the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418).
+    The neighbourhood is `size` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True
@@ -75,7 +76,7 @@ def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor
 
 class SeparableConv(Layer):
     """Linear, StarReLU, depthwise convolution and linear, without biases (ConvFormer, Yu et al. 2022,
-    arXiv:2210.13452)."""
+    arXiv:2210.13452). The width between is ratio * dim; the convolution is `kernel` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True
@@ -106,7 +107,8 @@ class SeparableConv(Layer):
 
 class Convolution(Layer):
     """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish and linear
-    (Gulati et al. 2020, arXiv:2005.08100). The Block fills `norm`. Under `visible` the convolution is causal."""
+    (Gulati et al. 2020, arXiv:2005.08100). The depthwise convolution is `kernel` frames wide, and causal where
+    the model works in chunks (`visible`). The Block fills `norm`."""
 
     reads = frozenset({"mask", "visible"})
     mixes = True
@@ -161,14 +163,14 @@ class StridedConvolution(Convolution):
 
 class SwishConvolution(Convolution):
     """The convolution branch of Squeezeformer: that of Conformer with swish in place of the gated linear unit (Kim et
-    al. 2022, arXiv:2206.00888)."""
+    al. 2022, arXiv:2206.00888). The depthwise convolution is `kernel` frames wide."""
 
     gate = "swish"
 
 
 class Depthwise(Layer):
     """A depthwise convolution on the grid, the conditional position encoding in front of each branch of DaViT
-    (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645)."""
+    (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645). It is `kernel` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True

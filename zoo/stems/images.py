@@ -72,7 +72,8 @@ class Patches(nn.Module):
 
 class Reduction(nn.Module):
     """Norm, strided convolution, norm, from the tokens of a grid to a grid whose sides are divided by `stride` and
-    rounded up. before and after say which of the two norms exist, bias whether the convolution has a bias."""
+    rounded up. before and after say which of the two norms exist, bias whether the convolution has a bias.
+    kernel and padding are those of the convolution."""
 
     def __init__(
         self,
@@ -121,7 +122,8 @@ class Reduction(nn.Module):
 class ConvStem(nn.Module):
     """A convolution of stride 4 and a norm, which after=False omits; from images to tokens and their Context.
 
-    A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is.
+    A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is. kernel and
+    padding are those of the convolution.
     """
 
     stride = 4
