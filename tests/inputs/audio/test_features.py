@@ -513,7 +513,7 @@ def test_another_default_device_changes_nothing():
     waveform, made = tone(0.2), replace(RECIPES["streaming"], mels=67)
     with torch.device("meta"):
         stream = StreamingFeatures(made)
-        found = [made(waveform), torch.cat([stream.push(waveform), stream.finish()]), resample(waveform, 8000, 16000)]
+        found = [made(waveform), torch.cat([stream.push(waveform), stream.finish()])]
         found += [features for _, _, features in made.parts(waveform) if features is not None]
     assert torch.equal(found[0], made(waveform)) and {one.device.type for one in found} == {"cpu"}
 
