@@ -106,7 +106,9 @@ class ImagePreprocess(Preprocess):
             found = convert_image(_from_array(image), self.channels)
         values = np.asarray(_centre(found, self.size, int(self.size / self.crop), self.interpolation))
         pixels = torch.from_numpy(values.reshape(self.size, self.size, -1).transpose(2, 0, 1).copy())
-        mean, std = (torch.tensor(each, dtype=torch.float32)[:, None, None] for each in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None] for each in (self.mean, self.std)
+        )
         return (pixels.to(torch.float32) / 255 - mean) / std
 
 

@@ -509,6 +509,15 @@ def test_another_default_dtype_changes_nothing(kind: torch.dtype):
     )
 
 
+def test_another_default_device_changes_nothing():
+    waveform, made = tone(0.2), replace(RECIPES["streaming"], mels=67)
+    with torch.device("meta"):
+        stream = StreamingFeatures(made)
+        found = [made(waveform), torch.cat([stream.push(waveform), stream.finish()])]
+        found += [features for _, _, features in made.parts(waveform) if features is not None]
+    assert torch.equal(found[0], made(waveform)) and {one.device.type for one in found} == {"cpu"}
+
+
 def test_a_first_call_without_gradients_leaves_later_ones_theirs():
     made, waveform = replace(RECIPES["nemo"], mels=69), tone(0.2)
     with torch.inference_mode():

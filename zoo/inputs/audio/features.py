@@ -114,7 +114,7 @@ class AudioPreprocess(Preprocess):
     def sample(self, generator: torch.Generator) -> Tensor:
         """1.3 s of noise that swells and fades, [S]."""
         noise = torch.randn(self.rate * 13 // 10, generator=generator, device="cpu", dtype=torch.float32)
-        return 0.1 * noise * torch.linspace(0, 20, len(noise), dtype=torch.float32).sin()
+        return 0.1 * noise * torch.linspace(0, 20, len(noise), dtype=torch.float32, device="cpu").sin()
 
     @property
     def seconds_per_frame(self) -> float:
@@ -129,8 +129,8 @@ class AudioPreprocess(Preprocess):
     def _edges(self) -> Tensor:
         """Band b rises from edge b to edge b + 1, its centre, and falls to edge b + 2: Hz, float64 [mels + 2]."""
         highest = self.rate / 2 if self.highest is None else self.highest
-        ends = _mels_of(torch.tensor([self.lowest, highest], dtype=torch.float64), self.scale)
-        mels = torch.linspace(float(ends[0]), float(ends[1]), self.mels + 2, dtype=torch.float64)
+        ends = _mels_of(torch.tensor([self.lowest, highest], dtype=torch.float64, device="cpu"), self.scale)
+        mels = torch.linspace(float(ends[0]), float(ends[1]), self.mels + 2, dtype=torch.float64, device="cpu")
         if self.scale == "htk":
             return 700 * (10 ** (mels / 2595) - 1)
         return torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
@@ -264,8 +264,8 @@ class StreamingFeatures:
     def _restart(self) -> None:
         """`waiting` begins where the next frame's transform does, `last` is the newest sample."""
         self.waiting, self.last = (
-            torch.zeros(self.preprocess.fft // 2, dtype=torch.float32),
-            torch.zeros(0, dtype=torch.float32),
+            torch.zeros(self.preprocess.fft // 2, dtype=torch.float32, device="cpu"),
+            torch.zeros(0, dtype=torch.float32, device="cpu"),
         )
         self.samples = self.frames = 0
 
@@ -293,7 +293,7 @@ class StreamingFeatures:
         made = self.preprocess
         count = min(count, made.frames(self.samples) - self.frames)
         if count < 1:
-            return torch.zeros(0, made.mels, dtype=torch.float32)
+            return torch.zeros(0, made.mels, dtype=torch.float32, device="cpu")
         length = (count - 1) * made.hop + made.fft
         missing = max(0, length - len(self.waiting))
         piece = torch.nn.functional.pad(self.waiting, (0, missing))[:length]
@@ -317,7 +317,7 @@ def split_at_silence(pieces: Iterable[Tensor], rate: int, longest: float) -> Ite
     if longest < 0.1:
         raise ValueError(f"longest must be at least 0.1 seconds, got {longest!r}")
     most, step = int(longest * rate), max(1, rate // 50)
-    held, start = torch.zeros(0, dtype=torch.float32), 0
+    held, start = torch.zeros(0, dtype=torch.float32, device="cpu"), 0
     try:
         for piece in pieces:
             held = torch.cat([held, piece])
@@ -365,7 +365,7 @@ def _window(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
 def _filters(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
     """Triangles over the bins of the Fourier transform, float32 [fft // 2 + 1, mels]."""
     made, edges = preprocess, preprocess._edges()
-    hertz = torch.arange(made.fft // 2 + 1, dtype=torch.float64)[:, None] * made.rate / made.fft
+    hertz = torch.arange(made.fft // 2 + 1, dtype=torch.float64, device="cpu")[:, None] * made.rate / made.fft
     rise = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
     filters = rise.minimum(fall).clamp(min=0)

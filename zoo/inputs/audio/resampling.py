@@ -43,8 +43,9 @@ class Resampler:
         # The filter reaches over 6 zeros of the sinc, at 0.99 of the lower rate, rounded up.
         reach = 0 if self.old == self.new else math.ceil(6 * self.old / (0.99 * low))
         self.margin = math.ceil(reach / self.old)
-        self.resample = Resample(self.old, self.new)
-        self.waiting = torch.zeros(self.margin * self.old, dtype=torch.float32)
+        with torch.device("cpu"):
+            self.resample = Resample(self.old, self.new)
+        self.waiting = torch.zeros(self.margin * self.old, dtype=torch.float32, device="cpu")
 
     def push(self, samples: Tensor) -> Tensor:
         """Takes the next samples [n], any number of them; returns those of the new rate that are complete."""
