@@ -44,12 +44,12 @@ def options_of(row: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def hint(name: str, allowed: Iterable[str], otherwise: str = "choose from") -> str:
-    """What an error says after an unknown name: what is near, or all that are allowed."""
+def hint(name: str, allowed: Iterable[str], others: str = "choose from") -> str:
+    """What an error says after an unknown name: what is near, and all that are allowed."""
     allowed = sorted(allowed)
-    if near := difflib.get_close_matches(name, allowed):
-        return f"did you mean {' or '.join(near)}?"
-    return f"{otherwise}: {', '.join(allowed) or 'none'}"
+    near = difflib.get_close_matches(name, allowed)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{meant}{others}: {', '.join(allowed) or 'none'}"
 
 
 def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = None) -> dict[str, Any]:
