@@ -53,8 +53,8 @@ def hidden_width(dim: int, ratio: float, multiple: int = 1) -> int:
 
 
 class MLP(Layer):
-    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits both
-    biases, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
+    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False leaves both
+    biases away, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
 
     def __init__(
         self,

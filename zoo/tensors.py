@@ -67,4 +67,4 @@ def exporting() -> bool:
 
 def compiling() -> bool:
     """Whether the call is being traced, by the compiler, the exporter or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -61,8 +61,8 @@ class MLPHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False omits
-    the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778). With classes = 0 the norm, where it is, and the
+    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False leaves
+    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778). With classes = 0 the norm, where it is, and the
     mean alone."""
 
     def __init__(
