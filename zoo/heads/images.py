@@ -62,8 +62,8 @@ class MLPHead(nn.Module):
 
 class ConvHead(nn.Module):
     """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False leaves
-    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778). With classes = 0 the norm, where it is, and the
-    mean alone."""
+    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778). With classes = 0 the norm, where
+    it is, and the mean alone."""
 
     def __init__(
         self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
