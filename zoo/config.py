@@ -221,10 +221,10 @@ class ModelConfig(Config):
         dims, depths, heads = zip(*self.stages, strict=True)
         if min(*dims, *heads, sum(depths)) < 1:
             sizes = f"dim {readable(dims)}, depth {readable(depths)}, heads {readable(heads)}"
-            raise ValueError(f"dim, depth and heads are at least 1, not {sizes}")
+            raise ValueError(f"dim, depth and heads must be at least 1, not {sizes}")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} lies in 0..1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         self._check_layout()
         self._check_turns()
         for stage, size in enumerate(self.stages):

@@ -170,7 +170,7 @@ def test_shards_and_half_precision(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["x"] = "../x.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="is no file of this folder"):
+    with pytest.raises(ValueError, match="is not a file of this folder"):
         from_transformers(tmp_path)
 
 
@@ -251,8 +251,8 @@ CHANGES = {
     "attention_bias": (False, "'encoder.layers.0.feed_forward1.linear1.bias' has no place"),
     "convolution_bias": (False, "bias' has no place"),
     "intermediate_size": (0, "intermediate_size: it must be from 1 to 1,000,000, not 0"),
-    "pad_token_id": (12, "pad_token_id: the blank lies in 0..11, not at 12"),
-    "pad_token_id ": (None, "pad_token_id: the blank lies in 0..11, not at None"),
+    "pad_token_id": (12, "pad_token_id: it must be in 0..11, not 12"),
+    "pad_token_id ": (None, "pad_token_id: it must be in 0..11, not None"),
     "chunks": (2, r"config.json: chunks: the zoo does not know this key \(its value is 2\)"),
     "vocab_size": (13, r"'ctc_head.weight' is \[12, 32, 1\]; this model takes \[13, 32\]"),
     "model_type": ("parakeet_tdt", "model_type: the zoo takes 'parakeet_ctc' or 'parakeet_encoder'"),
@@ -285,16 +285,16 @@ def test_a_field_that_cannot_be_honoured_is_refused(tmp_path, folder, field):
 
 
 def test_broken_folders_are_refused(tmp_path, folder):
-    refused(tmp_path / "none", "is no folder that holds config.json", from_transformers)
+    refused(tmp_path / "none", "is not a folder with config.json", from_transformers)
     refused(tmp_path, "config.json cannot be read as JSON: No such file", from_transformers)
     twin(folder, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra": torch.ones(2)}, tmp_path / "model.safetensors")
     refused(tmp_path, "the tensor 'extra' has no place", from_transformers)
     save_file(tensors | {"ctc_head.bias": torch.ones(12, dtype=torch.int64)}, tmp_path / "model.safetensors")
-    refused(tmp_path, "'ctc_head.bias' is no tensor of floating-point numbers", from_transformers)
+    refused(tmp_path, "'ctc_head.bias' must be a floating-point tensor", from_transformers)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    refused(tmp_path, "is no whole safetensors file", from_transformers)
+    refused(tmp_path, "is not a complete safetensors file", from_transformers)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     refused(tmp_path, "only safetensors are read, never a pickle", from_transformers)
     unread = "config.json cannot be read as JSON"
@@ -663,8 +663,8 @@ def test_plain_tensors_with_a_config(tmp_path):
     assert not given & {value.untyped_storage().data_ptr() for value in wanted.values()}
     refused(tensors, "a state dict does not tell all", from_nemo)
     sparse = tensors | {"encoder.pre_encode.conv.0.bias": torch.ones(24).to_sparse()}
-    refused(sparse, "'encoder.pre_encode.conv.0.bias' is no tensor of floating-point", from_nemo, network.config)
-    refused(tmp_path / "none", "is no whole safetensors file", from_nemo, network.config)
+    refused(sparse, "'encoder.pre_encode.conv.0.bias' must be a floating-point tensor", from_nemo, network.config)
+    refused(tmp_path / "none", "is not a complete safetensors file", from_nemo, network.config)
     refused(tensors, "cannot be read: No such file", from_nemo, tmp_path / "none.yaml")
 
 
@@ -743,8 +743,8 @@ MISFITS = {
         "encoder.causal_downsampling: the zoo takes models with chunks only where this is true",
     ),
     "conv_context_size": (None, "encoder.conv_context_size: the zoo takes 'causal' with chunks"),
-    "att_context_size": ([-1, 2], "chunks of limited context alone"),
-    "att_context_size ": ([7, 2], "chunk is at least 1 and divides left"),
+    "att_context_size": ([-1, 2], "only chunks with a limited context"),
+    "att_context_size ": ([7, 2], "chunk must be at least 1 and divide left"),
     "att_context_size  ": ("all", "att_context_size: it must be two integers"),
     "self_attention_model": ("rel_pos_local_attn", "local attention takes as much on either side"),
     "conv_context_size ": ([1, 5], "the zoo takes 'causal' or null"),

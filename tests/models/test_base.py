@@ -166,3 +166,12 @@ def test_a_model_can_be_traced(preset, choices):
             got, wanted = traced(inputs), model(inputs)
             for a, b in zip(got, wanted, strict=True) if speech else ((got, wanted),):
                 assert torch.equal(a, b) or (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_a_quantized_model_is_not_fused():
+    with pytest.raises(ValueError, match=r"^'blocks.0.*' is quantized .*; fuse the model before quantizing it$"):
+        zoo.fuse(quantized(small("vit_micro", norm="batchnorm"), nn.Linear))
+    assert quantized(zoo.fuse(small("vit_micro", norm="batchnorm")), nn.Linear)(torch.randn(1, 3, 16, 16)).shape == (
+        1,
+        3,
+    )

@@ -308,19 +308,19 @@ def test_probe_sees_what_is_no_number(folder):
 
 
 PROBES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "nothing": (lambda probe: probe.clear(), "no probe"),
-    "no output": (lambda probe: probe.pop("output.output"), "no probe"),
+    "nothing": (lambda probe: probe.clear(), "not a probe"),
+    "no output": (lambda probe: probe.pop("output.output"), "not a probe"),
     "another output": (
         lambda probe: probe.update({"output.boxes": probe.pop("output.output")}),
         "gives output, and the probe holds boxes",
     ),
     "another input": (
         lambda probe: probe.update({"input.lengths": torch.ones(1)}),
-        "its inputs have to be raw",
+        "its inputs must be raw",
     ),
     "prepared": (
         lambda probe: (probe.pop("input.raw"), probe.update({"input.images": torch.ones(1, 3, 16, 16)})),
-        "its inputs have to be raw",
+        "its inputs must be raw",
     ),
     "infinite": (lambda probe: probe["output.output"].fill_(torch.inf), "is off by nan"),
     "integers": (lambda probe: probe.update({"output.output": torch.ones(1, 5).long()}), r"not int64 \[1, 5\]"),
@@ -381,7 +381,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut config": (write(CONFIG, b'{"format": 1, "zo'), CONFIG, "cannot be read as JSON"),
     "binary config": (write(CONFIG, bytes(range(128, 256))), CONFIG, "cannot be read as JSON"),
     "deep config": (write(CONFIG, b"[" * 200_000), CONFIG, "cannot be read as JSON"),
-    "list": (write(CONFIG, b"[1]"), CONFIG, "no config of a checkpoint"),
+    "list": (write(CONFIG, b"[1]"), CONFIG, "not the config of a checkpoint"),
     "no format": (lambda folder: edit(folder, lambda config: config.pop("format")), CONFIG, "format"),
     "true format": (put("format", True), CONFIG, "format"),
     "newer": (put("format", 4), CONFIG, f"format 4 of zoo {zoo.__version__}.*upgrade zoo"),
@@ -389,8 +389,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no field": (lambda folder: edit(folder, lambda config: config.pop("fused")), CONFIG, "lacks field 'fused'"),
     "new field": (put("extra", 1), CONFIG, "unknown field 'extra'"),
     "kind": (put("fused", "no"), CONFIG, "fused.*str"),
-    "family": (put("family", "unheard"), CONFIG, "no family 'unheard'.*vit"),
-    "family path": (put("family", "os.system"), CONFIG, "no family 'os.system'"),
+    "family": (put("family", "unheard"), CONFIG, "unknown family 'unheard'.*vit"),
+    "family path": (put("family", "os.system"), CONFIG, "unknown family 'os.system'"),
     "family list": (put("family", ["vit"]), CONFIG, "family.*list"),
     "model kind": (put("model", [1]), CONFIG, "model.*list"),
     "model field": (
@@ -437,10 +437,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "fused": (put("fused", True), WEIGHTS, "does not fit"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "has no model.safetensors"),
-    "empty weights": (cut(0), WEIGHTS, "no whole safetensors"),
-    "cut header": (cut(500), WEIGHTS, "no whole safetensors"),
-    "cut weights": (cut(50_000), WEIGHTS, "no whole safetensors"),
-    "noise": (write(WEIGHTS, bytes(range(256)) * 9), WEIGHTS, "no whole safetensors"),
+    "empty weights": (cut(0), WEIGHTS, "not a complete safetensors"),
+    "cut header": (cut(500), WEIGHTS, "not a complete safetensors"),
+    "cut weights": (cut(50_000), WEIGHTS, "not a complete safetensors"),
+    "noise": (write(WEIGHTS, bytes(range(256)) * 9), WEIGHTS, "not a complete safetensors"),
     "folder": (lambda folder: (only("x")(folder), (folder / WEIGHTS).mkdir()), WEIGHTS, "has no model.safetensors"),
     "kind of number": (
         tensors(lambda tensors: tensors.update({"head.bias": tensors["head.bias"].int()})),
@@ -989,13 +989,13 @@ def test_publish_refuses(hub, folder, monkeypatch):
         assert hub == [] and isinstance(error.value.code, str) and "\n" not in error.value.code
         return error.value.code
 
-    assert "nothing is no folder" in refused("nothing", "owner/name")
+    assert "nothing is not a folder" in refused("nothing", "owner/name")
     assert "has no README.md" in refused(folder.parent, "owner/name")
     assert "has no owner" in refused(folder, "name")
     assert "Repo id" in refused(folder, "owner/name@v1")
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub, "get_token", lambda: None)
-        assert "there is no token" in refused(folder, "owner/name")
+        assert "no token for the Hub was found" in refused(folder, "owner/name")
     with monkeypatch.context() as patch:
 
         def create_repo(self: Any, name: str, **given: Any) -> str:

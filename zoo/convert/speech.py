@@ -243,7 +243,7 @@ def _kind(tensors: Mapping[str, Tensor], where: str) -> tuple[torch.dtype, torch
     kind, devices = None, {torch.device("cpu")}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{where}: '{name}' is no tensor of floating-point numbers, but {tensor.dtype}")
+            raise ValueError(f"{where}: '{name}' must be a floating-point tensor, not {tensor.dtype}")
         kind = tensor.dtype if kind is None else torch.promote_types(kind, tensor.dtype)
         devices = {tensor.device}
     return kind or torch.float32, devices.pop()

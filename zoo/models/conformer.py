@@ -81,7 +81,9 @@ class ConformerConfig(FlatConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.mels, self.frames) < 1 or self.vocabulary < 0 or self.vocabulary == 1:
-            raise ValueError("mels and frames are at least 1; vocabulary is at least 2, a token and the blank, or 0")
+            raise ValueError(
+                "mels and frames must be at least 1, and vocabulary 0 or at least 2, a token and the blank"
+            )
         for field, table in (("subsampling", SUBSAMPLINGS), ("head", SPEECH_HEADS)):
             try:
                 check(table, getattr(self, field))
@@ -184,7 +186,7 @@ class ConformerConfig(FlatConfig):
                 raise ValueError("reduce and reduce_left would be ignored: unet is False")
             return
         if not 0 <= self.reduce_left <= 4:
-            raise ValueError(f"reduce_left lies in 0..4, not {self.reduce_left}")
+            raise ValueError(f"reduce_left must be in 0..4, not {self.reduce_left}")
         if self.depth < 2:
             raise ValueError(f"unet: reduce has no block to stand before; depth is at least 2, not {self.depth}")
         if not 0 <= self.reduced < self.depth - 1:
@@ -199,7 +201,7 @@ class ConformerConfig(FlatConfig):
                 raise ValueError(f"left={self.left} would be ignored: chunk is None")
             return
         if self.chunk < 1 or self.left < 0 or self.left % self.chunk:
-            raise ValueError(f"chunk is at least 1 and divides left, not chunk={self.chunk} and left={self.left}")
+            raise ValueError(f"chunk must be at least 1 and divide left, not chunk={self.chunk} and left={self.left}")
         if self.unet:
             raise ValueError("unet: the temporal U-Net reads later frames, which a model with chunks may not")
         options = check(SUBSAMPLINGS, self.subsampling)
@@ -339,7 +341,7 @@ class Conformer(Model[ConformerConfig]):
         if self.config.chunk is None:
             raise ValueError("visible: this model was not made to work in chunks; its config has no chunk")
         if visible.chunk < 1 or visible.left < 0 or visible.left % visible.chunk:
-            raise ValueError(f"visible: chunk is at least 1 and divides left, not {visible}")
+            raise ValueError(f"visible: chunk must be at least 1 and divide left, not {visible}")
         return visible
 
     def start(self, x: Tensor, context: Context) -> Tensor:

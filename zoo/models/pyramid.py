@@ -69,7 +69,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         if not len(self.dim) == len(self.depth) == len(self.heads) > 0:
             raise ValueError(f"dim, depth and heads have a number a stage, not {self.dim}, {self.depth}, {self.heads}")
         if min(self.depth) < 1:
-            raise ValueError(f"depth is at least 1 in each stage, not {self.depth}")
+            raise ValueError(f"depth must be at least 1 in each stage, not {self.depth}")
 
     @property
     def stages(self) -> tuple[Size, ...]:

@@ -14,11 +14,11 @@ from zoo.tensors import compiling, gelu, to_map, to_tokens, zeroed
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
     """The pictures [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"the model takes pictures [B, {channels}, H, W], not {list(images.shape)}")
+        raise ValueError(f"the model takes images [B, {channels}, H, W], not {list(images.shape)}")
     if mask is None:
         return images
     if mask.shape != images[:, 0].shape or mask.dtype != torch.bool:
-        raise ValueError(f"the mask is boolean [B, H, W] as the pictures are, not {mask.dtype} {list(mask.shape)}")
+        raise ValueError(f"the mask must be boolean [B, H, W] like the images, not {mask.dtype} {list(mask.shape)}")
     return images.masked_fill(~mask[:, None], 0.0)
 
 

@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = "is no whole safetensors file"
+        kind = "is not a complete safetensors file"
         with suppress(OSError), open(path, "rb") as file:
             if file.read(2).startswith((b"\x80", b"PK")):
                 kind = "seems to be a pickle, which is never read"

@@ -224,12 +224,12 @@ def _seen(encoder: Section, kernel: int) -> dict[str, Any]:
         found = {"window": sides[0]}
     elif style == "chunked_limited" and sides != [-1, -1]:
         if min(sides) < 0:
-            raise encoder.refused("att_context_size", f"the zoo takes chunks of limited context alone, not {size!r}")
+            raise encoder.refused("att_context_size", f"only chunks with a limited context are supported, not {size!r}")
         found = {"chunk": sides[1] + 1, "left": sides[0]}
     elif sides != [-1, -1]:
         raise encoder.refused("att_context_size", f"{size!r} needs att_context_style 'chunked_limited'")
     if causal != ("chunk" in found):
-        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and with chunks alone")
+        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and only with chunks")
     return found
 
 

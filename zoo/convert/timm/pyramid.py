@@ -61,7 +61,7 @@ _DAVIT = (
     (".steps.3.branch.out.", ".mlp.fc2."),
     ("head.out.", "head.fc."),
 )
-# Biases that timm leaves away together: zeros then.
+# Biases that timm omits together: zeros then.
 _BIASES = (
     r"stages\..*\.token_mixer\.qkv\.bias",
     r"stages\..*\.token_mixer\.proj\.bias",

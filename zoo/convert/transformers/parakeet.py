@@ -110,7 +110,7 @@ def _locate(name: str) -> Path:
         return Path(name)
     repository, _, revision = name.partition("@")
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{name} is no folder that holds config.json and model.safetensors, nor OWNER/NAME on the Hub")
+        raise ValueError(f"{name} is not a folder with config.json and model.safetensors, nor OWNER/NAME on the Hub")
     import huggingface_hub
 
     try:
@@ -141,7 +141,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(map(str, names)):
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is no file of this folder")
+            raise ValueError(f"{index} names {name!r}, which is not a file of this folder")
         tensors |= read_tensors(folder / name)
     return tensors
 
@@ -155,7 +155,7 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
     if ctc:
         outputs, blank = whole.whole("vocab_size", 1025), whole.left.pop("pad_token_id", 1024)
         if type(blank) is not int or not 0 <= blank < outputs:
-            raise whole.refused("pad_token_id", f"the blank lies in 0..{outputs - 1}, not at {blank}")
+            raise whole.refused("pad_token_id", f"it must be in 0..{outputs - 1}, not {blank}")
         encoder = Section(whole.left.pop("encoder_config", {}), "encoder_config", where)
         whole.finish(*_HARMLESS)
     dim, heads = encoder.whole("hidden_size", 1024), encoder.whole("num_attention_heads", 8)
