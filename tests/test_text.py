@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.text import from_json, near, one_line, plain, unknown
+from zoo.text import from_json, near, one_line, plain, reason, unknown
 
 
 def test_an_unknown_name_says_what_is_near_and_what_is_allowed():
@@ -16,12 +16,17 @@ def test_an_unknown_name_says_what_is_near_and_what_is_allowed():
     assert near("slaa", few) == ["sla"] and near("slaa", few, 0.9) == []
 
 
-def test_what_a_terminal_would_obey_is_escaped():
-    assert plain("a\x1b[31m\u202e\udcff é") == "a\\x1b[31m\\u202e\\udcff é"
-    assert one_line("a\n\tb\x1b", most=4) == "a b\\x1b" and one_line(ValueError()) == "ValueError"
+def test_one_printable_line():
+    assert one_line("two\nlines\tand  \x1b[31mred\x07") == r"two lines and \x1b[31mred\x07"
+    assert one_line(KeyError()) == "KeyError" and one_line("x" * 400) == "x" * 300
+    assert plain("ä 猫\n\udcff") == r"ä 猫\n\udcff"
+    assert reason(FileNotFoundError(2, "No such file\x1b", "a.wav")) == r"No such file\x1b"
 
 
-def test_a_key_that_appears_twice_is_refused():
-    assert from_json('{"a": {"b": 1}}') == {"a": {"b": 1}}
-    with pytest.raises(ValueError, match="key 'b' appears twice"):
-        from_json('{"a": {"b": 1, "b": 1}}')
+def test_json_with_a_key_twice():
+    assert from_json('{"a": [{"a": 1}, {"a": 2}]}') == {"a": [{"a": 1}, {"a": 2}]}
+    for text in ('{"a": 1, "b": 2, "a": 1}', '[{"x": {"a": 1, "a": 2}}]', b'{"a": null, "a": null}'):
+        with pytest.raises(ValueError, match="^key 'a' appears twice$"):
+            from_json(text)
+    with pytest.raises(ValueError):
+        from_json("{")

@@ -308,7 +308,7 @@ def test_folders_that_are_not_as_they_should_be(pictures: Path, tmp_path: Path):
     (pictures / "val" / "ox").mkdir()
     assert "differs in its classes" in refused(*TINY, *flags) and "ox" in refused(*TINY, *flags)
     (pictures / "train" / "ox").mkdir()
-    assert f"{pictures}/train has class folders without pictures" in refused(
+    assert f"{pictures}/train has class folders without images of their own" in refused(
         *TINY, *flags, "--model.backbone.classes=3"
     )
 

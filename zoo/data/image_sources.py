@@ -32,6 +32,14 @@ class Source(Protocol):
         ...
 
 
+def enlarged(array: np.ndarray, preprocess: ImagePreprocess) -> "Image":
+    """A grey image of uint8 [H, W] at the size and in the mode that the model takes."""
+    from PIL import Image
+
+    size, method = preprocess.size, preprocess.interpolation.upper()
+    return convert_image(Image.fromarray(array).resize((size, size), Image.Resampling[method]), preprocess.channels)
+
+
 class _Digits:
     classes = list("0123456789")
 
@@ -42,16 +50,12 @@ class _Digits:
         values, labels = load_digits(return_X_y=True)
         parts = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=0, stratify=labels)
         kept = parts[0] if split == "train" else parts[1]
-        self.arrays = np.rint(values[kept].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        arrays = np.rint(values[kept].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.labels = labels[kept].astype(np.int64)
-        self.split, self.preprocess = split, preprocess
+        self.split, self.images = split, [enlarged(array, preprocess) for array in arrays]
 
     def picture(self, index: int) -> "Image":
-        from PIL import Image
-
-        size, method = self.preprocess.size, self.preprocess.interpolation.upper()
-        image = Image.fromarray(self.arrays[index]).resize((size, size), Image.Resampling[method])
-        return convert_image(image, self.preprocess.channels)
+        return self.images[index]
 
     def name(self, index: int) -> str:
         return f"digits/{self.split}/{index}"
@@ -99,7 +103,7 @@ class _Synthetic:
 def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, fraction: float) -> Source:
     base = Path(root or "").expanduser()
     if split == "test" and not (base / "test").exists():
-        split = "val"
+        raise ValueError(f"{base} has no test folder; `validate` measures {base / 'val'}")
     train, folder = base / "train", base / split
     if split != "train" and not train.exists():
         train = folder  # measuring needs no training images

@@ -257,7 +257,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> WordPieces:
         ValueError: the file cannot be read, or is no sentencepiece model.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             return WordPieces(file.read())
     except OSError as error:
         raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error

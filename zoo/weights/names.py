@@ -20,6 +20,7 @@ class CheckpointError(ValueError):
 
 def locate(name: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint; CheckpointError where there is none."""
+    given, name = name, os.path.expanduser(name)
     for folder in (Path(name), Path("checkpoints", name)):
         if folder.is_dir():
             return folder
@@ -32,7 +33,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
     repository, _, revision = str(name).partition("@")
-    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+    if isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         from zoo.weights.hub import download
 
         return download(repository, revision or None)

@@ -67,7 +67,7 @@ def save_model(
             finite, or the folder holds something else than a checkpoint.
         OSError: the folder could not be written; one line that says so and what became of the previous one.
     """
-    target = Path(folder).resolve()
+    target = Path(folder).expanduser().resolve()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     family = family_of(model)
     if family is None or not isinstance(model, Model):

@@ -192,6 +192,23 @@ def test_a_flac_that_does_not_know_its_length(tmp_path: Path, samples: int):
         read_audio(path, start=3.0)
 
 
+@pytest.mark.parametrize("extension", KINDS)
+def test_broken_headers_are_one_line(tmp_path: Path, extension: str, capfd: pytest.CaptureFixture[str]):
+    path = write(tmp_path / f"a.{extension}", tone(0.5), **KINDS[extension])
+    with_length(path, 0)
+    content, generator = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        broken = bytearray(content)
+        place, size = generator.integers(4, 100), generator.integers(1, 9)
+        broken[place : place + size] = generator.choice([0, 0x7F, 0xFF]).astype(np.uint8).tobytes() * size
+        path.write_bytes(broken)
+        try:
+            assert read_audio(path).isfinite().all()
+        except UnreadableAudio as error:
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+    assert capfd.readouterr() == ("", "")  # soundfile prints what goes wrong in its callbacks
+
+
 @pytest.mark.parametrize("size", [0, 7, 12, 100_000])
 def test_headers_of_noise_end(size: int):
     for magic in (b"RIFF", b"FORM", b"caff", b".snd", b"RF64"):

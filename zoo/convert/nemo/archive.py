@@ -77,17 +77,17 @@ def from_nemo(
     if config is None:
         if isinstance(source, Mapping):
             raise ValueError("a state dict does not tell all about its model; give config=")
-        return _from_archive(Path(source))
+        return _from_archive(Path(source).expanduser())
     where = "the config"
     if not isinstance(config, Mapping):
         where = str(config)
         try:
-            config = config_of(Path(config).read_bytes(), where)
+            config = config_of(Path(config).expanduser().read_bytes(), where)
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {reason(error)}") from error
     if isinstance(source, Mapping):
         return _convert(config, named(source, "the state dict"), where, "the state dict", None)
-    return _convert(config, read_tensors(Path(source)), where, str(source), None)
+    return _convert(config, read_tensors(Path(source).expanduser()), where, str(source), None)
 
 
 def _from_archive(path: Path) -> Converted:

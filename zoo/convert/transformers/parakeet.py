@@ -106,8 +106,8 @@ def from_transformers(name: str | Path) -> Converted:
 
 
 def _locate(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
     repository, _, revision = name.partition("@")
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise ValueError(f"{name} is not a folder with config.json and model.safetensors, nor OWNER/NAME on the Hub")

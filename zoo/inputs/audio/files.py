@@ -184,6 +184,14 @@ def _checked(name: str, file: Any, share: float, ended: bool) -> Sound:
     return Sound(name, file, promised, ended, seekable)
 
 
+class _Copy(mmap.mmap):
+    """Lets a broken header send a reader beyond the end, as a file does."""
+
+    def seek(self, pos: int, whence: int = os.SEEK_SET) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: len(self)}[whence]
+        super().seek(min(max(0, start + pos), len(self)))
+
+
 @contextmanager
 def _corrected(name: str, raw: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
     """The file with the true length in its header, and how many times that the header promises."""
@@ -191,6 +199,6 @@ def _corrected(name: str, raw: BinaryIO, size: int) -> Iterator[tuple[Any, float
     if length is None or not length.wrong or not length.found:
         yield name, 1.0
         return
-    with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory alone
+    with _Copy(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory alone
         copy[length.place : length.place + len(length.corrected)] = length.corrected
         yield copy, 1.0 if length.promised is None else length.promised / length.found
