@@ -345,3 +345,18 @@ def test_state_dicts_without_counterpart_are_refused(message):
 def test_importing_the_converter_leaves_timm_alone():
     code = "import sys, zoo, zoo.convert; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", ["3", "900", "9" * 9])
+def test_blocks_that_are_not_there_are_not_built(number):
+    """A name may claim any number of blocks."""
+    state = build().state_dict() | {f"blocks.{number}.norm1.weight": torch.zeros(32)}
+    with pytest.raises(ValueError, match=f"'blocks.2' has no tensors, and 'blocks.{number}' has some"):
+        from_timm(state, heads=4)
+
+
+def test_a_block_of_an_endless_number_has_no_counterpart():
+    state = build().state_dict() | {f"blocks.{'9' * 5000}.norm1.weight": torch.zeros(32)}
+    with pytest.raises(ValueError, match="has no counterpart") as caught:
+        from_timm(state, heads=4)
+    assert len(str(caught.value)) < 1000

@@ -249,7 +249,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
     pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
     return ViTConfig(
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
+        depth=_depth(tensors),
         heads=facts.heads,
         mixer=spelled("softmax", options),
         ffn=_feed_forward(tensors, facts.activation, dim),
@@ -265,6 +265,14 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         class_token="cls_token" in tensors,
         registers=_count(tensors, "reg_token"),
     )
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    """The number of blocks; ValueError where one between the first and the last has no tensor."""
+    numbers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if missing := sorted({*range(len(numbers))} - numbers):
+        raise ValueError(f"'blocks.{missing[0]}' has no tensors, and 'blocks.{max(numbers)}' has some; {SUPPORTED}")
+    return len(numbers)
 
 
 def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:
