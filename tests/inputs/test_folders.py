@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from zoo.inputs.audio import read_audio
 from zoo.inputs.folders import files_below
+from zoo.inputs.images import read_image
 
 
 def find(top: Path) -> tuple[list[str], list[str]]:
@@ -63,3 +65,11 @@ def test_links_to_other_places_are_followed_once(top: Path):
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         find(tmp_path / "nowhere")
+
+
+def test_pipes_and_devices_are_never_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        for read in (read_image, read_audio):
+            with pytest.raises(ValueError, match=f"^{path}: not a regular file$"):
+                read(path)

@@ -423,6 +423,7 @@ def test_reason_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("two\nlines")
 
+    picture().save(tmp_path / "p.png")
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UnreadableImage, match=r"p\.png: two lines$"):
         read_image(tmp_path / "p.png")

@@ -1,6 +1,8 @@
-"""The files below a folder, each real one once."""
+"""The files below a folder, each real one once; and whether a file is one."""
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 
 
@@ -74,3 +76,10 @@ def files_below(top: str | os.PathLike[str], fits: Callable[[str], bool]) -> tup
 def leads_above(path: str, top: str) -> bool:
     """Whether a path leads to `top`, which is a real path, or to a folder above it."""
     return os.path.join(top, "").startswith(os.path.join(os.path.realpath(path), ""))
+
+
+def check_regular(path: str) -> None:
+    """OSError where a path is a pipe or a device, which may never end; or where it does not exist."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file")

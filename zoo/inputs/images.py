@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.inputs.base import Preprocess, check_integer, is_number
+from zoo.inputs.folders import check_regular
 from zoo.text import one_line, reason
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
     _mode(channels)
     name = os.fspath(path)
     try:
+        check_regular(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata, which nobody asks for
             try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.inputs.audio.containers import length_of, ogg_ends
 from zoo.inputs.audio.resampling import Resampler, check_rate
+from zoo.inputs.folders import check_regular
 from zoo.text import one_line, reason
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Sound]:
 
     name = os.fspath(path)
     try:
+        check_regular(name)
         if os.path.isdir(name):
             raise UnreadableAudio(f"{name}: it is a folder")
         with open(name, "rb") as raw:
