@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import relative
-from zoo.tensors import filtered, gelu, relu, silu
+from zoo.tensors import filtered, gelu, relu, shortfall, silu
 
 
 @pytest.mark.parametrize(("form", "plain"), [(gelu, F.gelu), (relu, F.relu), (silu, F.silu)])
@@ -38,3 +38,8 @@ def test_a_filter_takes_part_of_wider_tokens(grid):
         conv(part.transpose(1, 2).unflatten(2, grid), weight, bias, padding=1, groups=24).flatten(2).transpose(1, 2)
     )
     assert relative(filtered(part, grid, weight, bias, 1), wanted) < 1e-14
+
+
+def test_the_shortfall_completes_a_multiple():
+    assert [shortfall(size, 4) for size in range(6)] == [0, 3, 2, 1, 0, 3]
+    assert all(shortfall(size, divisor) == -size % divisor for size in range(30) for divisor in range(1, 9))

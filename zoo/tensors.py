@@ -35,6 +35,15 @@ def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
 
 
+def shortfall(size: int, divisor: int) -> int:
+    """What is missing from a size to the next multiple of divisor, -size % divisor.
+
+    torch.compile reduces this form of it to one division, (size - 1) // product, however many are taken in turn; nested
+    remainders kept it busy for more than 20 minutes.
+    """
+    return ((size - 1) // divisor + 1) * divisor - size
+
+
 def overwritable() -> bool:
     """Whether a layer may write over tensors that it has made itself, since no gradient needs them."""
     return not torch.is_grad_enabled() and not compiling()

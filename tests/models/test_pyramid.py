@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from helpers import ON_PICTURES, randomise, relative
+from helpers import ON_PICTURES, longest_size, randomise, relative
 from zoo.choices import PLACEMENTS
 from zoo.fusion import fuse
 from zoo.layer import Context, advance
@@ -250,6 +250,12 @@ def test_one_graph_forward_and_backward(name):
     model.zero_grad()
     model(images).square().sum().backward()
     assert relative(got, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])) < 1e-4
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_a_preset_compiled_for_any_image_do_not_grow_with_its_stages(name):
+    assert longest_size(build(name, SMALL), torch.randn(2, 3, 67, 90)) <= 30
 
 
 @pytest.mark.all

@@ -10,7 +10,7 @@ from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
 from zoo.norms import LayerNorm
 from zoo.spec import options_of
-from zoo.tensors import exporting, linear
+from zoo.tensors import exporting, linear, shortfall
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -194,7 +194,7 @@ class Window(Projected):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         size, grid, axes = self.size, context.grid, len(context.grid)
-        missing = [-length % size for length in grid]
+        missing = [shortfall(length, size) for length in grid]
         counts = [(length + more) // size for length, more in zip(grid, missing, strict=True)]
         margin = [0, 0, *(side for more in reversed(missing) for side in (0, more))]
         order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.cache import rows
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Attention, attend, rotate
-from zoo.tensors import exporting, linear, zeroed
+from zoo.tensors import exporting, linear, shortfall, zeroed
 
 
 def _offsets(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
@@ -159,7 +159,7 @@ class Grouped(Relative):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number = query.shape[1]
-        after = -number % self.size
+        after = shortfall(number, self.size)
 
         def folded(x: Tensor) -> Tensor:
             x = F.pad(zeroed(x, context.mask), (0, 0, 0, 0, 0, after)).flatten(2)

@@ -1,5 +1,7 @@
 """Stems: raw input to tokens, with the grid and the mask that follow; and what leads from one grid to a coarser one."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from zoo.fusion import fold_site, keep
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
-from zoo.tensors import compiling, gelu, to_map, to_tokens, zeroed
+from zoo.tensors import compiling, gelu, shortfall, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
@@ -22,21 +24,24 @@ def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
     return images.masked_fill(~mask[:, None], 0.0)
 
 
+def padding_of(sizes: Sequence[int], stride: int) -> list[int]:
+    """What F.pad adds at the right and the bottom of maps with these sides [H, W], so that the stride divides them."""
+    return [0, shortfall(sizes[1], stride), 0, shortfall(sizes[0], stride)]
+
+
 def coarsened(mask: Tensor | None, stride: int) -> Tensor | None:
     """The mask [B, H, W] after a stride: a token is real where any of its stride x stride places is. [B, N]."""
     if mask is None:
         return None
-    missing = [-size % stride for size in mask.shape[1:]]
-    real = F.max_pool2d(F.pad(mask[:, None].float(), (0, missing[1], 0, missing[0])), stride)
+    real = F.max_pool2d(F.pad(mask[:, None].float(), padding_of(mask.shape[1:], stride)), stride)
     return real.flatten(1) > 0
 
 
 def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     """The convolution of maps [B, C, H, W], padded with zeros at the right and the bottom until the stride divides."""
-    stride = conv.stride[0]
-    missing = (0, -maps.shape[3] % stride, 0, -maps.shape[2] % stride)
-    if compiling() or any(missing):  # a traced program takes any size
-        maps = F.pad(maps, missing)
+    padding = padding_of(maps.shape[2:], conv.stride[0])
+    if compiling() or any(padding):  # a traced program takes any size
+        maps = F.pad(maps, padding)
     return conv(maps)
 
 
