@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sympy import preorder_traversal
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
@@ -211,6 +212,28 @@ def cropped(x: Tensor, context: Context, wide: Context) -> Tensor:
     corner = tuple(slice(0, size) for size in context.grid)
     inside = x[:, wide.prefix :].unflatten(1, wide.grid)[(slice(None), *corner)]
     return torch.cat([x[:, : wide.prefix], inside.flatten(1, -2)], 1)
+
+
+def longest_size(model: nn.Module, *inputs: Tensor) -> int:
+    """How many terms the longest size of a tensor has when the model is compiled for inputs of any size.
+
+    The time that inductor takes grows out of hand with the length of these expressions.
+    """
+    lengths = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            lengths.extend(
+                sum(1 for _ in preorder_traversal(size.node.expr)) for size in sizes if isinstance(size, torch.SymInt)
+            )
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=True, fullgraph=True)(*inputs)
+    return max(lengths)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -1,11 +1,17 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo transcribe stream`, `zoo list`, `zoo info`."""
 
 import argparse
+import ast
+import os
+import select
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any, NoReturn
 
-from zoo.text import one_line
+import zoo
+from zoo import quick, spelling
+from zoo.text import one_line, unknown
 
 # What each task trains and on what, and what does its other verbs; imported when asked for.
 TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -23,32 +29,58 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 TRAINING = ("fit", "validate", "test")
 
 EPILOG = """examples:
-  zoo list 'vit_*'
+  zoo list mixers
   zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
   zoo classify fit --config configs/classify/vit_micro_digits.yaml --model.backbone.mixer=sla
-  zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights=runs/vit_micro_digits/best
-  zoo classify predict runs/vit_micro_digits/best pictures/ photo.jpg
+  zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights RUN/best
+  zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe fit --config configs/transcribe/squeezeformer_micro_fsdd.yaml --data.root DIR
-  zoo transcribe predict runs/squeezeformer_micro_fsdd/best recordings/"""
+  zoo transcribe predict RUN/best recordings/"""
+
+
+LISTS = """examples:
+  zoo list                 what there is, and the models
+  zoo list 'vit_*'         models by a shell pattern
+  zoo list mixers          a kind of choice
+  zoo list mixers 'd*'     some of them
+  zoo list checkpoints"""
+
+INFOS = """examples:
+  zoo info vit_tiny                a model: its size, and every field of its config
+  zoo info vit_tiny mixer=sla      with some fields replaced
+  zoo info sla                     a choice: formula, paper, options, cost
+  zoo info vit_micro.digits        a checkpoint: its scores"""
 
 
 def parser() -> argparse.ArgumentParser:
+    made: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     top = argparse.ArgumentParser(
         prog="zoo",
         description="Vision and speech models whose parts are chosen by name.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **made,
     )
+    top.add_argument("-V", "--version", action="version", version=f"zoo {zoo.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    listed = commands.add_parser("list", help="list the models that can be built")
-    listed.add_argument("pattern", nargs="?", default="*", help="a shell pattern, such as 'vit_*'")
-    info = commands.add_parser("info", help="show a model's config and size")
-    info.add_argument("name")
+    listed = commands.add_parser("list", help="list models, choices or checkpoints", epilog=LISTS, **made)
+    listed.add_argument("what", nargs="?", metavar="KIND", help=f"{', '.join(quick.kinds())}, models or checkpoints")
+    listed.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern, such as 'vit_*'")
+    info = commands.add_parser("info", help="describe a model, a choice or a checkpoint", epilog=INFOS, **made)
+    info.add_argument("name", metavar="NAME")
+    info.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="fields of the model to replace")
     for task, (_, _, others) in TASKS.items():
-        each = commands.add_parser(task, help="train, measure or use a model")
-        each.add_argument("verb", choices=(*TRAINING, *others), help=f"`zoo {task} VERB --help` lists its options")
+        about = quick.facts()["tasks"][task]["about"].lower()
+        each = commands.add_parser(task, help=f"{about}: train, measure or use a model", **made)
+        each.add_argument("verb", metavar="VERB", help=f"{', '.join((*TRAINING, *others))}; see `zoo {task} --help`")
     return top
+
+
+def stop(what: str, name: str, allowed: list[str], usage: str) -> NoReturn:
+    """Ends like argparse where a command is unknown."""
+    print(f"usage: {usage}", file=sys.stderr)
+    print(f"zoo: error: {unknown(what, name, allowed)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def target(path: str) -> Callable[..., None]:
@@ -57,29 +89,71 @@ def target(path: str) -> Callable[..., None]:
 
 
 def run(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in ("list", "info", *TASKS):
+        stop("command", arguments[0], ["list", "info", *TASKS], "zoo COMMAND ...")
     if len(arguments) > 1 and arguments[0] in TASKS:
-        task, data, others = TASKS[arguments[0]]
-        if arguments[1] in others:
-            return target(others[arguments[1]])(arguments[2:])
-        if arguments[1] in TRAINING:
-            command = import_module("zoo.tasks.cli")
-            return command.main(target(task), target(data), arguments[0], arguments[1:])
+        return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)
+    if given.command == "list":
+        print(quick.listing(given.what, given.pattern))
+    elif given.fields:
+        print(info(given.name, given.fields))
+    else:
+        print(quick.info(given.name))
+
+
+def run_task(task: str, verb: str, arguments: list[str]) -> None:
+    model, data, others = TASKS[task]
+    if verb in others:
+        return target(others[verb])(arguments)
+    if verb in ("-h", "--help"):
+        return print(quick.task_help(task))
+    if verb not in TRAINING:
+        stop("verb", verb, [*TRAINING, *others], f"zoo {task} VERB ...")
+    if {"-h", "--help"} & {*arguments}:
+        return print(quick.verb_help(task, verb))
+    if "torch" not in sys.modules:  # else nothing is slow, and rows may have been added to the tables
+        spelling.check(task, verb, arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    import_module("zoo.tasks.cli").main(target(model), target(data), task, [verb, *arguments])
+
+
+def info(name: str, fields: list[str]) -> str:
+    """A model with some fields replaced; ValueError where one is wrong."""
+    choices: dict[str, Any] = {}
+    for field, equals, text in (each.partition("=") for each in fields):
+        if not equals:
+            raise ValueError(f"'{field}' must be FIELD=VALUE, as in mixer=sla")
+        try:
+            choices[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            choices[field] = text
+    spelling.check_field(name, "name", name, None)
+    for field, value in choices.items():
+        spelling.check_field(field, field, value, name)
     from zoo import models
 
-    if given.command == "list":
-        names = models.list_models(given.pattern)
-        if not names:
-            raise ValueError(f"no model matches '{given.pattern}'; `zoo list` lists them all")
-        print("\n".join(names))
-    elif given.command == "info":
-        print(models.describe(given.name))
+    replaced = "".join(f", {field}={value!r}" for field, value in choices.items())
+    return quick.model_page(name, models.describe(name, **choices), replaced)
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. What is wrong with the input ends in one line on standard error and exit status 1."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not reader_is_gone():
+            sys.exit(f"zoo: error: {one_line(error)}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at the end has somewhere to go
+        sys.exit(141)
     except (ValueError, OSError) as error:
         sys.exit(f"zoo: error: {one_line(error, most=2000)}")
     except KeyboardInterrupt:

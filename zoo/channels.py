@@ -27,7 +27,8 @@ def grid_mean(x: Tensor, context: Context) -> Tensor:
 
 
 class SqueezeExcite(Channel):
-    """x * sigmoid(W2 relu(W1 mean(x))), the hidden width a multiple of 8 (Hu et al. 2018, arXiv:1709.01507)."""
+    """x * sigmoid(W2 relu(W1 mean(x))), where the hidden width is a multiple of 8 (Hu et al. 2018,
+    arXiv:1709.01507). That width is about dim / reduction."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, reduction: int = 16) -> None:
         super().__init__()
@@ -40,9 +41,9 @@ class SqueezeExcite(Channel):
 
 
 class EfficientChannel(Channel):
-    """x * sigmoid(conv(mean(x))), one k-tap filter along the channels (ECA-Net, Wang et al. 2020, arXiv:1910.03151).
+    """x * sigmoid(conv(mean(x))) with one filter along the channels (ECA-Net, Wang et al. 2020, arXiv:1910.03151).
 
-    kernel = 0 takes the paper's rule: |log2(dim) + 1| / 2, rounded up to odd and at least 3.
+    kernel=0 takes the paper's rule: |log2(dim) + 1| / 2, rounded up to odd and at least 3.
     """
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 0) -> None:
@@ -65,11 +66,11 @@ FREQUENCIES += ((0, 3), (3, 5), (2, 2))
 
 
 class FrequencyChannel(Channel):
-    """SE whose squeeze is a cosine transform: each sixteenth of the channels is summed against one two-dimensional
-    frequency (FcaNet, Qin et al. 2021, arXiv:2012.11879).
+    """SE that squeezes by a cosine transform in place of the mean; each sixteenth of the channels has one
+    two-dimensional frequency (FcaNet, Qin et al. 2021, arXiv:2012.11879). The hidden width is dim / reduction.
 
-    The basis follows each sample's own extent, so padding changes nothing. Frequencies are scaled by extent // 7, as
-    the paper does for larger maps, and end at the highest that an extent has. In one dimension the sixteen lowest are
+    The basis follows the size of each sample, so padding changes nothing. Frequencies are scaled by size // 7, as
+    the paper does for larger maps, up to the highest that a size has. In one dimension the sixteen lowest are
     used.
     """
 
@@ -110,10 +111,11 @@ class FrequencyChannel(Channel):
 
 
 class LocalChannel(Channel):
-    """x * a_h * a_w: means over each row and each column, a convolution along the strip, GroupNorm and a sigmoid, the
-    same weights for both axes (ELA, Xu and Wan 2024, arXiv:2403.01123). In one dimension the strip is the sequence.
+    """x * a_h * a_w, where each is a mean over rows or columns, a convolution along it, GroupNorm and a sigmoid, with
+    the same weights for both axes (ELA, Xu and Wan 2024, arXiv:2403.01123). On sequences there is one such factor.
 
-    `span` counts the channels that one group of the convolution reads: 1 (depthwise) or 8 in the paper.
+    The convolution is `kernel` tokens wide and reads `span` channels per group, 1 (depthwise) or 8 in the paper;
+    `groups` is that of GroupNorm.
     """
 
     reads = frozenset({"mask"})

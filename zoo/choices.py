@@ -14,6 +14,7 @@ from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
 from zoo.spec import check, parse
+from zoo.text import unknown
 
 # What fills which site, for branches that mix tokens and for feed-forward; block.py draws where the sites are.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
@@ -117,7 +118,10 @@ class BlockConfig:
         outer, inner = [], []
         for word in entry.split("+"):
             name, row, options = self.row(word)
-            sites = row.sites_of(self.dim, self.heads, **options)
+            try:
+                sites = row.sites_of(self.dim, self.heads, **options)
+            except ValueError as error:
+                raise ValueError(f"{name} '{getattr(self, name)}': {error}") from None
             wanted = {} if row.bare else PLACEMENTS[self.placement][word in FEED_FORWARD]
             outer.append({site: what for site, what in wanted.items() if site in OUTER})
             own = {"norm": "conv_norm"} if word == "conv" and "norm" in sites else {}
@@ -146,9 +150,10 @@ def _check(block: BlockConfig) -> None:
         spec = getattr(block, name)
         try:
             if table is not PLACEMENTS:
-                check(table, spec)
+                axes = block.place.axes
+                check(table, spec, [row for row, kind in table.items() if axes in getattr(kind, "dimensions", (axes,))])
             elif spec not in table:
-                raise ValueError(f"there is no '{spec}'; choose from: {', '.join(sorted(table))}")
+                raise ValueError(unknown("name", spec, table))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _check_pairs(block)

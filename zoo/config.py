@@ -4,7 +4,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,11 +15,17 @@ from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
 from zoo.positions import POSITIONS
 from zoo.spec import parse
+from zoo.text import unknown
 
 # One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
 # entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
 Choice = str | tuple[str | tuple[str, ...], ...]
 CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
+
+
+# The largest value of an integer field; 1,000,000 for others. A config from elsewhere cannot ask for more before it is
+# compared with its weights.
+LARGEST = {"depth": 1_000, "dim": 65_536, "widths": 65_536, "heads": 4_096, "patch": 4_096, "image": 65_536}
 
 
 @functools.cache
@@ -80,6 +86,10 @@ class Config:
                 raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{each.name} takes a finite number, not {value!r}")
+            most = LARGEST.get(each.name, 1_000_000)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and number > most:
+                    raise ValueError(f"{each.name} must be at most {most:,}, not {str(number)[:40]}")
 
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
@@ -89,6 +99,10 @@ class Config:
     def build(self) -> nn.Module:
         """The model that this config describes."""
         raise TypeError(f"{type(self).__name__} describes no model")
+
+    def missing(self, names: Iterable[str]) -> str | None:
+        """The path of a block that tensors by these names lack, where it can be told without building the model."""
+        return None
 
     @property
     def labelled(self) -> int:
@@ -158,6 +172,22 @@ class ModelConfig(Config):
 
     The choices of CHOICES are one name for all blocks, or several in turns (see Choice); position is that of a stage's
     tokens, one for all its blocks. Norms outside the blocks are those of the first block of their stage.
+
+    Args:
+        layout: branches of a block, in order: mixer, cross, conv, ffn, half (an ffn that counts half), norm.
+        mixer: token mixer.
+        cross: how a decoder attends to its memory.
+        conv: convolution branch of a layout with `conv`.
+        conv_norm: norm inside the convolution branch.
+        ffn: feed-forward layer.
+        norm: normalization of the blocks.
+        placement: where the norms of a block are.
+        channel: channel attention at the end of each branch.
+        modulation: how a condition changes a block.
+        position: position encoding.
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0.
+        dropout: dropout rate of the branches.
+        layer_scale: initial value of the learned scale of each branch; None for no such scale.
     """
 
     axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
@@ -191,10 +221,10 @@ class ModelConfig(Config):
         dims, depths, heads = zip(*self.stages, strict=True)
         if min(*dims, *heads, sum(depths)) < 1:
             sizes = f"dim {readable(dims)}, depth {readable(depths)}, heads {readable(heads)}"
-            raise ValueError(f"dim, depth and heads are at least 1, not {sizes}")
+            raise ValueError(f"dim, depth and heads must be at least 1, not {sizes}")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} lies in 0..1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         self._check_layout()
         self._check_turns()
         for stage, size in enumerate(self.stages):
@@ -242,6 +272,17 @@ class ModelConfig(Config):
     def path(self, stage: int, index: int) -> str:
         """Where a block is in the model, as its weights are named."""
         return f"blocks.{self.place(stage, index).index}"
+
+    def missing(self, names: Iterable[str]) -> str | None:
+        """Blocks that are the same have tensors by the same names, one block as many as the next one of its kind."""
+        length = 1 + self.path(0, 0).count(".")
+        paths = {".".join(name.split(".")[:length]) for name in names}
+        for stage, size in enumerate(self.stages):
+            turns = self.turns(stage)
+            for index in range(size.depth - turns):
+                if self.path(stage, index) in paths and (path := self.path(stage, index + turns)) not in paths:
+                    return path
+        return None
 
     def grid(self, stage: int) -> tuple[int, ...]:
         """The grid of a stage at the config's own size."""
@@ -295,7 +336,7 @@ class ModelConfig(Config):
             raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
-                raise ValueError(f"layout: there is no '{word}'; choose from: {', '.join(WORDS)}, or join two with +")
+                raise ValueError(f"layout: {unknown('branch', word, WORDS)}; + joins two, as in mixer+ffn")
         if "cross" in self.words and "memory" not in self.provides:
             raise ValueError("layout: this model has no memory for 'cross' to read")
         if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:
@@ -337,9 +378,8 @@ class ModelConfig(Config):
 
     def _check_stage(self, stage: int, size: Size) -> None:
         """ValueError, naming the block where they differ, where a block is not as it should be."""
-        period = math.lcm(*(len(self._turns(name, stage)) for name in CHOICES))
         blocks = []
-        for index in range(min(period, max(1, size.depth))):
+        for index in range(min(self.turns(stage), max(1, size.depth))):
             try:
                 blocks.append(self.block(stage, index))
             except ValueError as error:
@@ -348,6 +388,10 @@ class ModelConfig(Config):
         if "rotary" in blocks[0].writes and len(widths) > 1:
             where = f"{self.path(stage, 0)}: " if self.staged else ""
             raise ValueError(f"{where}position '{blocks[0].position}' turns heads of one width, not {widths}")
+
+    def turns(self, stage: int) -> int:
+        """After how many blocks of a stage the same block comes again."""
+        return math.lcm(*(len(self._turns(name, stage)) for name in CHOICES))
 
     def _turns(self, name: str, stage: int) -> tuple[str, ...]:
         choice = getattr(self, name)
@@ -358,7 +402,13 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FlatConfig(ModelConfig):
-    """A family whose blocks all have one width: dim channels, depth blocks, heads."""
+    """A family whose blocks all have one width.
+
+    Args:
+        dim: channels of each token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+    """
 
     dim: int
     depth: int

@@ -1,5 +1,6 @@
 """Feed-forward layers: each token by itself."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
-from zoo.tensors import linear
+from zoo.tensors import gelu, linear, relu, silu
+from zoo.text import unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),  # not a lambda, which cannot be pickled
+    "relu": relu,
+    "silu": silu,
 }
+"""What each gives of a tensor that the caller gives up."""
 
 
 class StarReLU(nn.Module):
@@ -27,7 +30,7 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x).square() + self.bias
+        return torch.addcmul(self.bias, relu(x).square(), self.scale)
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
@@ -35,13 +38,24 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     if name == "star_relu":
         return StarReLU()
     if name not in ACTIVATIONS:
-        raise ValueError(f"there is no activation '{name}'; choose from: {', '.join(ACTIVATIONS)}, star_relu")
+        raise ValueError(unknown("activation", name, [*ACTIVATIONS, "star_relu"]))
     return ACTIVATIONS[name]
 
 
+WIDEST = 1_000_000
+
+
+def hidden_width(dim: int, ratio: float, multiple: int = 1) -> int:
+    """ratio * dim, rounded down, or up to a multiple above 1; ValueError where that is not from 1 to WIDEST."""
+    exact = dim * ratio
+    if not 1 <= exact <= WIDEST:
+        raise ValueError(f"ratio must give 1 to {WIDEST:,} hidden channels; {ratio} times dim {dim} is {exact:g}")
+    return int(exact) if multiple == 1 else -int(-exact // multiple) * multiple
+
+
 class MLP(Layer):
-    """W2 activation(W1 x), ratio times as wide inside (Vaswani et al. 2017, arXiv:1706.03762). bias=False leaves both
-    biases away, out_bias=False that of W2; dropout is the rate at which training drops what W2 reads."""
+    """W2 activation(W1 x) with a hidden width of ratio * dim (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits
+    both biases, out_bias=False that of W2; dropout is the dropout rate in front of W2."""
 
     def __init__(
         self,
@@ -55,24 +69,17 @@ class MLP(Layer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden = self.hidden(dim, ratio)
+        hidden = hidden_width(dim, ratio)
         if dropout >= 1.0:
-            raise ValueError(f"mlp takes a dropout below 1, not {dropout}")
+            raise ValueError(f"dropout must be below 1, not {dropout}")
         self.dropout = dropout
         self.activation = activation_of(activation)
         self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias and out_bias)
         self.inner: Layer | None = None
 
-    @staticmethod
-    def hidden(dim: int, ratio: float) -> int:
-        """The width inside."""
-        if (hidden := int(dim * ratio)) < 1:
-            raise ValueError(f"mlp has no hidden channel at ratio {ratio} of dim {dim}")
-        return hidden
-
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, ratio: float = 4.0, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(cls.hidden(dim, ratio))}
+        return {"inner": Site(hidden_width(dim, ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = F.dropout(self.activation(self.expand(x)), self.dropout, self.training)
@@ -86,29 +93,24 @@ class MLP(Layer):
 
 
 class SwiGLU(Layer):
-    """W3 (silu(W1 x) * W2 x), W1 and W2 stored as one (Shazeer 2020, arXiv:2002.05202).
+    """W3 (silu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202).
 
-    The width inside is ratio * dim, rounded up to a multiple of 8; the default keeps the size of an MLP of ratio 4.
+    The hidden width is ratio * dim, rounded up to a multiple of 8; the default has the size of an MLP of ratio 4.
     """
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, bias: bool = True) -> None:
         super().__init__()
-        hidden = self.hidden(dim, ratio)
+        hidden = hidden_width(dim, ratio, 8)
         self.expand, self.out = linear(dim, 2 * hidden, bias), linear(hidden, dim, bias)
         self.inner: Layer | None = None
 
-    @staticmethod
-    def hidden(dim: int, ratio: float) -> int:
-        """The width inside."""
-        return -int(-dim * ratio // 8) * 8
-
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, ratio: float = 8 / 3, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(cls.hidden(dim, ratio))}
+        return {"inner": Site(hidden_width(dim, ratio, 8))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, value = self.expand(x).chunk(2, -1)
-        y = F.silu(gate) * value
+        y = silu(gate) * value
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:

@@ -167,8 +167,13 @@ def fuse(model: Model) -> Model:
     """A copy in eval mode whose affine norms and scales are folded into the layers beside them; outputs stay the same.
 
     `model.fusion` of the copy lists, for each layer, what it went into or why it stayed. ValueError while a blend of
-    prepbn is above 0. A fused model is for inference; it can be saved and loaded, and not trained further.
+    prepbn is above 0, and for a quantized model. A fused model is for inference; it can be saved and loaded, and not
+    trained further.
     """
+    if quantized := [name for name, each in model.named_modules() if callable(getattr(each, "weight", None))]:
+        raise ValueError(
+            f"'{quantized[0]}' is quantized and cannot be folded into; fuse the model before quantizing it"
+        )
     model = copy.deepcopy(model).eval()
     report: list[Fold] = []
     for name, module in list(model.named_modules()):

@@ -129,8 +129,9 @@ class Layer(nn.Module):
         """Whether training has nothing left to change but weights, so that the layer may be folded."""
         return True
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
-        """What a stream has to remember for this layer, by slot, as it is before the first chunk."""
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
+        """What a stream has to remember for this layer, by slot, as it is before the first chunk: in the dtype and on
+        the device of `like`."""
         return {}
 
     def recall(self, context: Context, slot: str) -> Tensor:

@@ -25,7 +25,7 @@ class Modulation(Layer):
 
 
 class NoModulation(Modulation):
-    """Nothing is changed."""
+    """No modulation."""
 
     reads = frozenset()
 
@@ -37,8 +37,8 @@ class NoModulation(Modulation):
 
 
 class AdaLN(Modulation, nn.Linear):
-    """y * (1 + scale) + shift, and a gate: the three are read off silu(cond) by a linear that starts at zero, so that a
-    block starts as the identity (adaLN-Zero, Peebles and Xie 2023, arXiv:2212.09748)."""
+    """y * (1 + scale) + shift, and a gate on the branch; a linear of silu(cond), zero at the start, predicts all three,
+    so that a block starts as the identity (adaLN-Zero, Peebles and Xie 2023, arXiv:2212.09748)."""
 
     cond = "[B, 1 or N, dim]"
 

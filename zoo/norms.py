@@ -74,7 +74,7 @@ class HeadScale(Norm):
 
 class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) over each token's channels, then weight and bias per channel (Ba et al. 2016,
-    arXiv:1607.06450). affine=False leaves both away, bias=False the bias."""
+    arXiv:1607.06450). affine=False omits both, bias=False omits the bias."""
 
     def __init__(
         self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, bias: bool = True, eps: float = 1e-6
@@ -89,7 +89,8 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467).
+    affine=False omits the weight."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class RMSNorm(Norm):
 
 class GroupNorm(Norm):
     """(x - mean) / sqrt(variance + eps) over all real tokens of a sample and the channels of a group, then weight and
-    bias per channel (Wu and He 2018, arXiv:1803.08494)."""
+    bias per channel (Wu and He 2018, arXiv:1803.08494). The channels form `groups` groups."""
 
     reads = frozenset({"prefix", "mask"})
     mixes = True
@@ -133,7 +134,8 @@ class GroupNorm(Norm):
 
 
 class DyT(Norm):
-    """weight * tanh(alpha * x) + bias, alpha one scalar: no statistics at all (Zhu et al. 2025, arXiv:2503.10622)."""
+    """weight * tanh(alpha * x) + bias with one scalar alpha, without any statistics (Zhu et al. 2025,
+    arXiv:2503.10622)."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, alpha: float = 0.5) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ class BatchNorm(Norm):
 
 
 class RepBN(BatchNorm):
-    """BatchNorm(x) + alpha * x, alpha one scalar, all one affine map at inference (SLAB, Guo et al. 2024,
+    """BatchNorm(x) + alpha * x with one scalar alpha, a single affine map at inference (SLAB, Guo et al. 2024,
     arXiv:2405.11582)."""
 
     def __init__(
@@ -266,9 +268,9 @@ class RepBN(BatchNorm):
 class PRepBN(RepBN):
     """blend * LayerNorm(x) + (1 - blend) * RepBN(x); training moves the blend from 1 to 0 (SLAB, arXiv:2405.11582).
 
-    The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on, both as shares
-    of the whole; `zoo.advance` sets it. It never rises again, so a finished model stays finished in further training.
-    Inference computes the same blend. Batch statistics are kept from the first step.
+    The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on; both are shares
+    of the training, and `zoo.advance` sets the blend. It never rises again, so a model stays finished when it is
+    trained further. Inference computes the same blend. Batch statistics are tracked from the first step.
     """
 
     blend: Tensor

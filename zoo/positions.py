@@ -69,13 +69,13 @@ def _product(make: Callable[..., Tensor], grid: tuple[int, ...], *rest: Any) -> 
 
 
 class NoPosition(Position):
-    """Tokens are a set."""
+    """No position encoding."""
 
     streams = True
 
 
 class SinCos(Position):
-    """Fixed sines and cosines of each axis are added (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do)."""
+    """Adds fixed sines and cosines of each axis (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do)."""
 
     def __init__(self, dim: int, head_dim: int, place: Place) -> None:
         super().__init__(dim, head_dim, place)
@@ -88,10 +88,10 @@ class SinCos(Position):
 
 
 class Learned(Position):
-    """A learned table, one row a token, prefix included; on another grid it is resized, in two dimensions bicubically
-    (Dosovitskiy et al. 2021, arXiv:2010.11929).
+    """Adds a learned table with a row for each token, prefix included; for another grid the table is resized, on images
+    bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-    Under a mask the table is resized to each sample's own extent, so padding changes nothing.
+    With a mask the table is resized to the size of each sample, so padding changes nothing.
     """
 
     reads = frozenset({"prefix", "mask"})
@@ -134,8 +134,9 @@ class Learned(Position):
 
 
 class Rotary(Position):
-    """Queries and keys are turned by angles that grow with their place (RoPE, Su et al. 2021, arXiv:2104.09864); on two
-    axes each axis turns half of the pairs. Prefix tokens are not turned."""
+    """Rotates queries and keys by angles that grow with the position (RoPE, Su et al. 2021, arXiv:2104.09864); on
+    images each axis has half of the channels. Prefix tokens are not rotated. Of n pairs, pair k is rotated by
+    position / base^(k / n)."""
 
     writes = frozenset({"rotary"})
     streams = True
@@ -162,7 +163,8 @@ class Rotary(Position):
 
 
 class Conditional(Position):
-    """x + depthwise convolution of x on the grid, zero outside it (CPE, Chu et al. 2021, arXiv:2102.10882)."""
+    """x + a depthwise convolution of x on the grid, with zero padding (CPE, Chu et al. 2021, arXiv:2102.10882).
+    The convolution is `kernel` tokens wide."""
 
     reads = frozenset({"prefix", "mask"})
     mixes = True

@@ -3,33 +3,38 @@
 import ast
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
+
+from zoo.text import unknown
+
+# The largest value of an option that is an integer; 1,000,000 for others.
+LARGEST = {"kernel": 1_000, "layers": 100, "levels": 100, "size": 1_000}
 
 
 @lru_cache(maxsize=4096)
 def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Splits "pool(size=5)" into ("pool", (("size", 5),)). Options are literals; nothing is ever evaluated."""
-    hint = "write a name, or a name with options as in 'pool(size=5)'"
+    form = "write a name, or a name with options as in 'pool(size=5)'"
     if len(spec) > 500:
-        raise ValueError(f"cannot read {spec[:40]!r}..., which has {len(spec)} characters; {hint}")
+        raise ValueError(f"cannot read {spec[:40]!r}..., which has {len(spec)} characters; {form}")
     try:
         node = ast.parse(spec.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ValueError(f"cannot read {spec!r}; {hint}") from None
+        raise ValueError(f"cannot read {spec!r}; {form}") from None
     if isinstance(node, ast.Name):
         return node.id, ()
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise ValueError(f"cannot read {spec!r}; {hint}")
+        raise ValueError(f"cannot read {spec!r}; {form}")
     options = []
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in dict(options):
-            raise ValueError(f"cannot read {spec!r}; each option is written once, by its name")
+            raise ValueError(f"cannot read {spec!r}; write each option once, by its name")
         try:
             options.append((keyword.arg, ast.literal_eval(keyword.value)))
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"cannot read {spec!r}; {hint}; a word is written in quotes") from None
+            raise ValueError(f"cannot read {spec!r}; {form}; write words in quotes") from None
     return node.func.id, tuple(options)
 
 
@@ -40,15 +45,16 @@ def options_of(row: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
-    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong."""
+def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = None) -> dict[str, Any]:
+    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong,
+    which names what is `offered`, by default the whole table."""
     name, given = parse(spec)
     if name not in table:
-        raise ValueError(f"there is no '{name}'; choose from: {', '.join(sorted(table))}")
+        raise ValueError(unknown("name", name, table if offered is None else offered))
     allowed = options_of(table[name])
     for option, value in given:
         if option not in allowed:
-            raise ValueError(f"'{name}' has no option '{option}'; it has: {', '.join(allowed) or 'none'}")
+            raise ValueError(unknown(f"option of {name}", option, allowed))
         default = allowed[option]
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and (
@@ -56,9 +62,11 @@ def check(table: Mapping[str, type], spec: str) -> dict[str, Any]:
         ):
             raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
         if isinstance(default, int | float) and not isinstance(default, bool):
-            least = 1 if isinstance(default, int) and default > 0 else 0
+            least, most = 1 if isinstance(default, int) and default > 0 else 0, LARGEST.get(option, 1_000_000)
             if not least <= value < math.inf:
-                raise ValueError(f"option {option} of '{name}' is at least {least} and finite, not {value!r}")
+                raise ValueError(f"option {option} of '{name}' must be at least {least} and finite, not {value!r}")
+            if value > most and isinstance(default, int):
+                raise ValueError(f"option {option} of '{name}' must be at most {most:,}, not {str(value)[:40]}")
     return allowed | {option: float(value) if isinstance(allowed[option], float) else value for option, value in given}
 
 

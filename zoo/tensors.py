@@ -1,5 +1,7 @@
 """Functions of tensors that every part uses: masks, tokens and maps, filters along the grid."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +21,51 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
+def like(module: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device in which a module computes: its first one in floating point.
+
+    Quantization replaces the weights of linears, so no single layer's weight tells.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
+
+
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [B, N, ...] with zeros where the mask [B, N] is False."""
     return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
+
+
+def shortfall(size: int, divisor: int) -> int:
+    """What is missing from a size to the next multiple of divisor, -size % divisor.
+
+    torch.compile reduces this form of it to one division, (size - 1) // product, however many are taken in turn; nested
+    remainders kept it busy for more than 20 minutes.
+    """
+    return ((size - 1) // divisor + 1) * divisor - size
+
+
+def overwritable() -> bool:
+    """Whether a layer may write over tensors that it has made itself, since no gradient needs them."""
+    return not torch.is_grad_enabled() and not compiling()
+
+
+# Activations of a tensor that the caller gives up. In place they save fresh memory of the size of a hidden layer, which
+# on the CPU may cost more than the activation itself.
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """F.gelu, in place where `overwritable`."""
+    return torch.ops.aten.gelu_(x, approximate=approximate) if overwritable() else F.gelu(x, approximate=approximate)
+
+
+def relu(x: Tensor) -> Tensor:
+    """F.relu, in place where `overwritable`."""
+    return F.relu(x, inplace=overwritable())
+
+
+def silu(x: Tensor) -> Tensor:
+    """F.silu, in place where `overwritable`."""
+    return F.silu(x, inplace=overwritable())
 
 
 def to_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -41,7 +85,8 @@ def filtered(
     """A depthwise convolution along the grid of tokens [B, product(grid), C], zeros outside: [B, N', C]. weight is that
     of a Conv1d or a Conv2d."""
     if len(grid) == 2:
-        return to_tokens(F.conv2d(to_map(tokens, grid), weight, bias, stride, padding, groups=len(weight)))
+        maps = to_map(tokens.contiguous(), grid)  # on the CPU, part of wider tokens takes twice as long
+        return to_tokens(F.conv2d(maps, weight, bias, stride, padding, groups=len(weight)))
     if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
         return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
     # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
@@ -55,5 +100,5 @@ def exporting() -> bool:
 
 
 def compiling() -> bool:
-    """Whether the call is being traced by the compiler or the exporter."""
-    return torch.compiler.is_compiling()
+    """Whether the call is being traced, by the compiler, the exporter or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -1,11 +1,50 @@
-"""Messages in one line."""
+"""Messages in one line, and JSON."""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 
 def one_line(value: object, most: int = 300) -> str:
-    """What an error or any other value says, in one line of at most `most` characters."""
-    return " ".join((str(value) or type(value).__name__).split())[:most]
+    """What an error or any other value says, in one printable line of at most `most` characters."""
+    return plain(" ".join((str(value) or type(value).__name__).split())[:most])
+
+
+def plain(text: str) -> str:
+    """Escapes what is not printable: names may hold line breaks or a terminal's commands."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def reason(error: object) -> str:
     """Why something failed, in one line: of an operating system's error the reason alone, without the path."""
     return one_line(getattr(error, "strerror", None) or error)
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError where it is none, or has a key twice."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"key {key!r} appears twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=mapping)
+
+
+def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """At most three of the allowed names that look like this one, the nearest first."""
+    return difflib.get_close_matches(name, [*allowed], n=3, cutoff=cutoff)
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
+    """That a name is unknown, which are near, and which are allowed, where these are few or none is near."""
+    allowed = [*allowed]
+    found = near(name, allowed)
+    hints = [f"did you mean {' or '.join(found)}?"] if found else []
+    if not found or len(allowed) <= 20:
+        hints.append(f"choose from: {', '.join(allowed) or 'none'}")
+    return f"unknown {what} '{name}'; {' '.join(hints)}"

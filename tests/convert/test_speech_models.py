@@ -170,7 +170,7 @@ def test_shards_and_half_precision(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["x"] = "../x.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="is no file of this folder"):
+    with pytest.raises(ValueError, match="is not a file of this folder"):
         from_transformers(tmp_path)
 
 
@@ -237,22 +237,22 @@ def refused(path, words: str, convert, *more) -> None:
 
 CHANGES = {
     "hidden_act": ("gelu", "encoder_config.hidden_act: the zoo takes 'silu' or 'swish', not 'gelu'"),
-    "hidden_size": ("wide", "encoder_config.hidden_size: it takes a value of kind int"),
+    "hidden_size": ("wide", "encoder_config.hidden_size: it must be an integer, not 'wide'"),
     "num_attention_heads": (8, "encoder_config.num_key_value_heads: the zoo takes 8, not 4"),
-    "num_hidden_layers": (3, "'encoder.layers.2.feed_forward1.linear1.weight' is missing"),
+    "num_hidden_layers": (3, "the config asks for 3 blocks, and the tensors are those of 2"),
     "num_key_value_heads": (2, "num_key_value_heads: the zoo takes 4, not 2"),
     "conv_kernel_size": (8, "takes an odd kernel"),
     "subsampling_factor": (16, "subsampling_factor: the zoo takes 8 or 4, not 16"),
     "subsampling_conv_kernel_size": (5, "subsampling_conv_kernel_size: the zoo takes 3"),
     "subsampling_conv_stride": (4, "subsampling_conv_stride: the zoo takes 2"),
     "num_mel_bins": (24, r"'encoder.subsampling.linear.weight' is \[32, 16\]; this model takes \[32, 24\]"),
-    "scale_input": ("yes", "scale_input: it takes a value of kind bool"),
+    "scale_input": ("yes", "scale_input: it must be true or false, not 'yes'"),
     "conv_norm_type": ("layer_norm", "conv_norm_type: the zoo does not know this key"),
     "attention_bias": (False, "'encoder.layers.0.feed_forward1.linear1.bias' has no place"),
     "convolution_bias": (False, "bias' has no place"),
-    "intermediate_size": (0, "intermediate_size: it is at least 1"),
-    "pad_token_id": (12, "pad_token_id: the blank lies in 0..11, not at 12"),
-    "pad_token_id ": (None, "pad_token_id: the blank lies in 0..11, not at None"),
+    "intermediate_size": (0, "intermediate_size: it must be from 1 to 1,000,000, not 0"),
+    "pad_token_id": (12, "pad_token_id: it must be in 0..11, not 12"),
+    "pad_token_id ": (None, "pad_token_id: it must be in 0..11, not None"),
     "chunks": (2, r"config.json: chunks: the zoo does not know this key \(its value is 2\)"),
     "vocab_size": (13, r"'ctc_head.weight' is \[12, 32, 1\]; this model takes \[13, 32\]"),
     "model_type": ("parakeet_tdt", "model_type: the zoo takes 'parakeet_ctc' or 'parakeet_encoder'"),
@@ -285,16 +285,16 @@ def test_a_field_that_cannot_be_honoured_is_refused(tmp_path, folder, field):
 
 
 def test_broken_folders_are_refused(tmp_path, folder):
-    refused(tmp_path / "none", "is no folder that holds config.json", from_transformers)
+    refused(tmp_path / "none", "is not a folder with config.json", from_transformers)
     refused(tmp_path, "config.json cannot be read as JSON: No such file", from_transformers)
     twin(folder, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra": torch.ones(2)}, tmp_path / "model.safetensors")
     refused(tmp_path, "the tensor 'extra' has no place", from_transformers)
     save_file(tensors | {"ctc_head.bias": torch.ones(12, dtype=torch.int64)}, tmp_path / "model.safetensors")
-    refused(tmp_path, "'ctc_head.bias' is no tensor of floating-point numbers", from_transformers)
+    refused(tmp_path, "'ctc_head.bias' must be a floating-point tensor", from_transformers)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    refused(tmp_path, "is no whole safetensors file", from_transformers)
+    refused(tmp_path, "is not a complete safetensors file", from_transformers)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     refused(tmp_path, "only safetensors are read, never a pickle", from_transformers)
     unread = "config.json cannot be read as JSON"
@@ -663,8 +663,8 @@ def test_plain_tensors_with_a_config(tmp_path):
     assert not given & {value.untyped_storage().data_ptr() for value in wanted.values()}
     refused(tensors, "a state dict does not tell all", from_nemo)
     sparse = tensors | {"encoder.pre_encode.conv.0.bias": torch.ones(24).to_sparse()}
-    refused(sparse, "'encoder.pre_encode.conv.0.bias' is no tensor of floating-point", from_nemo, network.config)
-    refused(tmp_path / "none", "is no whole safetensors file", from_nemo, network.config)
+    refused(sparse, "'encoder.pre_encode.conv.0.bias' must be a floating-point tensor", from_nemo, network.config)
+    refused(tmp_path / "none", "is not a complete safetensors file", from_nemo, network.config)
     refused(tensors, "cannot be read: No such file", from_nemo, tmp_path / "none.yaml")
 
 
@@ -701,26 +701,26 @@ UNSAID = {
     "encoder.conv_context_size": ("causal", "conv_context_size: the zoo takes 'causal' with chunks"),
     "encoder.att_context_size": ([4, 4], "att_context_size: .* needs att_context_style 'chunked_limited'"),
     "encoder.att_context_style": ("dreamt", "att_context_style: the zoo takes 'regular' or 'chunked_limited'"),
-    "encoder.feat_out": (100, "encoder.feat_out: the zoo takes -1 or None or 24, not 100"),
-    "encoder.feat_in": ("${model.preprocessor.features}", "encoder.feat_in: it takes a value of kind int"),
-    "encoder.reduction_factor": (2, "encoder.reduction: the zoo takes None, not 'pooling'"),
-    "encoder.global_tokens": (1, "encoder.global_tokens: the zoo takes 0, not 1"),
+    "encoder.feat_out": (100, "encoder.feat_out: the zoo takes -1 or null or 24, not 100"),
+    "encoder.feat_in": ("${model.preprocessor.features}", "encoder.feat_in: it must be an integer, not '"),
+    "encoder.reduction_factor": (2, "encoder.reduction: the zoo takes null, not 'pooling'"),
+    "encoder.global_tokens": (1, "encoder.global_tokens: models with global tokens are not supported"),
     "encoder.n_heads": (5, "5 heads do not divide dim 24"),
-    "encoder.d_model": (None, "encoder.d_model: it is missing"),
-    "encoder.n_layers": (True, "encoder.n_layers: it takes a value of kind int, not True"),
+    "encoder.d_model": (None, "encoder.d_model: it must be an integer, not null"),
+    "encoder.n_layers": (True, "encoder.n_layers: it must be an integer, not true"),
     "encoder.conv_kernel_size": (6, "takes an odd kernel"),
     "encoder.causal_downsampling": (True, r"'encoder.pre_encode.out.weight' is \[24, 96\]; .* \[24, 120\]"),
     "encoder.gates": (2, r"encoder.gates: the zoo does not know this key \(its value is 2\)"),
     "encoder._target_": ("nemo.ConvASREncoder", "_target_: the zoo takes ConformerEncoder or SqueezeformerEncoder"),
     "decoder._target_": ("nemo.RNNTDecoder", "decoder._target_: the zoo takes ConvASRDecoder, not RNNTDecoder"),
     "decoder.num_classes": (-1, "decoder.num_classes: neither it nor the vocabulary"),
-    "decoder.add_blank": (False, "decoder.add_blank: the zoo takes True"),
+    "decoder.add_blank": (False, "decoder.add_blank: the zoo takes true"),
     "preprocessor.normalize": ("all_features", "preprocessor.normalize: the zoo takes 'per_feature'"),
     "preprocessor.features": (20, "the features have 20 mel bands, and the model takes 16"),
     "preprocessor.window": ("hamming", "preprocessor.window: the zoo takes 'hann'"),
     "preprocessor.window_size": (0.05, "preprocessor: .* window at most fft"),
     "preprocessor.new": (1, "preprocessor.new: the zoo does not know this key"),
-    "preprocessor.log_zero_guard_value": ("eps", "log_zero_guard_value: the zoo takes a number"),
+    "preprocessor.log_zero_guard_value": ("eps", "log_zero_guard_value: it must be a number"),
 }
 
 
@@ -738,11 +738,14 @@ def test_a_key_that_cannot_be_honoured_is_refused(key):
 
 
 MISFITS = {
-    "causal_downsampling": (False, "encoder.causal_downsampling: the zoo takes chunks with True alone"),
+    "causal_downsampling": (
+        False,
+        "encoder.causal_downsampling: the zoo takes models with chunks only where this is true",
+    ),
     "conv_context_size": (None, "encoder.conv_context_size: the zoo takes 'causal' with chunks"),
-    "att_context_size": ([-1, 2], "chunks of limited context alone"),
-    "att_context_size ": ([7, 2], "chunk is at least 1 and divides left"),
-    "att_context_size  ": ("all", "att_context_size: it takes two whole numbers"),
+    "att_context_size": ([-1, 2], "only chunks with a limited context"),
+    "att_context_size ": ([7, 2], "chunk must be at least 1 and divide left"),
+    "att_context_size  ": ("all", "att_context_size: it must be two integers"),
     "self_attention_model": ("rel_pos_local_attn", "local attention takes as much on either side"),
     "conv_context_size ": ([1, 5], "the zoo takes 'causal' or null"),
 }
@@ -757,7 +760,7 @@ def test_chunks_that_do_not_fit_are_refused(key):
 
 def test_a_recovery_elsewhere_is_refused():
     network = Nemo(squeeze=True, time_recovery_idx=2)
-    refused(network.tensors, "time_recovery_idx: the zoo takes None or 3, not 2", from_nemo, network.config)
+    refused(network.tensors, "time_recovery_idx: the zoo takes null or 3, not 2", from_nemo, network.config)
     network = Nemo(squeeze=True, time_reduce_idx=3)
     refused(network.tensors, "the rate is halved before block 3", from_nemo, network.config)
 
@@ -778,7 +781,7 @@ def test_no_code_of_an_archive_is_run(tmp_path):
     pickles += [stored.getvalue(), pickle.dumps(Evil(trap), protocol=0)]
     for content in pickles:
         network.archive(path, model_weights__ckpt=content)
-        refused(path, "model_weights.ckpt is no whole file of plain tensors", from_nemo)
+        refused(path, "model_weights.ckpt is not a whole file of plain tensors", from_nemo)
     text = f"encoder: !!python/object/apply:os.mkdir ['{trap}']".encode()
     network.archive(path, model_config__yaml=text)
     refused(path, "model_config.yaml cannot be read as YAML", from_nemo)
@@ -794,7 +797,7 @@ def test_members_outside_the_archive_are_refused(tmp_path, name):
         if name == "link":
             entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
         file.addfile(entry)
-    refused(path, "is no plain file inside it", from_nemo)
+    refused(path, "is not a plain file", from_nemo)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.nemo"]
 
 
@@ -806,27 +809,27 @@ def test_broken_archives_are_refused(tmp_path):
         whole = network.archive(path, mode).read_bytes()
         for share in (0.0, 0.01, 0.5, 0.9):
             path.write_bytes(whole[: int(share * len(whole))])
-            refused(path, "cannot be read as a .nemo archive|is no NeMo model", from_nemo)
+            refused(path, "cannot be read as a .nemo archive|is not a NeMo model", from_nemo)
     pack(path, {"model_config.yaml": b"a: 1"})
     refused(path, "it has no model_weights.ckpt", from_nemo)
     for text, words in {
         b"encoder: [": "cannot be read as YAML",
         b"\xff\xfe\x00": "cannot be read as YAML",
         b"[" * 5000: "cannot be read as YAML",
-        b"- 1": "is no config of a model",
+        b"- 1": "is not the config of a model",
         b"a: 1": "has no section 'encoder'",
     }.items():
         network.archive(path, model_config__yaml=text)
         refused(path, words, from_nemo)
     for content, words in {
-        b"": "is no whole file of plain tensors",
-        pickle.dumps([1, 2]): "is no whole file|holds no tensors by name",
+        b"": "is not a whole file of plain tensors",
+        pickle.dumps([1, 2]): "is not a whole file|holds no tensors by name",
     }.items():
         network.archive(path, model_weights__ckpt=content)
         refused(path, words, from_nemo)
     for tensors, words in (
         ({}, "holds no tensors by name"),
-        ({"a": 1}, "holds 'a', which is no tensor"),
+        ({"a": 1}, "holds 'a', which is not a tensor"),
         (network.tensors | {"a": torch.ones(1)}, "the tensor 'a' has no place"),
         (network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(13)}, r"is \[13\]; this model takes \[12\]"),
         (network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(())}, r"is \[\]; this model takes \[12\]"),
@@ -838,4 +841,4 @@ def test_broken_archives_are_refused(tmp_path):
     stored = io.BytesIO()
     torch.save(network.tensors, stored)
     network.archive(path, model_weights__ckpt=stored.getvalue()[:-200])
-    refused(path, "is no whole file of plain tensors", from_nemo)
+    refused(path, "is not a whole file of plain tensors", from_nemo)

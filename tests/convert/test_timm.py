@@ -298,7 +298,7 @@ REFUSED_STATES = {
     "'token' for a distilled model": (lambda: without(distilled=True), HEADS | {"pool": "avg"}),
     "needs a class token": (lambda: build(**NO_DIMS).state_dict(), HEADS | {"pool": "token"}),
     "norm is 'layernorm' or 'rmsnorm'": (lambda: without(), HEADS | {"norm": "batchnorm"}),
-    "no option 'epsilon'": (lambda: without(), HEADS | {"norm": "layernorm(epsilon=1.0)"}),
+    "unknown option of layernorm 'epsilon'": (lambda: without(), HEADS | {"norm": "layernorm(epsilon=1.0)"}),
     "no activation 'mish'": (lambda: without(), HEADS | {"activation": "mish"}),
     "several meanings": (lambda: build(norm_layer=RmsNorm).state_dict(), HEADS),
     "'blocks.0.norm1.bias' has no counterpart": (lambda: without(), HEADS | {"norm": "rmsnorm"}),
@@ -345,3 +345,18 @@ def test_state_dicts_without_counterpart_are_refused(message):
 def test_importing_the_converter_leaves_timm_alone():
     code = "import sys, zoo, zoo.convert; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", ["3", "900", "9" * 9])
+def test_blocks_that_are_not_there_are_not_built(number):
+    """A name may claim any number of blocks."""
+    state = build().state_dict() | {f"blocks.{number}.norm1.weight": torch.zeros(32)}
+    with pytest.raises(ValueError, match=f"'blocks.2' has no tensors, and 'blocks.{number}' has some"):
+        from_timm(state, heads=4)
+
+
+def test_a_block_of_an_endless_number_has_no_counterpart():
+    state = build().state_dict() | {f"blocks.{'9' * 5000}.norm1.weight": torch.zeros(32)}
+    with pytest.raises(ValueError, match="has no counterpart") as caught:
+        from_timm(state, heads=4)
+    assert len(str(caught.value)) < 1000

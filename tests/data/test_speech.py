@@ -140,7 +140,7 @@ def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
         train = data.source("train")
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
-        f"{root / 'train-clean-100'}: left out are 1 utterances without a transcript (such as "
+        f"{root / 'train-clean-100'}: omitted 1 utterances without a transcript (such as "
         f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 utterances without a sound file (such as 2-7-0005), "
         "1 utterances with an empty transcript (such as 2-7-0000)"
     )
@@ -155,16 +155,16 @@ def test_malformed_lines_of_transcripts_are_left_out(root: Path):
     with pytest.warns(UserWarning) as caught:
         found = texts(libri(root).source("train"))
     (message,) = [str(warning.message) for warning in caught]
-    first = f"{path}, line 3: it does not begin with an utterance's name and a space"
-    assert f"3 lines that cannot be understood (such as {first}), 2 utterances without a transcript" in message
+    first = f"{path}, line 3: it must begin with an utterance's name and a space"
+    assert f"3 malformed lines (such as {first}), 2 utterances without a transcript" in message
     assert found[:2] == ["A", "E"]
 
     path.write_text("1-7-0000\tA\n")
-    why = "has no transcribed utterances; .*line 1: it does not begin with"
+    why = "has no transcribed utterances; .*line 1: it must begin with"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=why):
         libri(root, train=["train-clean-100/1"]).setup("fit")
     path.write_bytes(b"1-7-0000 A\n1-7-0001 \xff\n")
-    with pytest.raises(ValueError, match=f"^{path}, line 2: it is not in UTF-8$"):
+    with pytest.raises(ValueError, match=f"^{path}, line 2: not UTF-8$"):
         libri(root).setup("fit")
 
 
@@ -199,7 +199,7 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         assert texts(data.source("train")) == ["A"]
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
-        f"{tmp_path / 'list.json'}: left out are 1 utterances without a transcript (such as a.wav), "
+        f"{tmp_path / 'list.json'}: omitted 1 utterances without a transcript (such as a.wav), "
         f"1 utterances without a sound file (such as {tmp_path / 'gone.wav'}), "
         f"2 utterances with an empty transcript (such as a.wav)"
     )
@@ -210,27 +210,28 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "A"', r"no JSON \(Expecting ',' delimiter\)"),
-        ("[1]", "it is no JSON object but list"),
-        ({"text": "A"}, "audio_filepath must be a path, not None"),
-        ({"audio_filepath": "a.wav", "text": 3}, "text must be a string, not 3"),
-        ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be above 0, not 0"),
-        ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, not '1'"),
-        ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, not nan"),
-        ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be of at least 0, not -1"),
+        ('{"audio_filepath": "a.wav", "text": "A", "text": "B"}', "key 'text' appears twice"),
+        ('{"text": "A"', r"not JSON \(Expecting ',' delimiter\)"),
+        ("[1]", "must be a JSON object, got list"),
+        ({"text": "A"}, "audio_filepath must be a path, got None"),
+        ({"audio_filepath": "a.wav", "text": 3}, "text must be a string, got 3"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be above 0, got 0"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, got '1'"),
+        ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, got nan"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be at least 0, got -1"),
         (
             '{"audio_filepath": "a.wav", "text": "A", "duration": 1' + "0" * 400 + "}",
             "int too large to convert to float",
         ),
         ("[" * 100_000, "maximum recursion depth exceeded.*"),
-        ({"audio_filepath": "a.wav", "text": "A", "offset": 1}, "offset needs duration beside it"),
+        ({"audio_filepath": "a.wav", "text": "A", "offset": 1}, "offset needs a duration"),
     ],
     ids=str,
 )
 def test_malformed_lines_of_manifests_are_left_out(tmp_path: Path, line: Any, message: str):
     write(tmp_path / "a.wav", 0.5)
     data = listed(tmp_path, [{"audio_filepath": "a.wav", "text": "A"}, "", line])
-    match = rf"list.json: left out are 1 lines that cannot be understood \(such as .*list.json, line 3: {message}\)$"
+    match = rf"list.json: omitted 1 malformed lines \(such as .*list.json, line 3: {message}\)$"
     with pytest.warns(UserWarning, match=match):
         assert texts(data.source("train")) == ["A"]
     alone = listed(tmp_path, [line])
@@ -242,7 +243,7 @@ def test_malformed_lines_of_manifests_are_left_out(tmp_path: Path, line: Any, me
 
 
 def test_missing_and_empty_manifests(tmp_path: Path):
-    with pytest.raises(ValueError, match="gone.json is not a file; a manifest has one JSON object a line"):
+    with pytest.raises(ValueError, match="gone.json is not a file; a manifest has one JSON object per line"):
         listed(tmp_path, [], train=["gone.json"]).setup("fit")
     with pytest.raises(ValueError, match="list.json lists no transcribed utterances"):
         listed(tmp_path, []).setup("fit")
@@ -577,7 +578,7 @@ def test_recipes_and_mels():
         ({"train": ["x"]}, "'synthetic' takes neither root nor train"),
         ({"dataset": "librispeech"}, "'librispeech' needs root, a folder"),
         ({"recipe": "kaldi"}, "unknown recipe 'kaldi'; allowed: nemo, squeezeformer, streaming"),
-        ({"mels": 0}, "mels must be a whole number above 0"),
+        ({"mels": 0}, "mels must be an integer from 1 to 1024"),
         (
             {"tokenizer": "letters"},
             "tokenizer must be pieces, words, characters or the path of a .model file, not 'letters'",

@@ -1,18 +1,26 @@
 import json
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 
+from zoo.inputs import images
 from zoo.inputs.images import (
+    EXTENSIONS,
+    FORMATS,
     INTERPOLATIONS,
     ImagePreprocess,
     UnreadableImage,
+    _centre,
     convert_image,
     default_statistics,
     read_image,
@@ -47,6 +55,42 @@ def test_resize_crop_and_normalisation(interpolation: str):
     np.testing.assert_allclose(result.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (61, 47), (224, 224), (255, 300), (33, 260), (256, 301)])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_equals_timm(shape: tuple[int, int], interpolation: str):
+    """Bit for bit, at sizes of every parity."""
+    source = picture(*shape)
+    for size, crop in ((16, 0.875), (17, 0.9), (224, 0.95), (31, 1.0)):
+        prepare = ImagePreprocess(size=size, crop=crop, interpolation=interpolation)
+        options: dict[str, Any] = {"crop_pct": crop, "interpolation": interpolation}
+        wanted: Any = create_transform(size, mean=prepare.mean, std=prepare.std, **options)
+        assert torch.equal(prepare(source), wanted(source))
+
+
+@pytest.mark.parametrize("shape", [(10, 200), (201, 11), (10, 81), (1, 300), (300, 1), (1, 301)])
+def test_narrow_images_are_cut_before_they_are_resized(shape: tuple[int, int]):
+    source = Image.fromarray(np.linspace(0, 255, max(shape)).astype(np.uint8)[:, None].repeat(min(shape), 1))
+    source = source if shape[0] > shape[1] else source.transpose(Image.Transpose.TRANSPOSE)
+    assert source.size == shape[::-1]
+    wanted: Any = create_transform(16, crop_pct=0.8, interpolation="bicubic")
+    prepare = ImagePreprocess(size=16, crop=0.8)
+    assert (prepare(source) - wanted(source.convert("RGB"))).abs().max() < 0.05  # 3 of 255 levels
+
+
+def test_memory_does_not_depend_on_the_shape():
+    side = _centre(Image.new("L", (60_000, 1)), 224, 256, "bicubic")
+    assert side.size == (224, 224)
+    resized = []
+    resize = Image.Image.resize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Image.Image, "resize", lambda self, size, *more: resized.append(size) or resize(self, size, *more)
+        )
+        for shape in ((60_000, 1), (1, 60_001), (2, 99), (640, 480)):
+            ImagePreprocess()(Image.new("RGB", shape))
+    assert len(resized) == 4 and all(wide * high <= 256 * 2400 for wide, high in resized)
+
+
 def test_tensor_equals_picture():
     source = picture()
     tensor = torch.from_numpy(np.array(source))
@@ -59,17 +103,55 @@ def test_tensor_equals_picture():
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("given", "words"),
     [
-        torch.zeros(8, 8, 3),
-        torch.zeros(8, 8, dtype=torch.uint8),
-        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        (torch.zeros(8, 8, 3), r"must be uint8 \[H, W\] or \[H, W, 1, 3 or 4\], got float32 \[8, 8, 3\]; scale it to"),
+        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "got bfloat16"),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            r"got uint8 \[3, 8, 8\]; move the channels last, with permute\(1, 2, 0\)",
+        ),
+        (np.zeros((1, 8, 8), np.uint8), r"move the channels last, with transpose\(1, 2, 0\)"),
+        (np.zeros((8, 8, 2), np.uint8), r"got uint8 \[8, 8, 2\]$"),
+        (np.zeros((0, 8, 3), np.uint8), r"must have pixels, got \[0, 8, 3\]"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"got uint8 \[2, 8, 8, 3\]$"),
+        (b"x.jpg", "an image must be a path, a PIL image, an array or a tensor, got bytes"),
+        ([[0]], "got list"),
+        (None, "got NoneType"),
     ],
 )
-def test_tensor_of_wrong_kind(tensor: torch.Tensor):
-    with pytest.raises(ValueError, match="must be uint8") as error:
-        PLAIN(tensor)
+def test_what_is_no_image(given: Any, words: str):
+    with pytest.raises(ValueError, match=words) as error:
+        PLAIN(given)
     one_line(error)
+
+
+def test_paths_and_arrays(tmp_path: Path):
+    source = picture()
+    source.save(tmp_path / "a.png")
+    values = np.asarray(source)
+    for given in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        values,
+        values[::-1][::-1],
+        torch.from_numpy(values.copy()),
+    ):
+        assert torch.equal(PLAIN(given), PLAIN(source))
+    for given in (values[..., 0], values[..., :1], torch.from_numpy(values[..., 0].copy())):
+        assert torch.equal(PLAIN(given), PLAIN(source.getchannel(0)))
+    with pytest.raises(UnreadableImage, match="nowhere.png: No such file"):
+        PLAIN("nowhere.png")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(kind: torch.dtype):
+    torch.set_default_dtype(kind)
+    try:
+        found = ImagePreprocess(size=17)(picture())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, ImagePreprocess(size=17)(picture()))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +161,14 @@ def test_tensor_of_wrong_kind(tensor: torch.Tensor):
         ({"channels": 1}, "mean has 3 values, but channels=1 needs 1"),
         ({"channels": 4}, "channels must be"),
         ({"channels": True}, "channels must be"),
-        ({"std": (1, 1, 0)}, "std must be above 0"),
+        ({"channels": 3.0}, r"channels must be 3 \(RGB\) or 1 \(grey\) for images, got 3.0"),
+        ({"size": 10**30}, "size must be an integer from 1 to 8192, got an integer of 100 bits"),
+        ({"size": 9000, "crop": 1.0}, "size must be"),
+        ({"crop": 1e-7}, "size / crop must be at most 8192 pixels, got size=224, crop=1e-07"),
+        ({"mean": (10**400, 0, 0)}, "mean must be a list of numbers within -1e6..1e6"),
+        ({"mean": (1e30, 0, 0)}, "mean must be a list of numbers"),
+        ({"std": (1e-30, 1, 1)}, "std must be at least 1e-6"),
+        ({"std": (1, 1, 0)}, "std must be at least 1e-6"),
         ({"std": (1, 1, float("nan"))}, "std must be a list of numbers"),
         ({"mean": "abc"}, "mean must be a list of numbers"),
         ({"size": 0}, "size must be"),
@@ -223,6 +312,78 @@ def test_exif_orientation(tmp_path: Path, suffix: str):
     assert (pixels(read_image(tmp_path / f"p.{suffix}")) == pixels(turned)).all()
 
 
+def chunk(kind: bytes, body: bytes, checksum: bool = True) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ (not checksum))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
+        chunk(b"tEXt", b"a\0b", checksum=False),
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22))),
+        chunk(b"iCCP", b"x"),
+        chunk(b"gAMA", b""),
+        chunk(b"sRGB", b""),
+        chunk(b"pHYs", b"1"),
+        chunk(b"acTL", b"12"),
+        chunk(b"tRNS", b"1", checksum=False),
+    ],
+    ids=lambda broken: broken[4:8].decode(),
+)
+def test_png_with_a_broken_chunk_beside_its_pixels(broken: bytes, tmp_path: Path):
+    picture().save(tmp_path / "p.png")
+    content = (tmp_path / "p.png").read_bytes()
+    (tmp_path / "p.png").write_bytes(content[:33] + broken + content[33:])
+    assert (pixels(read_image(tmp_path / "p.png")) == pixels(picture())).all()
+    (tmp_path / "p.png").write_bytes(content[:33] + broken + content[33:-200])
+    with pytest.raises(UnreadableImage):
+        read_image(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_broken_exif(suffix: str, tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    broken = b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03"  # it ends within the orientation
+    picture().save(tmp_path / f"p.{suffix}", exif=broken if suffix == "webp" else b"Exif\0\0" + broken)
+    assert read_image(tmp_path / f"p.{suffix}").size == (30, 20) and not recwarn.list
+
+
+def test_extensions_are_those_of_the_formats(tmp_path: Path):
+    Image.init()
+    for name, kind in Image.registered_extensions().items():
+        read = kind in FORMATS or kind == "MPO"  # MPO files are JPEGs with more behind
+        assert (name in EXTENSIONS) == (read and name != ".pfm"), name  # floats of no known range
+    for extension in (".gif", ".avif", ".jp2", ".jfif", ".jpe", ".mpo", ".apng"):
+        if Image.registered_extensions()[extension] in Image.SAVE:
+            picture().save(tmp_path / f"a{extension}")
+            assert read_image(tmp_path / f"a{extension}").size == (30, 20)
+
+
+def test_large_images_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch):
+    values = np.random.default_rng(0).integers(0, 65536, (50, 31), dtype=np.uint16)
+    sources = [Image.fromarray(values), Image.fromarray(values.astype(np.int32)), picture().convert("RGBA")]
+    sources[2].putalpha(picture().getchannel(1))
+    sources.append(picture().convert("P"))
+    sources[3].info["transparency"] = 7
+    whole = [pixels(convert_image(source, channels)) for source in sources for channels in (1, 3)]
+    monkeypatch.setattr(images, "STRIP", 100)
+    for source, wanted in zip((source for source in sources for _ in range(2)), whole, strict=True):
+        assert (pixels(convert_image(source, 1 if wanted.ndim == 2 else 3)) == wanted).all()
+
+
+@pytest.mark.slow
+def test_a_large_grey_image_of_16_bits_takes_little_memory(tmp_path: Path):
+    Image.fromarray(np.zeros((13_300, 13_300), np.uint16)).save(tmp_path / "p.png")
+    code = f"""
+import resource
+from zoo.inputs.images import read_image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_image({str(tmp_path / "p.png")!r}, 1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 1000
+
+
 def test_first_picture_of_an_animation(tmp_path: Path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "p.webp", save_all=True, append_images=frames[1:], lossless=True)
@@ -244,7 +405,7 @@ def test_truncated(tmp_path: Path, suffix: str):
 def test_no_picture(tmp_path: Path):
     contents = {
         "empty.jpg": (b"", "the file is empty"),
-        "text.png": (b"not a picture\nat all", "not a picture"),
+        "text.png": (b"no image\nat all", "not an image"),
         "header.png": (b"\x89PNG\r\n\x1a\n" + bytes(40), ""),
     }
     for name, (content, reason) in contents.items():
@@ -262,6 +423,7 @@ def test_reason_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("two\nlines")
 
+    picture().save(tmp_path / "p.png")
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UnreadableImage, match=r"p\.png: two lines$"):
         read_image(tmp_path / "p.png")
@@ -270,7 +432,7 @@ def test_reason_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_postscript_is_not_run(tmp_path: Path):
     picture().save(tmp_path / "p.eps")
     (tmp_path / "p.eps").rename(tmp_path / "p.jpg")
-    with pytest.raises(UnreadableImage, match=r"not a picture \(JPEG, PNG"):
+    with pytest.raises(UnreadableImage, match=r"not an image \(JPEG, PNG"):
         read_image(tmp_path / "p.jpg")
 
 

@@ -1,6 +1,7 @@
 """Every form of deformable aggregation on the CPU against the fp64 oracle; tests/test_parity.py has other libraries."""
 
 import itertools
+import math
 import sys
 import warnings
 
@@ -51,6 +52,9 @@ CASES = [
     case((7, 6), kernel=(1, 3), padding=2),
     case((9, 8), kernel=2, stride=2, padding=0),
     case((15,), kernel=4, stride=2, dilation=2, padding=3),
+    case((15,), kernel=4, dilation=2, padding=3, scale=2.0),
+    case((9, 8), kernel=(2, 4), dilation=3, scale=0.5),
+    case((9, 8), kernel=(4, 2), dilation=3, padding=4, scale=2.0, stride=2),
 ]
 
 
@@ -73,7 +77,7 @@ def places_of(offsets, kernel, stride=1, dilation=1, padding="same", scale=1.0):
     """The formula, place by place: p * stride + scale * (tap + offset), [B, P, G, K, axes]."""
     *out, _, _, axes = offsets.shape[1:]
     kernel = sizes_of(kernel, axes)
-    half = [dilation * ((taps - 1) // 2) for taps in kernel]
+    half = [dilation * (taps - 1) // 2 for taps in kernel]
     taps = [
         [dilation * tap - half[axis] for axis, tap in enumerate(each)]
         for each in itertools.product(*map(range, kernel))
@@ -104,6 +108,37 @@ def plainly(form, value, offsets, weights, kernel, **options):
 
 def exact(value, offsets, weights, kernel, **options):
     return plainly(gathered, value.double(), offsets.double(), weights.double(), kernel, **options)
+
+
+@pytest.mark.parametrize(
+    "kernel, dilation, scale, padding", [(4, 2, 2.0, 3), (2, 3, 0.5, 1), (6, 4, 1.5, 9), (3, 2, 2.0, 2)]
+)
+def test_a_kernel_is_stretched_about_the_middle_of_what_it_spans(kernel, dilation, scale, padding):
+    """DCNv4 (arXiv:2401.06197): out[p] = sum_k w * sample(p - padding + m + scale * (k * dilation - m + offset)), where
+    m = floor(dilation * (kernel - 1) / 2); here in plain numbers along one axis, each tap by itself."""
+    torch.manual_seed(0)
+    size, span = 12, dilation * (kernel - 1)
+    line = torch.randn(size, dtype=torch.float64)
+    out = size + 2 * padding - span
+    offsets = torch.randn(1, out, 1, kernel, 1, dtype=torch.float64)
+    weights = torch.randn(1, out, 1, kernel, dtype=torch.float64)
+
+    def sample(place: float) -> float:
+        low = math.floor(place)
+        near = ((low, low + 1 - place), (low + 1, place - low))
+        return sum(float(line[at]) * share for at, share in near if 0 <= at < size)
+
+    middle = math.floor(span / 2)
+    for p in range(out):
+        places = [
+            p - padding + middle + scale * (tap * dilation - middle + float(offsets[0, p, 0, tap, 0]))
+            for tap in range(kernel)
+        ]
+        wanted = sum(float(weights[0, p, 0, tap]) * sample(place) for tap, place in enumerate(places))
+        got = deformable(
+            line[None, :, None], offsets, weights, kernel=kernel, dilation=dilation, scale=scale, padding=padding
+        )
+        assert abs(float(got[0, p, 0]) - wanted) < 1e-10
 
 
 @pytest.fixture

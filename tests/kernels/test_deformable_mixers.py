@@ -117,7 +117,9 @@ def test_dcnv4_without_bias_starts_at_zero_and_has_none_behind_it():
 @pytest.mark.parametrize("table", [MIXERS, CROSSES])
 def test_options_that_do_not_fit_are_refused_in_one_line(table, options):
     heads = options.get("groups", HEADS)
-    with pytest.raises(ValueError, match="5 (groups|heads) do not divide dim 32|no 'tanh'; choose from: raw") as error:
+    with pytest.raises(
+        ValueError, match="5 (groups|heads) do not divide dim 32|unknown weights 'tanh'; choose from: raw"
+    ) as error:
         if table is MIXERS:
             MIXERS["dcnv4"](DIM, HEADS, **options)
         else:

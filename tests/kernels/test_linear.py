@@ -60,10 +60,14 @@ def test_lower_precision_is_near(shape, kind, limit):
     assert relative(linear_attention(*leaves).double(), written_out(*leaves)) < limit
 
 
-def test_beside_is_added():
-    leaves = [each.detach() for each in given()]
-    beside = torch.randn(2, 9, 3, 8, dtype=torch.float64)
-    assert relative(linear_attention(*leaves, beside=beside), linear_attention(*leaves) + beside) < 1e-14
+def test_the_result_is_added_to_onto_and_overwrites_it_only_without_gradients():
+    leaves = given()
+    onto = torch.randn(2, 9, 3, 8, dtype=torch.float64)
+    kept, wanted = onto.clone(), linear_attention(*leaves) + onto
+    assert relative(linear_attention(*leaves, onto=onto), wanted) < 1e-14 and torch.equal(onto, kept)
+    with torch.no_grad():
+        got = linear_attention(*leaves, onto=onto)
+    assert relative(got, wanted) < 1e-14 and got.data_ptr() == onto.data_ptr()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

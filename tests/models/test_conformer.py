@@ -12,7 +12,7 @@ from zoo.layer import Context
 from zoo.mixers import CONVS, MIXERS
 from zoo.models import PRESETS
 from zoo.models.base import count_parameters
-from zoo.norms import Affine, BatchNorm
+from zoo.norms import Affine, BatchNorm, LayerNorm
 from zoo.spec import check
 
 # Sizes and lengths
@@ -237,7 +237,7 @@ def test_a_strided_block_is_its_formula():
     real = torch.arange(11) < torch.tensor([11, 6])[:, None]
     tokens, context = torch.randn(2, 11, 32, dtype=torch.float64), Context(grid=(11,), mask=real)
     x = block.front(tokens, context)
-    y = F.layer_norm(x, (32,), block.norm.weight, block.norm.bias, 1e-5)
+    y = F.layer_norm(x, (32,), block.norm.weight, block.norm.bias, 1e-6)
     y = F.linear(y, block.conv.expand.weight, block.conv.expand.bias)
     y = y[..., :40] * torch.sigmoid(y[..., 40:]) * real[..., None]
     conv, norm = block.conv.conv, block.conv.norm
@@ -352,3 +352,14 @@ def test_wrong_features_lengths_and_layers_are_refused():
     for layer in (4, -5):
         with pytest.raises(ValueError, match=f"layers: there is no block {layer}; the model has 4"):
             model.encode(features, layers=[0, layer])
+
+
+def test_efficient_conformer_is_as_published():
+    """Burchi's code neither scales the input nor has another eps than 1e-6 in a layer norm."""
+    model = zoo.create_model(
+        "efficient_conformer_s", depth=3, strided=(1,), dim=24, widths=(24, 32), mixer="relative"
+    ).eval()
+    assert {module.eps for module in model.modules() if isinstance(module, LayerNorm)} == {1e-6}
+    features = torch.randn(1, 50, 80)
+    tokens, _ = model.embed(features, None)
+    assert torch.equal(tokens, model.stem(features)[0])

@@ -16,8 +16,9 @@ from zoo.__main__ import main
 from zoo.block import Block
 from zoo.config import Choice, FlatConfig
 from zoo.layer import Context
-from zoo.models import FAMILIES, PRESETS
+from zoo.models import FAMILIES, PRESETS, describe
 from zoo.models.base import Model
+from zoo.quick import model_page
 from zoo.tensors import linear, to_tokens
 from zoo.weights import CheckpointError
 from zoo.weights.adapt import adapted
@@ -94,15 +95,14 @@ def model(family: None) -> Any:
 LABELS = ["ant", "bee", "cat"]
 
 
-def test_it_is_listed_and_described(family, capsys):
+def test_it_is_listed_and_described(family):
     assert zoo.list_models("rank*") == ["ranking_tiny"]
-    main(["list", "ranking_*"])
-    main(["info", "ranking_tiny"])
-    lines = capsys.readouterr().out.splitlines()
+    found = describe("ranking_tiny", best=3)
     with torch.device("meta"):
-        number = sum(p.numel() for p in zoo.create_model("ranking_tiny").parameters())
-    assert lines[:2] == ["ranking_tiny", f"ranking_tiny: {number:,} parameters"]
-    assert {"  dim: 16", "  modulation: adaln", "  best: 2"} <= set(lines)
+        assert found["parameters"] == sum(p.numel() for p in zoo.create_model("ranking_tiny").parameters())
+    assert found["family"] == "ranking" and found["about"] == ""
+    assert {"dim": "16", "modulation": "adaln", "best": "3"}.items() <= found["fields"].items()
+    assert "  best = 3" in model_page("ranking_tiny", found)
 
 
 def test_it_is_saved_loaded_and_carded(model, tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import zoo
-from helpers import ON_PICTURES, randomise, relative
+from helpers import ON_PICTURES, longest_size, randomise, relative
 from zoo.choices import PLACEMENTS
 from zoo.fusion import fuse
-from zoo.layer import advance
+from zoo.layer import Context, advance
 from zoo.mixers import CONVS
 from zoo.mixers.deformable import DCNv4
 from zoo.models import PRESETS
@@ -129,13 +129,18 @@ def test_features_of_some_stages_are_what_the_head_reads():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_classes_the_pooled_features_come_out(name):
-    width = {"mlp": 192, "conv": 72}.get(PRESETS[name].head.split("(")[0], 48)
-    full, bare = build(name, SMALL), zoo.create_model(name, **SMALL | {"classes": 0}).eval()
-    state = full.state_dict()
-    bare.load_state_dict({key: state[key] for key in bare.state_dict()})
+    bare = build(name, SMALL | {"classes": 0})
     images = torch.randn(2, 3, 64, 64)
-    pooled = bare(images)
-    assert pooled.shape == (2, width) and relative(full.head.out(pooled), full(images)) < 1e-5
+    last = bare.features(images)[-1].flatten(2).transpose(1, 2)
+    norm = bare.head.norm or (lambda x, context: x)
+    if bare.config.head in ("mlp", "linear(mean_first=True)"):
+        last = last.mean(1, keepdim=True)
+    wanted = norm(last, Context(grid=(last.shape[1],))).mean(1)
+    assert bare(images).shape == (2, bare.num_features) == (2, 48) and relative(bare(images), wanted) < 1e-5
+    assert not [key for key in bare.state_dict() if key.startswith("head.") and not key.startswith("head.norm.")]
+    advance(bare, 1.0)
+    fused, wanted = fuse(bare), bare(images)
+    assert relative(fused(images), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -249,6 +254,12 @@ def test_one_graph_forward_and_backward(name):
 
 @pytest.mark.all
 @pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_a_preset_compiled_for_any_image_do_not_grow_with_its_stages(name):
+    assert longest_size(build(name, SMALL), torch.randn(2, 3, 67, 90)) <= 30
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", NAMES)
 def test_export_takes_any_batch(name):
     model = build(name, SMALL)
     dynamic = {"images": {0: torch.export.Dim("batch")}}
@@ -299,7 +310,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
             ["stages.0", "rope", "[4, 8]"],
         ),
         ({"head": "conv(norm_first=False)", "final_norm": "rmsnorm"}, ["final_norm", "ignored"]),
-        ({"reduction": "conv(kernel=4, stride=4)"}, ["no option 'stride'"]),
+        ({"reduction": "conv(kernel=4, stride=4)"}, ["option of conv 'stride'"]),
         ({"mixer": ("sla", "sla", "slab", "sla")}, ["stages.2", "mixer", "slab", "softmax"]),
         ({"mixer": ("sla", ("sla", "pool(sise=3)"), "sla", "sla")}, ["stages.1", "sise", "size"]),
         ({"position": "rope", "mixer": "pool"}, ["stages.0", "rope", "pool"]),
@@ -308,7 +319,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
         ({"head": "mpl"}, ["head", "mpl", "mlp"]),
         ({"final_norm": "layernrom"}, ["final_norm", "layernrom"]),
         ({"layout": ("mixer", "cross")}, ["cross", "memory"]),
-        ({"pool": "mean"}, ["no field 'pool'", "head"]),
+        ({"pool": "mean"}, ["unknown field of pvt_sla_tiny 'pool'", "head"]),
         (
             {"conv": "depthwise", "layout": ("conv", "mixer", "ffn"), "conv_norm": "layernorm"},
             ["depthwise", "has no norm"],

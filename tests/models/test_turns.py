@@ -11,7 +11,7 @@ import zoo
 from helpers import prepared, randomise, relative
 from zoo.choices import USES
 from zoo.fusion import fuse
-from zoo.models import configure
+from zoo.models import configure, describe
 
 VIT = {"dim": 32, "depth": 4, "heads": 2, "image": 16, "patch": 4, "classes": 5}
 SPEECH = {"dim": 32, "depth": 4, "heads": 2, "mels": 20, "vocabulary": 11, "dropout": 0.0}
@@ -147,12 +147,12 @@ def test_it_is_saved_and_loaded(case, tmp_path):
     assert f"| mixer | {model.config.described('mixer')} |" in card
 
 
-def test_turns_are_shown_with_slashes_and_stages_with_commas(monkeypatch, capsys):
+def test_turns_are_shown_with_slashes_and_stages_with_commas(monkeypatch):
     monkeypatch.setitem(zoo.models.PRESETS, "turned", configure("vit_micro", mixer=("softmax", "sla")))
     staged = configure("davit_tiny", **TURNS["pyramid"][1])
     monkeypatch.setitem(zoo.models.PRESETS, "staged", staged)
-    assert "  mixer: softmax / sla\n" in zoo.models.describe("turned") + "\n"
-    assert "  mixer: sla, window(size=3) / channel / pool\n" in zoo.models.describe("staged") + "\n"
+    assert describe("turned")["fields"]["mixer"] == "softmax / sla"
+    assert describe("staged")["fields"]["mixer"] == "sla, window(size=3) / channel / pool"
 
 
 def test_turns_stream_as_they_run_offline():
@@ -190,7 +190,7 @@ def test_it_is_exported(case):
             {"mixer": ("softmax", "pool"), "position": "rope"},
             "blocks.1: mixer 'pool' does not read",
         ),
-        ("vit_micro", {"mixer": ("softmax", "slo")}, "blocks.1: mixer: there is no 'slo'"),
+        ("vit_micro", {"mixer": ("softmax", "slo")}, "blocks.1: mixer: unknown name 'slo'; did you mean sla"),
         ("vit_micro", {"placement": ("pre", "sub"), "mixer": ("sla", "pool")}, "blocks.1: placement 'sub' needs the"),
         (
             "vit_micro",
@@ -200,13 +200,17 @@ def test_it_is_exported(case):
         ("vit_micro", {"mixer": ("softmax", "softmax(kv_heads=2)")}, "blocks.1: mixer 'softmax(kv_heads=2)': kv_heads"),
         ("vit_micro", {"norm": ("layernorm", "groupnorm(groups=5)")}, "blocks.1: norm 'groupnorm(groups=5)': 5 groups"),
         ("vit_micro", {"norm": ("layernorm", "rms(")}, "norm: cannot read 'rms('"),
-        ("vit_micro", {"patch": 0}, "image, patch and channels are at least 1"),
+        ("vit_micro", {"patch": 0}, "image, patch and channels must be at least 1"),
         (
             "poolformer_s12",
             {"dim": (64, 120, 320, 512), "channel": "fca", "mixer": "pool"},
             "stages.1.blocks.0: ch",
         ),
-        ("efficient_conformer_s", {"mixer": ("relative", ("relative", "loca"), "sla")}, "blocks.6: mixer: there is no"),
+        (
+            "efficient_conformer_s",
+            {"mixer": ("relative", ("relative", "loca"), "sla")},
+            "blocks.6: mixer: unknown name",
+        ),
         (
             "efficient_conformer_s",
             {"depth": 4, "strided": (3,), "widths": (120, 168), "mixer": ("relative", "grouped")},

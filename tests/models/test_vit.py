@@ -192,7 +192,7 @@ def test_depth_and_sizes_follow_the_config():
         ("vit_tiny", {"mixer": "pool(5)"}, ["pool(5)", "size="]),
         ("vit_tiny", {"mixer": "__import__('os').system('true')"}, ["cannot read"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=open('x'))"}, ["cannot read"]),
-        ("vit_tiny", {"mixer": "softmax(**{'qk_norm': True})"}, ["each option is written once"]),
+        ("vit_tiny", {"mixer": "softmax(**{'qk_norm': True})"}, ["write each option once"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 100000 + "1)"}, ["100018 characters"]),
         ("vit_tiny", {"mixer": "softmax(qk_norm=" + "-" * 400 + "1)"}, ["cannot read"]),
         ("vit_tiny", {"mixer": "pool(size=3, size=5)"}, ["once"]),

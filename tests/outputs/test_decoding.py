@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.heads import TransducerHead
 from zoo.outputs import KenLM, beam, flashlight, greedy, transducer_greedy, words
+from zoo.outputs.align import TAIL
 from zoo.outputs.ctc import Hypothesis
 from zoo.outputs.tokens import SPACE, Characters, train_pieces
 
@@ -237,10 +238,10 @@ class Broken(Bigram):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size is at least 1"),
-        ({"prune": 1.5}, "prune in 0..1"),
-        ({"alpha": -1.0}, "alpha at least 0"),
-        ({"lm": Broken(4)}, "log-probabilities up to 0 and 0 or 1 unit, not 0.1 and 1"),
+        ({"size": 0}, "size must be >= 1"),
+        ({"prune": 1.5}, "prune from 0 to 1"),
+        ({"alpha": -1.0}, "alpha >= 0, got .*alpha=-1.0"),
+        ({"lm": Broken(4)}, "log-probabilities <= 0 and 0 or 1 unit, got 0.1 and 1"),
     ],
 )
 def test_beam_refuses(options: dict[str, Any], message: str):
@@ -249,7 +250,7 @@ def test_beam_refuses(options: dict[str, Any], message: str):
 
 
 def test_beam_refuses_what_is_no_number():
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
         beam(torch.full((3, 5), math.nan))
 
 
@@ -350,7 +351,7 @@ def test_language_model_changes_the_answer(kenlm: Path):
 
 
 def test_missing_and_broken_language_models(kenlm: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="^there is no language model 'nowhere.arpa'$"):
+    with pytest.raises(ValueError, match="^language model file not found: 'nowhere.arpa'$"):
         KenLM("nowhere.arpa", CHARACTERS)
     with pytest.raises(ValueError, match="unit must be 'word' or 'token', not 'letter'"):
         KenLM(kenlm, CHARACTERS, unit="letter")
@@ -360,6 +361,8 @@ def test_missing_and_broken_language_models(kenlm: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(ValueError, match="needs kenlm, which is not installed: pip install kenlm$"):
         KenLM(broken, CHARACTERS)
+    with pytest.raises(ValueError, match="^language model file not found: 'nowhere.arpa'$"):  # the file comes first
+        KenLM("nowhere.arpa", CHARACTERS)
 
 
 ARPA = """\\data\\
@@ -437,9 +440,15 @@ def test_words_have_their_times():
     tokens = [1, 2, 0, 3]
     (ab, c) = words(logits, tokens, CHARACTERS, 0.04)
     assert (ab.text, c.text) == ("ab", "c")
-    assert [ab.start, ab.end, c.start, c.end] == pytest.approx([0.04, 0.2, 0.36, 0.4])
+    assert [ab.start, ab.end, c.start, c.end] == pytest.approx([0.04, 0.22, 0.36, 0.44])  # with half the blanks behind
     certain = math.exp(6) / (math.exp(6) + 4)
     assert [ab.probability, c.probability] == pytest.approx([certain, certain], abs=1e-6)
+
+
+def test_a_word_ends_before_the_next_one_and_soon():
+    one, two = words(peaks(*[1] + [4] * 4 + [0] + [4] * 2 + [2] + [4] * 50), [1, 0, 2], CHARACTERS, 0.04)
+    assert [one.start, one.end] == pytest.approx([0.0, 0.04 + 0.08])  # half way to the space
+    assert [two.start, two.end] == pytest.approx([0.32, 0.36 + TAIL])
 
 
 def test_probability_is_the_mean_over_frames():
@@ -453,7 +462,7 @@ def test_probability_is_the_mean_over_frames():
 def test_pieces_make_words():
     logits = peaks(0, 5, 2, 1, 5, 3, 4, vocabulary=6)
     found = words(logits, [0, 2, 1, 3, 4], PIECES, 1.0)
-    assert [(word.text, word.start, word.end) for word in found] == [("ab", 0, 3), ("ba", 3, 4), ("c", 6, 7)]
+    assert [(word.text, word.start, word.end) for word in found] == [("ab", 0, 3), ("ba", 3, 4 + TAIL), ("c", 6, 7)]
 
 
 def test_trained_pieces_make_words():
@@ -464,7 +473,7 @@ def test_trained_pieces_make_words():
     found = words(peaks(*path, vocabulary=tokenizer.vocabulary), tokens, tokenizer, 0.5)
     assert [word.text for word in found] == text.split() and len(tokens) > len(found)
     starts = [index for index, token in enumerate(tokens) if tokenizer.pieces[token].strip(SPACE)]
-    assert found[0].start == starts[0] and found[-1].end == len(tokens) - 0.5
+    assert found[0].start == starts[0] and found[-1].end == len(tokens) - 0.5 + TAIL
 
 
 def test_alignment_is_the_likeliest():
@@ -474,8 +483,8 @@ def test_alignment_is_the_likeliest():
     paths = [path for path in itertools.product(range(5), repeat=6) if collapse(path, 4) == (1, 0, 2)]
     best = max(paths, key=lambda path: sum(rows[frame, token].item() for frame, token in enumerate(path)))
     a, b = words(logits, [1, 0, 2], CHARACTERS, 1.0)
-    assert (a.start, a.end) == (best.index(1), 1 + max(i for i, token in enumerate(best) if token == 1))
-    assert (b.start, b.end) == (best.index(2), 1 + max(i for i, token in enumerate(best) if token == 2))
+    assert (a.start, int(a.end)) == (best.index(1), 1 + max(i for i, token in enumerate(best) if token == 1))
+    assert (b.start, int(b.end)) == (best.index(2), 1 + max(i for i, token in enumerate(best) if token == 2))
 
 
 def test_nothing_said_has_no_words():
@@ -487,10 +496,10 @@ def test_nothing_said_has_no_words():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([1, 2, 1, 2], "^4 tokens need at least 4 frames, and there are 3$"),
-        ([1, 1, 2], "^3 tokens need at least 4 frames, and there are 3$"),
-        ([4], "^tokens are 0 to 3, not 4 to 4$"),
-        ([-1, 2], "^tokens are 0 to 3, not -1 to 2$"),
+        ([1, 2, 1, 2], "^4 tokens need at least 4 frames, got 3$"),
+        ([1, 1, 2], "^3 tokens need at least 4 frames, got 3$"),
+        ([4], "^tokens must be from 0 to 3, got 4 to 4$"),
+        ([-1, 2], "^tokens must be from 0 to 3, got -1 to 2$"),
     ],
 )
 def test_tokens_that_do_not_fit(tokens: list[int], message: str):

@@ -48,7 +48,9 @@ def test_text_survives(tokenizer: Tokenizer):
 def test_blank_is_the_last(tokenizer: Tokenizer):
     assert tokenizer.blank == len(tokenizer.pieces) == tokenizer.vocabulary - 1
     for id in (tokenizer.blank, -1):
-        with pytest.raises(ValueError, match=f"{id} is no piece's number; they go from 0 to {tokenizer.blank - 1}"):
+        with pytest.raises(
+            ValueError, match=f"{id} is not the number of a piece; they go from 0 to {tokenizer.blank - 1}"
+        ):
             tokenizer.decode([0, id])
 
 

@@ -48,6 +48,12 @@ def test_multiply_adds_are_those_of_products_and_convolutions():
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_multiply_adds_do_not_depend_on_the_dtype():
+    model, inputs = classifier().model, (torch.zeros(1, 3, 16, 16),)
+    wanted = multiply_adds(model, inputs)
+    assert multiply_adds(model.bfloat16(), inputs) == wanted and model.head.weight.dtype == torch.bfloat16
+
+
 def line_of(epoch: int, epochs: int, seconds: float, left: float, best: bool = True) -> str:
     """The line of an epoch that took that many seconds, with so many left."""
     task, lines = classifier(), list[str]()

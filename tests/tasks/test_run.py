@@ -1,6 +1,7 @@
 """The folder of a run: its lock, what is written into it when, and how training ends."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -218,7 +219,9 @@ def test_without_validation_there_is_a_last_and_a_state(tmp_path: Path):
     assert state(tmp_path / "resume/last.ckpt")["global_step"] == 8
 
 
-def test_a_run_in_steps_resumes_to_more_steps(tasks: list[Classify], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_run_in_steps_resumes_to_more_steps(
+    tasks: list[Classify], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
     batches: list[tuple[int, int]] = []
     plain = Classify.training_step
 
@@ -229,6 +232,9 @@ def test_a_run_in_steps_resumes_to_more_steps(tasks: list[Classify], monkeypatch
     monkeypatch.setattr(Classify, "training_step", watch)
     flags = [flag for flag in SHORT if "max_epochs" not in flag]
     fit(tmp_path, *flags, "--trainer.max_steps=6")
+    capsys.readouterr()
     fit(tmp_path, *flags, "--trainer.max_steps=9", f"--ckpt_path={tmp_path}/resume/last.ckpt")
     assert batches == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert len(shown) == 2 and all(re.search(r"  0:\d\d, 0:\d\d left$", line) for line in shown)
     assert tasks[-1].global_step == 9 and state(tmp_path / "resume/last.ckpt")["global_step"] == 9

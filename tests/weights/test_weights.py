@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -5,8 +6,9 @@ import re
 import resource
 import runpy
 import shutil
+import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +21,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import zoo
+import zoo.weights.adapt
 import zoo.weights.format
 import zoo.weights.load
 from helpers import randomise
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
+from zoo.outputs.tokens import train_pieces
 from zoo.weights import FILES, CheckpointError, load_checkpoint, load_model, save_model
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "image": 16, "patch": 8, "classes": 5}
@@ -304,19 +308,19 @@ def test_probe_sees_what_is_no_number(folder):
 
 
 PROBES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "nothing": (lambda probe: probe.clear(), "no probe"),
-    "no output": (lambda probe: probe.pop("output.output"), "no probe"),
+    "nothing": (lambda probe: probe.clear(), "not a probe"),
+    "no output": (lambda probe: probe.pop("output.output"), "not a probe"),
     "another output": (
         lambda probe: probe.update({"output.boxes": probe.pop("output.output")}),
         "gives output, and the probe holds boxes",
     ),
     "another input": (
         lambda probe: probe.update({"input.lengths": torch.ones(1)}),
-        "its inputs have to be raw",
+        "its inputs must be raw",
     ),
     "prepared": (
         lambda probe: (probe.pop("input.raw"), probe.update({"input.images": torch.ones(1, 3, 16, 16)})),
-        "its inputs have to be raw",
+        "its inputs must be raw",
     ),
     "infinite": (lambda probe: probe["output.output"].fill_(torch.inf), "is off by nan"),
     "integers": (lambda probe: probe.update({"output.output": torch.ones(1, 5).long()}), r"not int64 \[1, 5\]"),
@@ -377,7 +381,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut config": (write(CONFIG, b'{"format": 1, "zo'), CONFIG, "cannot be read as JSON"),
     "binary config": (write(CONFIG, bytes(range(128, 256))), CONFIG, "cannot be read as JSON"),
     "deep config": (write(CONFIG, b"[" * 200_000), CONFIG, "cannot be read as JSON"),
-    "list": (write(CONFIG, b"[1]"), CONFIG, "no config of a checkpoint"),
+    "list": (write(CONFIG, b"[1]"), CONFIG, "not the config of a checkpoint"),
     "no format": (lambda folder: edit(folder, lambda config: config.pop("format")), CONFIG, "format"),
     "true format": (put("format", True), CONFIG, "format"),
     "newer": (put("format", 4), CONFIG, f"format 4 of zoo {zoo.__version__}.*upgrade zoo"),
@@ -385,8 +389,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no field": (lambda folder: edit(folder, lambda config: config.pop("fused")), CONFIG, "lacks field 'fused'"),
     "new field": (put("extra", 1), CONFIG, "unknown field 'extra'"),
     "kind": (put("fused", "no"), CONFIG, "fused.*str"),
-    "family": (put("family", "unheard"), CONFIG, "no family 'unheard'.*vit"),
-    "family path": (put("family", "os.system"), CONFIG, "no family 'os.system'"),
+    "family": (put("family", "unheard"), CONFIG, "unknown family 'unheard'.*vit"),
+    "family path": (put("family", "os.system"), CONFIG, "unknown family 'os.system'"),
     "family list": (put("family", ["vit"]), CONFIG, "family.*list"),
     "model kind": (put("model", [1]), CONFIG, "model.*list"),
     "model field": (
@@ -399,7 +403,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         CONFIG,
         "missing 1 required keyword-only argument: 'dim'",
     ),
-    "mixer": (put_model("mixer", "unheard"), CONFIG, "mixer: there is no 'unheard'"),
+    "mixer": (put_model("mixer", "unheard"), CONFIG, "mixer: unknown name 'unheard'"),
     "call": (put_model("mixer", "__import__('os').abort()"), CONFIG, "cannot read"),
     "deep option": (
         put_model("mixer", f"softmax(qk_norm={'-' * 100_000}1)"),
@@ -412,7 +416,17 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "mixer: cannot read .*40018 characters",
     ),
     "heads": (put_model("heads", 5), CONFIG, "5 heads do not divide dim 32"),
-    "huge": (put_model("dim", 2**20), WEIGHTS, "does not fit"),
+    "huge": (put_model("dim", 2**16), WEIGHTS, "does not fit"),
+    "too wide": (put_model("dim", 10**30), CONFIG, "dim must be at most 65,536, not 1000"),
+    "too deep": (put_model("depth", 10**6), CONFIG, "depth must be at most 1,000, not 1000000"),
+    "deeper": (put_model("depth", 1000), CONFIG, "its model has 'blocks.2', and model.safetensors has no tensor of it"),
+    "patch": (put_model("patch", 10**9), CONFIG, "patch must be at most 4,096, not 1000000000"),
+    "wide option": (put_model("ffn", "mlp(ratio=1e300)"), CONFIG, "ratio"),
+    "huge fused": (
+        lambda folder: (put("fused", True)(folder), put_model("dim", 2**16)(folder)),
+        WEIGHTS,
+        "does not fit",
+    ),
     "labels": (put("labels", LABELS[:4]), CONFIG, "labels has 4 names, but the model has 5 classes"),
     "label kind": (put("labels", [1, 2, 3, 4, 5]), CONFIG, "labels"),
     "preprocess": (put("preprocess", {"blur": 1}), CONFIG, "unknown preprocess key blur"),
@@ -423,10 +437,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "fused": (put("fused", True), WEIGHTS, "does not fit"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "has no model.safetensors"),
-    "empty weights": (cut(0), WEIGHTS, "no whole safetensors"),
-    "cut header": (cut(500), WEIGHTS, "no whole safetensors"),
-    "cut weights": (cut(50_000), WEIGHTS, "no whole safetensors"),
-    "noise": (write(WEIGHTS, bytes(range(256)) * 9), WEIGHTS, "no whole safetensors"),
+    "empty weights": (cut(0), WEIGHTS, "not a complete safetensors"),
+    "cut header": (cut(500), WEIGHTS, "not a complete safetensors"),
+    "cut weights": (cut(50_000), WEIGHTS, "not a complete safetensors"),
+    "noise": (write(WEIGHTS, bytes(range(256)) * 9), WEIGHTS, "not a complete safetensors"),
     "folder": (lambda folder: (only("x")(folder), (folder / WEIGHTS).mkdir()), WEIGHTS, "has no model.safetensors"),
     "kind of number": (
         tensors(lambda tensors: tensors.update({"head.bias": tensors["head.bias"].int()})),
@@ -459,6 +473,11 @@ def test_bad_names(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in ("nothing", "../nothing/here", "a/b/c", "/nothing/here", "https://example.org/x", "nothing@v1"):
         assert f"there is no checkpoint '{name}'" in refusal(name)
+    line = refusal("nothing")
+    assert f"{folder.parent / 'nothing'} and {folder.parent / 'checkpoints' / 'nothing'} are not folders" in line
+    (folder.parent / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
+    assert refusal("vit_micro.digit").endswith("; did you mean vit_micro.digits?")
+    assert "did you mean zoo.create_model('caformer_s18'), which builds it untrained?" in refusal("caformer_s18")
     assert "is a file" in refusal(folder / "model.safetensors")
     assert "has no config.json" in refusal("")
     (folder.parent / "model.pt").write_bytes(pickle.dumps(1))
@@ -639,7 +658,83 @@ def test_refused_models(folder):
     model = build()
     model.norm.eps = 1.0
     refused("does not describe it.*is off by", model)
-    refused("a model of the zoo, not a OptimizedModule; unwrap it first", torch.compile(build(), backend="eager"))
+    model = build()
+    model.blocks[0] = torch.compile(model.blocks[0], backend=never)
+    refused("'blocks.0' is compiled on its own; put blocks.0._orig_mod in its place", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(build(), {nn.Linear})
+    refused("is quantized, which checkpoints do not hold; save the model before quantizing it", quantized)
+    refused(r"there is no preset \['a'\]", preset=["a"])
+    refused("source must be a string, not int", source=1)
+    refused("license must be a string, not NoneType", license=None)
+    refused("metrics must map names", metrics=["accuracy"])
+
+
+def never(*given: Any) -> Any:
+    pytest.fail("the model was compiled")
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_a_compiled_model_is_saved_without_being_compiled(way, tmp_path):
+    model = build()
+    if way == "in place":
+        model.compile(backend=never)
+    compiled = torch.compile(model, backend=never) if way == "wrapped" else model
+    loaded = load_model(save(tmp_path / "x", compiled), check=True)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert way == "wrapped" or compiled._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model, zoo.fuse, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_what_a_checkpoint_says_travels_with_its_model(change, tmp_path):
+    start = save(tmp_path / "start", build())
+    again = load_checkpoint(save_model(change(load_model(start)), tmp_path / "again"), check=True)
+    assert (again.labels, again.preprocess, again.config["preset"]) == (tuple(LABELS), PREPROCESS, "vit_micro")
+    other = save_model(
+        load_model(start), tmp_path / "other", labels=[*"abcde"], preprocess=replace(PREPROCESS, crop=0.5)
+    )
+    assert load_checkpoint(other).labels == tuple("abcde") and load_checkpoint(other).preprocess.crop == 0.5
+    model: Any = load_model(start)
+    model.labels = model.preprocess = None
+    bare = load_checkpoint(save_model(model, tmp_path / "bare"), check=True)
+    assert bare.labels is None and bare.preprocess is None
+    adapted, fresh = zoo.weights.adapt.adapted(load_checkpoint(start), {}, "start")
+    assert not fresh and adapted.labels is adapted.preprocess is adapted.preset is None
+
+
+def test_a_tokenizer_travels_with_its_model(tmp_path):
+    small = {"dim": 16, "depth": 1, "heads": 2, "mels": 16, "vocabulary": 13}
+    tokenizer = train_pieces(["the cat sat on the mat"] * 4, 12)
+    start = save_model(zoo.create_model("conformer_ctc_s", **small), tmp_path / "start", labels=tokenizer)
+    assert load_checkpoint(save_model(copy.deepcopy(load_model(start)), tmp_path / "again")).labels == tokenizer
+
+
+def test_odd_texts_stay_whole(tmp_path):
+    """Names of folders may hold anything: bytes that are no UTF-8, line breaks, a terminal's commands."""
+    labels = ["a\udcff", "b\nc", "\x1b[31m", "|", "\u202e"]
+    folder = tmp_path / "x\ny|\x1b"
+    metrics = {"nan": float("nan"), "a|b": "c|d\ne", "infinite": float("inf")}
+    save(folder, build(), labels=labels, source="a\x1b\udcff\nb", metrics=metrics)
+    assert load_checkpoint(folder, check=True).labels == tuple(labels)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "| nan | NaN |",
+        "| a\\|b | c\\|d e |",
+        "| infinite | infinite |",
+        "# x\\ny|\\x1b\n",
+        "Source: a\\x1b\\udcff b.",
+    ):
+        assert part in card
+    assert "\x1b" not in card and "\nb" not in card.split("Source")[1].split("```")[0]
+
+
+def test_a_key_twice_is_refused(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"fused"', '"source": "x", "fused"'))
+    assert "config.json cannot be read as JSON: key 'source' appears twice" in refusal(folder)
 
 
 def test_only_checkpoints_are_replaced(folder, tmp_path):
@@ -894,13 +989,13 @@ def test_publish_refuses(hub, folder, monkeypatch):
         assert hub == [] and isinstance(error.value.code, str) and "\n" not in error.value.code
         return error.value.code
 
-    assert "nothing is no folder" in refused("nothing", "owner/name")
+    assert "nothing is not a folder" in refused("nothing", "owner/name")
     assert "has no README.md" in refused(folder.parent, "owner/name")
     assert "has no owner" in refused(folder, "name")
     assert "Repo id" in refused(folder, "owner/name@v1")
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub, "get_token", lambda: None)
-        assert "there is no token" in refused(folder, "owner/name")
+        assert "no token for the Hub was found" in refused(folder, "owner/name")
     with monkeypatch.context() as patch:
 
         def create_repo(self: Any, name: str, **given: Any) -> str:

@@ -73,46 +73,75 @@ class Facts(NamedTuple):
     reduce: int | None = None  # the block in front of which Squeezeformer halves the frame rate; None for none
 
 
+_NOT_GIVEN: Any = object()
+LARGEST = 1_000_000
+"""No number of a network's shape is larger, so that no config asks for what no file could hold."""
+
+
 class Section:
-    """One section of a config file. Every key has to be taken or to be known to change nothing at inference."""
+    """One section of a config file. Every key must be taken or be known to change nothing at inference.
+
+    A key that is missing has the default of the library that wrote the file; null has the meaning that it has there
+    (`null=`), or is refused.
+    """
 
     def __init__(self, values: Any, name: str, where: str) -> None:
         if not isinstance(values, Mapping):
             raise ValueError(f"{where} has no section '{name}'")
         self.left, self.name, self.where = dict(values), f"{name}." if name else "", where
 
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
+    def take(self, key: str, kind: type, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> Any:
         """The value of a key; a key without a default is needed. ValueError where it is of another kind."""
-        value = self.left.pop(key, None)
-        if value is None:
-            if default is None:
+        if key not in self.left:
+            if default is _NOT_GIVEN:
                 raise self.refused(key, "it is missing")
             return default
+        value = self.left.pop(key)
+        if value is None and null is not _NOT_GIVEN:
+            return null
         wanted = (int, float) if kind is float else kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise self.refused(key, f"it takes a value of kind {kind.__name__}, not {value!r}")
+            raise self.refused(key, f"it must be {_KINDS[kind]}, not {_shown(value)}")
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
-        if (value := self.take(key, int, default)) < 1:
-            raise self.refused(key, f"it is at least 1, not {value}")
+    def whole(self, key: str, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> int:
+        """An integer from 1 to LARGEST."""
+        if not 1 <= (value := self.take(key, int, default, null=null)) <= LARGEST:
+            raise self.refused(key, f"it must be from 1 to {LARGEST:,}, not {_shown(value)}")
         return value
+
+    def seconds(self, key: str, default: float, rate: int) -> int:
+        """A time in seconds, as samples: what is over a whole number of them is dropped, as NeMo does."""
+        value = self.take(key, float, default)
+        if not 1 <= value * rate <= LARGEST:
+            raise self.refused(key, f"it must be from 1 to {LARGEST:,} samples at {rate} Hz, not {_shown(value)} s")
+        return int(value * rate)
 
     def fixed(self, key: str, *allowed: Any) -> Any:
-        """The value of a key that has to be one of those; the first where it is not there."""
+        """The value of a key that must be one of those; the first where it is missing."""
         value = self.left.pop(key, allowed[0])
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
-            raise self.refused(key, f"the zoo takes {' or '.join(map(repr, allowed))}, not {value!r}")
+            raise self.refused(key, f"the zoo takes {' or '.join(map(_shown, allowed))}, not {_shown(value)}")
         return value
 
     def finish(self, *harmless: str) -> None:
         """ValueError where a key is left over that is not harmless."""
         if unknown := [key for key in self.left if key not in harmless]:
-            raise self.refused(unknown[0], f"the zoo does not know this key (its value is {self.left[unknown[0]]!r})")
+            value = _shown(self.left[unknown[0]])
+            raise self.refused(unknown[0], f"the zoo does not know this key (its value is {value})")
 
     def refused(self, key: Any, why: str) -> ValueError:
         return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _shown(value: Any) -> str:
+    """A value as config files spell it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)[:80]
 
 
 def configure(facts: Facts) -> ConformerConfig:
@@ -159,6 +188,7 @@ def build(
     model has the widest kind of number among the file's. ValueError, in one line, where the facts do not fit each
     other, or where a tensor is missing, left over, of a wrong shape or of whole numbers.
     """
+    _check_sizes(facts, tensors, where, rename)
     try:
         config = configure(facts)
         with torch.device("meta"):
@@ -195,12 +225,25 @@ def build(
     return model.eval()
 
 
+def _check_sizes(facts: Facts, tensors: Mapping[str, Tensor], where: str, rename: Callable[[str], str]) -> None:
+    """ValueError where the numbers of blocks and channels are not those of the tensors. Nothing has been built yet, so
+    that a config cannot ask for a model that its file does not hold."""
+    blocks, linear = rename("encoder.layers."), rename("encoder.pre_encode.out.weight")
+    found = len({name[len(blocks) :].partition(".")[0] for name in tensors if name.startswith(blocks)})
+    if found != facts.depth:
+        raise ValueError(f"{where}: the config asks for {facts.depth} blocks, and the tensors are those of {found}")
+    if linear not in tensors:
+        raise ValueError(f"{where}: the tensor '{linear}' is missing")
+    if (width := len(tensors[linear]) if tensors[linear].ndim else 0) != facts.dim:
+        raise ValueError(f"{where}: the config asks for {facts.dim} channels, and '{linear}' has {width}")
+
+
 def _kind(tensors: Mapping[str, Tensor], where: str) -> tuple[torch.dtype, torch.device]:
     """The widest kind of number among the tensors, and where they are."""
     kind, devices = None, {torch.device("cpu")}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{where}: '{name}' is no tensor of floating-point numbers, but {tensor.dtype}")
+            raise ValueError(f"{where}: '{name}' must be a floating-point tensor, not {tensor.dtype}")
         kind = tensor.dtype if kind is None else torch.promote_types(kind, tensor.dtype)
         devices = {tensor.device}
     return kind or torch.float32, devices.pop()

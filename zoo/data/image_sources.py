@@ -1,4 +1,4 @@
-"""Where labelled pictures come from: one row of `SOURCES` for each kind of data set."""
+"""Where labelled images come from: one row of `SOURCES` for each kind of data set."""
 
 import math
 import os
@@ -7,26 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.inputs.images import ImagePreprocess, convert_image, read_image
+from zoo.inputs.folders import files_below, leads_above
+from zoo.inputs.images import EXTENSIONS, ImagePreprocess, convert_image, read_image
+from zoo.text import plain
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image
 
 
 class Source(Protocol):
-    """Labelled pictures before any transform."""
+    """Labelled images before any transform."""
 
     classes: list[str]
     labels: np.ndarray
 
-    def picture(self, index: int) -> "Picture":
-        """A PIL picture of mode "RGB" or "L"; raises UnreadableImage."""
+    def picture(self, index: int) -> "Image":
+        """A PIL image of mode "RGB" or "L"; raises UnreadableImage."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call the picture in a message: its path, if it is a file."""
+        """What to call the image in a message: its path, if it is a file."""
         ...
+
+
+def enlarged(array: np.ndarray, preprocess: ImagePreprocess) -> "Image":
+    """A grey image of uint8 [H, W] at the size and in the mode that the model takes."""
+    from PIL import Image
+
+    size, method = preprocess.size, preprocess.interpolation.upper()
+    return convert_image(Image.fromarray(array).resize((size, size), Image.Resampling[method]), preprocess.channels)
 
 
 class _Digits:
@@ -39,17 +50,12 @@ class _Digits:
         values, labels = load_digits(return_X_y=True)
         parts = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=0, stratify=labels)
         kept = parts[0] if split == "train" else parts[1]
-        self.arrays = np.rint(values[kept].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        arrays = np.rint(values[kept].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.labels = labels[kept].astype(np.int64)
-        self.split, self.preprocess = split, preprocess
+        self.split, self.images = split, [enlarged(array, preprocess) for array in arrays]
 
-    def picture(self, index: int) -> "Picture":
-        from PIL import Image
-
-        size, method = self.preprocess.size, self.preprocess.interpolation.upper()
-        picture = Image.fromarray(self.arrays[index])
-        picture = picture.resize((size, size), Image.Resampling[method])
-        return convert_image(picture, self.preprocess.channels)
+    def picture(self, index: int) -> "Image":
+        return self.images[index]
 
     def name(self, index: int) -> str:
         return f"digits/{self.split}/{index}"
@@ -62,7 +68,7 @@ class _Files:
         # One array of bytes: worker processes share it, where a list of strings would be copied.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
 
-    def picture(self, index: int) -> "Picture":
+    def picture(self, index: int) -> "Image":
         return read_image(self.name(index), self.channels)
 
     def name(self, index: int) -> str:
@@ -79,7 +85,7 @@ class _Synthetic:
         self.split, self.preprocess = split, preprocess
         self.labels = np.arange(self.counts[split], dtype=np.int64) % len(self.classes)
 
-    def picture(self, index: int) -> "Picture":
+    def picture(self, index: int) -> "Image":
         from PIL import Image
 
         generator = np.random.default_rng([list(self.counts).index(self.split), index])
@@ -88,29 +94,26 @@ class _Synthetic:
         along = x * math.cos(angle) + y * math.sin(angle)
         wave = np.sin(2 * math.pi * (generator.uniform(3, 5) * along + generator.uniform()))
         values = 128 + 80 * wave + generator.normal(0, 20, wave.shape)
-        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return convert_image(picture, self.preprocess.channels)
+        return convert_image(Image.fromarray(values.clip(0, 255).astype(np.uint8)), self.preprocess.channels)
 
     def name(self, index: int) -> str:
         return f"synthetic/{self.split}/{index}"
 
 
 def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, fraction: float) -> Source:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     base = Path(root or "").expanduser()
     if split == "test" and not (base / "test").exists():
-        split = "val"
+        raise ValueError(f"{base} has no test folder; `validate` measures {base / 'val'}")
     train, folder = base / "train", base / split
     if split != "train" and not train.exists():
-        train = folder  # measuring needs no training pictures
+        train = folder  # measuring needs no training images
     for place in (train, folder):
         if not place.is_dir():
             layout = "root/train/<class>/* and root/val/<class>/*"
             raise ValueError(f"{place} is not a folder; an imagefolder is laid out as {layout}")
     classes, found = _class_folders(train), _class_folders(folder)
     if not classes:
-        raise ValueError(f"{train} has no class folders")
+        raise ValueError(f"{train} has no class folders; put the images of each class into {train}{os.sep}<class>")
     if found != classes:
         missing = sorted(set(classes) - set(found))
         extra = sorted(set(found) - set(classes))
@@ -118,21 +121,32 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
         differ = ", ".join(f"{word} {_few(names)}" for word, names in lists.items() if names)
         raise ValueError(f"{folder} differs in its classes from {train}: {differ}")
     numbers = {name: label for label, name in enumerate(classes)}
-    samples = [
-        (path, label)
-        for path, label in make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
-        if f"{os.sep}." not in path.removeprefix(str(folder))
-    ]
+    listed, omitted = files_below(folder, _is_image)
+    if omitted:
+        count = f"{len(omitted)} link{'s' * (len(omitted) > 1)} to what is used already"
+        rank_zero_warn(plain(f"{folder}: omitted {count} (such as {omitted[0]})"))
+    samples: list[tuple[str, int]] = []
+    for place, names in listed.items():
+        inside = Path(place).relative_to(folder).parts
+        if inside and inside[0] in numbers:
+            samples += [(os.path.join(place, name), numbers[inside[0]]) for name in names]
+    samples.sort(key=lambda sample: (sample[1], os.path.split(sample[0])))
     empty = sorted(set(classes) - {classes[label] for _, label in samples})
     if empty:
-        kinds = " ".join(IMG_EXTENSIONS)
-        raise ValueError(f"{folder} has class folders without pictures ({kinds}): {_few(empty)}")
+        kinds = " ".join(EXTENSIONS)
+        raise ValueError(f"{folder} has class folders without images of their own ({kinds}): {_few(empty)}")
     return _Files(classes, samples, preprocess.channels)
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
 def _class_folders(folder: Path) -> list[str]:
+    home = os.path.realpath(folder)
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        found = [entry for entry in entries if os.path.isdir(entry.path) and not entry.name.startswith(".")]
+    return sorted(entry.name for entry in found if not (entry.is_symlink() and leads_above(entry.path, home)))
 
 
 def _few(names: list[str]) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
+from zoo.inputs.folders import files_below
 from zoo.kernels.native import cache_folder
-from zoo.text import reason
+from zoo.text import from_json, plain, reason
 
 SMALL = 1000
 """The headers of fewer files are read each time; those of more are kept in the cache folder."""
@@ -165,16 +166,15 @@ def _librispeech(split: str, names: list[str], root: str | None, training: bool,
 def _transcribed(folder: Path, training: bool) -> list[Utterance]:
     found: list[Utterance] = []
     faults = _Faults()
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+    listed, faults.links = files_below(folder, lambda name: name.lower().endswith((*EXTENSIONS, ".trans.txt")))
+    for place, files in listed.items():
         sounds: dict[str, str] = {}
-        for file in sorted(files):
-            stem, extension = os.path.splitext(file)
-            if extension.lower() in EXTENSIONS and stem[0] != ".":
-                sounds.setdefault(stem, os.path.join(place, file))
         texts: dict[str, str] = {}
-        for file in sorted(files):
-            if file.endswith(".trans.txt") and file[0] != ".":
+        for file in files:
+            stem, extension = os.path.splitext(file)
+            if extension.lower() in EXTENSIONS:
+                sounds.setdefault(stem, os.path.join(place, file))
+            else:
                 _read_transcript(Path(place, file), texts, faults)
         faults.without_text += [sounds[stem] for stem in sounds if stem not in texts]
         faults.without_sound += [name for name in texts if name not in sounds]
@@ -197,7 +197,7 @@ def _read_transcript(path: Path, texts: dict[str, str], faults: "_Faults") -> No
     for number, line in _lines(path):
         name, _, text = line.partition(" ")
         if not name or "\t" in name:
-            faults.malformed.append(f"{path}, line {number}: it does not begin with an utterance's name and a space")
+            faults.malformed.append(f"{path}, line {number}: it must begin with an utterance's name and a space")
         elif name in texts:
             faults.malformed.append(f"{path}, line {number}: {name} has a transcript already, which is kept")
         else:
@@ -209,7 +209,7 @@ def _manifest(split: str, names: list[str], root: str | None, training: bool, li
     for name in names:
         path = Path(root or "").expanduser() / Path(name).expanduser()
         if not path.is_file():
-            raise ValueError(f"{path} is not a file; a manifest has one JSON object a line")
+            raise ValueError(f"{path} is not a file; a manifest has one JSON object per line")
         utterances += _listed(path, training)
     return Files(_spread(utterances, limit))
 
@@ -219,11 +219,11 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
     faults = _Faults()
     for number, line in _lines(path):
         try:
-            values = json.loads(line)
+            values = from_json(line)
             one = _entry(values, path.parent)
         except (ValueError, OverflowError, RecursionError) as error:
-            reason = f"no JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
-            faults.malformed.append(f"{path}, line {number}: {reason}")
+            why = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+            faults.malformed.append(f"{path}, line {number}: {why}")
             continue
         if values.get("text") is None:
             faults.without_text.append(one.name)
@@ -242,27 +242,27 @@ def _listed(path: Path, training: bool) -> list[Utterance]:
 
 def _entry(values: Any, folder: Path) -> Utterance:
     if not isinstance(values, dict):
-        raise ValueError(f"it is no JSON object but {type(values).__name__}")
+        raise ValueError(f"must be a JSON object, got {type(values).__name__}")
     path, text = values.get("audio_filepath"), values.get("text")
     if not isinstance(path, str) or not path:
-        raise ValueError(f"audio_filepath must be a path, not {path!r}")
+        raise ValueError(f"audio_filepath must be a path, got {path!r}")
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"text must be a string, not {text!r}")
+        raise ValueError(f"text must be a string, got {text!r}")
     text = " ".join((text or "").split())
     numbers = {}
-    for name, wanted in (("duration", "above 0"), ("offset", "of at least 0")):
+    for name, wanted in (("duration", "above 0"), ("offset", "at least 0")):
         value = numbers[name] = values.get(name)
         if value is None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a number of seconds, not {value!r}")
+            raise ValueError(f"{name} must be a number of seconds, got {value!r}")
         if value < 0 or (value == 0 and name == "duration"):
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
     duration, offset = numbers["duration"], numbers["offset"]
     if offset is None:
         return Utterance(path, str(folder / path), text, duration=duration)
     if duration is None:
-        raise ValueError("offset needs duration beside it")
+        raise ValueError("offset needs a duration")
     return Utterance(f"{path} from {offset:g} s", str(folder / path), text, offset, duration, duration)
 
 
@@ -272,7 +272,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {number}: it is not in UTF-8") from None
+        raise ValueError(f"{path}, line {number}: not UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path}: {reason(error)}") from error
     for number, line in enumerate(content.split("\n"), 1):
@@ -286,11 +286,13 @@ class _Faults:
         self.without_sound: list[str] = []
         self.empty: list[str] = []
         self.malformed: list[str] = []
+        self.links: list[str] = []
 
     def report(self, place: str, training: bool) -> None:
-        """Warns in one line of what is left out."""
+        """Warns in one line of what is omitted."""
         kinds = {
-            "lines that cannot be understood": self.malformed,
+            "links to what is used already": self.links,
+            "malformed lines": self.malformed,
             "utterances without a transcript": self.without_text,
             "utterances without a sound file": self.without_sound,
         }
@@ -298,7 +300,7 @@ class _Faults:
             kinds["utterances with an empty transcript"] = self.empty
         counts = [f"{len(names)} {kind} (such as {names[0]})" for kind, names in kinds.items() if names]
         if counts:
-            rank_zero_warn(f"{place}: left out are {', '.join(counts)}")
+            rank_zero_warn(plain(f"{place}: omitted {', '.join(counts)}"))
 
 
 class Tones:

@@ -1,20 +1,21 @@
-"""From the tokens of the last stage to logits, or to what the last linear would read where classes = 0."""
+"""From the tokens of the last stage to logits; with classes = 0, to the pooled tokens [B, dim] alone."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import grid_mean
+from zoo.ffns import hidden_width
 from zoo.fusion import fold_norm, fold_site
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, BatchNorm, Norm
 from zoo.spec import make
-from zoo.tensors import linear
+from zoo.tensors import gelu, linear
 
 _ONE = Context(grid=(1,))
 
 
 class LinearHead(nn.Module):
-    """The mean of the normalized tokens, then a linear map; mean_first takes the mean before the norm."""
+    """The mean of the normalized tokens, then a linear map; mean_first=True takes the mean before the norm."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, mean_first: bool = False) -> None:
         super().__init__()
@@ -35,22 +36,24 @@ class LinearHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Mean, norm, linear, squared ReLU, norm, linear; `ratio` times as wide inside (MetaFormer baselines, Yu et al.
-    2022, arXiv:2210.13452)."""
+    """Mean, norm, linear, squared ReLU, norm and linear, with a hidden width of ratio * dim (MetaFormer baselines, Yu
+    et al. 2022, arXiv:2210.13452). With classes = 0 the mean and the norm alone."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 4.0) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width(dim, ratio)
         self.norm: Norm | None = make(NORMS, norm, dim, place)
-        self.expand = linear(dim, hidden)
-        self.inner: Norm | None = make(NORMS, norm, hidden, place)
+        self.expand = linear(dim, hidden) if classes else None
+        self.inner: Norm | None = make(NORMS, norm, hidden, place) if classes else None
         self.out = linear(hidden, classes) if classes else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = grid_mean(x, context)[:, None]
-        x = F.relu(self.expand(x if self.norm is None else self.norm(x, _ONE))).square()
-        x = (x if self.inner is None else self.inner(x, _ONE))[:, 0]
-        return x if self.out is None else self.out(x)
+        x = x if self.norm is None else self.norm(x, _ONE)
+        if self.expand is None or self.out is None:
+            return x[:, 0]
+        x = F.relu(self.expand(x)).square()
+        return self.out((x if self.inner is None else self.inner(x, _ONE))[:, 0])
 
     def fold(self) -> list[Fold]:
         front = fold_norm(self, "norm", self.expand, "linear behind it")
@@ -58,24 +61,28 @@ class MLPHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False leaves
-    the first norm away (InternImage, Wang et al. 2023, arXiv:2211.05778)."""
+    """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False omits
+    the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778). The hidden width is ratio * dim. With classes = 0
+    the norm, where it is, and the mean alone."""
 
     def __init__(
         self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
     ) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width(dim, ratio)
         self.norm: Norm | None = make(NORMS, norm, dim, place) if norm_first else None
-        self.expand = linear(dim, hidden, bias=False)
-        self.inner: Norm | None = BatchNorm(hidden, place)
+        self.expand = linear(dim, hidden, bias=False) if classes else None
+        self.inner: Norm | None = BatchNorm(hidden, place) if classes else None
         self.out = linear(hidden, classes) if classes else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = self.expand(x if self.norm is None else self.norm(x, context))
-        x = grid_mean(F.gelu(x if self.inner is None else self.inner(x, context)), context)
-        return x if self.out is None else self.out(x)
+        x = x if self.norm is None else self.norm(x, context)
+        if self.expand is None or self.out is None:
+            return grid_mean(x, context)
+        x = self.expand(x)
+        return self.out(grid_mean(gelu(x if self.inner is None else self.inner(x, context)), context))
 
     def fold(self) -> list[Fold]:
-        behind = fold_site(self, "inner", self.expand)  # before the norm in front, which then sees the new weights
+        # The norm behind the linear comes first: the one in front then sees the new weights.
+        behind = [] if self.expand is None else fold_site(self, "inner", self.expand)
         return behind + fold_norm(self, "norm", self.expand, "linear behind it")

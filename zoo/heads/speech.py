@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.tensors import linear
+from zoo.tensors import like, linear
 
 
 class CTCHead(nn.Linear):
-    """One linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
+    """A linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
 
     framewise = True  # each token has its logits, from a linear that alone reads it
 
@@ -19,16 +19,19 @@ class CTCHead(nn.Linear):
 
 
 class TransducerHead(nn.Module):
-    """RNN-T (Graves 2012, arXiv:1211.3711): an LSTM reads the tokens that were put out, and a joint network
+    """RNN-T (Graves 2012, arXiv:1211.3711): an LSTM reads the tokens emitted so far, and a joint network
     W tanh(A encoded + B predicted) gives the logits of the next one.
 
-    The blank is the last of the vocabulary. The LSTM reads it at the start; its embedding is zero.
+    The LSTM has `layers` layers of width `hidden`, and `dropout` on its input. The blank is the last entry of the
+    vocabulary. The LSTM reads it at the start; its embedding is zero.
     """
 
     framewise = False
 
     def __init__(self, dim: int, vocabulary: int, *, hidden: int = 640, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
+        if dropout >= 1.0:
+            raise ValueError(f"dropout must be below 1, not {dropout}")
         self.blank = vocabulary - 1
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=self.blank)
         self.predictor = nn.LSTM(hidden, hidden, layers, batch_first=True)
@@ -38,9 +41,10 @@ class TransducerHead(nn.Module):
 
     def start(self, batch: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What the predictor says before any token [B, hidden], and its state."""
-        tokens = torch.full((batch,), self.blank, device=self.out.weight.device)
+        kind = like(self)
+        tokens = torch.full((batch,), self.blank, device=kind.device)
         shape = (self.predictor.num_layers, batch, self.predictor.hidden_size)
-        zeros = self.out.weight.new_zeros(shape)
+        zeros = kind.new_zeros(shape)
         return self.predict(tokens, (zeros[0], (zeros, zeros)))
 
     def predict(

@@ -1,8 +1,9 @@
 """What every preprocessing is: plain fields that a checkpoint stores, and a call from a raw input to a tensor."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Preprocess:
     def __call__(self, raw: Any, /) -> Any:
         raise TypeError(f"{type(self).__name__} prepares nothing")
 
+    def parts(self, raw: Any, /) -> Iterator[Any]:
+        """The input prepared in as many parts as the model takes it: one, or several stretches of a long one."""
+        yield self(raw)
+
     def sample(self, generator: torch.Generator) -> Tensor:
         """A random raw input, for a probe."""
         raise TypeError(f"{type(self).__name__} has no sample")
@@ -32,7 +37,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; a field that is left out has its default.
+        """The inverse of `to_dict`; a field that is omitted has its default.
 
         Raises:
             ValueError: `values` is no mapping, has an unknown key, or a value out of its range.
@@ -44,3 +49,23 @@ class Preprocess:
         if unknown:
             raise ValueError(f"unknown preprocess key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         return cls(**values)
+
+
+def check_integer(name: str, value: object, most: int | None = None) -> None:
+    """ValueError where a field is not an integer from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        allowed = ">= 1" if most is None else f"from 1 to {most}"
+        raise ValueError(f"{name} must be an integer {allowed}, got {_short(value)}")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a field is a finite number."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e308 and math.isfinite(value)
+    )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import io
 import os
+import struct
+import warnings
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.inputs.base import Preprocess
-from zoo.text import reason
+from zoo.inputs.base import Preprocess, check_integer, is_number
+from zoo.inputs.folders import check_regular
+from zoo.text import one_line, reason
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image
 
 
 class UnreadableImage(ValueError):
-    """A file that holds no whole picture; the message names the file and says why."""
+    """A file that holds no whole image; the message names the file and says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocess(Preprocess):
-    """What is done to a picture before a model sees it; stored in a checkpoint's `config.json`.
+    """What is done to an image before a model sees it; stored in a checkpoint's `config.json`.
 
-    The short side is resized to `size / crop` (rounded down), the centre of `size` by `size` pixels
-    is cut out, values are scaled to 0..1 and normalised with `mean` and `std`.
+    As timm's evaluation transform: the short side is resized to `size / crop` (rounded down), the centre of `size` by
+    `size` pixels is cut out, values are scaled to 0..1 and normalised with `mean` and `std`. Of an image more than
+    eight times as long as wide, the middle is cut out before it is resized.
 
     Args:
         size: side of the square that the model takes, in pixels.
@@ -54,23 +60,25 @@ class ImagePreprocess(Preprocess):
 
     def __post_init__(self) -> None:
         _mode(self.channels)
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
-            raise ValueError(f"size must be a whole number of pixels above 0, not {self.size!r}")
+        check_integer("size", self.size, LARGEST)
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if not isinstance(values, (tuple, list)) or not all(map(_is_number, values)):
-                raise ValueError(f"{name} must be a list of numbers, not {values!r}")
+            if not isinstance(values, (tuple, list)) or not all(
+                is_number(each) and abs(each) <= 1e6 for each in values
+            ):
+                raise ValueError(f"{name} must be a list of numbers within -1e6..1e6, got {one_line(values, 100)}")
             if len(values) != self.channels:
-                wanted = f"channels={self.channels} needs {self.channels}"
-                raise ValueError(f"{name} has {len(values)} values, but {wanted}")
+                raise ValueError(f"{name} has {len(values)} values, but channels={self.channels} needs {self.channels}")
             object.__setattr__(self, name, tuple(float(value) for value in values))
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, not {list(self.std)}")
+        if min(self.std) < 1e-6:
+            raise ValueError(f"std must be at least 1e-6, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
-            allowed = ", ".join(INTERPOLATIONS)
-            raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {allowed}")
-        if not _is_number(self.crop) or not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be above 0 and at most 1, not {self.crop!r}")
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
+        if not is_number(self.crop) or not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop!r}")
+        if self.size / self.crop > LARGEST:
+            found = f"size={self.size}, crop={self.crop}"
+            raise ValueError(f"size / crop must be at most {LARGEST} pixels, got {found}")
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """A random image, uint8 [H, W, channels], larger than the model takes."""
@@ -80,22 +88,29 @@ class ImagePreprocess(Preprocess):
         fine = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
         return fine.to(torch.uint8).contiguous()
 
-    def __call__(self, picture: Picture | Tensor) -> Tensor:
-        """Prepares one picture.
+    def __call__(self, image: Image | Tensor | np.ndarray | str | os.PathLike[str], /) -> Tensor:
+        """Turns one image into the model's input.
 
         Args:
-            picture: a PIL picture of any mode that `convert_image` takes, or a uint8 tensor
-                [H, W, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
+            image: the path of a file; a PIL image of any mode that `convert_image` takes; or a tensor or array of NumPy
+                of type uint8, [H, W] or [H, W, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
 
         Returns:
             float32 [channels, size, size].
 
         Raises:
-            ValueError: a tensor of another type or shape, or a mode that `convert_image` refuses.
+            ValueError: another type or shape, a mode that `convert_image` refuses, or an unreadable file.
         """
-        if isinstance(picture, Tensor):
-            picture = _from_tensor(picture)
-        return _evaluation_transform(self)(convert_image(picture, self.channels))
+        if isinstance(image, (str, os.PathLike)):
+            found = read_image(image, self.channels)
+        else:
+            found = convert_image(_from_array(image), self.channels)
+        values = np.asarray(_centre(found, self.size, int(self.size / self.crop), self.interpolation))
+        pixels = torch.from_numpy(values.reshape(self.size, self.size, -1).transpose(2, 0, 1).copy())
+        mean, std = (
+            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None] for each in (self.mean, self.std)
+        )
+        return (pixels.to(torch.float32) / 255 - mean) / std
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -109,105 +124,179 @@ def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
     return (0.449,), (0.226,)
 
 
-def read_image(path: str | os.PathLike[str], channels: int = 3) -> Picture:
-    """Reads the whole of a picture file (the first of an animation), turned as its EXIF says.
+def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
+    """Reads the whole of an image file (the first of an animation), turned as its EXIF says.
 
     Args:
         path: a file in one of `FORMATS`.
-        channels: 3 for a picture of mode "RGB", 1 for one of mode "L".
+        channels: 3 for an image of mode "RGB", 1 for one of mode "L".
 
     Returns:
-        A PIL picture in memory, 8 bits per channel; the file is closed.
+        A PIL image in memory, 8 bits per channel; the file is closed.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, broken, no picture, larger than
-            Pillow's limit against decompression bombs, or its values have no known range.
+        UnreadableImage: the file is missing, empty, truncated, broken, no image, larger than Pillow's limit against
+            decompression bombs, or its values have no known range.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     _mode(channels)
-    Image.init()
+    name = os.fspath(path)
     try:
-        # An explicit list keeps out formats that run programs, such as PostScript.
-        formats = [name for name in FORMATS if name in Image.OPEN]
-        with Image.open(path, formats=formats) as picture:
-            return convert_image(ImageOps.exif_transpose(picture), channels)
-    except UnidentifiedImageError as error:
-        empty = os.path.getsize(path) == 0
-        why = "the file is empty" if empty else f"not a picture ({', '.join(FORMATS)})"
-        raise UnreadableImage(f"{os.fspath(path)}: {why}") from error
+        check_regular(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata, which nobody asks for
+            try:
+                return _read(name, channels)
+            except Exception:
+                if (pixels := _pixels_of_png(name)) is None:
+                    raise
+            return _read(io.BytesIO(pixels), channels)
     except Exception as error:  # a broken file may raise anything: OSError, SyntaxError, struct.error
-        raise UnreadableImage(f"{os.fspath(path)}: {reason(error)}") from error
+        raise UnreadableImage(f"{name}: {_why(name, error)}") from error
 
 
-def convert_image(picture: Picture, channels: int) -> Picture:
-    """The picture in mode "RGB" (`channels` 3) or "L" (1), 8 bits per channel.
+def _read(file: str | io.BytesIO, channels: int) -> Image:
+    from PIL import Image, ImageOps
+
+    Image.init()
+    # An explicit list keeps out formats that run programs, such as PostScript.
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    with Image.open(file, formats=formats) as image:
+        image.load()
+        with suppress(Exception):  # of broken metadata: the pixels are all there
+            image = ImageOps.exif_transpose(image)
+        return convert_image(image, channels)
+
+
+def _why(name: str, error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        empty = os.path.getsize(name) == 0
+        return "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})"
+    return reason(error)
+
+
+def _pixels_of_png(name: str) -> bytes | None:
+    """A PNG file without the chunks that pixels do not depend on, one of which may be broken; None for other files."""
+    try:
+        with open(name, "rb") as file:
+            if file.read(8) != PNG:
+                return None
+            kept = [PNG]
+            while len(head := file.read(8)) == 8:
+                length = struct.unpack(">I", head[:4])[0]
+                if head[4:] in PIXELS:
+                    body = file.read(length + 4)
+                    if head[4:] != b"tRNS" or body[-4:] == struct.pack(">I", zlib.crc32(head[4:] + body[:-4])):
+                        kept += [head, body]
+                else:
+                    file.seek(length + 4, os.SEEK_CUR)
+            return b"".join(kept)
+    except OSError:
+        return None
+
+
+def convert_image(image: Image, channels: int) -> Image:
+    """The image in mode "RGB" (`channels` 3) or "L" (1), 8 bits per channel.
 
     What is transparent is laid on white. 16-bit grey is scaled from 0..65535 to 0..255.
 
     Raises:
         ValueError: the values are floating-point or exceed 16 bits, so that their range is unknown.
     """
-    from PIL import Image
-
     mode = _mode(channels)
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("floating-point values have no known range")
-    if picture.mode.startswith("I"):
-        picture = _to_8_bits(picture)
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert(mode)
+    if image.mode.startswith("I"):
+        image = _in_strips(image, "L", _to_8_bits)
+    elif image.has_transparency_data:
+        image = _in_strips(image, mode, lambda strip: _on_white(strip).convert(mode))
+    return image.convert(mode)
 
 
-def _to_8_bits(picture: Picture) -> Picture:
-    import numpy
-    from PIL import Image
+def _in_strips(image: Image, mode: str, convert: Callable[[Image], Image]) -> Image:
+    """The image converted a few rows at a time, so that no large copy is needed."""
+    from PIL import Image as images
 
-    values = numpy.asarray(picture).astype(numpy.int64)
+    width, height = image.size
+    made, rows = images.new(mode, image.size), max(1, STRIP // max(1, width))
+    for top in range(0, height, rows):
+        box = (0, top, width, min(height, top + rows))
+        made.paste(convert(image.crop(box)), box)
+    return made
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image as images
+
+    image = image.convert("RGBA")
+    return images.alpha_composite(images.new("RGBA", image.size, "white"), image)
+
+
+def _to_8_bits(image: Image) -> Image:
+    from PIL import Image as images
+
+    values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"values from {values.min()} to {values.max()} do not fit 16 bits")
     grey = (values * 255 + 32767) // 65535
-    grey[values == picture.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(numpy.uint8))
+    grey[values == image.info.get("transparency", -1)] = 255
+    return images.fromarray(grey.astype(np.uint8))
 
 
-def _from_tensor(picture: Tensor) -> Picture:
-    from PIL import Image
+def _centre(image: Image, size: int, side: int, interpolation: str) -> Image:
+    """The image resized so that its short side is `side`, and the central square of `size` pixels of that."""
+    from PIL import Image as images
 
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
-        found = f"{str(picture.dtype).removeprefix('torch.')} {list(picture.shape)}"
-        raise ValueError(f"a picture tensor must be uint8 [H, W, 1, 3 or 4], not {found}")
-    array = picture.detach().cpu().numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    width, height = image.size
+    short = min(width, height)
+    most = (8 * short + width % 2, 8 * short + height % 2)  # cut evenly on both sides
+    if width > most[0] or height > most[1]:
+        left, top = max(0, width - most[0]) // 2, max(0, height - most[1]) // 2
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
+    wide, high = (side if each == short else int(side * each / short) for each in (width, height))
+    if (wide, high) != image.size:
+        image = image.resize((wide, high), images.Resampling[interpolation.upper()])
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    return image.crop((left, top, left + size, top + size))
 
 
-@functools.lru_cache(maxsize=16)
-def _evaluation_transform(preprocess: ImagePreprocess) -> Callable[[Picture], Tensor]:
-    from timm.data.transforms_factory import create_transform
+def _from_array(image: object) -> Image:
+    """A PIL image as it is, and one of an array or tensor; ValueError where it is none of them."""
+    from PIL import Image as images
 
-    transform: Any = create_transform(
-        preprocess.size,
-        crop_pct=preprocess.crop,
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        std=preprocess.std,
-    )
-    return transform
+    if isinstance(image, images.Image):
+        return image
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise ValueError(f"an image must be a path, a PIL image, an array or a tensor, got {type(image).__name__}")
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) and image.dtype != torch.bfloat16 else image
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8 or len(shape) not in (2, 3) or len(shape) == 3 and shape[2] not in (1, 3, 4):
+        hint = ""
+        if array.dtype != np.uint8:
+            hint = "; scale it to 0..255 and convert it, or skip preprocessing where it is prepared already"
+        elif len(shape) == 3 and shape[0] in (1, 3, 4):
+            hint = f"; move the channels last, with {'permute' if isinstance(image, Tensor) else 'transpose'}(1, 2, 0)"
+        kind = str(array.dtype).removeprefix("torch.")
+        raise ValueError(f"an image array must be uint8 [H, W] or [H, W, 1, 3 or 4], got {kind} {list(shape)}{hint}")
+    if 0 in shape:
+        raise ValueError(f"an image array must have pixels, got {list(shape)}")
+    return images.fromarray(np.ascontiguousarray(array[..., 0] if shape[2:] == (1,) else array))
 
 
 def _mode(channels: int) -> str:
-    if isinstance(channels, bool) or channels not in MODES:
-        raise ValueError(f"channels must be 3 (RGB) or 1 (grey) for pictures, not {channels!r}")
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels not in MODES:
+        raise ValueError(f"channels must be 3 (RGB) or 1 (grey) for images, got {channels!r}")
     return MODES[channels]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 MODES = {1: "L", 3: "RGB"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+LARGEST = 8192  # pixels of the resized short side
+STRIP = 2**20  # pixels that are converted at once
+PNG = b"\x89PNG\r\n\x1a\n"
+PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")

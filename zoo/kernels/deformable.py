@@ -30,7 +30,7 @@ def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     Maps go through grid_sample, in one call for all groups. Lines do not: its coordinates in -1..1 lose a thousandth of
     a pixel where a line is 15,000 long.
     """
-    places = places.nan_to_num(-2.0, -2.0, -2.0)  # what is no number lies outside
+    places = places.nan_to_num(-2.0, -2.0, -2.0)  # NaN and infinite places lie outside
     if value.ndim == 3:
         return gathered(value.to(places.dtype), places, weights).to(value.dtype)
     batch, groups = value.shape[0], places.shape[2]
@@ -139,7 +139,7 @@ def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, tap
         raise ValueError(f"{offsets.shape[2]} groups do not divide {value.shape[-1]} channels")
     if not value.device == offsets.device == weights.device:
         raise ValueError(
-            f"value, offsets and weights lie on one device, not {value.device}, {offsets.device} and {weights.device}"
+            f"all tensors must be on one device, not {value.device}, {offsets.device} and {weights.device}"
         )
     if not _has_fast(value.device.type):
         return reference(value, positions(offsets, base, taps, scale), weights)
@@ -160,7 +160,8 @@ def deformable(
     """value [B, *grid, C], offsets [B, *out, G, K, axes], weights [B, *out, G, K] -> [B, *out, C].
 
     The grid has one axis or two. K counts the kernel's taps in row-major order; offsets are in pixels and in the order
-    of the grid (y, x). A tap is read at p * stride + scale * (tap + offset), taps counted from the kernel's centre.
+    of the grid (y, x). A tap is read at p * stride + scale * (tap + offset), taps being counted from the middle of what
+    the kernel spans, dilation * (taps - 1) // 2 pixels behind its first one.
     Padding "same" keeps the size, divided by the stride and rounded up; a number p puts the first point where a
     convolution padded by p has its first kernel's centre. ValueError where shapes do not fit each other.
     """
@@ -170,17 +171,18 @@ def deformable(
         raise ValueError(f"deformable takes grids of 1 or 2 axes and a kernel of as many, not {grid} and {kernel}")
     if not all(isinstance(number, int) and number > 0 for number in (*kernel, stride, dilation)):
         raise ValueError(
-            f"kernel, stride and dilation are whole numbers of at least 1, not {kernel}, {stride} and {dilation}"
+            f"kernel, stride and dilation must be integers of at least 1, not {kernel}, {stride} and {dilation}"
         )
     reach = [dilation * (taps - 1) for taps in kernel]
+    middle = tuple(span // 2 for span in reach)
     if padding == "same":
         out = tuple(-(-size // stride) for size in grid)
         origin = (0,) * axes
     elif isinstance(padding, int) and not isinstance(padding, bool):
         out = tuple((size + 2 * padding - span - 1) // stride + 1 for size, span in zip(grid, reach, strict=True))
-        origin = tuple(dilation * ((taps - 1) // 2) - padding for taps in kernel)
+        origin = tuple(half - padding for half in middle)
     else:
-        raise ValueError(f'padding is a number or "same", not {padding!r}')
+        raise ValueError(f'padding must be an integer or "same", not {padding!r}')
     groups, points = offsets.shape[-3] if offsets.ndim == axes + 4 else 1, tuple(weights.shape[1 : axes + 1])
     wanted = (value.shape[0], *out, groups, math.prod(kernel), axes)
     if tuple(offsets.shape) != wanted or weights.shape != offsets.shape[:-1]:
@@ -190,8 +192,8 @@ def deformable(
         )
     kind = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), torch.float32)
     base = table(_lattice, out, (stride,) * axes, origin, kind, device=value.device)
-    centre = tuple(-dilation * ((taps - 1) // 2) for taps in kernel)
-    taps = table(_lattice, kernel, (dilation,) * axes, centre, kind, device=value.device)
+    first = tuple(-half for half in middle)
+    taps = table(_lattice, kernel, (dilation,) * axes, first, kind, device=value.device)
     y = aggregate(value, offsets.flatten(1, axes), weights.flatten(1, axes), base, taps, scale)
     return y.unflatten(1, points)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.tensors import zeroed
+from zoo.tensors import overwritable, zeroed
 
 
 def linear_attention(
@@ -12,16 +12,16 @@ def linear_attention(
     value: Tensor,
     mask: Tensor | None = None,
     turned: tuple[Tensor, Tensor] | None = None,
-    beside: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """sum_j (q_i . k_j) v_j / sum_j (q_i . k_j), for query [B, N, H, d], key [B, M, H, d] and value [B, M, H, e], keys
     and queries not negative: [B, N, H, e].
 
     mask [B, M] is True on real keys. turned replaces query and key in the numerator alone (rotary positions); the
-    denominator is then at least a hundredth of |q_i| |mean k|, for nothing else would bound the result. beside
-    [B, N, H, e] is added to the result. Sums over keys are means, so no number grows with their number: half precision
-    holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query that meets no key gives 0. A head costs
-    N M (d + e) or (N + M) d e products, whichever are fewer.
+    denominator is then at least a hundredth of |q_i| |mean k|, for nothing else would bound the result. The result is
+    added to onto [B, N, H, e], which is overwritten where gradients are off. Sums over keys are means, so no number
+    grows with their number: half precision holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query
+    that meets no key gives 0. A head costs N M (d + e) or (N + M) d e products, whichever are fewer.
     """
     key = zeroed(key, mask)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -57,7 +57,9 @@ def linear_attention(
     else:
         mixed = query @ (key.transpose(-1, -2) @ value * share).to(query.dtype)
     mixed, scale = mixed.transpose(1, 2), scale.to(mixed.dtype)
-    return mixed * scale if beside is None else torch.addcmul(beside, mixed, scale)
+    if onto is None:
+        return mixed * scale
+    return onto.addcmul_(mixed, scale) if overwritable() else torch.addcmul(onto, mixed, scale)
 
 
 def _short(x: Tensor) -> bool:

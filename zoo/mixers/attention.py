@@ -10,7 +10,7 @@ from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
 from zoo.norms import LayerNorm
 from zoo.spec import options_of
-from zoo.tensors import exporting, linear
+from zoo.tensors import exporting, linear, shortfall
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -115,10 +115,9 @@ class Attention(Projected):
 
     reads = Projected.reads | {"visible"}
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
-        weight = self.qkv.weight
-        kept = weight.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
-        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=weight.device)
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
+        kept = like.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
+        real = torch.zeros(batch, visible.left, dtype=torch.bool, device=like.device)
         return {"key": kept, "value": kept.clone(), "real": real}
 
     def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,9 +148,9 @@ class Attention(Projected):
 class Softmax(Attention):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
-    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442); kv_heads below `heads` shares
-    keys and values between heads, 0 means as many (Shazeer 2019, arXiv:1911.02150); head_dim 0 means dim / heads;
-    bias=False leaves the biases of both projections away.
+    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442). kv_heads below `heads` shares
+    keys and values between heads; 0 means `heads` (Shazeer 2019, arXiv:1911.02150). head_dim=0 means dim / heads.
+    bias=False omits the biases of both projections.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
@@ -184,8 +183,8 @@ class Softmax(Attention):
 
 class Window(Projected):
     """Softmax attention inside windows of `size` x `size` tokens, or of `size` tokens along time (Swin without its
-    shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). Windows are cut from the
-    grid's first corner; the last ones may reach beyond the grid, where there is nothing to attend to."""
+    shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). The windows start at the
+    grid's first corner. The last ones may reach beyond the grid; what lies there is masked."""
 
     reads = Projected.reads - {"prefix"}
 
@@ -195,7 +194,7 @@ class Window(Projected):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         size, grid, axes = self.size, context.grid, len(context.grid)
-        missing = [-length % size for length in grid]
+        missing = [shortfall(length, size) for length in grid]
         counts = [(length + more) // size for length, more in zip(grid, missing, strict=True)]
         margin = [0, 0, *(side for more in reversed(missing) for side in (0, more))]
         order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
@@ -238,14 +237,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
     if bias is not None:
         bias = (bias if bias.ndim == 4 else bias[None]).to(query.dtype)
         allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
-    shared = key.shape[1] != query.shape[1]
+    shared = bool(key.shape[1] != query.shape[1])  # which torch.jit.trace makes a tensor
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
     y = y.transpose(1, 2)
     return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX lays it out otherwise
 
 
 class Cross(Headed):
-    """Softmax attention of tokens over the memory of the Context (Vaswani et al. 2017; Carion et al. 2020,
+    """Softmax attention of the tokens to the memory of a decoder (Vaswani et al. 2017; Carion et al. 2020,
     arXiv:2005.12872). Each side's code is added to queries or keys, and not to values."""
 
     reads = frozenset({"prefix", "mask", "code", "memory"})

@@ -10,6 +10,7 @@ from zoo.kernels import deformable, multiscale
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
 from zoo.mixers.local import depthwise
 from zoo.tensors import filtered, linear, zeroed
+from zoo.text import unknown
 
 WEIGHTS = ("raw", "sigmoid", "softmax")
 
@@ -23,16 +24,16 @@ def weigh(scores: Tensor, how: str) -> Tensor:
 
 def _check_weights(name: str, weights: str) -> None:
     if weights not in WEIGHTS:
-        raise ValueError(f"weights of '{name}': there is no '{weights}'; choose from: {', '.join(WEIGHTS)}")
+        raise ValueError(f"{name}: {unknown('weights', weights, WEIGHTS)}")
 
 
 class DCNv4(Layer):
-    """Deformable aggregation: offsets and weights are read off the token by one linear that starts at zero (Xiong et
-    al. 2024, arXiv:2401.06197). Any kernel, one axis or two; `groups` 0 means one a head.
+    """Deformable convolution: each token predicts sampling offsets and weights by one linear that is zero at the start
+    (Xiong et al. 2024, arXiv:2401.06197). It has one axis or two; groups=0 means one group per head.
 
-    weights: `raw`, without bounds; `sigmoid`; `softmax` over the taps as in DCNv3 (Wang et al. 2023, arXiv:2211.05778).
-    local, above 0, is the size of a depthwise convolution in front of that linear. centre blends the token's own value
-    in, at a share that each group reads off what was summed. scale stretches taps and offsets.
+    weights: `raw`, unbounded; `sigmoid`; `softmax` over the taps as in DCNv3 (Wang et al. 2023, arXiv:2211.05778).
+    local > 0 is the kernel of a depthwise convolution in front of that linear. centre=True blends in the token's own
+    value, at a share that each group predicts. scale multiplies the positions of taps and the offsets.
     """
 
     reads = frozenset({"mask"})
@@ -98,7 +99,7 @@ class DCNv4(Layer):
 
 
 class DeformableCross(Layer):
-    """Each head samples `points` places around the query's reference on each of the `levels` grids of the memory
+    """Each head samples `points` points around the query's reference on each of the `levels` grids of the memory
     (Deformable DETR, Zhu et al. 2021, arXiv:2010.04159).
 
     The reference is a point (x, y) or a box (x, y, w, h) in 0..1: offsets are pixels of their grid around a point, and

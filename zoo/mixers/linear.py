@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Projected, rotate
-from zoo.tensors import filtered, zeroed
+from zoo.tensors import filtered, relu, zeroed
 
 
 class SimplifiedLinear(Projected):
-    """q' (k'^T v) / (q' sum k') + depthwise(v), q' = relu(q), k' = relu(k) (SLAB, Guo et al. 2024, arXiv:2405.11582).
+    """Linear attention q' (k'^T v) / (q' sum k') + depthwise(v) with q' = relu(q) and k' = relu(k) (SLAB, Guo et al.
+    2024, arXiv:2405.11582).
 
-    Half precision holds at any number of tokens. Rotary angles turn the numerator alone. The depthwise filter has one
-    head's channels and serves every head; prefix tokens stay outside it. Unlike the paper there is no learned table on
-    the keys, which would tie the layer to one resolution.
+    It is stable in half precision at any number of tokens. Rotary positions are applied to the numerator alone. The
+    depthwise filter, `kernel` tokens wide, has the channels of one head and is shared by all heads; prefix tokens are
+    not filtered. Unlike in the paper, no learned table is added to the keys, which would tie the layer to one
+    resolution.
     """
 
     reads = Projected.reads | {"rotary"}
@@ -33,12 +35,11 @@ class SimplifiedLinear(Projected):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        spare = not torch.is_grad_enabled()  # the projections are read by nobody else
-        query, key, value = F.relu(query, spare), F.relu(key, spare), zeroed(value, context.mask)
+        query, key, value = relu(query), relu(key), zeroed(value, context.mask)
         turned = None
         if context.rotary is not None:
             turned = rotate(query, context.rotary), rotate(key, context.rotary)
-        return linear_attention(query, key, value, context.mask, turned, beside=self.local(value, context))
+        return linear_attention(query, key, value, context.mask, turned, onto=self.local(value, context))
 
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""
@@ -50,8 +51,8 @@ class SimplifiedLinear(Projected):
 
 
 class ChannelGroups(Projected):
-    """softmax(k^T v / sqrt(d)) applied to q: attention between the channels of a group, tokens being the features
-    (DaViT, Ding et al. 2022, arXiv:2204.03645). Positions do not mix except through the channels' scores."""
+    """Attention between the channels of a group, softmax(k^T v / sqrt(d)) applied to q (DaViT, Ding et al. 2022,
+    arXiv:2204.03645). Tokens are mixed through the scores of the channels alone."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)

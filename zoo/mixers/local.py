@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.ffns import StarReLU
+from zoo.ffns import StarReLU, hidden_width
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site, halved
-from zoo.tensors import filtered, linear, to_map, to_tokens, zeroed
+from zoo.tensors import filtered, linear, silu, to_map, to_tokens, zeroed
 
 
 class Identity(Layer):
-    """Returns its input: the branch then adds what the norm makes of x (IdentityFormer, Yu et al. 2022,
+    """Returns its input, so the branch adds the normalized x (IdentityFormer, Yu et al. 2022,
     arXiv:2210.13452)."""
 
     reads = frozenset({"mask"})
@@ -27,7 +27,8 @@ class Identity(Layer):
 
 
 class Pool(Layer):
-    """The mean of the real neighbours less the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418)."""
+    """The mean of the neighbouring tokens minus the token itself (PoolFormer, Yu et al. 2022, arXiv:2111.11418).
+    The neighbourhood is `size` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True
@@ -74,15 +75,15 @@ def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor
 
 
 class SeparableConv(Layer):
-    """Linear, StarReLU, depthwise convolution, linear, without
-    biases (ConvFormer, Yu et al. 2022, arXiv:2210.13452)."""
+    """Linear, StarReLU, depthwise convolution and linear, without biases (ConvFormer, Yu et al. 2022,
+    arXiv:2210.13452). The width between is ratio * dim; the convolution is `kernel` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, ratio: float = 2.0, kernel: int = 7) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width(dim, ratio)
         self.expand, self.out = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
         self.activation = StarReLU()
         self.conv = depthwise(hidden, kernel, place.axes, bias=False)
@@ -90,7 +91,7 @@ class SeparableConv(Layer):
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, ratio: float = 2.0, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(int(dim * ratio))}
+        return {"inner": Site(hidden_width(dim, ratio))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(self.activation(self.expand(x)), context.mask)
@@ -105,8 +106,9 @@ class SeparableConv(Layer):
 
 
 class Convolution(Layer):
-    """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish, linear
-    (Gulati et al. 2020, arXiv:2005.08100). The Block fills `norm`. Under `visible` the convolution is causal."""
+    """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish and linear
+    (Gulati et al. 2020, arXiv:2005.08100). The depthwise convolution is `kernel` frames wide, and causal where
+    the model works in chunks (`visible`). The Block fills `norm`."""
 
     reads = frozenset({"mask", "visible"})
     mixes = True
@@ -124,15 +126,15 @@ class Convolution(Layer):
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
         return dict.fromkeys(("norm", "inner"), Site(dim if cls.gate == "glu" else 2 * dim))
 
-    def state(self, batch: int, visible: Chunks) -> dict[str, Tensor]:
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
         width, front = self.conv.in_channels, self.conv.kernel_size[0] - 1
-        return {"past": self.conv.weight.new_zeros(batch, front, width)}
+        return {"past": like.new_zeros(batch, front, width)}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.expand(x)
-        y = zeroed(F.glu(y, -1) if self.gate == "glu" else F.silu(y), context.mask)
+        y = zeroed(F.glu(y, -1) if self.gate == "glu" else silu(y), context.mask)
         y = along(self.conv, y, context, None if context.cache is None else self.recall(context, "past"))
-        y = F.silu(y if self.norm is None else self.norm(y, context))
+        y = silu(y if self.norm is None else self.norm(y, context))
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:
@@ -156,19 +158,19 @@ class StridedConvolution(Convolution):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(F.glu(self.expand(x), -1), context.mask)
         y = filtered(y, context.grid, self.conv.weight, self.conv.bias, int(self.conv.padding[0]), 2)
-        return self.out(F.silu(y if self.norm is None else self.norm(y, halved(context))))
+        return self.out(silu(y if self.norm is None else self.norm(y, halved(context))))
 
 
 class SwishConvolution(Convolution):
-    """The convolution branch of Squeezeformer: swish keeps all of the doubled channels (Kim et al. 2022,
-    arXiv:2206.00888)."""
+    """The convolution branch of Squeezeformer: that of Conformer with swish in place of the gated linear unit (Kim et
+    al. 2022, arXiv:2206.00888). The depthwise convolution is `kernel` frames wide."""
 
     gate = "swish"
 
 
 class Depthwise(Layer):
-    """A depthwise convolution on the grid and nothing else: as a bare branch it is the conditional position encoding in
-    front of each branch of DaViT (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645)."""
+    """A depthwise convolution on the grid, the conditional position encoding in front of each branch of DaViT
+    (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645). It is `kernel` tokens wide."""
 
     reads = frozenset({"mask"})
     mixes = True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.cache import rows
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Attention, attend, rotate
-from zoo.tensors import exporting, linear, zeroed
+from zoo.tensors import exporting, linear, shortfall, zeroed
 
 
 def _offsets(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
@@ -86,13 +86,12 @@ def banded(
 
 
 class Relative(Attention):
-    """softmax(((q_i + u) . k_j + (q_i + v) . W r(i - j)) / sqrt(d)) v: Transformer-XL's scores, r being the sines and
-    cosines of the offset, u and v learned per head (Dai et al. 2019, arXiv:1901.02860; Gulati et al. 2020,
-    arXiv:2005.08100).
+    """softmax(((q_i + u) . k_j + (q_i + v) . W r(i - j)) / sqrt(d)) v, the relative attention of Transformer-XL, where
+    r holds sines and cosines of the offset, and u and v are learned per head (Dai et al. 2019, arXiv:1901.02860; Gulati
+    et al. 2020, arXiv:2005.08100).
 
-    window above 0 lets a token see at most so many places to either side, at a cost that grows linearly with time;
-    a model that was trained without a window may be used with one. bias=False leaves the biases of the queries, keys,
-    values and the output away.
+    With window > 0 a token sees at most `window` tokens on either side, and the cost is linear in time. A model that
+    was trained without a window may be used with one. bias=False omits the biases of queries, keys, values and output.
     """
 
     dimensions = (1,)
@@ -141,8 +140,8 @@ class Relative(Attention):
 
 
 class Grouped(Relative):
-    """Relative attention between groups of `size` neighbouring frames, whose channels stand side by side: size times
-    fewer queries and keys, each size times as wide (Efficient Conformer, Burchi and Vielzeuf 2021,
+    """Relative attention between groups of `size` neighbouring frames, whose channels are concatenated, so there are
+    `size` times fewer queries and keys, each `size` times as wide (Efficient Conformer, Burchi and Vielzeuf 2021,
     arXiv:2109.01163)."""
 
     reads = Relative.reads - {"visible"}
@@ -160,7 +159,7 @@ class Grouped(Relative):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number = query.shape[1]
-        after = -number % self.size
+        after = shortfall(number, self.size)
 
         def folded(x: Tensor) -> Tensor:
             x = F.pad(zeroed(x, context.mask), (0, 0, 0, 0, 0, after)).flatten(2)
@@ -173,9 +172,9 @@ class Grouped(Relative):
 
 
 class Local(Attention):
-    """Softmax attention to at most `window` places on either side, and to the first `tokens` of the sequence, which see
-    all and are seen by all, as prefix tokens are (Longformer, Beltagy et al. 2020, arXiv:2004.05150; Fast Conformer,
-    Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length."""
+    """Softmax attention to at most `window` tokens on either side, and to the first `tokens` of the sequence, which
+    attend to all tokens and are seen by all, like prefix tokens (Longformer, Beltagy et al. 2020, arXiv:2004.05150;
+    Fast Conformer, Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length."""
 
     dimensions = (1,)
     reads = (Attention.reads | {"rotary"}) - {"visible"}

@@ -1,6 +1,6 @@
-"""All models by name. A new family is a file in this folder, one for its presets, and two rows here."""
+"""All models by name. A new family is a file in this folder, one for its presets, and three rows here."""
 
-import difflib
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,8 +14,10 @@ from zoo.models.base import Model, count_parameters
 from zoo.models.presets import conformer as conformer_presets
 from zoo.models.presets import pyramid as pyramid_presets
 from zoo.models.presets import vit as vit_presets
+from zoo.text import unknown
 
 PRESETS: dict[str, Config] = {**vit_presets.PRESETS, **pyramid_presets.PRESETS, **conformer_presets.PRESETS}
+ABOUT: dict[str, str] = {**vit_presets.ABOUT, **pyramid_presets.ABOUT, **conformer_presets.ABOUT}
 FAMILIES: dict[str, type[Config]] = {
     "vit": vit.ViTConfig,
     "pyramid": pyramid.PyramidConfig,
@@ -31,13 +33,12 @@ def list_models(pattern: str = "*") -> list[str]:
 def configure(name: str, **choices: Any) -> Config:
     """The config of a preset with some of its fields replaced; ValueError where a name or a choice is wrong."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3)
-        raise ValueError(f"there is no model '{name}'; choose from: {', '.join(near or sorted(PRESETS))}")
+        raise ValueError(unknown("model", name, PRESETS))
     config = PRESETS[name]
     choices = config.migrated(choices, config)
     known = field_names(config)
-    if unknown := [choice for choice in choices if choice not in known]:
-        raise ValueError(f"'{name}' has no field '{unknown[0]}'; it has: {', '.join(known)}")
+    if wrong := [choice for choice in choices if choice not in known]:
+        raise ValueError(unknown(f"field of {name}", wrong[0], known))
     return replace(config, **choices)
 
 
@@ -47,7 +48,24 @@ def create_model(name: str, **choices: Any) -> nn.Module:
     `list_models()` lists the names; the fields are those of the family's config. ValueError, in one line, where a name,
     a field or a choice is wrong, or where two choices would ignore each other.
     """
+    _check_habits(name, choices)
     return configure(name, **choices).build()
+
+
+# What timm calls some of our fields.
+HABITS = {"num_classes": "classes", "img_size": "image", "in_chans": "channels", "patch_size": "patch"}
+HABITS |= {"embed_dim": "dim", "num_heads": "heads", "drop_path_rate": "drop_path", "drop_rate": "dropout"}
+
+
+def _check_habits(name: str, choices: Mapping[str, Any]) -> None:
+    """ValueError, with what to write instead, for what users of other libraries expect to work."""
+    if name not in PRESETS and name.partition(".")[0] in PRESETS and "." in name:
+        raise ValueError(f"'{name}' is the name of a checkpoint, not of a model; zoo.load_model('{name}') reads it")
+    for choice in choices:
+        if choice.startswith("pretrained"):
+            raise ValueError(f"there is no '{choice}' here; zoo.load_model(NAME) reads a checkpoint with its weights")
+        if choice in HABITS:
+            raise ValueError(f"'{name}' has no field '{choice}'; did you mean {HABITS[choice]}?")
 
 
 def family_of(model: object) -> str | None:
@@ -56,11 +74,16 @@ def family_of(model: object) -> str | None:
     return next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
 
 
-def describe(name: str) -> str:
-    """A preset's size and every field of its config, a line each; stages with commas between, turns with slashes."""
-    config = configure(name)
+def describe(name: str, **choices: Any) -> dict[str, Any]:
+    """What `zoo list` and `zoo info` say of a preset, some of its fields replaced: `about`, `family`, `parameters`, and
+    `fields`, each with its value as text; stages with commas between, turns with slashes."""
+    config = configure(name, **choices)
     with torch.device("meta"):
         number = count_parameters(config.build())
-    lines = [f"{name}: {number:,} parameters"]
-    lines += [f"  {field}: {config.described(field)}" for field in field_names(config)]
-    return "\n".join(lines)
+    begins = max((each for each in ABOUT if f"{name}_".startswith(f"{each}_")), key=len, default=None)
+    return {
+        "about": ABOUT[begins] if begins else "",
+        "family": next((family for family, kind in FAMILIES.items() if type(config) is kind), None),
+        "parameters": number,
+        "fields": {field: config.described(field) for field in field_names(config)},
+    }

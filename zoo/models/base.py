@@ -4,7 +4,7 @@ other."""
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,13 @@ Kind = TypeVar("Kind", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(Config):
-    """What a family that names the class of an image says of itself; classes = 0 omits the head's last linear."""
+    """What a family that names the class of an image says of itself.
+
+    Args:
+        image: side of the images in pixels, for weights that depend on it; any other size works too.
+        channels: channels of the images.
+        classes: number of classes; 0 omits the classifier, and the model gives pooled features [B, D] of the last map.
+    """
 
     task = "classify"
     input = "image"
@@ -54,13 +60,18 @@ class Model(nn.Module, Generic[Kind]):
     """A model of the zoo. A family derives from it and from Config, and says in its Config what it takes and gives.
 
     `checkpointing` computes activations again in the backward pass, to save memory. `fusion` is the report of
-    `zoo.fuse`, None where the model is not fused.
+    `zoo.fuse`, None where the model is not fused. `preset`, `preprocess` and `labels` are those of the checkpoint that
+    it was read from; set them to None to save it without them.
     """
 
     renewable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start afresh in fine-tuning
 
     config: Kind
     fusion: list[Fold] | None = None
+    # What the checkpoint that the model was read from says of it, which `zoo.save_model` keeps.
+    preset: str | None = None
+    preprocess: Any = None
+    labels: Any = None
 
     def __init__(self, config: Kind) -> None:
         super().__init__()
@@ -76,6 +87,11 @@ class Model(nn.Module, Generic[Kind]):
     def channels(self) -> list[int]:
         """The channels of each of `features`."""
         raise TypeError(f"{type(self).__name__} has no channels")
+
+    @property
+    def num_features(self) -> int:
+        """The channels of the last of `features`, and the size D of the pooled [B, D] that classes = 0 gives."""
+        return self.channels[-1]
 
     def features(self, inputs: Tensor, /, layers: Sequence[int] | None = None) -> list[Tensor]:
         """Maps [B, C, ...] after the given layers, all where None, for other models to build on."""

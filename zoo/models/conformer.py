@@ -22,7 +22,7 @@ from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS, Position
 from zoo.spec import check, make, parse
 from zoo.stems import SUBSAMPLINGS
-from zoo.tensors import compiling, linear, mask_of
+from zoo.tensors import compiling, like, linear, mask_of
 
 CONFORMER = ("half", "mixer", "conv", "half", "norm")
 SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
@@ -30,17 +30,24 @@ SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
 
 @dataclass(frozen=True, kw_only=True)
 class ConformerConfig(FlatConfig):
-    """A speech encoder and its head.
+    """A speech encoder and its head. With `strided`, a tuple of choices has an entry for each stage.
 
-    vocabulary counts the outputs, the blank being the last; 0 omits the head. head is `ctc` or `transducer`.
-    unet halves the frame rate before the block of index `reduce` (None: half the depth less one) and restores it
-    before the last block; reduce_left is how many of the four frames around a kept one that the halving reads lie in
-    front of it. first_norm puts a norm behind the subsampling. scale_input multiplies the tokens by sqrt(dim).
-    strided names blocks whose convolution halves the frame rate for good and leads from one of widths, a number a
-    stage, to the next (Efficient Conformer); a tuple of choices has an entry for each stage then.
-    chunk, in tokens, makes a model that streams: each token sees its own chunk and `left` tokens in front of the chunk,
-    and convolutions are causal, so the look-ahead is chunk - 1 tokens. frames is the size of a table of `learned`
-    positions.
+    Args:
+        mels: mel bands of the features.
+        vocabulary: number of outputs; the blank is the last of them; 0 omits the head.
+        head: from tokens to logits over the vocabulary.
+        subsampling: from speech features to tokens.
+        widths: channels of each stage, for a model with `strided` blocks (Efficient Conformer).
+        strided: indices of the blocks whose convolution halves the frame rate and leads to the next of `widths`.
+        scale_input: whether the tokens are multiplied by sqrt(dim).
+        first_norm: whether a norm follows the subsampling.
+        unet: whether the frame rate is halved before the block `reduce` and restored before the last block.
+        reduce: index of the block before which `unet` halves the frame rate; None for half the depth less one.
+        reduce_left: how many of the four frames that the halving reads lie before the kept one.
+        chunk: tokens in a chunk of a streaming model, in which a token sees its own chunk and `left` tokens before it
+            and convolutions are causal; the look-ahead is chunk - 1 tokens; None for a model of whole utterances.
+        left: tokens before its own chunk that a token of a streaming model sees.
+        frames: rows of the table of `learned` positions.
     """
 
     axes = 1
@@ -74,7 +81,9 @@ class ConformerConfig(FlatConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.mels, self.frames) < 1 or self.vocabulary < 0 or self.vocabulary == 1:
-            raise ValueError("mels and frames are at least 1; vocabulary is at least 2, a token and the blank, or 0")
+            raise ValueError(
+                "mels and frames must be at least 1, and vocabulary 0 or at least 2, a token and the blank"
+            )
         for field, table in (("subsampling", SUBSAMPLINGS), ("head", SPEECH_HEADS)):
             try:
                 check(table, getattr(self, field))
@@ -177,7 +186,7 @@ class ConformerConfig(FlatConfig):
                 raise ValueError("reduce and reduce_left would be ignored: unet is False")
             return
         if not 0 <= self.reduce_left <= 4:
-            raise ValueError(f"reduce_left lies in 0..4, not {self.reduce_left}")
+            raise ValueError(f"reduce_left must be in 0..4, not {self.reduce_left}")
         if self.depth < 2:
             raise ValueError(f"unet: reduce has no block to stand before; depth is at least 2, not {self.depth}")
         if not 0 <= self.reduced < self.depth - 1:
@@ -192,7 +201,7 @@ class ConformerConfig(FlatConfig):
                 raise ValueError(f"left={self.left} would be ignored: chunk is None")
             return
         if self.chunk < 1 or self.left < 0 or self.left % self.chunk:
-            raise ValueError(f"chunk is at least 1 and divides left, not chunk={self.chunk} and left={self.left}")
+            raise ValueError(f"chunk must be at least 1 and divide left, not chunk={self.chunk} and left={self.left}")
         if self.unet:
             raise ValueError("unet: the temporal U-Net reads later frames, which a model with chunks may not")
         options = check(SUBSAMPLINGS, self.subsampling)
@@ -276,7 +285,7 @@ class Conformer(Model[ConformerConfig]):
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__(config)
         first = config.block()
-        self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim)
+        self.stem = make(SUBSAMPLINGS, config.subsampling, config.mels, config.dim, field="subsampling")
         self.scale = math.sqrt(config.dim) if config.scale_input else 1.0
         self.position = make_position(config)
         self.first: Norm | None = make(NORMS, first.norm, config.dim, first.place) if config.first_norm else None
@@ -288,7 +297,9 @@ class Conformer(Model[ConformerConfig]):
         )
         self.reduce = Reduce(config.dim, config.reduce_left) if config.unet else None
         self.recover = linear(config.dim, config.dim) if config.unet else None
-        self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary) if config.vocabulary else None
+        self.head = None
+        if config.vocabulary:
+            self.head = make(SPEECH_HEADS, config.head, config.width, config.vocabulary, field="head")
         self.name_layers()
 
     @property
@@ -330,7 +341,7 @@ class Conformer(Model[ConformerConfig]):
         if self.config.chunk is None:
             raise ValueError("visible: this model was not made to work in chunks; its config has no chunk")
         if visible.chunk < 1 or visible.left < 0 or visible.left % visible.chunk:
-            raise ValueError(f"visible: chunk is at least 1 and divides left, not {visible}")
+            raise ValueError(f"visible: chunk must be at least 1 and divide left, not {visible}")
         return visible
 
     def start(self, x: Tensor, context: Context) -> Tensor:
@@ -403,10 +414,11 @@ class Conformer(Model[ConformerConfig]):
         visible = self.chunks(visible)
         if visible is None:
             raise ValueError("this model was not made to stream; its config has no chunk")
-        cache = self.stem.state(batch)
+        kind = like(self)
+        cache = self.stem.state(batch, kind)
         for name, module in self.named_modules():
             if isinstance(module, Layer):
-                cache |= {f"{name}.{slot}": tensor for slot, tensor in module.state(batch, visible).items()}
+                cache |= {f"{name}.{slot}": tensor for slot, tensor in module.state(batch, visible, kind).items()}
         return cache
 
     def step(self, features: Tensor, mask: Tensor, cache: dict[str, Tensor], visible: Chunks) -> Tensor:

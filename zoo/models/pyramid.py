@@ -19,11 +19,18 @@ from zoo.tensors import to_map
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidConfig(ClassifierConfig, ModelConfig):
-    """A pyramid. dim, depth and heads have a number for each stage; a tuple of choices has an entry for each stage.
+    """A hierarchical model. A tuple of choices has an entry for each stage.
 
-    stem and reduction name what leads to the first stage and from a stage to the next, head what comes after the last
-    one. The stem and a reduction take the norm of the first block that they lead to; the head takes final_norm, which
-    "" makes that of the last stage's first block. image is the side for which learned positions have their rows.
+    The stem and a reduction take the norm of the first block that they lead to.
+
+    Args:
+        dim: channels of each stage.
+        depth: number of blocks of each stage.
+        heads: attention heads of each stage.
+        stem: from the image to the tokens of the first stage.
+        reduction: from a stage to the next.
+        head: from the tokens of the last stage to logits.
+        final_norm: norm of the head; empty for that of the last stage's first block.
     """
 
     shown = (*ModelConfig.shown, "classes")
@@ -40,12 +47,14 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.image, self.channels) < 1 or self.classes < 0:
-            raise ValueError("image and channels are at least 1, classes at least 0")
+            raise ValueError("image and channels must be at least 1, classes at least 0")
         for field, table in (("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
             try:
                 check(table, getattr(self, field) or self.last_norm)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        if len(self.dim) == 1 and self.reduction != "conv":
+            raise ValueError(f"reduction '{self.reduction}' would be ignored: there is one stage; leave it at 'conv'")
         if self.final_norm and check(HEADS, self.head).get("norm_first") is False:
             raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no such norm")
 
@@ -60,7 +69,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         if not len(self.dim) == len(self.depth) == len(self.heads) > 0:
             raise ValueError(f"dim, depth and heads have a number a stage, not {self.dim}, {self.depth}, {self.heads}")
         if min(self.depth) < 1:
-            raise ValueError(f"depth is at least 1 in each stage, not {self.depth}")
+            raise ValueError(f"depth must be at least 1 in each stage, not {self.depth}")
 
     @property
     def stages(self) -> tuple[Size, ...]:
@@ -109,7 +118,8 @@ class Stage(nn.Module):
 
 
 class Pyramid(Model[PyramidConfig]):
-    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled features [B, D] where classes = 0.
+    """model(images [B, channels, H, W]) -> logits [B, classes], or where classes = 0 the pooled features
+    [B, num_features] of the last map.
 
     H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
     """

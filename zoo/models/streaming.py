@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.layer import Chunks
+from zoo.tensors import like
 
 
 class Stream:
@@ -23,10 +24,10 @@ class Stream:
         self.model, self.visible = model, visible
         self.size = model.config.stride * visible.chunk
         self.cache: dict[str, Tensor] = model.state(batch, visible)
-        weight = next(model.parameters())
+        kind = like(model)
         ahead = model.config.stride - 1  # frames before the first one that its tokens' windows reach into
-        self.waiting = weight.new_zeros(batch, ahead, model.config.mels)
-        self.real = torch.zeros(batch, ahead, dtype=torch.bool, device=weight.device)
+        self.waiting = kind.new_zeros(batch, ahead, model.config.mels)
+        self.real = torch.zeros(batch, ahead, dtype=torch.bool, device=kind.device)
         self.frames = self.given = 0  # features that came, and tokens that went
         self.finished = False
 

@@ -16,6 +16,7 @@ from zoo.norms import NORMS, Norm
 from zoo.spec import make
 from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map
+from zoo.text import unknown
 
 POOLS = ("mean", "token", "norm_after_mean", "distilled")
 
@@ -24,10 +25,13 @@ POOLS = ("mean", "token", "norm_after_mean", "distilled")
 class ViTConfig(ClassifierConfig, FlatConfig):
     """A vision transformer.
 
-    pool: `mean` of the normalized grid tokens; `token`, the normalized class token; `norm_after_mean`, the mean, then
-    normalized; `distilled`, the mean of the logits of a class and a distillation token, each with a head of its own.
-    registers counts further learned tokens in front of the grid (Darcet et al. 2024, arXiv:2309.16588); class_token
-    puts a class token there, which `token` and `distilled` need.
+    Args:
+        patch: side of a patch in pixels.
+        pool: what the head reads: `mean` of the normalized grid tokens; `token`, the normalized class token;
+            `norm_after_mean`, the mean, then normalized; `distilled`, the mean of the logits of a class and a
+            distillation token, each with a head of its own.
+        class_token: whether a class token stands before the grid; `token` and `distilled` need it.
+        registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
     """
 
     shown = (*FlatConfig.shown, "classes")
@@ -39,9 +43,9 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
     def check_sizes(self) -> None:
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
-            raise ValueError("image, patch and channels are at least 1, classes and registers at least 0")
+            raise ValueError("image, patch and channels must be at least 1, classes and registers at least 0")
         if self.pool not in POOLS:
-            raise ValueError(f"pool: there is no '{self.pool}'; choose from: {', '.join(POOLS)}")
+            raise ValueError(f"pool: {unknown('name', self.pool, POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
 

@@ -5,6 +5,7 @@ Frames are logits over the vocabulary; its last index is the blank. Scores are n
 """
 
 from zoo.outputs.align import Word, words
+from zoo.outputs.answers import Guess
 from zoo.outputs.ctc import Hypothesis, beam, flashlight, frames_for, greedy
 from zoo.outputs.labels import LABELS
 from zoo.outputs.lm import KenLM, LanguageModel
@@ -12,6 +13,7 @@ from zoo.outputs.transducer import Transducer, transducer_greedy
 
 __all__ = [
     "LABELS",
+    "Guess",
     "Hypothesis",
     "KenLM",
     "LanguageModel",

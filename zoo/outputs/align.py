@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,8 @@ from zoo.outputs.ctc import frames_for, log_probabilities
 
 if TYPE_CHECKING:
     from zoo.outputs.tokens import Tokenizer
+
+TAIL = 0.16  # seconds at most that a word goes on after its last token
 
 
 class Word(NamedTuple):
@@ -27,8 +30,9 @@ class Word(NamedTuple):
 def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_per_frame: float) -> list[Word]:
     """Where each word is heard, by the likeliest alignment of the tokens to the frames.
 
-    CTC gives a token few frames, often one: `start` is sharp, and `end` is that of the word's last token, not of its
-    sound. A word's probability is the geometric mean of that of its frames.
+    CTC gives a token few frames, often one, near where its sound begins. `start` is the first frame of the word's first
+    token. `end` is an estimate: the word takes half of the blanks that follow its last token, but at most `TAIL`
+    seconds of them. A word's probability is the geometric mean of that of its tokens' frames.
 
     Args:
         logits: [T, V], or log-probabilities; the real frames of one clip.
@@ -37,7 +41,7 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
         seconds_per_frame: from one frame of `logits` to the next.
 
     Raises:
-        ValueError: a token is none of the vocabulary, or there are more tokens (and blanks between equal neighbours)
+        ValueError: a token is not in the vocabulary, or there are more tokens (and blanks between equal neighbours)
             than frames.
     """
     from torchaudio.functional import forced_align, merge_tokens
@@ -46,14 +50,16 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
         return []
     frames, blank = logits.shape[0], logits.shape[1] - 1
     if not 0 <= min(tokens) <= max(tokens) < blank:
-        raise ValueError(f"tokens are 0 to {blank - 1}, not {min(tokens)} to {max(tokens)}")
+        raise ValueError(f"tokens must be from 0 to {blank - 1}, got {min(tokens)} to {max(tokens)}")
     needed = frames_for(tokens)
     if needed > frames:
-        raise ValueError(f"{len(tokens)} tokens need at least {needed} frames, and there are {frames}")
+        raise ValueError(f"{len(tokens)} tokens need at least {needed} frames, got {frames}")
     rows = torch.from_numpy(log_probabilities(logits)).float()
     path, scores = forced_align(rows[None], torch.tensor([tokens]), blank=blank)
     heard: list[list[Any]] = []
-    for span in merge_tokens(path[0], scores[0], blank=blank):
+    merged = merge_tokens(path[0], scores[0], blank=blank)
+    following = {span.start: after.start for span, after in itertools.pairwise(merged)}
+    for span in merged:
         if tokenizer.starts_word(span.token) or not heard:
             heard.append([])
         heard[-1].append(span)
@@ -62,7 +68,9 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
         text = tokenizer.decode([span.token for span in spans]).strip()
         spans = [span for span in spans if tokenizer.decode([span.token]).strip()]  # a space is no part of a word
         if text and spans:
-            start, end = spans[0].start, spans[-1].end
+            start, last = spans[0].start, spans[-1]
+            free = (following.get(last.start, frames) - last.end) * seconds_per_frame
+            end = last.end * seconds_per_frame + min(free / 2, TAIL)
             mean = sum(span.score * len(span) for span in spans) / sum(len(span) for span in spans)
-            found.append(Word(text, start * seconds_per_frame, end * seconds_per_frame, math.exp(mean)))
+            found.append(Word(text, start * seconds_per_frame, end, math.exp(mean)))
     return found

@@ -123,7 +123,7 @@ class _Scorer:
     def weigh(self, log_probability: float, units: int) -> float:
         if not log_probability <= 0 or units not in (0, 1):
             raise ValueError(
-                f"a language model gives log-probabilities up to 0 and 0 or 1 unit, not {log_probability} and {units}"
+                f"a language model must give log-probabilities <= 0 and 0 or 1 unit, got {log_probability} and {units}"
             )
         return (self.alpha * log_probability if self.alpha else 0.0) + self.beta * units
 
@@ -267,12 +267,13 @@ def flashlight(
 
 def _check_weights(size: int, prune: float, alpha: float) -> None:
     if size < 1 or not 0 <= prune <= 1 or not alpha >= 0:
-        raise ValueError(f"size is at least 1, prune in 0..1 and alpha at least 0, not {size}, {prune} and {alpha}")
+        given = f"size={size}, prune={prune}, alpha={alpha}"
+        raise ValueError(f"size must be >= 1, prune from 0 to 1 and alpha >= 0, got {given}")
 
 
 def log_probabilities(logits: Tensor) -> np.ndarray:
-    """Natural logarithms of the probabilities, float64 [T, V]; ValueError where one is no number."""
+    """Natural logarithms of the probabilities, float64 [T, V]; ValueError where one is NaN."""
     rows = logits.detach().double().log_softmax(-1).cpu().numpy()
     if np.isnan(rows).any():
-        raise ValueError("the model's output is not a number")
+        raise ValueError("the model's output has NaN or infinite values")
     return rows

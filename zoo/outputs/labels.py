@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
+from zoo.outputs.answers import best_classes, best_text
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
 
 
 class LabelKind(NamedTuple):
-    """One kind of labels: how it is checked, stored as JSON and read again."""
+    """One kind of labels: how it is checked, stored as JSON and read again, and how it makes an answer."""
 
     what: str  # as an error names it
     misfit: str  # what an error says of other numbers than the model's
@@ -16,6 +17,7 @@ class LabelKind(NamedTuple):
     read: Callable[[Any], Any]
     number: Callable[[Any], int]  # outputs that have a label
     variable: str  # the name of such labels in a line of code
+    answer: Callable[[Any, Iterable[Any], Any], Any]  # from a model, the parts of its prepared input and the labels
 
 
 def _are_names(labels: Any) -> bool:
@@ -39,6 +41,7 @@ LABELS: dict[str, LabelKind] = {
         _read_names,
         len,
         "labels",
+        best_classes,
     ),
     "tokenizer": LabelKind(
         "a tokenizer",
@@ -48,5 +51,6 @@ LABELS: dict[str, LabelKind] = {
         tokenizer_from_dict,
         lambda tokenizer: tokenizer.vocabulary,
         "tokenizer",
+        best_text,
     ),
 }

@@ -53,12 +53,12 @@ class KenLM:
     def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, unit: str = "word") -> None:
         if unit not in ("word", "token"):
             raise ValueError(f"unit must be 'word' or 'token', not {unit!r}")
+        if not os.path.isfile(path):
+            raise ValueError(f"language model file not found: '{os.fspath(path)}'")
         try:
             kenlm = importlib.import_module("kenlm")
         except ImportError as error:
             raise ValueError("a language model needs kenlm, which is not installed: pip install kenlm") from error
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no language model '{os.fspath(path)}'")
         quiet = kenlm.Config()
         quiet.show_progress, quiet.arpa_complain = False, kenlm.ARPALoadComplain.NONE
         try:

@@ -63,7 +63,9 @@ class Tokenizer(ABC):
     def _check(self, ids: Sequence[int]) -> None:
         outside = [id for id in ids if not 0 <= id < self.blank]
         if outside:
-            raise ValueError(f"{outside[0]} is no piece's number; they go from 0 to {self.blank - 1}, without blanks")
+            raise ValueError(
+                f"{outside[0]} is not the number of a piece; they go from 0 to {self.blank - 1}, without blanks"
+            )
 
 
 class Characters(Tokenizer):
@@ -255,7 +257,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> WordPieces:
         ValueError: the file cannot be read, or is no sentencepiece model.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             return WordPieces(file.read())
     except OSError as error:
         raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error

@@ -1,5 +1,7 @@
 """Stems: raw input to tokens, with the grid and the mask that follow; and what leads from one grid to a coarser one."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,36 +10,49 @@ from zoo.fusion import fold_site, keep
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
-from zoo.tensors import compiling, to_map, to_tokens, zeroed
+from zoo.tensors import compiling, gelu, shortfall, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
     """The pictures [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"the model takes pictures [B, {channels}, H, W], not {list(images.shape)}")
+        raise ValueError(f"the model takes images [B, {channels}, H, W], not {list(images.shape)}")
     if mask is None:
         return images
     if mask.shape != images[:, 0].shape or mask.dtype != torch.bool:
-        raise ValueError(f"the mask is boolean [B, H, W] as the pictures are, not {mask.dtype} {list(mask.shape)}")
+        raise ValueError(f"the mask must be boolean [B, H, W] like the images, not {mask.dtype} {list(mask.shape)}")
     return images.masked_fill(~mask[:, None], 0.0)
+
+
+def padding_of(sizes: Sequence[int], stride: int) -> list[int]:
+    """What F.pad adds at the right and the bottom of maps with these sides [H, W], so that the stride divides them."""
+    return [0, shortfall(sizes[1], stride), 0, shortfall(sizes[0], stride)]
 
 
 def coarsened(mask: Tensor | None, stride: int) -> Tensor | None:
     """The mask [B, H, W] after a stride: a token is real where any of its stride x stride places is. [B, N]."""
     if mask is None:
         return None
-    missing = [-size % stride for size in mask.shape[1:]]
-    real = F.max_pool2d(F.pad(mask[:, None].float(), (0, missing[1], 0, missing[0])), stride)
+    real = F.max_pool2d(F.pad(mask[:, None].float(), padding_of(mask.shape[1:], stride)), stride)
     return real.flatten(1) > 0
 
 
 def convolve(conv: nn.Conv2d, maps: Tensor) -> Tensor:
     """The convolution of maps [B, C, H, W], padded with zeros at the right and the bottom until the stride divides."""
-    stride = conv.stride[0]
-    missing = (0, -maps.shape[3] % stride, 0, -maps.shape[2] % stride)
-    if compiling() or any(missing):  # a traced program takes any size
-        maps = F.pad(maps, missing)
+    padding = padding_of(maps.shape[2:], conv.stride[0])
+    if compiling() or any(padding):  # a traced program takes any size
+        maps = F.pad(maps, padding)
     return conv(maps)
+
+
+def stream(maps: Tensor, conv: nn.Module) -> Tensor:
+    """The tokens of a convolution's result, which the residual branches are added to: in the precision of its weights
+    (where they are not quantized) under autocast, too, and with the channels last in memory, or every layer would copy
+    them."""
+    tokens, weight = to_tokens(maps), conv.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        tokens = tokens.to(weight.dtype)
+    return tokens.contiguous()
 
 
 class Patches(nn.Module):
@@ -56,14 +71,14 @@ class Patches(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
         maps = convolve(self.conv, checked(images, mask, self.channels))
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        tokens = to_tokens(maps).to(self.conv.weight.dtype)
+        tokens = stream(maps, self.conv)
         return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
 
 
 class Reduction(nn.Module):
-    """Norm, strided convolution, norm: tokens of a grid to those of one whose sides are divided by `stride` and rounded
-    up. before and after say which of the two norms is there, bias whether the convolution has one."""
+    """Norm, strided convolution, norm, from the tokens of a grid to a grid whose sides are divided by `stride` and
+    rounded up. before and after say which of the two norms exist, bias whether the convolution has a bias.
+    kernel and padding are those of the convolution."""
 
     def __init__(
         self,
@@ -97,8 +112,7 @@ class Reduction(nn.Module):
         maps = convolve(self.conv, to_map(zeroed(x, context.mask), context.grid))
         mask = None if context.mask is None else coarsened(context.mask.unflatten(1, context.grid), self.stride)
         context = Context(grid=(maps.shape[2], maps.shape[3]), mask=mask)
-        # Under autocast the stream of tokens stays in the precision of the weights.
-        x = to_tokens(maps).to(self.conv.weight.dtype)
+        x = stream(maps, self.conv)
         return x if self.after is None else self.after(x, context), context
 
     def fold(self) -> list[Fold]:
@@ -111,9 +125,10 @@ class Reduction(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """One convolution of stride 4 and a norm, which after=False leaves away: pictures to tokens and their Context.
+    """A convolution of stride 4 and a norm, which after=False omits; from images to tokens and their Context.
 
-    A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is.
+    A mask [B, H, W] marks real pixels: others are zeroed, and a token is real where any of its pixels is. kernel and
+    padding are those of the convolution.
     """
 
     stride = 4
@@ -141,7 +156,7 @@ class ConvStem(nn.Module):
 
 class DoubleStem(nn.Module):
     """Convolution of stride 2, norm, GELU, convolution of stride 2, norm (InternImage, Wang et al. 2023,
-    arXiv:2211.05778): pictures to tokens and their Context, masks as in ConvStem."""
+    arXiv:2211.05778). Images become tokens and their Context; masks are as in ConvStem."""
 
     stride = 4
 
@@ -153,7 +168,7 @@ class DoubleStem(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Context]:
         x, context = self.first(*_pixels(images, mask, self.channels))
-        return self.second(F.gelu(x), context)
+        return self.second(gelu(x), context)
 
 
 def _pixels(images: Tensor, mask: Tensor | None, channels: int) -> tuple[Tensor, Context]:

@@ -11,7 +11,8 @@ from zoo.fusion import fold_site
 from zoo.layer import Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import check, make, parse
-from zoo.tensors import compiling, linear, mask_of
+from zoo.tensors import compiling, linear, mask_of, relu, silu
+from zoo.text import unknown
 
 SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
 SLICE = 8192  # elsewhere
@@ -46,11 +47,11 @@ class Stage(nn.Module):
     def activated(self, maps: Tensor, real: Tensor | None) -> Tensor:
         """ReLU of the maps, or the norm over their real frames and swish."""
         if not self.normed:
-            return F.relu(maps, inplace=not torch.is_grad_enabled())
+            return relu(maps)
         frames = maps.permute(0, 2, 3, 1)
         if self.norm is not None:  # else it is folded
             frames = self.norm(frames, Context(grid=(maps.shape[2],), mask=real))
-        return F.silu(frames).permute(0, 3, 1, 2)
+        return silu(frames).permute(0, 3, 1, 2)
 
     def fold(self) -> list[Fold]:
         return fold_site(self, "norm", self.conv)
@@ -59,11 +60,11 @@ class Stage(nn.Module):
 class Subsampling(nn.Module):
     """Features [B, T, mels] to tokens [B, T', dim], T' about T / stride: `stages` strided convolutions and a linear.
 
-    The first convolution is full, the others depthwise with a pointwise linear, or full too. Frames that the mask
-    [B, T] calls padding are zero before every convolution, so they change nothing. padding is `symmetric` (1 zero on
-    either side), `right` (1 behind) or `causal` (2 in front, 1 behind: no frame reads a later one). channels is the
-    width of the maps, 0 for that of the class. channel is a row of CHANNELS, applied to the maps of the last
-    convolution, whose grid is time x frequency.
+    The first convolution is full, the others are depthwise with a pointwise linear, or full too. Frames that the mask
+    [B, T] calls padding are set to zero before every convolution, so they change nothing. padding is `symmetric` (1
+    zero on either side), `right` (1 after) or `causal` (2 before and 1 after, so no frame reads a later one). channels
+    is the number of channels of the convolutions; 0 takes that of the paper. channel is channel attention by name, on
+    the output of the last convolution, whose grid is time x frequency.
     """
 
     depthwise = True
@@ -76,7 +77,7 @@ class Subsampling(nn.Module):
     ) -> None:
         super().__init__()
         if padding not in PADDINGS:
-            raise ValueError(f"padding of the subsampling: there is no '{padding}'; choose from: {', '.join(PADDINGS)}")
+            raise ValueError(f"subsampling: {unknown('padding', padding, PADDINGS)}")
         self.mels, self.padding = mels, padding
         self.width = width = channels or self.usual or dim
         self.convs = nn.ModuleList(
@@ -95,12 +96,11 @@ class Subsampling(nn.Module):
             raise ValueError(f"mels: {mels} bands are too few to be halved {self.stages} times")
         self.out = linear(width * rows[-1], dim)
 
-    def state(self, batch: int) -> dict[str, Tensor]:
+    def state(self, batch: int, like: Tensor) -> dict[str, Tensor]:
         """The last frame in front of each convolution, before the first chunk of a stream."""
-        weight = self.out.weight
         widths = [1] + [self.width] * (self.stages - 1)
         return {
-            f"stem.{number}": weight.new_zeros(batch, width, 1, rows)
+            f"stem.{number}": like.new_zeros(batch, width, 1, rows)
             for number, (width, rows) in enumerate(zip(widths, self.rows[:-1], strict=True))
         }
 
@@ -180,27 +180,28 @@ class Subsampling(nn.Module):
 
 
 class FullSubsampling(Subsampling):
-    """Conformer's: two full convolutions, a fourth of the frames (Gulati et al. 2020, arXiv:2005.08100)."""
+    """Two full convolutions of stride 2, as in Conformer; 4 frames become a token (Gulati et al. 2020,
+    arXiv:2005.08100)."""
 
     depthwise = False
 
 
 class DepthwiseSubsampling(Subsampling):
-    """Squeezeformer's: a full and a depthwise convolution, a fourth of the frames (Kim et al. 2022,
+    """A full and a depthwise convolution of stride 2, as in Squeezeformer; 4 frames become a token (Kim et al. 2022,
     arXiv:2206.00888)."""
 
 
 class DeepSubsampling(Subsampling):
-    """FastConformer's: a full and two depthwise convolutions of 256 channels, an eighth of the frames (Rekesh et al.
-    2023, arXiv:2305.05084)."""
+    """A full and two depthwise convolutions of stride 2 with 256 channels, as in Fast Conformer; 8 frames become a
+    token (Rekesh et al. 2023, arXiv:2305.05084)."""
 
     stages = 3
     usual = 256
 
 
 class NormedSubsampling(Subsampling):
-    """Efficient Conformer's: one convolution, batch normalization and swish, half of the frames (Burchi and Vielzeuf
-    2021, arXiv:2109.01163)."""
+    """A convolution of stride 2, batch normalization and swish, as in Efficient Conformer; 2 frames become a token
+    (Burchi and Vielzeuf 2021, arXiv:2109.01163)."""
 
     stages = 1
     norm = "batchnorm"

@@ -1,4 +1,7 @@
-"""What the `predict` commands share: which files are meant, what a terminal is told, what is written."""
+"""What the `predict` commands share: their options, which files are meant, what a terminal is told, what is written.
+
+Heavy libraries are imported where they are used, so that help and a wrong option need none of them.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,94 @@ import argparse
 import csv
 import json
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from tqdm import tqdm
-
-from zoo.inputs.audio import AudioPreprocess
-from zoo.models.base import Model
-from zoo.outputs.tokens import Tokenizer
-from zoo.text import reason
-from zoo.weights import Checkpoint, load_checkpoint
+from zoo.text import one_line, plain, reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from zoo.inputs.audio import AudioPreprocess
+    from zoo.models.base import Model
+    from zoo.outputs.tokens import Tokenizer
+    from zoo.weights import Checkpoint
+
 INK, GREY, CARD, TRACK, BAR = "#1f2933", "#7b8794", "#f1f3f5", "#d9dee3", "#2f6fb5"  # colours of what is drawn
+NAME = "a checkpoint: a folder, a name in checkpoints/, or OWNER/NAME on the Hub"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+class Parser(argparse.ArgumentParser):
+    """Help that fits a screen: rare options appear behind --help-all, and an error is one line."""
+
+    def __init__(self, prog: str, description: str, example: str) -> None:
+        def shape(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26)
+
+        more = {"formatter_class": shape, "allow_abbrev": False, "add_help": False}
+        super().__init__(prog, description=description, epilog=f"example:\n  {example}", **more)
+        self.rare: list[tuple[argparse.Action, str]] = []
+        self.add_argument("-h", "--help", action="help", help="show this help")
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every option")
+
+    def add_rare(self, *names: str, help: str, **options: Any) -> None:
+        self.rare.append((self.add_argument(*names, help=argparse.SUPPRESS, **options), help))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {plain(message)} (see --help)\n")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        assert isinstance(parser, Parser)
+        for action, text in parser.rare:
+            action.help = text
+        parser.print_help()
+        parser.exit()
+
+
+def add_options(parser: Parser) -> None:
     """Adds --output, --device and --precision."""
-    parser.add_argument("--output", default="runs/predict", help="folder for the files (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="default: %(default)s")
+    parser.add_argument("--output", metavar="DIR", default="runs/predict", help="where files go (default: %(default)s)")
+    add_device(parser)
+    parser.add_rare("--precision", metavar="P", choices=("32", "bf16"), default="32", help="32 (default) or bf16")
+
+
+def add_device(parser: Parser) -> None:
+    """Adds --device."""
+    devices = ("cpu", "cuda", "auto")
+    parser.add_argument("--device", metavar="D", choices=devices, default="auto", help="cpu, cuda or auto (default)")
+
+
+def count(text: str) -> int:
+    """An integer of at least 1, as an argument's type."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 999999999, got '{text}'")
+    return int(text)
 
 
 def device_for(wanted: str) -> str:
-    """The device that --device asks for; ValueError where there is none."""
+    """The device that --device asks for; ValueError where it is missing."""
+    import torch
+
     cuda = torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
-        raise ValueError("--device cuda: there is no CUDA device here; use cpu or auto")
+        raise ValueError("--device cuda: no CUDA device found; use cpu or auto")
     return "cuda" if cuda and wanted != "cpu" else "cpu"
 
 
 def load_for(command: str, name: str) -> Checkpoint:
     """A checkpoint that `zoo COMMAND predict` can use; ValueError where it is of another task, or gives no answer."""
+    from zoo.weights import load_checkpoint
+
+    best = Path(name).expanduser() / "best"
+    if (best / "config.json").is_file() and not (best.parent / "config.json").is_file():
+        raise ValueError(f"{name} is a run, not a checkpoint; did you mean {Path(name) / 'best'}?")
     found = load_checkpoint(name)
     config = found.model.config
     if config.task != command:
@@ -57,7 +110,7 @@ def load_for(command: str, name: str) -> Checkpoint:
 
 
 def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
-    """A speech checkpoint's model, features and tokenizer; ValueError where it is none."""
+    """A speech checkpoint's model, features and tokenizer; ValueError where one is missing."""
     model, preprocess, tokenizer, _ = load_for("transcribe", name)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so its answer is not text")
@@ -67,49 +120,40 @@ def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
 def make_output(folder: Path) -> None:
     """Makes the folder of --output where it is missing; ValueError where a file has its name."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder}: this is a file, and a folder is needed")
+        raise ValueError(f"--output {folder} is a file; a folder is needed")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def find_files(given: Sequence[str], fits: Callable[[str], bool], kind: str, drawn: Path | None = None) -> list[str]:
-    """The files among the given paths, and those below the folders among them whose name fits, sorted; each once.
+def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, drawn: Path | None = None) -> list[str]:
+    """The files among the given paths, and those below the folders among them; each once.
 
     Args:
         given: files and folders; a file that is named is taken whatever its name.
-        fits: says of a file's name whether it is wanted.
+        extensions: how the name of a file in a folder ends, in small letters.
         kind: what such a file is called in an error.
-        drawn: a file that is left out of folders, such as the picture of an earlier run.
+        drawn: a file that is omitted from folders, such as the image of an earlier run.
 
     Raises:
         ValueError: a path does not exist, or a folder has no such file.
     """
+    from zoo.inputs.folders import files_below
+
+    omitted = None if drawn is None else os.path.realpath(drawn)
     found: list[str] = []
     for path in given:
+        path = os.path.expanduser(path)
         if not os.path.exists(path):
-            raise ValueError(f"there is no file or folder '{path}'")
-        left_out = None if drawn is None else os.path.realpath(drawn)
-        files = sorted(_below(path, fits, left_out)) if os.path.isdir(path) else [path]
-        if not files:
-            raise ValueError(f"there is no {kind} in the folder '{path}'")
-        found += files
-    return list(dict.fromkeys(found))
-
-
-def _below(top: str, fits: Callable[[str], bool], left_out: str | None) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen: set[str] = set()  # links to folders are followed, but never in circles
-    for folder, folders, names in os.walk(top, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
+            raise ValueError(f"file or folder not found: '{path}'")
+        if not os.path.isdir(path):
+            found.append(path)
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if fits(name) and not name.startswith(".") and os.path.join(real, name) != left_out:
-                yield os.path.join(folder, name)
+        listed, _ = files_below(path, lambda name: name.lower().endswith(extensions))
+        inside = [os.path.join(folder, name) for folder, names in listed.items() for name in names]
+        inside = sorted(file for file in inside if omitted is None or os.path.realpath(file) != omitted)
+        if not inside:
+            raise ValueError(f"no {kind} in folder '{path}' ({' '.join(extensions)})")
+        found += inside
+    return list(dict.fromkeys(found))
 
 
 def write(
@@ -117,28 +161,63 @@ def write(
     names: Sequence[str],
     columns: Sequence[str],
     entries: list[dict[str, Any]],
-    draw: Callable[[], Figure],
-) -> None:
-    """Writes the entries as JSON and, these columns of them, as CSV, and a picture; `names` are those of the three.
+    draw: Callable[[], Figure] | None,
+) -> list[str]:
+    """Writes the entries as JSON and, these columns of them, as CSV, and an image; `names` are those of the three.
 
-    All are written aside and renamed into place. OSError where that fails, with no half file left.
+    All are written aside and renamed into place. An image that cannot be drawn is reported, and the others are written.
+
+    Returns:
+        The names of what was written.
+
+    Raises:
+        OSError: it cannot be written; no half file is left.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".predictions-", dir=output) as folder:
             aside = [Path(folder, name) for name in names]
-            # What is no Unicode in a file's name is written as \udcff, which is JSON's own form of it.
+            # What is not Unicode in a file's name is written as \udcff, which is JSON's own form of it.
             with open(aside[0], "w", encoding="utf-8", errors="backslashreplace") as file:
                 json.dump(entries, file, indent=2, ensure_ascii=False, allow_nan=False)
             with open(aside[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerows([columns, *([entry.get(column) for column in columns] for entry in entries)])
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # a text in a script that the font lacks
-                draw().savefig(aside[2])
+            if draw is None or not _drawn(draw, aside[2]):
+                aside.pop()
             for path in aside:
                 os.replace(path, output / path.name)
+            return [path.name for path in aside]
     except OSError as error:
         raise OSError(f"cannot write to {output}: {reason(error)}") from error
+
+
+def _drawn(draw: Callable[[], Figure], path: Path) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a text in a script that the font lacks
+            draw().savefig(path)
+    except OSError:
+        raise
+    except Exception as error:  # a title or an image of any kind may upset the library, and the answers are there
+        report(f"{path.name} could not be drawn: {reason(error)}")
+        return False
+    return True
+
+
+def fail(entry: dict[str, Any], error: Exception) -> None:
+    """Notes in an entry, and reports, why its file has no answer, or no whole one."""
+    known = isinstance(error, ValueError)  # it may name the file
+    text = str(error).removeprefix(f"{entry['path']}: ") if known else f"{type(error).__name__}: {reason(error)}"
+    entry["error"] = one_line(text)
+    report(f"{entry['path']}: {entry['error']}")
+
+
+def finish(output: Path, written: Sequence[str], entries: Sequence[dict[str, Any]], kind: str) -> None:
+    """Says in one line what was written; ValueError where a file had an error."""
+    failed = sum("error" in entry for entry in entries)
+    report(f"{len(entries) - failed} of {len(entries)} {kind} answered; wrote {', '.join(written)} to {output}")
+    if failed:
+        raise ValueError(f"{failed} of {len(entries)} {kind} had an error")
 
 
 def short(text: str, most: int, tail: int = 0) -> str:
@@ -147,19 +226,40 @@ def short(text: str, most: int, tail: int = 0) -> str:
     return text if len(text) <= most else text[: most - 1 - tail] + "…" + text[len(text) - tail :]
 
 
-def plain(text: str) -> str:
-    """Escapes what is not printable: a file's name may hold line breaks or a terminal's commands."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+def say(line: str) -> None:
+    """Prints an answer beside a progress bar, with escapes for what the terminal cannot show.
+
+    Where nobody reads on, as with `| head -1`, the work goes on without a word.
+    """
+    _print(line, sys.stdout)
 
 
-def say(line: str, stream: TextIO) -> None:
-    """Prints a line beside a progress bar, with escapes for what the stream cannot show."""
+def report(line: str) -> None:
+    """Says something to a person, on standard error."""
+    _print(f"zoo: {line}", sys.stderr)
+
+
+def _print(line: str, stream: Any) -> None:
+    from tqdm import tqdm
+
+    if stream is None:  # closed before the program began
+        return
+    try:
+        tqdm.write(printable(line, stream), file=stream)
+        stream.flush()
+    except OSError as error:
+        silence(stream)
+        if not isinstance(error, BrokenPipeError) and stream is not sys.stderr:
+            report(f"standard output: {reason(error)}")
+
+
+def printable(text: str, stream: Any) -> str:
+    """A text in one line, with escapes for what a stream cannot show."""
     encoding = stream.encoding or "utf-8"
-    tqdm.write(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    return plain(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def count(text: str) -> int:
-    """A whole number above 0, as an argument's type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not '{text}'")
-    return int(text)
+def silence(stream: Any) -> None:
+    """Sends what is written from now on nowhere, also what Python flushes at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.config import field_names
 from zoo.models.base import Model
+from zoo.text import unknown
 from zoo.weights.load import Checkpoint
 
 
@@ -33,10 +34,11 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
     if (asked := choices.pop("name", preset)) != preset:
         raise ValueError(f"{name} was made from {preset}, not from model.backbone.name={asked}")
     known = field_names(config)
-    if unknown := [choice for choice in choices if choice not in known]:
-        raise ValueError(f"model.backbone has no field '{unknown[0]}'; it has: {', '.join(known)}")
+    if wrong := [choice for choice in choices if choice not in known]:
+        raise ValueError(unknown("field of model.backbone", wrong[0], known))
     wanted = replace(config, **choices)
     if wanted == config:
+        start.model.preset = start.model.preprocess = start.model.labels = None  # training says its own
         return start.model, []
     if start.config["fused"]:
         raise ValueError(f"{name} is fused, and a fused model keeps its config; start from the unfused one")

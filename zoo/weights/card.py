@@ -1,5 +1,6 @@
 """The card of a checkpoint: README.md in the form of the Hub."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,13 +8,13 @@ import zoo
 from zoo.config import Config, field_names
 from zoo.inputs import Preprocess
 from zoo.outputs import LABELS
-from zoo.text import one_line
+from zoo.text import one_line, plain
 
 CARD = """---
 {front}
 ---
 
-# {name}
+# {title}
 
 {text}
 
@@ -25,10 +26,17 @@ Source: {source}. Written by zoo {version}.
 
 ```python
 import zoo
-model, preprocess, {labels}, config = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{name}
+model, preprocess, {labels}, config = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{title}
 {call}
 ```
 """
+
+
+def _cell(value: object) -> str:
+    """A cell of the table, where `|` would end it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = "NaN" if math.isnan(value) else "infinite"
+    return one_line(value).replace("|", "\\|")
 
 
 def model_card(
@@ -60,15 +68,16 @@ def model_card(
         tags=list(dict.fromkeys(["zoo", written["family"], *config.tags])),
     )
     shown = config.shown or field_names(config)
-    rows = {field: config.described(field) for field in shown}
+    rows: dict[str, object] = {field: config.described(field) for field in shown}
     rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
     prepared = config.argument if preprocess is None else f"preprocess({preprocess.raw})[None]"
     return CARD.format(
         front=front.to_yaml(),
+        title=plain(name),
         name=name,
         text=text or f"A `{written['preset'] or written['family']}` of the zoo.",
-        rows="\n".join(f"| {one_line(key)} | {one_line(value)} |" for key, value in rows.items()),
-        source=written["source"] or "not stated",
+        rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
+        source=one_line(written["source"]) if written["source"] else "not stated",
         version=zoo.__version__,
         labels="labels" if config.labels is None else LABELS[config.labels].variable,
         call=config.call(prepared),

@@ -1,6 +1,5 @@
 """config.json: its fields, its format, and how older formats are read."""
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from zoo.config import Config
 from zoo.inputs import INPUTS, Preprocess
 from zoo.models import FAMILIES
 from zoo.outputs import LABELS
-from zoo.text import one_line, reason
+from zoo.text import from_json, one_line, reason
 from zoo.weights.names import CheckpointError
 
 FORMAT = 3
@@ -43,11 +42,11 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json in the newest format; CheckpointError where it is none, or of a newer zoo."""
     try:
-        written = json.loads(path.read_bytes())
+        written = from_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:
-        raise CheckpointError(f"{path} is no config of a checkpoint: it has no whole number as format")
+        raise CheckpointError(f"{path} is not the config of a checkpoint: its format is not an integer")
     writer = f"zoo {written.get('zoo')}"
     if written["format"] > FORMAT:
         news = f"format {written['format']} of {writer}; zoo {zoo.__version__} reads up to {FORMAT}: upgrade zoo"
@@ -65,7 +64,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if wrong := [key for key, kind in FIELDS.items() if not isinstance(written[key], kind)]:
         raise CheckpointError(f"{path}: {wrong[0]} has a value of the wrong kind, {type(written[wrong[0]]).__name__}")
     if written["family"] not in FAMILIES:
-        raise CheckpointError(f"{path}: there is no family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"{path}: unknown family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
     known = {field.name for field in fields(FAMILIES[written["family"]])}
     if unknown := [field for field in written["model"] if field not in known]:
         age = f"{one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"

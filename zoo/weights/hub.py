@@ -41,12 +41,12 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
     if "/" not in name:
         raise ValueError(f"'{name}' has no owner; give OWNER/NAME")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     if missing := [file for file in FILES if not (folder / file).is_file()]:
         raise ValueError(f"{folder} has no {missing[0]}; scripts/publish takes a folder that save_model wrote")
     load_checkpoint(folder.resolve(), check=True)
     if get_token() is None:
-        raise ValueError("there is no token for the Hub; run `hf auth login`, or set HF_TOKEN")
+        raise ValueError("no token for the Hub was found; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         address = api.create_repo(name, private=private or None, exist_ok=True)

@@ -25,16 +25,38 @@ TRIES = 5  # at reading a checkpoint that another process replaces meanwhile
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it."""
+    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it.
+
+    Called with a raw input, such as the path of a file, it answers: `load_checkpoint("vit_micro.digits")("photo.jpg")`.
+    """
 
     model: Model
     preprocess: Preprocess | None
     labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name for each class, or the tokenizer
     config: dict[str, Any]  # config.json, in the newest format
 
+    def __call__(self, raw: Any, /) -> Any:
+        """The answer to one raw input, which is anything that `preprocess` takes.
+
+        Returns:
+            For an image, its classes as a list of (label, probability), the most probable first; for sound, its text.
+
+        Raises:
+            ValueError: the input cannot be read, or the checkpoint has no preprocessing or no answer.
+        """
+        kind = self.model.config.labels
+        if self.preprocess is None:
+            raise ValueError("the checkpoint has no preprocess, so call its model with a prepared input")
+        if kind is None or not self.model.config.labelled:
+            raise ValueError("the checkpoint is a backbone without a head, so it has no answer; call its model")
+        return LABELS[kind].answer(self.model, self.preprocess.parts(raw), self.labels)
+
 
 def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
-    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`."""
+    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`.
+
+    `model.preprocess` and `model.labels` are the checkpoint's, and `save_model` keeps them.
+    """
     return load_checkpoint(name, check=check).model
 
 
@@ -89,6 +111,8 @@ def _load(folder: Path, check: bool) -> Checkpoint:
                 raise ValueError("this model takes no preprocess")
             preprocess = INPUTS[config.input].from_dict(written["preprocess"])
         check_fit(config, preprocess, labels)
+        if lacking := config.missing(tensors):
+            raise ValueError(f"its model has '{lacking}', and model.safetensors has no tensor of it")
         model = _build(config, written["fused"], tensors, folder / "model.safetensors")
     except CheckpointError:
         raise
@@ -96,20 +120,20 @@ def _load(folder: Path, check: bool) -> Checkpoint:
         raise CheckpointError(f"{path}: {reason(error)}") from error
     if check:
         check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
+    model.preset, model.preprocess, model.labels = written["preset"], preprocess, labels
     return Checkpoint(model, preprocess, labels, written)
 
 
 def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> Model:
     """The model with the given weights. The caller's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
-        if not fused:
-            with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
-                model = config.build()
-            kinds = _match(model, tensors, path)
-            if {name for name, _ in model.named_buffers()} <= kinds.keys():
-                own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
-                model.load_state_dict(own, assign=True)
-                return _checked(model)
+        with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
+            model = config.build()
+        kinds = _match(model, tensors, path, before_fusion=fused)
+        if not fused and {name for name, _ in model.named_buffers()} <= kinds.keys():
+            own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
+            model.load_state_dict(own, assign=True)
+            return _checked(model)
         with torch.device("cpu"):  # buffers outside the state dict have to be made
             model = config.build()
             if fused:
@@ -120,11 +144,15 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
         return _checked(model)
 
 
-def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, torch.dtype]:
-    """The kinds of the model's tensors by name; CheckpointError where those of the file have others."""
+def _match(
+    model: nn.Module, tensors: dict[str, Tensor], path: Path, before_fusion: bool = False
+) -> dict[str, torch.dtype]:
+    """The kinds of the model's tensors by name; CheckpointError where those of the file have others. Fusion takes away
+    or adds tensors of one axis alone."""
     wanted = model.state_dict()
-    wrong = [f"{name!r} is missing" for name in wanted.keys() - tensors.keys()]
-    wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
+    missing = wanted.keys() - tensors.keys()
+    wrong = [f"{name!r} is missing" for name in missing if not before_fusion or wanted[name].ndim > 1]
+    wrong += [] if before_fusion else [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         got, want = tensors[name], wanted[name]
         if got.shape != want.shape:

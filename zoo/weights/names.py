@@ -1,5 +1,6 @@
 """Where a checkpoint is: in a folder, under ./checkpoints, or on the Hub; and its files."""
 
+import difflib
 import os
 import re
 from contextlib import suppress
@@ -19,6 +20,7 @@ class CheckpointError(ValueError):
 
 def locate(name: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint; CheckpointError where there is none."""
+    given, name = name, os.path.expanduser(name)
     for folder in (Path(name), Path("checkpoints", name)):
         if folder.is_dir():
             return folder
@@ -31,12 +33,24 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
     repository, _, revision = str(name).partition("@")
-    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+    if isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         from zoo.weights.hub import download
 
         return download(repository, revision or None)
-    where = "neither a folder, nor one under checkpoints, nor OWNER/NAME on the Hub"
-    raise CheckpointError(f"there is no checkpoint {str(name)!r}: it is {where}")
+    raise CheckpointError(f"there is no checkpoint {str(name)!r}: {_where_it_is_not(str(name))}")
+
+
+def _where_it_is_not(name: str) -> str:
+    """Where a checkpoint was looked for, and what may have been meant."""
+    from zoo.models import PRESETS
+
+    home = Path("checkpoints").resolve()
+    looked = f"{Path(name).absolute()} and {home / name} are not folders, and the name is not OWNER/NAME on the Hub"
+    stored = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
+    if near := difflib.get_close_matches(name, [*stored, *PRESETS], n=1):
+        made = f"zoo.create_model({near[0]!r}), which builds it untrained" if near[0] in PRESETS else near[0]
+        return f"{looked}; did you mean {made}?"
+    return looked
 
 
 def previous_of(target: Path) -> Path:
@@ -62,7 +76,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = "is no whole safetensors file"
+        kind = "is not a complete safetensors file"
         with suppress(OSError), open(path, "rb") as file:
             if file.read(2).startswith((b"\x80", b"PK")):
                 kind = "seems to be a pickle, which is never read"

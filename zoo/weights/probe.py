@@ -50,7 +50,7 @@ def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> 
     inputs, wanted = _unpack(path, config, preprocess)
     expected = inputs_for(config, preprocess).keys()
     if inputs.keys() != expected:
-        raise CheckpointError(f"{path} is no probe of this model: its inputs have to be {', '.join(expected)}")
+        raise CheckpointError(f"{path} is not a probe of this model: its inputs must be {', '.join(expected)}")
     try:
         got = outputs_of(model, preprocess, inputs)
     except Exception as error:  # an input from elsewhere may break a model in any way
@@ -77,8 +77,8 @@ def _unpack(path: Path, config: Config, preprocess: Preprocess | None) -> tuple[
     for key, tensor in found.items():
         side, _, name = key.partition(".")
         if side not in sides or not name:
-            raise CheckpointError(f"{path} is no probe: it holds {key!r}, not only input.NAME and output.NAME")
+            raise CheckpointError(f"{path} is not a probe: it holds {key!r}, not only input.NAME and output.NAME")
         sides[side][name] = tensor
     if not all(sides.values()):
-        raise CheckpointError(f"{path} is no probe: it has to hold inputs and outputs")
+        raise CheckpointError(f"{path} is not a probe: it must hold inputs and outputs")
     return sides["input"], sides["output"]

@@ -19,7 +19,7 @@ from zoo.models import PRESETS, family_of
 from zoo.models.base import Model, count_parameters
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
-from zoo.text import reason
+from zoo.text import reason, unknown
 from zoo.weights.card import model_card
 from zoo.weights.format import FORMAT, check_fit
 from zoo.weights.load import load_checkpoint
@@ -47,11 +47,13 @@ def save_model(
     there is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
 
     Args:
-        model: a model of the zoo, fused or not, unwrapped, in float32, float16 or bfloat16.
+        model: a model of the zoo, fused or not, compiled or not, in float32, float16 or bfloat16.
         folder: where to write; a checkpoint that is there already is replaced.
-        preset: the preset that the model was made from.
-        preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one.
-        labels: what the outputs mean: one name a class, or the tokenizer of a speech model.
+        preset: the preset that the model was made from; where None, that of the checkpoint that it was read from.
+        preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one. Where
+            None, that of the checkpoint that the model was read from.
+        labels: what the outputs mean: one name a class, or the tokenizer of a speech model. Where None, those of the
+            checkpoint that the model was read from.
         source: where the weights come from: a command, an address.
         card: what the model is, in Markdown; a plain sentence where None.
         license: of the weights, by its name on the Hub.
@@ -65,11 +67,17 @@ def save_model(
             finite, or the folder holds something else than a checkpoint.
         OSError: the folder could not be written; one line that says so and what became of the previous one.
     """
-    target, family = Path(folder).resolve(), family_of(model)
+    target = Path(folder).expanduser().resolve()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    family = family_of(model)
     if family is None or not isinstance(model, Model):
         raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no preset '{preset}'; choose from: {', '.join(sorted(PRESETS))}")
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"'{name}' is compiled on its own; put {name}._orig_mod in its place before saving")
+    preset, preprocess = preset or model.preset, preprocess or model.preprocess
+    labels = model.labels if labels is None else labels
+    _check_texts(preset, source, card, license, metrics)
     config = model.config
     check_fit(config, preprocess, labels)
     written = {
@@ -89,13 +97,30 @@ def save_model(
         "README.md": model_card(config, written, preprocess, target.name, card, license, figures),
     }
     twin = copy.deepcopy(model).cpu().eval()
-    tensors = {name: tensor.contiguous() for name, tensor in twin.state_dict().items()}
+    twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
+    tensors = twin.state_dict()
+    if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:
+        raise ValueError(f"'{odd[0]}' is quantized, which checkpoints do not hold; save the model before quantizing it")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     inputs = inputs_for(config, preprocess)
     outputs = outputs_of(twin.float(), preprocess, inputs)
     if not all(bool(output.isfinite().all()) for output in outputs.values()):
         raise ValueError(f"the model's output is not finite, so it is not saved to {target}")
     _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": pack(inputs, outputs)})
     return target
+
+
+def _check_texts(
+    preset: object, source: object, card: object, license: object, metrics: Mapping[str, object] | None
+) -> None:
+    """ValueError where what is to be told about a model is not text, or the preset is unknown."""
+    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
+        raise ValueError(unknown("preset", str(preset), PRESETS))
+    for name, value in {"source": source, "card": card or "", "license": license}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, not {type(value).__name__}")
+    if metrics is not None and not (isinstance(metrics, Mapping) and all(isinstance(key, str) for key in metrics)):
+        raise ValueError("metrics must map names to numbers or strings")
 
 
 def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -111,7 +136,8 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
         _clear(target)
         aside.mkdir()
         for name, text in texts.items():
-            (aside / name).write_text(text, encoding="utf-8")
+            # A surrogate from the name of a file becomes \\udcXX, as JSON spells it.
+            (aside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         for name, content in tensors.items():
             save_file(content, aside / name, metadata={"format": "pt"})
             shutil.copymode(aside / "config.json", aside / name)  # safetensors lets only the owner read

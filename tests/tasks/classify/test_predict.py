@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from PIL import Image
 
 import zoo
 from helpers import randomise
+from zoo import weights
 from zoo.__main__ import main
 from zoo.inputs.images import ImagePreprocess, read_image
-from zoo.tasks.classify import predict as answer
+from zoo.tasks.classify import answers
+from zoo.tasks.classify.predict import FILES
 from zoo.weights import load_checkpoint, load_model, save_model
 
 LABELS = ["ant", "bee", "a cat, or whatever else purrs at home", "$dog_", "猫"]
@@ -104,7 +107,8 @@ def test_answers_are_the_model_s(model: str, pictures: list[str], capsys: pytest
     said = capsys.readouterr()
     for entry, line in zip(entries, said.out.splitlines(), strict=True):
         assert line.split() == [*entry["path"].split(), *entry["label"].split(), f"{entry['probability']:.1%}"]
-    assert said.err == "wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
+    wrote = "wrote predictions.json, predictions.csv, predictions.png to runs/predict"
+    assert said.err == f"zoo: 4 of 4 images answered; {wrote}\n"
 
 
 def test_csv_says_what_json_says(model: str, pictures: list[str]):
@@ -172,12 +176,12 @@ def test_picture_is_a_grid(model: str, tmp_path: Path, number: int, columns: int
         width, height = picture.size
         assert 200 * columns < width < 600 * columns and width < height < 1.4 * width
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(answer.FILES)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(FILES)
 
 
 def texts(entries: list[dict[str, Any]], shown: int) -> list[str]:
     picture = Image.new("L", (3, 2))
-    figure = answer.draw(entries, [(entry, picture) for entry in entries if "error" not in entry][:shown])
+    figure = answers.draw(entries, [(entry, picture) for entry in entries if "error" not in entry][:shown])
     axes = [figure.axes[0].get_title("left"), figure.axes[0].get_title("right"), figure.axes[0].texts[0].get_text()]
     assert len(figure.axes) == min(shown, len([entry for entry in entries if "error" not in entry]))
     return [*axes, figure.texts[0].get_text()]
@@ -187,7 +191,7 @@ def test_picture_says_answer_and_what_is_left_out():
     entry = {"path": "a/b/" + "x" * 50 + "1.jpeg", "label": "a label that\nis long " * 3, "probability": 0.1234}
     label, probability, name, note = texts([entry] * 7 + [{"path": "c", "error": "broken"}] * 2, 3)
     assert label == "a label that\\nis …" and probability == "12.3%"
-    assert name == "x" * 23 + "…" + "xx1.jpeg" and note == "and 4 more in predictions.json; 2 could not be read"
+    assert name == "x" * 23 + "…" + "xx1.jpeg" and note == "and 4 more in predictions.json; 2 had an error"
     label, _, name, note = texts([entry | {"path": "a/b.jpg", "label": "short"}], 3)
     assert (label, name, note) == ("short", "b.jpg", "")
 
@@ -196,8 +200,14 @@ def test_only_small_pictures_are_kept(model: str, tmp_path: Path, monkeypatch: p
     for index in range(5):
         noise(tmp_path / f"{index}.png", index, size=(700, 400))
     sizes = []
-    monkeypatch.setattr(answer, "SHOWN", 3)
-    monkeypatch.setattr(answer, "write", lambda *given: sizes.extend(picture.size for _, picture in given[2]))
+    monkeypatch.setattr(answers, "SHOWN", 3)
+    draw = answers.draw
+
+    def note(entries: list[dict[str, Any]], shown: list[Any]) -> Any:
+        sizes.extend(image.size for _, image in shown)
+        return draw(entries, shown)
+
+    monkeypatch.setattr(answers, "draw", note)
     main(["classify", "predict", model, str(tmp_path), "--output", str(tmp_path / "out"), "--batch", "2"])
     assert sizes == [(320, 183)] * 3
 
@@ -249,13 +259,13 @@ def test_unreadable_pictures_stop_no_other(model: str, pictures: list[str], caps
     capsys.readouterr()
     text = failure(capsys, model, "pictures").splitlines()
     assert [line.split(": ")[:2] for line in text[:2]] == [["zoo", path] for path in broken]
-    assert text[-1] == "zoo: error: 2 of 6 pictures could not be read" and len(text) == 4
+    assert text[-1] == "zoo: error: 2 of 6 images had an error" and len(text) == 4
     entries = json.loads(Path("runs/predict/predictions.json").read_text())
     assert [entry["path"] for entry in entries] == sorted([*pictures, *broken])
     failed = [entry for entry in entries if "error" in entry]
     assert [entry["path"] for entry in failed] == broken
     assert all(entry.keys() == {"path", "error"} for entry in failed)
-    assert failed[0]["error"].startswith("image file is truncated") and failed[1]["error"].startswith("not a picture")
+    assert failed[0]["error"].startswith("image file is truncated") and failed[1]["error"].startswith("not an image")
     rest = [entry for entry in entries if "error" not in entry]
     assert [entry["label"] for entry in rest] == [entry["label"] for entry in good]
     with open("runs/predict/predictions.csv", newline="") as file:
@@ -267,7 +277,7 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
     before = predict(model, "pictures")
     broken = break_pictures()
     text = failure(capsys, model, *broken)
-    assert text.endswith("error: none of the 2 pictures could be read; nothing was written to runs/predict")
+    assert text.endswith("error: none of 2 images could be answered; nothing was written to runs/predict")
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
     failure(capsys, model, *broken, "--output", "fresh")
     assert os.listdir("fresh") == []
@@ -276,18 +286,23 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["MODEL", "nowhere"], "there is no file or folder 'nowhere'"),
-        (["MODEL", ""], "there is no file or folder ''"),
-        (["MODEL", "pictures", "empty"], "there is no picture in the folder 'empty'"),
+        (["MODEL", "nowhere"], "file or folder not found: 'nowhere'"),
+        (["MODEL", ""], "file or folder not found: ''"),
+        (["MODEL", "pictures", "empty"], "no image in folder 'empty' (.jpg .jpeg"),
         (["nowhere", "pictures"], "there is no checkpoint 'nowhere'"),
         (["plain", "pictures"], "plain does not say how to prepare its input"),
         (["backbone", "pictures"], "backbone is a backbone without a head"),
-        (["MODEL", "pictures", "--output", "pictures/deep.png"], "--output pictures/deep.png: this is a file"),
-        (["MODEL", "pictures", "--top", "0"], "must be a whole number above 0, not '0'"),
-        (["MODEL", "pictures", "--batch", "1.5"], "must be a whole number above 0, not '1.5'"),
+        (
+            ["MODEL", "pictures", "--output", "pictures/deep.png"],
+            "--output pictures/deep.png is a file; a folder",
+        ),
+        (["MODEL", "pictures", "--top", "0"], "must be an integer from 1 to 999999999, got '0'"),
+        (["MODEL", "pictures", "--batch", "1.5"], "must be an integer from 1 to 999999999, got '1.5'"),
         (["MODEL", "pictures", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["MODEL", "pictures", "--prec", "bf16"], "unrecognized arguments: --prec"),
-        (["MODEL"], "required: PATH"),
+        (["MODEL"], "required: PATH (see --help)"),
+        ([], "required: NAME, PATH (see --help)"),
+        (["run", "pictures"], "run is a run, not a checkpoint; did you mean run/best?"),
     ],
     ids=str,
 )
@@ -297,27 +312,127 @@ def test_bad_arguments(
     Path("empty/.hidden").mkdir(parents=True)
     if "plain" in arguments:
         save(Path("plain"), preprocess=None)
+    if "run" in arguments:
+        save(Path("run/best"))
     if "backbone" in arguments:
         save(Path("backbone"), classes=0, labels=None)
     capsys.readouterr()
     text = failure(capsys, *(model if word == "MODEL" else word for word in arguments))
     assert words in text and not Path("runs").exists()
-    assert text.startswith("usage: zoo classify predict") or len(text.splitlines()) == 1
+    assert len(text.splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
-    assert "there is no CUDA device here" in failure(capsys, model, "pictures", "--device", "cuda")
+    assert "no CUDA device found" in failure(capsys, model, "pictures", "--device", "cuda")
 
 
-def test_answer_that_is_no_number(pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+class Odd(torch.nn.Module):
+    """A model that answers a white image with NaN, and refuses a black one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        level = images.mean((1, 2, 3))
+        if (level < -1.95).any():
+            raise RuntimeError("too dark\nfor a model")
+        return self.model(images).where((level < 2)[:, None], float("nan"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_fault_of_one_image_ends_no_other(
+    batch: int, model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    good = predict(model, *pictures)
+    for name, level in (("white", 255), ("black", 0)):
+        Image.new("RGB", (9, 9), (level, level, level)).save(f"{name}.png")
+    loaded = load_checkpoint(model)
+    odd: Any = Odd(loaded.model)
+    monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded._replace(model=odd))
+    prepare = ImagePreprocess.__call__
+
+    def strange(self: ImagePreprocess, image: Any) -> torch.Tensor:
+        if image.size == (7, 5):
+            raise KeyError("no such thing")
+        return prepare(self, image)
+
+    monkeypatch.setattr(ImagePreprocess, "__call__", strange)
+    Image.new("RGB", (7, 5)).save("strange.png")
+    capsys.readouterr()
+    text = failure(capsys, model, "white.png", pictures[0], "black.png", "strange.png", *pictures[1:], "--batch", batch)
+    assert "zoo: white.png: the model's output is NaN or infinite" in text
+    assert "zoo: black.png: RuntimeError: too dark for a model" in text
+    assert "zoo: strange.png: KeyError: 'no such thing'" in text
+    assert text.splitlines()[-1] == "zoo: error: 3 of 7 images had an error"
+    entries = json.loads(Path("runs/predict/predictions.json").read_text())
+    assert [entry["path"] for entry in entries if "error" in entry] == ["white.png", "black.png", "strange.png"]
+    answered = [entry for entry in entries if "error" not in entry]
+    assert [entry["label"] for entry in answered] == [entry["label"] for entry in good]
+
+
+def test_answers_that_are_all_nan(pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any):
     broken = load_model(save(Path("broken")))
     list(broken.parameters())[-1].data.fill_(float("nan"))
     loaded = load_checkpoint("broken")._replace(model=broken)
-    monkeypatch.setattr(answer.files, "load_checkpoint", lambda name: loaded)
+    monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded)
     text = failure(capsys, "broken", "pictures")
-    assert f"the model's answer to {pictures[0]} is not a number" in text
+    assert text.count("the model's output is NaN or infinite") == 4
+    assert text.endswith("none of 4 images could be answered; nothing was written to runs/predict")
     assert os.listdir("runs/predict") == []
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_answers(
+    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def odd(*given: object) -> None:
+        raise KeyError("a font")
+
+    monkeypatch.setattr(answers, "draw", odd)
+    assert len(predict(model, "pictures")) == 4 and sorted(os.listdir("runs/predict")) == sorted(FILES[:2])
+    assert "zoo: predictions.png could not be drawn: 'a font'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+def test_nobody_reads_on(
+    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Answers that are read no further, or cannot be printed at all, are written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    full = "zoo: standard output: No space left on device\n"
+    for stream, said in ((os.fdopen(writing, "w"), ""), (open("/dev/full", "w"), full), (None, "")):  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stream)
+        entries = predict(model, "pictures", "--batch", 1)
+        end = "zoo: 4 of 4 images answered; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
+        assert len(entries) == 4 and capsys.readouterr().err == said + end
+        Path("runs/predict/predictions.json").unlink()
+        if stream is not None:
+            stream.write("what Python flushes at its end")
+            stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_a_pipe_into_head(model: str, pictures: list[str]):
+    environment = os.environ | {"PYTHONPATH": str(Path(zoo.__file__).parents[1])}
+    command = (
+        f"{sys.executable} -m zoo classify predict {model} pictures --batch 1 | head -c 1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stderr.splitlines()[0].startswith("zoo: 4 of 4 images answered")
+    assert len(json.loads(Path("runs/predict/predictions.json").read_text())) == 4
+
+
+def test_help_needs_no_heavy_library():
+    code = "import sys, zoo.__main__ as z\ntry: z.main(['TASK', 'VERB', '-h'])\nfinally: print(*sys.modules)"
+    for task, verb in (("classify", "predict"), ("transcribe", "predict"), ("transcribe", "stream")):
+        lines = code.replace("TASK", task).replace("VERB", verb)
+        done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+        *text, modules = done.stdout.splitlines()
+        assert text[0].startswith(f"usage: zoo {task} {verb}") and len(text) <= 32 and max(map(len, text)) < 82
+        assert text[-2] == "example:" and not {"torch", "numpy", "PIL", "tqdm"} & set(modules.split())
 
 
 def test_full_disk_leaves_the_files_before_whole(
@@ -328,10 +443,10 @@ def test_full_disk_leaves_the_files_before_whole(
     def full(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(answer, "draw", full)
+    monkeypatch.setattr(answers, "draw", full)
     text = failure(capsys, model, "pictures/b")
     assert text.endswith("zoo: error: cannot write to runs/predict: No space left on device")
-    assert sorted(os.listdir("runs/predict")) == sorted(answer.FILES)
+    assert sorted(os.listdir("runs/predict")) == sorted(FILES)
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
 
 
@@ -340,5 +455,11 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         main(["classify", "predict", "--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and text.startswith("usage: zoo classify predict")
-    for flag in ("NAME", "PATH", "--output", "--top", "--batch", "--device", "--precision"):
+    for flag in ("NAME", "PATH", "--output", "--top", "--device"):
         assert flag in text
+    with pytest.raises(SystemExit) as exit:
+        main(["classify", "predict", "--help-all"])
+    whole = capsys.readouterr().out
+    assert exit.value.code == 0
+    for flag in ("--batch", "--precision"):
+        assert flag in whole and flag not in text

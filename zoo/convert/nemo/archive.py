@@ -1,17 +1,16 @@
 """NVIDIA NeMo's speech models as ours: Conformer, FastConformer and Squeezeformer with a CTC head."""
 
-import io
 import os
-import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from zoo.convert.nemo import files
+from zoo.convert.nemo.files import config_of, named, opened, tensors_of
 from zoo.convert.speech import (
+    LARGEST,
     SUBSAMPLING,
     Converted,
     Facts,
@@ -78,77 +77,27 @@ def from_nemo(
     if config is None:
         if isinstance(source, Mapping):
             raise ValueError("a state dict does not tell all about its model; give config=")
-        return _from_archive(Path(source))
+        return _from_archive(Path(source).expanduser())
     where = "the config"
     if not isinstance(config, Mapping):
         where = str(config)
         try:
-            config = _yaml(Path(config).read_bytes(), where)
+            config = config_of(Path(config).expanduser().read_bytes(), where)
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {reason(error)}") from error
     if isinstance(source, Mapping):
-        return _convert(config, _tensors(source, "the state dict"), where, "the state dict", None)
-    return _convert(config, read_tensors(Path(source)), where, str(source), None)
+        return _convert(config, named(source, "the state dict"), where, "the state dict", None)
+    return _convert(config, read_tensors(Path(source).expanduser()), where, str(source), None)
 
 
 def _from_archive(path: Path) -> Converted:
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            members = _members(archive, path)
-            for name in (CONFIG, WEIGHTS):
-                if name not in members:
-                    raise ValueError(f"{path} is no NeMo model: it has no {name}")
-            config = _yaml(_content(archive, members[CONFIG]), f"{path}: {CONFIG}")
-            weights = io.BytesIO(_content(archive, members[WEIGHTS]))
-            model = _model_file(config, members)
-            pieces = None if model is None else _content(archive, members[model])
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(one_line(f"{path} cannot be read as a .nemo archive: {error}")) from error
     where = f"{path}: {WEIGHTS}"
-    try:
-        loaded = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling what is no pickle of tensors ends in errors of many kinds
-        raise ValueError(one_line(f"{where} is no whole file of plain tensors: {error}")) from error
-    return _convert(config, _tensors(loaded, where), f"{path}: {CONFIG}", where, pieces)
-
-
-def _members(archive: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
-    """The files of an archive by name, without "./" in front."""
-    members = {}
-    for member in archive:
-        parts = [part for part in member.name.replace("\\", "/").split("/") if part != "."]
-        if not parts or parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
-            raise ValueError(f"{path} is no NeMo model: its member {member.name!r} is no plain file inside it")
-        if member.isfile():
-            members["/".join(parts)] = member
-    return members
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # it is a plain file
-    return file.read()
-
-
-def _yaml(text: bytes, where: str) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(one_line(f"{where} cannot be read as YAML: {error}")) from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is no config of a model")
-    return values
-
-
-def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"{where} holds no tensors by name")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(one_line(f"{where} holds {name!r}, which is no tensor with a name"))
-    return dict(loaded)
+    with opened(path) as archive:
+        config = config_of(archive.content(CONFIG, files.CONFIG), f"{path}: {CONFIG}")
+        weights = archive.content(WEIGHTS)
+        model = _model_file(config, archive.members)
+        pieces = None if model is None else archive.content(model, files.PIECES)
+    return _convert(config, tensors_of(weights, where), f"{path}: {CONFIG}", where, pieces)
 
 
 def _convert(
@@ -215,7 +164,7 @@ def _facts(config: Mapping[str, Any], where: str) -> Facts:
         factor=factor,
         channels=dim if channels == -1 else channels,
         causal=encoder.take("causal_downsampling", bool, False),
-        scale=encoder.take("xscaling", bool, True),
+        scale=encoder.take("xscaling", bool, True, null=False),
         bias=bias,
         conv_bias=bias,
         conv_norm={"batch_norm": "batchnorm", "layer_norm": "layernorm(eps=1e-5)"}[norm],
@@ -224,7 +173,7 @@ def _facts(config: Mapping[str, Any], where: str) -> Facts:
         **_seen(encoder, kernel),
     )
     if facts.chunk is not None and not facts.causal:
-        raise encoder.refused("causal_downsampling", "the zoo takes chunks with True alone")
+        raise encoder.refused("causal_downsampling", "the zoo takes models with chunks only where this is true")
     encoder.finish(*_TRAINING)
     return facts
 
@@ -255,12 +204,15 @@ def _reduced(encoder: Section, depth: int) -> int | None:
 def _seen(encoder: Section, kernel: int) -> dict[str, Any]:
     """What a token sees: the window, chunk and left of the facts."""
     model = encoder.fixed("self_attention_model", "rel_pos", "rel_pos_local_attn")
-    encoder.fixed("global_tokens", 0)
+    if (number := encoder.take("global_tokens", int, 0)) != 0:
+        raise encoder.refused(
+            "global_tokens", f"models with global tokens are not supported; it must be 0, not {number}"
+        )
     style = encoder.fixed("att_context_style", "regular", "chunked_limited")
-    size = encoder.left.pop("att_context_size", None) or [-1, -1]
+    size = encoder.left.pop("att_context_size", None) or [-1, -1]  # null means unlimited
     sides = size[0] if isinstance(size, list) and isinstance(size[0], list) else size
-    if not isinstance(sides, list) or len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
-        raise encoder.refused("att_context_size", f"it takes two whole numbers, not {size!r}")
+    if not isinstance(sides, list) or len(sides) != 2 or not all(type(s) is int and -1 <= s <= LARGEST for s in sides):
+        raise encoder.refused("att_context_size", f"it must be two integers, at least -1, not {size!r}")
     context, half = encoder.left.pop("conv_context_size", None), (kernel - 1) // 2
     causal = context in ("causal", [kernel - 1, 0]) and context != [half, half]
     if not causal and context not in (None, [half, half], half):
@@ -272,12 +224,12 @@ def _seen(encoder: Section, kernel: int) -> dict[str, Any]:
         found = {"window": sides[0]}
     elif style == "chunked_limited" and sides != [-1, -1]:
         if min(sides) < 0:
-            raise encoder.refused("att_context_size", f"the zoo takes chunks of limited context alone, not {size!r}")
+            raise encoder.refused("att_context_size", f"only chunks with a limited context are supported, not {size!r}")
         found = {"chunk": sides[1] + 1, "left": sides[0]}
     elif sides != [-1, -1]:
         raise encoder.refused("att_context_size", f"{size!r} needs att_context_style 'chunked_limited'")
     if causal != ("chunk" in found):
-        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and with chunks alone")
+        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and only with chunks")
     return found
 
 
@@ -286,8 +238,8 @@ def _features(values: Any, where: str) -> AudioPreprocess:
     given = Section(values, "preprocessor", where)
     _class_of(given, "AudioToMelSpectrogramPreprocessor")
     rate = given.whole("sample_rate", 16000)
-    window = round(rate * given.take("window_size", float, 0.02))
-    hop = round(rate * given.take("window_stride", float, 0.01))
+    window = given.seconds("window_size", 0.02, rate)
+    hop = given.seconds("window_stride", 0.01, rate)
     normalize = given.fixed("normalize", "per_feature", "NA", None)
     fixed = {"window": ("hann",), "log": (True,), "log_zero_guard_type": ("add",), "frame_splicing": (1,)}
     fixed |= {"mag_power": (2.0,), "mel_norm": ("slaney",)} | dict.fromkeys(
@@ -296,13 +248,12 @@ def _features(values: Any, where: str) -> AudioPreprocess:
     fixed |= dict.fromkeys(("exact_pad", "stft_exact_pad", "stft_conv"), (False,))
     for key, allowed in fixed.items():
         given.fixed(key, *allowed)
-    highest = given.left.pop("highfreq", None)
-    floor = given.left.pop("log_zero_guard_value", 2.0**-24)
-    if not isinstance(floor, float):
-        raise given.refused("log_zero_guard_value", f"the zoo takes a number, not {floor!r}")
+    highest = given.take("highfreq", float, None, null=None)
+    floor = given.take("log_zero_guard_value", float, 2.0**-24)
     mels, lowest = given.whole("features", 64), given.take("lowfreq", float, 0.0)
-    fft = given.whole("n_fft", 1 << (window - 1).bit_length())
-    preemphasis = given.take("preemph", float, 0.97)
+    usual = 1 << (window - 1).bit_length()
+    fft = given.whole("n_fft", usual, null=usual)
+    preemphasis = given.take("preemph", float, 0.97, null=0.0)
     given.finish(*_FEATURES)
     try:
         return AudioPreprocess(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.norms import NORMS
 from zoo.spec import make, options_of
+from zoo.text import one_line
 
 SUPPORTED = (
     "from_timm takes a VisionTransformer, VisionTransformerDistilled, MetaFormer or DaVit of timm, or the state dict "
@@ -59,7 +60,7 @@ def with_width(
         ratio,
         math.nextafter(ratio, 0),
         math.nextafter(ratio, math.inf),
-        (hidden - 4) / arguments[0],
+        max(hidden - 4, 1) / arguments[0],
     ):
         spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *options])
         with torch.device("meta"):
@@ -114,6 +115,6 @@ def fill(
             raise ValueError(f"'{name}' is {list(value.shape)}; a model of these choices has {list(slot.shape)} there")
         state[key] = value.clone(memory_format=torch.contiguous_format)
     if left:
-        raise ValueError(f"'{next(iter(left))}' has no counterpart; {SUPPORTED}, of plain blocks")
+        raise ValueError(f"'{one_line(next(iter(left)), 100)}' has no counterpart; {SUPPORTED}, of plain blocks")
     model.load_state_dict(state, assign=True)
     return model.eval()

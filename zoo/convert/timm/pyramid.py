@@ -61,7 +61,7 @@ _DAVIT = (
     (".steps.3.branch.out.", ".mlp.fc2."),
     ("head.out.", "head.fc."),
 )
-# Biases that timm leaves away together: zeros then.
+# Biases that timm omits together: zeros then.
 _BIASES = (
     r"stages\..*\.token_mixer\.qkv\.bias",
     r"stages\..*\.token_mixer\.proj\.bias",
@@ -233,7 +233,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts, davit: bool) -> Pyr
         norm=_choice(facts.norms),
         placement=_choice(placements),
         stem=stem,
-        reduction=reduction,
+        reduction=reduction if dims[1:] else "conv",
         head=head,
         final_norm="" if facts.final_norm == facts.norms[-1] else facts.final_norm,
         layer_scale=1e-5 if "stages.0.blocks.0.layer_scale1.scale" in tensors else None,

@@ -44,7 +44,7 @@ _NAMES = (
     (".steps.1.branch.out.", ".mlp.fc2."),
     (".steps.1.layer_scale", ".ls2.gamma"),
 )
-# Biases that timm leaves away together: zeros then.
+# Biases that timm omits together: zeros then.
 _BIASES = (
     r"blocks\.\d+\.attn\.qkv\.bias",
     r"blocks\.\d+\.(attn\.proj|mlp\.fc\w+)\.bias",
@@ -77,11 +77,11 @@ def from_timm(
     norm: str | None = None,
     activation: str | None = None,
 ) -> ViT | Pyramid:
-    """A model in eval mode that gives for pictures [B, channels, H, W] what timm's model gives in eval mode.
+    """A model in eval mode that gives for images [B, channels, H, W] what timm's model gives in eval mode.
 
     `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
-    become a Pyramid, or the state dict of one; it is left alone and shares no memory with the result, which has its
-    dtype and device. What acts in training alone (dropout, stochastic depth) is not taken over.
+    become a Pyramid, or the state dict of one; it is not changed and shares no memory with the result, which has its
+    dtype and device. What acts only in training (dropout, stochastic depth) is not taken over.
 
     Taken over from vision transformers: class token, registers, distillation token and head, pooling by token or
     average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
@@ -92,10 +92,10 @@ def from_timm(
     Taken over from MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
     attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
     PoolFormerV2 has no counterpart. From DaViT: any order of window and channel attention, windows of any size, norm
-    before or after pooling; Florence-2's has no counterpart. Sides of pictures that 4 divides give timm's outputs, and
+    before or after pooling; Florence-2's has no counterpart. Sides of images that 4 divides give timm's outputs, and
     with windows those whose every grid the windows divide (224 for 7): timm attends to the padding of others.
 
-    A state dict does not tell everything. The keywords, for those of vision transformers alone, say the rest:
+    A state dict does not tell everything. The keywords, only for vision transformers, say the rest:
 
     - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
       and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
@@ -103,13 +103,13 @@ def from_timm(
     - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)" or "rmsnorm".
     - activation of the MLP: "gelu" by default. SwiGLU has silu, its two halves packed or apart.
 
-    The norms are taken to stand before the branches, attention to have no rotary positions, and the pictures to be
+    The norms are taken to stand before the branches, attention to have no rotary positions, and the images to be
     square. State dicts of MetaFormer and DaVit are taken to be as in timm's presets: heads of width 32, pooling over
     3 x 3, windows of 7 x 7 in turns with attention between channels, GELU where there is no StarReLU, the usual norms.
     Models that differ are given themselves.
 
     ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
-    pictures that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
+    images that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
     a wrong shape.
     """
     given = (heads, pool, norm, activation) != (None,) * 4
@@ -138,7 +138,7 @@ def _read(model: Any) -> _Facts:
     if model.global_pool not in ("token", "avg"):
         raise ValueError(f"from_timm takes models that pool by 'token' or 'avg', not by {model.global_pool!r}")
     if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
-        raise ValueError("from_timm takes the average of the grid alone, not with pool_include_prefix=True")
+        raise ValueError("from_timm takes the average of the grid's tokens only, not pool_include_prefix=True")
     fc_norm = type(model.fc_norm) is not nn.Identity
     if fc_norm == (type(model.norm) is not nn.Identity):
         raise ValueError("from_timm takes models with one final norm, 'norm' or 'fc_norm', not with none or both")
@@ -146,9 +146,9 @@ def _read(model: Any) -> _Facts:
         raise ValueError("from_timm takes distilled models without fc_norm and no_embed_class, which timm cannot run")
     sides, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     if sides[0] != sides[1] and model.pos_embed is not None:
-        raise ValueError(f"from_timm takes position tables of square pictures, not of {sides[0]} x {sides[1]}")
+        raise ValueError(f"from_timm takes position tables of square images, not of {sides[0]} x {sides[1]}")
     if sides[0] % patch[0] or sides[1] % patch[1]:
-        raise ValueError(f"from_timm takes pictures that the patch divides, not {sides[0]} x {sides[1]} by {patch[0]}")
+        raise ValueError(f"from_timm takes images that the patch divides, not {sides[0]} x {sides[1]} by {patch[0]}")
     blocks = list(model.blocks)
     heads = one("number of heads", [block.attn.num_heads for block in blocks])
     norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
@@ -249,7 +249,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
     pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
     return ViTConfig(
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
+        depth=_depth(tensors),
         heads=facts.heads,
         mixer=spelled("softmax", options),
         ffn=_feed_forward(tensors, facts.activation, dim),
@@ -265,6 +265,14 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         class_token="cls_token" in tensors,
         registers=_count(tensors, "reg_token"),
     )
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    """The number of blocks; ValueError where one between the first and the last has no tensor."""
+    numbers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if missing := sorted({*range(len(numbers))} - numbers):
+        raise ValueError(f"'blocks.{missing[0]}' has no tensors, and 'blocks.{max(numbers)}' has some; {SUPPORTED}")
+    return len(numbers)
 
 
 def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:

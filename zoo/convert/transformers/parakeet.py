@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from zoo.convert.speech import (
 )
 from zoo.inputs.audio import RECIPES, AudioPreprocess
 from zoo.outputs.tokens import Tokenizer, WordPieces
-from zoo.text import one_line, reason
+from zoo.text import from_json, one_line, reason
 from zoo.weights.names import read_tensors
 
 # NeMo's names and those of transformers, in the order in which they are replaced.
@@ -107,11 +106,11 @@ def from_transformers(name: str | Path) -> Converted:
 
 
 def _locate(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
     repository, _, revision = name.partition("@")
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{name} is no folder that holds config.json and model.safetensors, nor OWNER/NAME on the Hub")
+        raise ValueError(f"{name} is not a folder with config.json and model.safetensors, nor OWNER/NAME on the Hub")
     import huggingface_hub
 
     try:
@@ -122,7 +121,7 @@ def _locate(name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = from_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(one_line(f"{path} cannot be read as JSON: {reason(error)}")) from error
     if not isinstance(values, dict):
@@ -142,7 +141,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(map(str, names)):
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is no file of this folder")
+            raise ValueError(f"{index} names {name!r}, which is not a file of this folder")
         tensors |= read_tensors(folder / name)
     return tensors
 
@@ -156,7 +155,7 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
     if ctc:
         outputs, blank = whole.whole("vocab_size", 1025), whole.left.pop("pad_token_id", 1024)
         if type(blank) is not int or not 0 <= blank < outputs:
-            raise whole.refused("pad_token_id", f"the blank lies in 0..{outputs - 1}, not at {blank}")
+            raise whole.refused("pad_token_id", f"it must be in 0..{outputs - 1}, not {blank}")
         encoder = Section(whole.left.pop("encoder_config", {}), "encoder_config", where)
         whole.finish(*_HARMLESS)
     dim, heads = encoder.whole("hidden_size", 1024), encoder.whole("num_attention_heads", 8)
@@ -175,7 +174,7 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
         depthwise=True,
         factor=encoder.fixed("subsampling_factor", *(factor for deep, factor in sorted(SUBSAMPLING)[::-1] if deep)),
         channels=encoder.whole("subsampling_conv_channels", 256),
-        scale=encoder.take("scale_input", bool, True),
+        scale=encoder.take("scale_input", bool, True, null=False),
         bias=encoder.take("attention_bias", bool, True),
         conv_bias=encoder.take("convolution_bias", bool, True),
     )
@@ -186,20 +185,20 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
 def _features(folder: Path, mels: int) -> AudioPreprocess:
     """The features that ParakeetFeatureExtractor makes."""
     path = folder / "preprocessor_config.json"
-    values: Any = None
+    usual, name = RECIPES["nemo"], ""
     if path.is_file():
         values = _json(path)
-    elif (folder / "processor_config.json").is_file():
-        path = folder / "processor_config.json"
-        values = _json(path).get("feature_extractor")
-    if values is None:
-        return replace(RECIPES["nemo"], mels=mels)
-    given = Section(values, "", str(path))
+    else:
+        path, name = folder / "processor_config.json", "feature_extractor"
+        whole = _json(path) if path.is_file() else {}
+        if name not in whole:
+            return replace(usual, mels=mels)
+        values = whole[name]
+    given = Section(values, name, str(path))
     fields = {"mels": "feature_size", "rate": "sampling_rate", "window": "win_length", "hop": "hop_length"}
     fields["fft"] = "n_fft"
-    usual = RECIPES["nemo"]
     sizes = {ours: given.whole(theirs, getattr(usual, ours)) for ours, theirs in fields.items()}
-    preemphasis = given.take("preemphasis", float, usual.preemphasis)
+    preemphasis = given.take("preemphasis", float, usual.preemphasis, null=0.0)
     given.finish(*_FEATURES)
     try:
         preprocess = replace(usual, preemphasis=preemphasis, **sizes)

@@ -36,8 +36,10 @@ def _efficient(widths: tuple[int, ...], strided: tuple[int, ...], depth: int, he
         widths=widths,
         strided=strided,
         mixer=("grouped(size=3)", "relative", "relative"),
+        norm="layernorm",
         conv="glu(kernel=15)",
         subsampling="conv2",
+        scale_input=False,
         vocabulary=257,
     )
 
@@ -45,6 +47,15 @@ def _efficient(widths: tuple[int, ...], strided: tuple[int, ...], depth: int, he
 def _fastconformer(dim: int, depth: int, heads: int) -> ConformerConfig:
     return ConformerConfig(dim=dim, depth=depth, heads=heads, conv="glu(kernel=9)", subsampling="depthwise8")
 
+
+ABOUT = {
+    "conformer": "Conformer with an RNN-T head (Gulati et al. 2020, arXiv:2005.08100)",
+    "conformer_ctc": "Conformer with a CTC head (Gulati et al. 2020, arXiv:2005.08100)",
+    "squeezeformer": "Squeezeformer (Kim et al. 2022, arXiv:2206.00888)",
+    "efficient_conformer": "Efficient Conformer (Burchi and Vielzeuf 2021, arXiv:2109.01163)",
+    "fastconformer": "Fast Conformer (Rekesh et al. 2023, arXiv:2305.05084)",
+}
+"""What a preset is, by the beginning of its name."""
 
 PRESETS: dict[str, ConformerConfig] = {
     "conformer_s": _transducer(144, 16, 4, 320),

@@ -44,6 +44,16 @@ _INTERNIMAGE = PyramidConfig(
     head="conv",
 )
 
+ABOUT = {
+    "poolformer": "PoolFormer (Yu et al. 2022, arXiv:2111.11418)",
+    "convformer": "ConvFormer (Yu et al. 2022, arXiv:2210.13452)",
+    "caformer": "CAFormer (Yu et al. 2022, arXiv:2210.13452)",
+    "davit": "DaViT (Ding et al. 2022, arXiv:2204.03645)",
+    "flash_internimage": "FlashInternImage (Xiong et al. 2024, arXiv:2401.06197)",
+    "pvt_sla": "PVT (Wang et al. 2021, arXiv:2102.12122) with linear attention (Guo et al. 2024, arXiv:2405.11582)",
+}
+"""What a preset is, by the beginning of its name."""
+
 PRESETS: dict[str, PyramidConfig] = {
     "poolformer_s12": _POOLFORMER,
     "poolformer_s24": replace(_POOLFORMER, depth=(4, 4, 12, 4)),

@@ -7,6 +7,12 @@ def _deit(dim: int, heads: int) -> ViTConfig:
     return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
 
 
+ABOUT = {
+    "vit": "Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)",
+    "deit": "DeiT without distillation (Touvron et al. 2021, arXiv:2012.12877)",
+}
+"""What a preset is, by the beginning of its name."""
+
 PRESETS: dict[str, ViTConfig] = {
     "vit_micro": ViTConfig(dim=96, depth=6, heads=3, image=32, patch=4),
     "vit_tiny": ViTConfig(dim=192, depth=12, heads=3),

@@ -1,124 +1,34 @@
-"""From a sound file to the log-mel features that a model takes, whole or piece by piece."""
+"""From a waveform to the log-mel features that a model takes, whole or piece by piece."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.inputs.base import Preprocess
+from zoo.cache import table
+from zoo.inputs.audio.files import UnreadableAudio, stream_audio
+from zoo.inputs.audio.resampling import check_rate
+from zoo.inputs.base import Preprocess, check_integer, is_number
 from zoo.tensors import mask_of
-from zoo.text import one_line, reason
 
-if TYPE_CHECKING:
-    from soundfile import SoundFile
-
-EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-LOUDEST = 1e6  # full scale is 1; the power of what is far beyond overflows
-OGG_PAGE = 65536  # bytes that hold at least the last page
+SILENCE = 2**-14  # what varies by less than this, two steps of 16 bits, is silence
+LONGEST = 30.0  # seconds that are computed at once, where nothing else is said
 
 
-class UnreadableAudio(ValueError):
-    """A file that holds no whole sound; the message names the file and says why."""
+class Part(NamedTuple):
+    """A stretch of a sound: where it starts and how long it is, in seconds, and its features [T, mels]; None where it
+    is digital silence."""
 
-
-def read_audio(
-    path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
-) -> Tensor:
-    """Reads a wav, flac, ogg or mp3 file, or a part of one; channels are averaged.
-
-    Args:
-        path: the file.
-        rate: samples per second of the result; sound of another rate is resampled (band-limited sinc interpolation).
-        start: where to begin, in seconds.
-        seconds: how much to read; null for all. Where the file ends earlier, the result is shorter.
-
-    Returns:
-        float32 [S] with S of at least 1, full scale being -1..1.
-
-    Raises:
-        UnreadableAudio: the file is missing, empty, truncated or no sound, ends before `start`, or has samples that
-            are not numbers between -1e6 and 1e6.
-    """
-    from torchaudio.functional import resample
-
-    with opened(path) as file:
-        if file.frames < 1:
-            raise UnreadableAudio(f"{os.fspath(path)}: {'it is truncated' if cut_off(file) else 'it has no samples'}")
-        first = round(start * file.samplerate)
-        if first >= file.frames:
-            ends = file.frames / file.samplerate
-            raise UnreadableAudio(f"{os.fspath(path)}: it ends at {ends:.2f} s, before {start:.2f} s, where to start")
-        wanted = file.frames - first
-        if seconds is not None:
-            wanted = min(wanted, max(1, round(seconds * file.samplerate)))
-        if first:
-            file.seek(first)
-        samples = file.read(wanted, dtype="float32", always_2d=True)
-        if len(samples) < wanted or cut_off(file):
-            raise UnreadableAudio(f"{os.fspath(path)}: it is truncated")
-        found = file.samplerate
-    return resample(mixed(samples, path), found, rate)
-
-
-def mixed(samples: np.ndarray, path: str | os.PathLike[str]) -> Tensor:
-    """The mean [n] of the channels of [n, channels]; UnreadableAudio where one is no number or no sound."""
-    if not (np.abs(samples) < LOUDEST).all():
-        raise UnreadableAudio(f"{os.fspath(path)}: it has samples that are not finite numbers below {LOUDEST:g}")
-    return torch.from_numpy(samples).mean(1)
-
-
-def audio_seconds(path: str | os.PathLike[str]) -> float:
-    """Duration of a sound file in seconds, from its header alone.
-
-    Raises:
-        UnreadableAudio: the file is missing, empty or no sound.
-    """
-    with opened(path) as file:
-        return file.frames / file.samplerate
-
-
-@contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[SoundFile]:
-    """The file, open; UnreadableAudio where it, or what is read of it meanwhile, is no sound."""
-    import soundfile
-
-    name = os.fspath(path)
-    try:
-        if os.path.getsize(name) == 0:
-            raise UnreadableAudio(f"{name}: the file is empty")
-        if os.path.isdir(name):
-            raise UnreadableAudio(f"{name}: it is a folder")
-        with soundfile.SoundFile(name) as file:
-            yield file
-    except OSError as error:
-        raise UnreadableAudio(f"{name}: {reason(error)}") from error
-    except soundfile.SoundFileError as error:
-        said = str(error).removeprefix(f"Error opening {name!r}: ")
-        raise UnreadableAudio(f"{name}: no readable sound ({one_line(said)})") from error
-
-
-def cut_off(file: SoundFile) -> bool:
-    """Whether a wav file promises more than it has (programs that write into a pipe promise the largest number), or an
-    ogg file's last page does not say that it is the last."""
-    if file.format == "OGG":
-        with open(file.name, "rb") as ogg:
-            ogg.seek(max(0, os.path.getsize(file.name) - OGG_PAGE))
-            end = ogg.read()
-        last = end.rfind(b"OggS")
-        return last < 0 or len(end) < last + 6 or not end[last + 5] & 4
-    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    return sizes is not None and int(sizes[2]) < int(sizes[1]) < 0x7FFF0000
+    start: float
+    seconds: float
+    features: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,39 +81,40 @@ class AudioPreprocess(Preprocess):
 
     def __post_init__(self) -> None:
         for name in ("rate", "mels", "window", "hop", "fft"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+            check_integer(name, getattr(self, name), LARGEST.get(name))
+        check_rate(self.rate)
         if not self.hop <= self.window <= self.fft:
             found = f"hop={self.hop}, window={self.window}, fft={self.fft}"
-            raise ValueError(f"hop must be at most window, and window at most fft, not {found}")
+            raise ValueError(f"hop must be at most window, and window at most fft, got {found}")
+        if self.fft > 64 * self.hop:
+            raise ValueError(f"fft must be at most 64 times hop, got fft={self.fft}, hop={self.hop}")
         for name in ("periodic", "peak"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for name, least in (("preemphasis", 0.0), ("lowest", 0.0), ("floor", 0.0), ("highest", 0.0), ("top_db", 0.0)):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("preemphasis", "lowest", "floor", "highest", "top_db"):
             value = getattr(self, name)
             if value is None and name in ("highest", "top_db"):
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+            if not is_number(value) or not 0 <= value <= MOST:
+                raise ValueError(f"{name} must be a number from 0 to {MOST:g}, got {value!r}")
         if self.preemphasis >= 1:
-            raise ValueError(f"preemphasis must be below 1, not {self.preemphasis!r}")
-        if self.floor == 0:
-            raise ValueError("floor must be above 0")
+            raise ValueError(f"preemphasis must be below 1, got {self.preemphasis!r}")
+        if self.floor < torch.finfo(torch.float32).tiny:
+            raise ValueError(f"floor must be at least {torch.finfo(torch.float32).tiny:.2g}, got {self.floor!r}")
         highest = self.rate / 2 if self.highest is None else self.highest
         if not self.lowest < highest <= self.rate / 2:
             found = f"lowest={self.lowest}, highest={self.highest}"
-            raise ValueError(f"lowest must be below highest, and highest at most {self.rate / 2}, not {found}")
+            raise ValueError(f"lowest must be below highest, and highest at most {self.rate / 2}, got {found}")
         for name, allowed in (("scale", SCALES), ("log", LOGARITHMS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.top_db is not None and self.log != "db":
-            raise ValueError(f"top_db needs log='db', not {self.log!r}")
+            raise ValueError(f"top_db needs log='db', got log={self.log!r}")
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """1.3 s of noise that swells and fades, [S]."""
-        noise = torch.randn(self.rate * 13 // 10, generator=generator, device="cpu")
-        return 0.1 * noise * torch.linspace(0, 20, len(noise)).sin()
+        noise = torch.randn(self.rate * 13 // 10, generator=generator, device="cpu", dtype=torch.float32)
+        return 0.1 * noise * torch.linspace(0, 20, len(noise), dtype=torch.float32, device="cpu").sin()
 
     @property
     def seconds_per_frame(self) -> float:
@@ -213,9 +124,13 @@ class AudioPreprocess(Preprocess):
     @property
     def centres(self) -> Tensor:
         """The centre of each mel band in Hz, float64 [mels]."""
+        return self._edges()[1:-1]
+
+    def _edges(self) -> Tensor:
+        """Band b rises from edge b to edge b + 1, its centre, and falls to edge b + 2: Hz, float64 [mels + 2]."""
         highest = self.rate / 2 if self.highest is None else self.highest
-        edges = _mels_of(torch.tensor([self.lowest, highest], dtype=torch.float64), self.scale)
-        mels = torch.linspace(float(edges[0]), float(edges[1]), self.mels + 2, dtype=torch.float64)[1:-1]
+        ends = _mels_of(torch.tensor([self.lowest, highest], dtype=torch.float64, device="cpu"), self.scale)
+        mels = torch.linspace(float(ends[0]), float(ends[1]), self.mels + 2, dtype=torch.float64, device="cpu")
         if self.scale == "htk":
             return 700 * (10 ** (mels / 2595) - 1)
         return torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
@@ -224,21 +139,29 @@ class AudioPreprocess(Preprocess):
         """Frames of a clip of so many samples."""
         return min(max(1, samples // self.hop), samples)
 
+    def parts(self, raw: Raw, /, longest: float = LONGEST) -> Iterator[Part]:
+        """The features of a sound of any length, stretch by stretch; it is cut at silence, see `split_at_silence`."""
+        pieces = stream_audio(raw, self.rate) if isinstance(raw, (str, os.PathLike)) else [_waveform(raw)]
+        for start, waveform in split_at_silence(pieces, self.rate, longest):
+            silent = bool(waveform.amax() - waveform.amin() <= SILENCE)
+            yield Part(start / self.rate, len(waveform) / self.rate, None if silent else self(waveform))
+
     @overload
-    def __call__(self, waveforms: Tensor, lengths: None = None, *, dither: float = 0.0) -> Tensor: ...
+    def __call__(self, waveforms: Raw, lengths: None = None, *, dither: float = 0.0) -> Tensor: ...
 
     @overload
     def __call__(self, waveforms: Tensor, lengths: Tensor, *, dither: float = 0.0) -> tuple[Tensor, Tensor]: ...
 
     def __call__(
-        self, waveforms: Tensor, lengths: Tensor | None = None, *, dither: float = 0.0
+        self, waveforms: Raw, lengths: Tensor | None = None, *, dither: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Features of one waveform, or of a padded batch of them.
+        """Features of one waveform or sound file, or of a padded batch of waveforms.
 
         A clip's features are the same whatever shares its batch; frames beyond its length are zero.
 
         Args:
-            waveforms: [S], or with `lengths` [B, S], in floating point.
+            waveforms: [S], or with `lengths` [B, S], in floating point, a tensor or an array of NumPy; or the path of a
+                sound file.
             lengths: [B], real samples of each waveform; what lies beyond is ignored.
             dither: standard deviation of white noise that is added to the waveform, for training.
 
@@ -246,17 +169,15 @@ class AudioPreprocess(Preprocess):
             float32 [T, mels]; or with `lengths` float32 [B, T, mels] and int64 [B], the real frames of each.
 
         Raises:
-            ValueError: another shape, whole numbers, or a length that exceeds S.
+            ValueError: another type or shape, integers, a length that exceeds S, or an unreadable file.
         """
-        if not waveforms.is_floating_point():
-            found = str(waveforms.dtype).removeprefix("torch.")
-            raise ValueError(f"a waveform must be in floating point, from -1 to 1, not {found}")
-        if waveforms.ndim != (1 if lengths is None else 2):
-            wanted = "[S], or [B, S] with lengths" if lengths is None else "[B, S]"
-            raise ValueError(f"waveforms must be {wanted}, not {list(waveforms.shape)}")
         if lengths is None:
+            if isinstance(waveforms, (str, os.PathLike)):
+                waveforms = torch.cat(list(stream_audio(waveforms, self.rate)))
+            waveforms = _waveform(waveforms)
             whole = torch.tensor([len(waveforms)], device=waveforms.device)
             return self._features(waveforms[None], whole, dither)[0][0]
+        waveforms = _waveform(waveforms, "[B, S]")
         if (lengths > waveforms.shape[1]).any():
             raise ValueError(f"a length of {int(lengths.max())} exceeds the waveforms' {waveforms.shape[1]} samples")
         return self._features(waveforms, lengths, dither)
@@ -267,7 +188,8 @@ class AudioPreprocess(Preprocess):
         count = self.frames(waveforms.shape[1])
         frames = (lengths // self.hop).clamp(min=1).minimum(lengths)
         if waveforms.numel() == 0:
-            return torch.zeros(len(waveforms), count, self.mels, device=waveforms.device), frames
+            shape = (len(waveforms), count, self.mels)
+            return torch.zeros(shape, device=waveforms.device, dtype=torch.float32), frames
         real = mask_of(lengths, waveforms.shape[1])
         waveforms = waveforms.float().masked_fill(~real, 0)
         if self.peak:
@@ -299,7 +221,8 @@ class AudioPreprocess(Preprocess):
         """[B, S], already pre-emphasised, to [B, T, mels], not normalised; without `center` frame 0 starts at 0."""
         from torchaudio.functional import amplitude_to_DB, spectrogram
 
-        window, filters = _window_and_filters(self, waveforms.device)
+        window = table(_window, self, device=waveforms.device)
+        filters = table(_filters, self, device=waveforms.device)
         sizes = (self.fft, self.hop, self.window)
         with torch.autocast(waveforms.device.type, enabled=False):
             power = spectrogram(waveforms, 0, window, *sizes, 2.0, False, center=center, pad_mode="constant")
@@ -340,7 +263,10 @@ class StreamingFeatures:
 
     def _restart(self) -> None:
         """`waiting` begins where the next frame's transform does, `last` is the newest sample."""
-        self.waiting, self.last = torch.zeros(self.preprocess.fft // 2), torch.zeros(0)
+        self.waiting, self.last = (
+            torch.zeros(self.preprocess.fft // 2, dtype=torch.float32, device="cpu"),
+            torch.zeros(0, dtype=torch.float32, device="cpu"),
+        )
         self.samples = self.frames = 0
 
     def push(self, samples: Tensor) -> Tensor:
@@ -367,7 +293,7 @@ class StreamingFeatures:
         made = self.preprocess
         count = min(count, made.frames(self.samples) - self.frames)
         if count < 1:
-            return torch.zeros(0, made.mels)
+            return torch.zeros(0, made.mels, dtype=torch.float32, device="cpu")
         length = (count - 1) * made.hop + made.fft
         missing = max(0, length - len(self.waiting))
         piece = torch.nn.functional.pad(self.waiting, (0, missing))[:length]
@@ -376,28 +302,37 @@ class StreamingFeatures:
         return made.log_mels(piece[None], center=False)[0]
 
 
-def split_at_silence(waveform: Tensor, rate: int, longest: float) -> list[tuple[int, int]]:
-    """Cuts a waveform [S] into parts of at most `longest` seconds.
+def split_at_silence(pieces: Iterable[Tensor], rate: int, longest: float) -> Iterator[tuple[int, Tensor]]:
+    """Cuts a waveform that comes in pieces [n] into parts of at most `longest` seconds.
 
-    Each cut is in the middle of the quietest 20 ms of the last third of its part.
+    Each cut is in the middle of the quietest 20 ms of the last third of its part. Where reading the pieces fails, all
+    that came before comes first.
 
     Returns:
-        Start and end of each part in samples; together they cover the waveform, without overlap.
+        For each part, its start in samples and its waveform; together they are the whole.
 
     Raises:
         ValueError: `longest` is below 0.1 seconds.
     """
     if longest < 0.1:
-        raise ValueError(f"longest must be at least 0.1 seconds, not {longest!r}")
+        raise ValueError(f"longest must be at least 0.1 seconds, got {longest!r}")
     most, step = int(longest * rate), max(1, rate // 50)
-    parts, start = [], 0
-    while len(waveform) - start > most:
-        zone = waveform[start + most - most // 3 : start + most]
-        energies = zone[: len(zone) // step * step].view(-1, step).square().sum(1)
-        end = start + most - most // 3 + int(energies.argmin()) * step + step // 2
-        parts.append((start, end))
-        start = end
-    return [*parts, (start, len(waveform))]
+    held, start = torch.zeros(0, dtype=torch.float32, device="cpu"), 0
+    try:
+        for piece in pieces:
+            held = torch.cat([held, piece])
+            while len(held) > most:
+                zone = held[most - most // 3 : most]
+                energies = zone[: len(zone) // step * step].view(-1, step).square().sum(1)
+                end = most - most // 3 + int(energies.argmin()) * step + step // 2
+                yield start, held[:end].clone()
+                start, held = start + end, held[end:]
+    except UnreadableAudio:
+        if len(held):
+            yield start, held
+        raise
+    if len(held):
+        yield start, held
 
 
 def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -406,23 +341,44 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True), lengths
 
 
-@functools.lru_cache(maxsize=16)
-def _window_and_filters(preprocess: AudioPreprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    from torchaudio.functional import melscale_fbanks
+def _waveform(raw: object, shape: str = "[S]") -> Tensor:
+    """A tensor of that shape in floating point; ValueError where it is none."""
+    found = torch.from_numpy(np.ascontiguousarray(raw)) if isinstance(raw, np.ndarray) else raw
+    if not isinstance(found, Tensor):
+        raise ValueError(f"a sound must be a path or a waveform {shape}, got {type(raw).__name__}")
+    if not found.is_floating_point():
+        kind = str(found.dtype).removeprefix("torch.")
+        scale = (
+            f"; divide by {2 ** (8 * found.element_size() - 1)}" if found.dtype in (torch.int16, torch.int32) else ""
+        )
+        raise ValueError(f"a waveform must be in floating point, from -1 to 1, got {kind}{scale}")
+    if found.ndim != shape.count(",") + 1:
+        hint = "; average the channels, or give lengths with a batch" if found.ndim == 2 else ""
+        raise ValueError(f"a waveform must be {shape}, got {list(found.shape)}{hint}")
+    return found
 
-    made = preprocess
-    highest = made.rate / 2 if made.highest is None else made.highest
-    norm = "slaney" if made.scale == "slaney" else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            bins = made.fft // 2 + 1
-            filters = melscale_fbanks(bins, made.lowest, highest, made.mels, made.rate, norm, made.scale)
-        except UserWarning:
-            raise ValueError(f"mels={made.mels} are too many for fft={made.fft}: some would see nothing") from None
-    return torch.hann_window(made.window, periodic=made.periodic, device=device), filters.to(device)
+
+def _window(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
+    return torch.hann_window(preprocess.window, periodic=preprocess.periodic, device=device, dtype=torch.float32)
 
 
+def _filters(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
+    """Triangles over the bins of the Fourier transform, float32 [fft // 2 + 1, mels]."""
+    made, edges = preprocess, preprocess._edges()
+    hertz = torch.arange(made.fft // 2 + 1, dtype=torch.float64, device="cpu")[:, None] * made.rate / made.fft
+    rise = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    filters = rise.minimum(fall).clamp(min=0)
+    if not bool(filters.any(0).all()):
+        raise ValueError(f"mels={made.mels} are too many for fft={made.fft}: some would see nothing")
+    if made.scale == "slaney":
+        filters = filters * (2 / (edges[2:] - edges[:-2]))
+    return filters.float().to(device)
+
+
+Raw = Tensor | np.ndarray | str | os.PathLike[str]
+LARGEST = {"mels": 1024, "fft": 16384}
+MOST = 1e6
 SCALES = ("slaney", "htk")
 LOGARITHMS = ("ln", "db")
 NORMALIZATIONS = ("bin", "utterance", "none")

@@ -1,0 +1,95 @@
+"""zoo/facts.json and configs/README.md are what the code says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo.models import FAMILIES, PRESETS
+from zoo.models.base import count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield import_module("generate.facts"), import_module("generate.page")
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def facts(made: Any) -> dict[str, Any]:
+    return made[0].facts()
+
+
+def test_the_files_are_current(made: Any, facts: dict[str, Any]):
+    assert (ROOT / "zoo/facts.json").read_text() == made[0].dumped(facts), "run scripts/tables"
+    assert (ROOT / "configs/README.md").read_text() == made[1].page(facts, ROOT), "run scripts/tables"
+
+
+def test_they_have_every_row_and_every_model(facts: dict[str, Any]):
+    tables = {"mixer": zoo.MIXERS, "norm": zoo.NORMS, "channel": zoo.CHANNELS, "position": zoo.POSITIONS}
+    for kind, table in (tables | {"ffn": zoo.FFNS, "placement": zoo.PLACEMENTS}).items():
+        assert facts["tables"][kind]["rows"].keys() == table.keys()
+    assert facts["models"].keys() == PRESETS.keys() and facts["families"].keys() == FAMILIES.keys()
+    with torch.device("meta"):
+        assert facts["models"]["caformer_s18"]["parameters"] == count_parameters(zoo.create_model("caformer_s18"))
+    page = (ROOT / "configs/README.md").read_text()
+    assert all(f"\n| `{name}` | " in page for table in tables.values() for name in [*table, *PRESETS])
+    assert "| `softmax` | softmax(q k^T / sqrt(d) + bias) v | `qk_norm=False`, " in page
+
+
+def test_every_field_and_preset_is_explained(facts: dict[str, Any]):
+    for name, family in facts["families"].items():
+        assert not [field for field, said in family["fields"].items() if not said["about"]], name
+    assert not [name for name, model in facts["models"].items() if "arXiv:" not in model["about"]]
+    assert facts["models"]["conformer_ctc_s"]["about"] != facts["models"]["conformer_s"]["about"]
+
+
+def test_costs_and_folds_are_those_of_the_mathematics(facts: dict[str, Any]):
+    costs = {name: row["cost"] for name, row in facts["tables"]["mixer"]["rows"].items()}
+    quadratic = {"softmax", "relative", "grouped"}
+    assert {name for name, cost in costs.items() if cost == "quadratic"} == quadratic
+    norms = {name: row["folds"] for name, row in facts["tables"]["norm"]["rows"].items()}
+    assert {name for name, said in norms.items() if said.startswith("folds")} == {"batchnorm", "repbn", "prepbn"}
+
+
+def test_every_measured_recipe_has_its_score(made: Any):
+    measured = 0
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        found = made[1].recipe(path, ROOT)
+        measured += found["measured"]
+        if found["measured"]:
+            assert made[1].sentence(found["result"]).startswith(("accuracy 0.", "word error rate 0.")), path
+    assert measured >= 10
+
+
+def test_every_option_is_explained(made: Any, facts: dict[str, Any]):
+    """In the docstring of its row, or of a class that it derives from."""
+    for kind, table in facts["tables"].items():
+        for name, row in table["rows"].items():
+            missing = [each for each in row["options"] if not re.search(rf"\b{each}\b", row["doc"])]
+            assert not {*missing} - made[0].USUAL, (kind, name, missing)
+
+
+@pytest.mark.slow
+def test_the_script_agrees():
+    line = [sys.executable, ROOT / "scripts/tables", "--check"]
+    assert subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+def test_a_difference_is_noticed(made: Any, facts: dict[str, Any]):
+    changed = json.loads(json.dumps(facts))
+    changed["models"]["vit_tiny"]["parameters"] += 10**6
+    assert made[0].dumped(changed) != made[0].dumped(facts) and made[1].page(changed, ROOT) != made[1].page(facts, ROOT)

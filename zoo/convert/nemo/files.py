@@ -1,0 +1,168 @@
+"""The files inside a `.nemo` archive, read within bounds: a small archive cannot ask for much memory or time, nothing
+is written to disk, and no code is run."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from zoo.text import one_line
+
+HEADER, CONFIG, PIECES = 2**20, 2**20, 2**26
+"""The most bytes of a header of the archive, of a config, and of a sentencepiece model."""
+MEMBERS, NODES, SCALAR = 10_000, 200_000, 2**16
+"""The most files of an archive, values of a config with its aliases written out, and characters of one value."""
+EXPANDED, SPARE = 50, 2**26
+"""An archive expands to at most EXPANDED times its size and SPARE bytes."""
+
+
+class _Bounded(io.BufferedIOBase):
+    """A file that refuses to read more than `most` bytes at once: headers of an archive may ask for any number."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.most = file, HEADER
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= self.most:
+            raise tarfile.ReadError(f"a part of more than {self.most} bytes")
+        return self.file.read(size)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+
+class Archive:
+    """The plain files of an archive by name, without "./" in front."""
+
+    def __init__(self, path: Path, bounded: _Bounded, tar: tarfile.TarFile) -> None:
+        self.path, self.bounded, self.tar = path, bounded, tar
+        self.members: dict[str, tarfile.TarInfo] = {}
+        total, allowed = 0, EXPANDED * path.stat().st_size + SPARE
+        for number, member in enumerate(tar):
+            total += member.size
+            if total > allowed or number == MEMBERS:
+                raise ValueError(
+                    f"{path} is not read: it expands to far more than its own size, or holds too many files"
+                )
+            parts = [part for part in member.name.replace("\\", "/").split("/") if part != "."]
+            if not parts or parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
+                raise ValueError(
+                    one_line(f"{path} is not a NeMo model: its member {member.name!r} is not a plain file")
+                )
+            if member.isfile():
+                self.members["/".join(parts)] = member
+
+    def content(self, name: str, most: int | None = None) -> bytes:
+        """The bytes of a file; ValueError where there are more than `most`."""
+        if name not in self.members:
+            raise ValueError(f"{self.path} is not a NeMo model: it has no {name}")
+        member = self.members[name]
+        if most is not None and member.size > most:
+            raise ValueError(one_line(f"{self.path}: {name} has {member.size:,} bytes; at most {most:,} are read"))
+        file = self.tar.extractfile(member)
+        assert file is not None  # it is a plain file
+        self.bounded.most = max(HEADER, member.size)
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Archive]:
+    """The archive, plain or compressed by gzip; ValueError in one line where it cannot be read."""
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            bounded = _Bounded(gzip.GzipFile(fileobj=raw) if packed else raw)  # pyright: ignore[reportArgumentType]
+            with tarfile.open(fileobj=bounded, mode="r:") as tar:
+                yield Archive(path, bounded, tar)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(one_line(f"{path} cannot be read as a .nemo archive: {error}")) from error
+
+
+def config_of(text: bytes, where: str) -> Mapping[str, Any]:
+    """A config in YAML; ValueError where it is none, repeats a key, or grows too large with its aliases written out."""
+    import yaml
+
+    if len(text) > CONFIG:
+        raise ValueError(f"{where} has {len(text):,} bytes; at most {CONFIG:,} are read")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _count(node, {}, where)
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(one_line(f"{where} cannot be read as YAML: {error}")) from error
+    except ValueError as error:  # of our own, or of a number or a date that Python does not take
+        message = str(error)
+        raise ValueError(
+            message if message.startswith(where) else one_line(f"{where} cannot be read as YAML: {error}")
+        ) from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is not the config of a model")
+    return values
+
+
+def _count(node: Any, known: dict[int, int], where: str) -> int:
+    """How many values a node has with its aliases written out; ValueError where there are too many."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError(f"{where}: a value contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    if isinstance(node.value, str):
+        if len(node.value) > SCALAR:
+            raise ValueError(f"{where}: a value has more than {SCALAR:,} characters")
+        total = 1
+    elif node.id == "mapping":
+        keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if keys and max(keys.values()) > 1:
+            raise ValueError(one_line(f"{where}: the key {keys.most_common(1)[0][0]!r} is there twice"))
+        total = 1 + sum(_count(each, known, where) for pair in node.value for each in pair)
+    else:
+        total = 1 + sum(_count(each, known, where) for each in node.value)
+    if total > NODES:
+        raise ValueError(f"{where} has more than {NODES:,} values; repeated aliases are not read")
+    known[id(node)] = total
+    return total
+
+
+def tensors_of(content: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors by name that torch.save wrote; ValueError where there is anything else, or more than is stored."""
+    stream = io.BytesIO(content)
+    try:
+        if zipfile.is_zipfile(stream):
+            with zipfile.ZipFile(stream) as packed:
+                entries = packed.infolist()
+            if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > len(content):
+                raise ValueError("its parts are compressed or overlap, unlike those that torch.save writes")
+        stream.seek(0)
+        loaded = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling what is no pickle of tensors ends in errors of many kinds
+        raise ValueError(one_line(f"{where} is not a whole file of plain tensors: {error}")) from error
+    tensors = named(loaded, where)
+    if sum(each.numel() * each.element_size() for each in tensors.values()) > 4 * len(content):
+        raise ValueError(f"{where}: its tensors claim far more numbers than it stores")
+    return tensors
+
+
+def named(loaded: Any, where: str) -> dict[str, Tensor]:
+    """A state dict as a plain dict; ValueError where it holds anything but tensors by name."""
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ValueError(f"{where} holds no tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(one_line(f"{where} holds {name!r}, which is not a tensor with a name"))
+    return dict(loaded)

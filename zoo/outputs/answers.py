@@ -1,0 +1,68 @@
+"""From a model and its prepared input to an answer that a person reads."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.outputs.ctc import greedy
+from zoo.outputs.tokens import Tokenizer
+from zoo.outputs.transducer import transducer_greedy
+
+
+class Guess(NamedTuple):
+    """A class and its probability, 0..1."""
+
+    label: str
+    probability: float
+
+
+@torch.inference_mode()
+def best_classes(model: Any, parts: Iterable[Tensor], labels: Sequence[str] | None) -> list[Guess]:
+    """The classes of one image [C, H, W], the most probable first; without labels they are called "class 0" and so on.
+
+    Raises:
+        ValueError: the model's output is NaN or infinite.
+    """
+    (image,) = parts
+    logits = model(image[None].to(next(model.parameters()).device))[0].float()
+    found = checked(logits).softmax(-1).sort(descending=True, stable=True)
+    names = class_names(labels, len(logits))
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [Guess(names[index], probability) for index, probability in pairs]
+
+
+@torch.inference_mode()
+def best_text(model: Any, parts: Iterable[Any], tokenizer: Tokenizer | None) -> str:
+    """What greedy search hears in a sound, which comes in parts with features [T, mels], or None for silence.
+
+    Raises:
+        ValueError: there is no tokenizer, or the model's output is NaN or infinite.
+    """
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer, so its answer is not text")
+    device = next(model.parameters()).device
+    texts = []
+    for part in parts:
+        if part.features is None:
+            continue
+        lengths = torch.tensor([len(part.features)], device=device)
+        made, lengths = model(part.features[None].to(device), lengths)
+        made = checked(made.float())
+        transducer = model.config.transducer
+        (tokens,) = transducer_greedy(model.head, made, lengths) if transducer else greedy(made, lengths)
+        texts += tokenizer.decode(tokens).split()
+    return " ".join(texts)
+
+
+def checked(output: Tensor) -> Tensor:
+    """The output; ValueError where it is NaN or infinite."""
+    if not bool(output.isfinite().all()):
+        raise ValueError("the model's output is NaN or infinite")
+    return output
+
+
+def class_names(labels: Sequence[str] | None, count: int) -> list[str]:
+    """The names of the classes, made up where there are none."""
+    return [f"class {index}" for index in range(count)] if labels is None else list(labels)

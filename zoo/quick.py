@@ -1,0 +1,322 @@
+"""What the `zoo` command can say before PyTorch is imported: lists, descriptions and short help.
+
+It reads facts.json, which scripts/tables writes from the code.
+"""
+
+import functools
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from zoo.text import from_json, near, one_line, plain, unknown
+
+VERBS = {
+    "fit": "train a model",
+    "validate": "measure a model on the validation data",
+    "test": "measure a model on the test data",
+    "predict": "run a model on your own files",
+    "stream": "transcribe sound while it arrives",
+}
+EXAMPLES = {
+    "classify": ["--config configs/classify/vit_micro_digits.yaml"],
+    "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
+}
+# The options that short help shows, where the task has them; "" for what the code says of it.
+USUAL = {
+    "config": "YAML file with any of these options; options after it replace its values",
+    "model.backbone.name": "the model; `zoo list` shows the names",
+    "model.backbone.FIELD": "any field of the model: mixer, norm, classes, ...; see `zoo info NAME`",
+    "model.weights": "checkpoint to start from or to measure: folder, name in checkpoints/, or OWNER/NAME",
+    "model.rate": "",
+    "data.dataset": "",
+    "data.root": "folder of the data",
+    "data.train": "folders or manifests to train on",
+    "data.val": "folders or manifests for validation",
+    "data.size": "",
+    "data.batch": "",
+    "data.seconds": "seconds of sound in a batch",
+    "data.workers": "",
+    "trainer.max_epochs": "number of epochs",
+    "trainer.default_root_dir": "folder of the run: logs, checkpoints, and what to resume from",
+    "trainer.precision": "such as 32-true or bf16-mixed",
+    "trainer.devices": "how many GPUs or processes, or their indices",
+    "ckpt_path": "state of a run to resume from or to measure, such as RUN/resume/last.ckpt",
+    "seed_everything": "seed of all randomness",
+}
+FIT_ONLY = ("model.rate", "data.train", "trainer.max_epochs")
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """The contents of facts.json."""
+    return json.loads(Path(__file__).with_name("facts.json").read_text(encoding="utf-8"))
+
+
+def width() -> int:
+    return min(100, shutil.get_terminal_size((100, 24)).columns)
+
+
+def columns(pairs: Iterable[tuple[str, str]], left: int | None = None) -> Iterator[str]:
+    """Two columns, the second wrapped; a first entry that is too long has a line of its own."""
+    pairs = [*pairs]
+    left = left or min(32, max((len(first) for first, _ in pairs), default=0))
+    for first, second in pairs:
+        lines = textwrap.wrap(second, max(20, width() - left - 4)) or [""]
+        if len(first) > left:
+            yield f"  {first}"
+            first = ""
+        yield f"  {first:<{left}}  {lines[0]}".rstrip()
+        yield from (f"  {'':<{left}}  {line}" for line in lines[1:])
+
+
+# Lists
+
+
+def kinds() -> dict[str, list[str]]:
+    """The kinds of choices as `zoo list` names them, and the tables of each."""
+    found: dict[str, list[str]] = {}
+    for kind in facts()["tables"]:
+        word = kind.split()[0]
+        found.setdefault(f"{word}es" if word.endswith("s") else f"{word}s", []).append(kind)
+    return found
+
+
+def listing(what: str | None = None, pattern: str | None = None) -> str:
+    """What `zoo list` prints: a kind of choices, models or checkpoints, those whose name matches a shell pattern.
+
+    ValueError where nothing matches.
+    """
+    known = [*kinds(), "models", "checkpoints"]
+    what = f"{what}s" if f"{what}s" in known else what
+    if what is not None and what not in known:
+        if pattern is not None:
+            raise ValueError(unknown("kind", what, known))
+        what, pattern = "models", what
+    if what is None:
+        counts = [(f"zoo list {kind}", f"{len(entries(kind)):3}  {said}") for kind, said in overview()]
+        return "\n".join([*columns(counts), "", *columns(entries("models").items())])
+    found = entries(what)
+    chosen = {name: said for name, said in found.items() if fnmatchcase(name, pattern or "*")}
+    if not chosen:
+        if pattern is None:
+            raise ValueError("found no checkpoints: the current folder has no folder 'checkpoints' with any")
+        hint = f"did you mean {' or '.join(each)}?" if (each := similar(pattern)) else f"`zoo list {what}` shows all"
+        raise ValueError(f"none of the {what} matches '{pattern}'; {hint}")
+    left = max(map(len, chosen))
+    most = width() - left - 4 if sys.stdout.isatty() else None
+    return "\n".join(plain(f"  {name:<{left}}  {cut(said, most)}") for name, said in chosen.items())
+
+
+def cut(text: str, most: int | None) -> str:
+    """The text, cut between words to at most so many characters."""
+    return text if most is None or len(text) <= most else text[: most - 3].rsplit(" ", 1)[0] + " ..."
+
+
+def overview() -> Iterator[tuple[str, str]]:
+    yield "models", "models; each is a call of zoo.create_model(NAME)"
+    yield "checkpoints", "trained models in ./checkpoints"
+    for kind, tables in kinds().items():
+        yield kind, "; ".join(facts()["tables"][table]["about"] for table in tables)
+
+
+def entries(what: str) -> dict[str, str]:
+    """The names of a kind and a line about each."""
+    if what == "checkpoints":
+        return {folder.name: card_line(folder) for folder in checkpoints()}
+    if what == "models":
+        return {name: model_line(model) for name, model in facts()["models"].items()}
+    rows = [facts()["tables"][table]["rows"] for table in kinds()[what]]
+    return {name: row["summary"] for each in rows for name, row in each.items()}
+
+
+def model_line(model: Mapping[str, Any]) -> str:
+    return f"{model['parameters'] / 1e6:6.1f} M  {model['input']:<24}  {model['about'].partition(' (')[0]}"
+
+
+def similar(name: str) -> list[str]:
+    """Commands that show what is called nearly so, whatever it is."""
+    names = {each for kind in (*kinds(), "models", "checkpoints") for each in entries(kind)}
+    return [f"`zoo info {each}`" for each in near(name, names)]
+
+
+# Checkpoints
+
+
+def checkpoints() -> list[Path]:
+    return sorted(path.parent for path in Path("checkpoints").glob("*/config.json"))
+
+
+def card(folder: Path) -> tuple[str, dict[str, str]]:
+    """The description of a checkpoint and the rows of its table, from its README.md; empty where it has none."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError):
+        return "", {}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    title = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1)
+    text = next((line for line in lines[title + 1 :] if line.strip()), "")
+    return text, {row[0]: row[1] for row in rows if len(row) == 2 and row[1] != "value"}
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint; ValueError where it is broken."""
+    try:
+        found = from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {folder}/config.json: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder}/config.json must hold an object, got {type(found).__name__}")
+    return found
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    return facts()["families"].get(str(config.get("family")), {}).get("task")
+
+
+def card_line(folder: Path) -> str:
+    """The task of a checkpoint, its scores and what it is."""
+    text, rows = card(folder)
+    try:
+        task = task_of(stored(folder)) or ""
+    except ValueError as error:
+        return str(error)
+    names = [*rows]
+    figures = names[names.index("fused") + 1 :] if "fused" in names else []
+    scores = ", ".join(f"{name} {rows[name]}" for name in figures if name != "parameters" and "interval" not in name)
+    return one_line(f"{task}, {scores}: {text.partition('. ')[0]}")
+
+
+# Descriptions
+
+
+def info(name: str) -> str:
+    """What `zoo info` prints: all that has this name, a model, rows of tables, a checkpoint. ValueError where nothing
+    has."""
+    pages = [model_page(name, facts()["models"][name])] if name in facts()["models"] else []
+    for kind, table in facts()["tables"].items():
+        if name in table["rows"]:
+            pages.append(choice_page(kind, name, table["rows"][name]))
+    places = [Path(name), Path("checkpoints", name), Path(name, "best")]
+    folders = [folder for folder in places if (folder / "config.json").is_file()]
+    pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
+    if not pages:
+        hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows what there is"
+        if kind := next((kind for kind in kinds() if name in (kind, kind.removesuffix("s"))), None):
+            hint = f"`zoo list {kind}` lists the {kind}"
+        raise ValueError(f"nothing is called '{name}': no model, choice or checkpoint; {hint}")
+    return "\n".join(plain(line) for page in pages for line in [*page.split("\n"), ""])[:-1]
+
+
+def model_page(name: str, model: Mapping[str, Any], choices: str = "") -> str:
+    """A model as zoo.models.describe returns it: its size, and each field of its config with its meaning."""
+    family = facts()["families"].get(model["family"], {"task": None, "fields": {}})
+    lines = [f"{name}: {model['about'] or model['family']}", ""]
+    size = f"{model['parameters']:,} parameters"
+    if model.get("input"):
+        size += f", input {model['input']}"
+    lines += [f"  {size}" + (f", used by `zoo {family['task']}`" if family["task"] else ""), ""]
+    pairs = []
+    for field, value in model["fields"].items():
+        said = family["fields"].get(field, {"default": None, "about": ""})
+        other = f" [default: {said['default']}]" if said["default"] not in (None, value) else ""
+        pairs.append((f"{field} = {value}", said["about"].rstrip(".") + other))
+    call = f'zoo.create_model("{name}"{choices})'
+    return "\n".join([*lines, *columns(pairs), "", "in Python:", f"  {call}"])
+
+
+def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
+    """A row of a table: what it computes, its options, and what it works with."""
+    lines = [f"{name} ({kind})", ""]
+    for paragraph in row["doc"].split("\n\n"):
+        lines += [
+            *textwrap.wrap(" ".join(paragraph.split()), width() - 2, initial_indent="  ", subsequent_indent="  "),
+            "",
+        ]
+    options = ", ".join(f"{option}={default!r}" for option, default in row["options"].items())
+    pairs = [("options", options or "none")]
+    pairs += [("paper", f"https://arxiv.org/abs/{paper}") for paper in row["papers"]]
+    if "axes" in row:
+        pairs.append(
+            ("works", " and ".join({1: "along time (1-D)", 2: "on images (2-D)"}[axes] for axes in row["axes"]))
+        )
+        mixing = ", ".join(row["reads"]) or "nothing but the mask"
+        pairs.append(("reads", mixing if row["mixes"] else "nothing of other tokens, so it works in every model"))
+    if row.get("mixes"):
+        able = "yes" if "prefix" in row["reads"] else "no: refused in a model with a class token or registers"
+        pairs.append(("prefix tokens", able))
+    if "cost" in row:
+        pairs.append(("cost", f"{row['cost']} in the number of tokens"))
+    if "folds" in row:
+        pairs.append(("zoo.fuse", row["folds"]))
+    field = kind.split()[0]
+    call = name + (f"({options.split(', ')[0]})" if options else "")
+    models = [each for each, model in facts()["models"].items() if any_name(model["fields"].get(field, ""), name)]
+    if models:
+        pairs.append(("used by", cut(", ".join(models), 200)))
+    return "\n".join([*lines, *columns(pairs), "", "example:", f'  --model.backbone.{field}="{call}"'])
+
+
+def any_name(value: str, name: str) -> bool:
+    return name in (each.partition("(")[0] for part in value.split(" / ") for each in part.split(", "))
+
+
+def checkpoint_page(name: str, folder: Path) -> str:
+    """A checkpoint: its card's text and table, and how to use it."""
+    config, (text, rows) = stored(folder), card(folder)
+    lines = [f"{name} (checkpoint)", ""]
+    lines += [*textwrap.wrap(text, width() - 2, initial_indent="  ", subsequent_indent="  "), ""] if text else []
+    pairs = [(key, one_line(config[key])) for key in ("family", "preset", "source") if config.get(key)]
+    pairs += rows.items()
+    if isinstance(config.get("labels"), list):
+        pairs.append(("labels", cut(", ".join(map(str, config["labels"])), 200)))
+    uses = [f'zoo.load_model("{name}")']
+    if task := task_of(config):
+        uses.insert(0, f"zoo {task} predict {name} FILES")
+    return "\n".join([*lines, *columns(pairs), "", "use:", *(f"  {use}" for use in uses)])
+
+
+# Help
+
+
+def task_help(task: str) -> str:
+    """What `zoo TASK --help` prints."""
+    found = facts()["tasks"][task]
+    verbs = [(verb, VERBS.get(verb, "")) for verb in found["verbs"]]
+    lines = [f"usage: zoo {task} VERB [OPTIONS]", "", f"{found['about']}.", "", "verbs:", *columns(verbs), ""]
+    lines += [f"`zoo {task} VERB --help` shows the options of a verb.", "", "example:"]
+    return "\n".join([*lines, example(task, "fit")])
+
+
+def verb_help(task: str, verb: str) -> str:
+    """What `zoo TASK fit --help` prints: the options that are used most."""
+    found = facts()["tasks"][task]
+    options = found["options"] | found["own"][verb]
+    pairs = []
+    for name, said in USUAL.items():
+        given = options.get(name)
+        if (given is None and not name.startswith("model.backbone.")) or (verb != "fit" and name in FIT_ONLY):
+            continue
+        default = (given or {}).get("default")
+        text = said or re.sub(r" ?\([^()]*\)", "", (given or {})["about"])
+        pairs.append((f"--{name}", text + (f" [default: {default}]" if default is not None else "")))
+    lines = [
+        f"usage: zoo {task} {verb} [--config FILE] [--OPTION VALUE ...]",
+        "",
+        f"{found['about']}: {VERBS[verb]}.",
+        "",
+    ]
+    lines += ["most used options:", *columns(pairs), "", f"all options: zoo {task} {verb} --help-all", "", "example:"]
+    return "\n".join([*lines, example(task, verb)])
+
+
+def example(task: str, verb: str) -> str:
+    """A command that runs a recipe, over two lines where it is long."""
+    first, *more = EXAMPLES.get(task, [f"--config configs/{task}/NAME.yaml"])
+    more += ["--model.weights RUN/best"] if verb != "fit" else []
+    return f"  zoo {task} {verb} {first}" + (f" \\\n      {' '.join(more)}" if more else "")
