@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 import zoo
@@ -204,6 +205,9 @@ def test_a_command_of_a_header_builds_all_that_it_needs(case: Case, construct, m
         estimated_stepping_batches=steps,
         num_training_batches=10 * trainer.accumulate_grad_batches,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
+        precision="32-true",
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
     )
     module.setup("fit")
 

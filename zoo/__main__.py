@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. What is wrong with the input ends in one line on standard error and exit status 1."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError as error:
         if not reader_is_gone():
             sys.exit(f"zoo: error: {one_line(error)}")

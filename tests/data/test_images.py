@@ -364,7 +364,8 @@ def test_imagefolder_below_a_hidden_folder(root: Path):
 
 
 def test_imagefolder_test_split(root: Path):
-    assert folder(root).source("test").name(0) == str(root / "val" / "ant" / "v.png")
+    with pytest.raises(ValueError, match=r"has no test folder; `validate` measures .*/val$"):
+        folder(root).setup("test")
     for name in ("ant", "bee", "cat"):
         write_picture(root / "test" / name / "t.png")
     assert folder(root).source("test").name(0) == str(root / "test" / "ant" / "t.png")

@@ -44,7 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run on synthetic pictures."""
+    """A short run on synthetic images."""
     root = tmp_path_factory.mktemp("run")
     fit(root, *SHORT, "--trainer.max_epochs=1")
     return root
@@ -68,12 +68,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*TINY, "--model.backbone.mixer=atention"], "mixer: unknown name 'atention'; "),
         ([*TINY, "--model.backbone.norm=prepbn(blend=1)"], "unknown option of prepbn 'blend'; "),
         ([*TINY, "--model.backbone.position=rope", "--model.backbone.mixer=pool"], "rope"),
-        ([*TINY, "--model.backbone.classes=5"], "the data has 4 classes and the model 5; set model.backbone.classes"),
+        (
+            [*TINY, "--model.backbone.classes=5"],
+            "the model has 5 classes and the data 4; omit model.backbone.classes or set it to 4",
+        ),
         ([*TINY, "--model.backbone.classes=0"], "at least 2 classes"),
         ([*TINY, "--model.average=1.0"], "model.average"),
         (
             [*TINY, "--model.backbone.channels=3", "--data.channels=1"],
-            "the data has 1 channels and the model 3; set model.backbone.channels",
+            "the model has 3 channels and the data 1; omit model.backbone.channels or set it to 1",
         ),
         ([*TINY, "--trainer.precision=64-true"], "trainer.precision: models are trained in 32-true, "),
         ([*TINY, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, so there is nothing to train"),
@@ -106,7 +109,7 @@ def test_a_fault_is_one_line_on_standard_error_and_status_1():
     assert done.stderr.splitlines()[-1].startswith("zoo: error: --model.backbone.mixer: unknown mixer 'none'; ")
 
 
-# Files to go on from
+# Files to resume from
 
 
 class Hostile:
@@ -137,7 +140,7 @@ def test_code_in_a_file_is_never_run(verb: str, how: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 2000, -1])
-def test_a_truncated_file_to_go_on_from(size: int, run: Path, tmp_path: Path):
+def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
     path = tmp_path / "broken.ckpt"
     path.write_bytes((run / "resume" / "last.ckpt").read_bytes()[:size])
     assert f"{path} is truncated, or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
@@ -151,7 +154,7 @@ def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert shown == "warning: skipped a.png: it is empty\n"
 
 
-def test_other_files_to_go_on_from(run: Path, tmp_path: Path):
+def test_other_files_to_resume_from(run: Path, tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
     assert f"{run}/best/resume/last.ckpt does not exist" in refused(*TINY, f"--ckpt_path={run}/best")
@@ -270,9 +273,9 @@ def paint(path: Path, value: int) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Seven and seven pictures in two classes, and three and three to validate; one of each part is broken."""
-    root = tmp_path / "pictures"
+def folder(tmp_path: Path) -> Path:
+    """Seven and seven images in two classes, and three and three to validate; one of each part is broken."""
+    root = tmp_path / "images"
     for label, name in enumerate(("cat", "dog")):
         for index in range(7):
             paint(root / "train" / name / f"{index}.png", 100 * label + index)
@@ -295,15 +298,15 @@ def folder_flags(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_unreadable_images_are_named_once_and_counted(mixed: bool, pictures: Path, tmp_path: Path):
+def test_unreadable_images_are_named_once_and_counted(mixed: bool, folder: Path, tmp_path: Path):
     """Batches of 7 with mixup, too, which takes pairs."""
-    flags = folder_flags(pictures) + ([] if mixed else ["--model.mixup=0", "--model.cutmix=0"])
+    flags = folder_flags(folder) + ([] if mixed else ["--model.mixup=0", "--model.cutmix=0"])
     with pytest.warns(UserWarning) as seen:
         fit(tmp_path / "run", *flags, data="imagefolder")
     messages = [str(each.message) for each in seen]
     found = [message for message in messages if "skipped" in message]
     broken = [
-        f"skipped {pictures}/{part}: it cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")
+        f"skipped {folder}/{part}: it cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")
     ]
     counts = [
         f"1 unreadable images were skipped in the {stage} of epoch {epoch}"
@@ -314,21 +317,21 @@ def test_unreadable_images_are_named_once_and_counted(mixed: bool, pictures: Pat
     assert load_checkpoint(tmp_path / "run" / "last", check=True).labels == ("cat", "dog")
 
 
-def test_images_that_are_all_unreadable(pictures: Path, tmp_path: Path):
-    """In training such batches change nothing; without one picture to validate there is nothing to say."""
-    for path in pictures.glob("val/*/*.png"):
+def test_images_that_are_all_unreadable(folder: Path, tmp_path: Path):
+    """In training such batches change nothing; without one image to validate there is nothing to say."""
+    for path in folder.glob("val/*/*.png"):
         path.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(SystemExit) as stop:
-        fit(tmp_path / "run", *folder_flags(pictures), "--trainer.num_sanity_val_steps=2", data="imagefolder")
+        fit(tmp_path / "run", *folder_flags(folder), "--trainer.num_sanity_val_steps=2", data="imagefolder")
     assert said(stop.value) == "no image of the validation set could be read"
 
 
-def test_folders_that_are_not_as_they_should_be(pictures: Path, tmp_path: Path):
-    flags = ["--data.dataset=imagefolder", f"--data.root={pictures}", "--model.backbone.classes=2"]
-    (pictures / "val" / "ox").mkdir()
+def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path: Path):
+    flags = ["--data.dataset=imagefolder", f"--data.root={folder}", "--model.backbone.classes=2"]
+    (folder / "val" / "ox").mkdir()
     assert "differs in its classes" in refused(*TINY, *flags) and "ox" in refused(*TINY, *flags)
-    (pictures / "train" / "ox").mkdir()
-    assert f"{pictures}/train has class folders without images of their own" in refused(
+    (folder / "train" / "ox").mkdir()
+    assert f"{folder}/train has class folders without images of their own" in refused(
         *TINY, *flags, "--model.backbone.classes=3"
     )
 
@@ -379,7 +382,7 @@ def test_a_new_head(run: Path, lines: list[str]):
         ({"dim": 32}, "do not fit what model.backbone asks for: 'blocks.0."),
         ({"depth": 1}, "do not fit what model.backbone asks for: 'blocks.1."),
         ({"mixer": "sla"}, "do not fit what model.backbone asks for: 'blocks.0."),
-        ({"depht": 1}, "model.backbone has no field 'depht'"),
+        ({"depht": 1}, "unknown field of model.backbone 'depht'; did you mean depth?"),
         ({"classes": 1}, "at least 2 classes"),
     ],
     ids=str,

@@ -64,7 +64,7 @@ def line_of(epoch: int, epochs: int, seconds: float, left: float, best: bool = T
     output.say = lines.append
     done, now = 1000 * epoch, time.monotonic()
     output.began, output.start = now - seconds, now - left * done / max(1, task.total - done)
-    trainer: Any = SimpleNamespace(global_step=done, max_epochs=epochs, current_epoch=epoch - 1)
+    trainer: Any = SimpleNamespace(global_step=done, max_epochs=epochs, max_steps=-1, current_epoch=epoch - 1)
     output.on_train_epoch_end(trainer, task)
     (line,) = lines
     return line

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning
+from lightning.pytorch.utilities import rank_zero_info
 
 from zoo.weights import load_checkpoint
 
@@ -41,5 +42,7 @@ def evaluate(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    measure = trainer.test if split == "test" else trainer.validate
-    return dict(measure(task(weights=name), datamodule=module, verbose=False)[0])
+    measure, measured = (trainer.test if split == "test" else trainer.validate), task(weights=name)
+    figures = dict(measure(measured, datamodule=module, verbose=False)[0])
+    rank_zero_info(measured.said)
+    return figures

@@ -21,9 +21,11 @@ from zoo.tasks.task import Task
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 1:02:03."""
+    """Seconds as 0:07, 12:34, 1:02:03 or 209 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours} h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
@@ -38,10 +40,15 @@ def readable_count(number: float) -> str:
 
 def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Multiply-adds of matrix products, convolutions and attention; of nothing else, as is usual."""
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin(*inputs)
     return counter.get_total_flops() / 2
+
+
+def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
+    """Whether trainer.max_steps ends the run, and not trainer.max_epochs."""
+    return 0 < trainer.max_steps == task.total
 
 
 class Output(ProgressBar):
@@ -76,8 +83,10 @@ class Output(ProgressBar):
         inputs, unit = pl_module.data.example()
         cost = readable_count(multiply_adds(pl_module.model, inputs))
         size = f"{count_parameters(pl_module.model):,} parameters, {cost} multiply-adds for {unit}"
-        batches, epochs = trainer.num_training_batches, trainer.max_epochs
-        length = f"{epochs} epochs of {batches} batches" if (epochs or -1) > 0 else f"{pl_module.total:,} steps"
+        batches = trainer.num_training_batches
+        length = f"{trainer.max_epochs} epochs of {batches} batches"
+        if by_steps(trainer, pl_module):
+            length = f"{pl_module.total:,} steps, {batches} batches an epoch"
         where = f"{trainer.strategy.root_device.type}, {trainer.precision}"
         self.say(f"model     {pl_module.preset}: {size}")
         self.say(f"data      {pl_module.data.described()}")
@@ -86,9 +95,14 @@ class Output(ProgressBar):
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         self.began = time.monotonic()
-        self.draw(trainer.num_training_batches, f"epoch {trainer.current_epoch + 1}")
+        self.draw(self.trainer.num_training_batches, f"epoch {self.trainer.current_epoch + 1}")
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.begin()
 
     def draw(self, total: float, what: str) -> None:
         if self.bar and self.trainer.is_global_zero:
@@ -125,14 +139,12 @@ class Output(ProgressBar):
         left = (now - self.start) / max(1, done - self.first) * (total - done)
         loss = float(pl_module.loss_sum) / max(1, pl_module.loss_number)
         score = f"{latest.value:.4f}" if latest and latest.step == done else "-"
-        epochs = trainer.max_epochs or -1
-        place = (
-            f"{trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
-            if epochs > 0
-            else f"{trainer.current_epoch + 1}"
-        )
+        epochs = trainer.max_epochs
+        place = f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
+        if by_steps(trainer, pl_module):
+            place = f"step {done:>{len(str(total))}}/{total}"
         self.say(
-            f"epoch {place}  loss {loss:.4f}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
+            f"{place}  loss {loss:.4f}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
             f"{duration(now - self.began)}, {duration(left)} left"
         )
 
@@ -158,4 +170,5 @@ class Output(ProgressBar):
         self.say("next")
         self.say(f"  zoo {self.task} validate --model.weights {folder}/{name}")
         self.say(f"  zoo {self.task} predict {folder}/{name} {inputs}")
-        self.say(f"  zoo {self.task} fit --ckpt_path {folder}/{STATE} --trainer.max_epochs MORE")
+        limit = "max_steps" if by_steps(trainer, pl_module) else "max_epochs"
+        self.say(f"  zoo {self.task} fit --ckpt_path {folder}/{STATE} --trainer.{limit} MORE")

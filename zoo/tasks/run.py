@@ -23,6 +23,7 @@ from zoo.text import reason
 from zoo.weights import save_model
 
 STATE = "resume/last.ckpt"
+PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times as long has passed as writing them took
 
 
@@ -52,7 +53,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=PATIENCE, poll_interval=0.2)
         except Timeout:
             raise ValueError(
                 f"another run is training in {self.folder}; choose another --trainer.default_root_dir"

@@ -28,6 +28,8 @@ from zoo.weights import load_checkpoint
 from zoo.weights.adapt import adapted, misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
+# What people call a field that the data decides, where its own name does not say it.
+NAMES = {"vocabulary": "tokens with the blank", "mels": "mel bands"}
 
 
 class NotFinite(ValueError):
@@ -155,10 +157,10 @@ class Task(lightning.LightningModule):
             self.complete()
             rank_zero_info(f"taken from the data: {', '.join(f'{name}={value}' for name, value in taken.items())}")
         if wrong := next((name for name in differ if name not in taken), None):
-            raise ValueError(
-                f"the data has {found[wrong]} {wrong} and the model {getattr(self.config, wrong)}; "
-                f"set model.backbone.{wrong}"
-            )
+            ours, theirs, what = getattr(self.config, wrong), found[wrong], NAMES.get(wrong, wrong)
+            model = "model" if self.start is None else "checkpoint"
+            remedy = f"; omit model.backbone.{wrong} or set it to {theirs}" if stage == "fit" else ""
+            raise ValueError(f"the {model} has {ours} {what} and the data {theirs}{remedy}")
 
     def outputs_wanted(self, data: DataModule) -> int:
         """How many outputs the model needs for the data."""

@@ -470,12 +470,20 @@ def test_a_model_of_pictures_is_refused():
 @pytest.mark.parametrize(
     ("backbone", "flags", "words"),
     [
-        ({"vocabulary": 30}, [], "the data has 10 vocabulary and the model 30; set model.backbone.vocabulary"),
-        ({"mels": 80}, ["--data.mels=64"], "the data has 64 mels and the model 80; set model.backbone.mels"),
+        (
+            {"vocabulary": 30},
+            [],
+            "the model has 30 tokens with the blank and the data 10; omit model.backbone.vocabulary or set it to 10",
+        ),
+        (
+            {"mels": 80},
+            ["--data.mels=64"],
+            "the model has 80 mel bands and the data 64; omit model.backbone.mels or set it to 64",
+        ),
         ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised band by band"),
         (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, which a stream has not"),
         ({}, ["--model.chunks=[4]"], "model.chunks"),
-        ({"mels": 4}, ["--data.mels=2"], "2 mels and the model 4"),
+        ({"mels": 4}, ["--data.mels=2"], "4 mel bands and the data 2"),
         ({}, ["--data.tokenizer=nowhere.model"], "nowhere.model: No such file"),
     ],
     ids=str,
