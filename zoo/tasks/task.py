@@ -158,7 +158,7 @@ class Task(lightning.LightningModule):
             rank_zero_info(f"taken from the data: {', '.join(f'{name}={value}' for name, value in taken.items())}")
         if wrong := next((name for name in differ if name not in taken), None):
             ours, theirs, what = getattr(self.config, wrong), found[wrong], NAMES.get(wrong, wrong)
-            model = "model" if self.start is None else "checkpoint"
+            model = "model" if stage == "fit" else "checkpoint"
             remedy = f"; omit model.backbone.{wrong} or set it to {theirs}" if stage == "fit" else ""
             raise ValueError(f"the {model} has {ours} {what} and the data {theirs}{remedy}")
 
