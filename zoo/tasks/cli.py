@@ -136,6 +136,13 @@ class Command(LightningCLI):
         kwargs["plugins"] = [*(settings.plugins or []), States()]
         return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
 
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            name = self.given.model.weights or self.given.ckpt_path
+            print(f"measuring {name} on {self.datamodule.dataset}", file=sys.stderr)
+
+    before_test = before_validate
+
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             print(self.model.said)
