@@ -103,8 +103,16 @@ def test_a_run_without_a_state_to_resume_may_start_again(tmp_path: Path):
 def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path: Path):
     fit(tmp_path, *SHORT)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    message = refused("classify", "fit", "--ckpt_path", tmp_path, "--model.backbone.dim=32", "--trainer.max_epochs=2")
-    assert "--ckpt_path is of another model" in message
+    message = refused(
+        "classify",
+        "fit",
+        "--ckpt_path",
+        tmp_path,
+        "--model.backbone.dim=32",
+        "--trainer.max_epochs=2",
+        "--trainer.logger=null",
+    )
+    assert "--ckpt_path is of another model" in message and not list(tmp_path.glob("csv/*"))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

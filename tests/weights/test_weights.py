@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -218,11 +219,13 @@ def test_card(folder, monkeypatch):
         assert part in card.text
     assert "Source: zoo classify fit" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    assert len(code.strip().splitlines()) == 3
+    assert len(code.strip().splitlines()) == 5
     monkeypatch.chdir(folder.parent)
+    Image.new("RGB", (40, 30), "red").save("image.jpg")
     names: dict[str, Any] = {"image": torch.zeros(30, 40, 3, dtype=torch.uint8)}
     exec(code, names)
     assert names["logits"].shape == (1, 5)
+    assert {guess.label for guess in names["answer"]} == {*LABELS} and len(names["answer"]) == 5
 
 
 # The names in a checkpoint. A change here breaks every checkpoint that exists: write a migration, and raise FORMAT.

@@ -14,11 +14,13 @@ class Preprocess:
     """What is done to a raw input before a model sees it, as plain fields that `config.json` holds.
 
     Called on one raw input it gives that input prepared, without a batch axis. `shared` names the fields that the
-    config of the model has too, with the same value. `raw` is the name of a raw input in a line of code.
+    config of the model has too, with the same value. `raw` is the name of a raw input in a line of code, and
+    `file` that of a file that holds one.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     raw: ClassVar[str] = "raw"
+    file: ClassVar[str] = "file"
 
     def __call__(self, raw: Any, /) -> Any:
         raise TypeError(f"{type(self).__name__} prepares nothing")

@@ -50,6 +50,7 @@ class ImagePreprocess(Preprocess):
 
     shared = ("channels",)
     raw = "image"
+    file = "image.jpg"
 
     size: int = 224
     channels: int = 3

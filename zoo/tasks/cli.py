@@ -1,6 +1,7 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all that a run leaves behind."""
 
 import logging
+import shutil
 import signal
 import sys
 import warnings
@@ -48,6 +49,7 @@ class Command(LightningCLI):
     """LightningCLI whose `trainer.default_root_dir` holds logs, the state to resume from, and the model itself."""
 
     run: Run | None = None
+    keep: Keep | None = None
 
     def __init__(self, *arguments: Any, command: str, verbose: bool, **options: Any):
         self.command, self.verbose = command, verbose
@@ -55,7 +57,16 @@ class Command(LightningCLI):
             super().__init__(*arguments, **options)
         finally:
             if self.run is not None:
+                self.drop_empty_logs()
                 self.run.close()
+
+    def drop_empty_logs(self) -> None:
+        """Removes the folders that the loggers made, where no training began that they could log."""
+        if self.keep is None or self.keep.began or not self.trainer.is_global_zero:
+            return
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger | TensorBoardLogger):
+                shutil.rmtree(logger.log_dir, ignore_errors=True)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -119,7 +130,7 @@ class Command(LightningCLI):
             kwargs["enable_model_summary"] = False
         if self.run is not None:
             folder, (score, mode) = self.run.folder, self.model.score
-            keep = Keep(self.run, score, mode, self.recorded())
+            keep = self.keep = Keep(self.run, score, mode, self.recorded())
             if not self.verbose:
                 extra.append(Output(keep, folder, self.command, settings.enable_progress_bar is not False))
             if settings.logger is None:

@@ -145,6 +145,7 @@ class Keep(Checkpoint):
         self.best: Score | None = None
         self.latest: Score | None = None
         self.waiting: Any = None  # the best model, not yet written
+        self.began = False  # whether training began
         self.written, self.cost, self.step = 0.0, 0.0, -1  # when files were last written, how long it took, which step
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,8 +154,13 @@ class Keep(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.latest = (found and Score(*found) for found in (state_dict["best"], state_dict["latest"]))
 
-    @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.began = True
+        self.record()
+
+    @rank_zero_only
+    def record(self) -> None:
+        """Writes the run's config."""
         aside = self.run.config.with_name(".config.yaml.new")
         aside.write_text(self.config)
         os.replace(aside, self.run.config)

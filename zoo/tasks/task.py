@@ -226,6 +226,9 @@ class Task(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         loop = self.trainer.fit_loop
+        # A short epoch has its losses in the logs, too.
+        trainer: Any = self.trainer
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(loop.max_batches) // 4))
         done = loop.epoch_loop.batch_progress.current.completed
         if loop.restarted_mid_epoch and done < loop.max_batches:
             loader: Any = self.trainer.train_dataloader

@@ -26,7 +26,8 @@ Source: {source}. Written by zoo {version}.
 
 ```python
 import zoo
-model, preprocess, {labels}, config = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{title}
+checkpoint = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{title}
+{answer}model, preprocess, {labels}, config = checkpoint
 {call}
 ```
 """
@@ -71,6 +72,7 @@ def model_card(
     rows: dict[str, object] = {field: config.described(field) for field in shown}
     rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
     prepared = config.argument if preprocess is None else f"preprocess({preprocess.raw})[None]"
+    answered = preprocess is not None and config.labels is not None and config.labelled
     return CARD.format(
         front=front.to_yaml(),
         title=plain(name),
@@ -80,5 +82,6 @@ def model_card(
         source=one_line(written["source"]) if written["source"] else "not stated",
         version=zoo.__version__,
         labels="labels" if config.labels is None else LABELS[config.labels].variable,
+        answer=f"answer = checkpoint({preprocess.file!r})\n" if preprocess is not None and answered else "",
         call=config.call(prepared),
     )

@@ -62,6 +62,7 @@ class AudioPreprocess(Preprocess):
 
     shared = ("mels",)
     raw = "waveform"
+    file = "recording.wav"
 
     rate: int = 16000
     mels: int = 80
