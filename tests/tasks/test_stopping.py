@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 
 from training import PLAIN_FLAGS, fit, state
@@ -84,4 +86,58 @@ def test_a_stopped_run_resumes_where_it_was(
     assert state(run / "resume/last.ckpt")["global_step"] == steps
     fit(run, *FLAGS, f"--ckpt_path={run}/resume/last.ckpt")
     found = weights(run)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+STEPS = ["--trainer.max_epochs=-1", "--trainer.max_steps=6"]
+BETWEEN = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "call"),
+    [
+        (STEPS, "validation_step", 8),  # the end of an epoch, where steps end the run
+        (BETWEEN, "validation_step", 1),  # gradients wait for those of the next batch
+        (["--data.workers=2"], "training_step", 2),
+    ],
+    ids=["steps", "accumulation", "workers"],
+)
+def test_a_stopped_run_of_another_kind_resumes_where_it_was(
+    flags: list[str], step: str, call: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    fit(tmp_path / "whole", *FLAGS, *flags)
+    stopped(monkeypatch, signal.SIGTERM, step, call, lambda: fit(tmp_path / "run", *FLAGS, *flags))
+    fit(tmp_path / "run", *FLAGS, *flags, f"--ckpt_path={tmp_path}/run/resume/last.ckpt")
+    found, wanted = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("flags", [STEPS, ["--trainer.check_val_every_n_epoch=2"]], ids=["steps", "epochs"])
+def test_the_last_validation_is_not_stopped(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    plain = Classify.validation_step
+
+    def struck(self: Classify, batch: Any, batch_idx: int) -> Any:
+        if self.progress == 1.0 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classify, "validation_step", struck)
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path, *FLAGS, *flags)
+    assert (tmp_path / "best").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("step", [3, 10])  # in the first and in the last epoch
+def test_a_run_that_max_time_ends_resumes_where_it_was(
+    step: int, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def over(timer: Timer, trainer: lightning.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "on_train_batch_end", over)
+        fit(tmp_path, *FLAGS, "--trainer.max_time=01:00:00:00")
+    assert state(tmp_path / "resume/last.ckpt")["global_step"] == step
+    fit(tmp_path, *FLAGS, f"--ckpt_path={tmp_path}/resume/last.ckpt")
+    found = weights(tmp_path)
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)

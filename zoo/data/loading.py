@@ -36,8 +36,9 @@ class Batches(Sampler[list[Any]]):
         return self.batches.sampler
 
     def __iter__(self) -> Iterator[list[Any]]:
+        # A generator, so that only an iteration that is used takes `skip`: a loader with workers makes two iterators.
         skip, self.skip = self.skip, 0
-        return itertools.islice(iter(self.batches), skip, None)
+        yield from itertools.islice(self.batches, skip, None)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -29,6 +29,7 @@ class Stop(Checkpoint):
 
     A second signal ends the process at once. The state says how many batches of the epoch are over, so that a resumed
     run equals one that was never stopped. A run that is stopped while it validates validates again when it is resumed.
+    The validation after the last step is not stopped.
     """
 
     def __init__(self, keep: Keep):
@@ -72,7 +73,10 @@ class Stop(Checkpoint):
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if pl_module.fitting:
+        # The validation after the last step ends, and the run with it: no state can be resumed in front of it.
+        # Between two steps it runs on too: a state does not hold the gradients that wait for more.
+        loop = trainer.fit_loop.epoch_loop
+        if pl_module.fitting and pl_module.progress < 1.0 and not loop._should_accumulate():
             self.stop(trainer, pl_module, self.asked(trainer, batch_idx), "validation")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -97,6 +101,11 @@ class Stop(Checkpoint):
     ) -> None:
         # Lightning's counters stand between two batches, or before a validation that has not begun.
         loops = checkpoint["loops"]["fit_loop"]
+        epochs, whole = loops["epoch_progress"], loops["epoch_loop.batch_progress"]["is_last_batch"]
+        if not whole and epochs["current"]["processed"] == epochs["current"]["started"]:
+            # trainer.max_steps or max_time ends training in the middle of an epoch, whose rest is still to come.
+            epochs["total"]["processed"] -= 1
+            epochs["current"]["processed"] -= 1
         if self.place:
             for counts in (loops["epoch_loop.batch_progress"][kind] for kind in ("total", "current")):
                 counts |= dict.fromkeys(("ready", "started", "processed"), counts["completed"])

@@ -225,16 +225,23 @@ class Task(lightning.LightningModule):
             raise ValueError("a fused model is for inference and cannot be trained; start from the unfused one")
 
     def on_train_start(self) -> None:
+        self.resume_epoch()
+        trainer: Any = self.trainer  # a short epoch has its losses in the logs, too
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
+        self.averaged_step = self.trainer.global_step
+        self.advance()
+
+    def resume_epoch(self) -> None:
+        """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
         loop = self.trainer.fit_loop
-        # A short epoch has its losses in the logs, too.
-        trainer: Any = self.trainer
-        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(loop.max_batches) // 4))
+        if loop.restarted_on_epoch_end:  # with trainer.max_steps, where Lightning would end the epoch a second time
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
         done = loop.epoch_loop.batch_progress.current.completed
         if loop.restarted_mid_epoch and done < loop.max_batches:
             loader: Any = self.trainer.train_dataloader
             loader.batch_sampler.skip = done
-        self.averaged_step = self.trainer.global_step
-        self.advance()
 
     def on_train_epoch_start(self) -> None:
         self.loss_sum, self.loss_number = torch.zeros((), device=self.device), 0
