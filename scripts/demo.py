@@ -1,4 +1,4 @@
-"""Trains small vision transformers on handwritten digits, compares them, and shows what one of them answers."""
+"""Trains small vision transformers on handwritten digits, compares them, and shows predictions of one of them."""
 
 import argparse
 import csv
@@ -56,7 +56,7 @@ def curve(folder: Path) -> list[float]:
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, data: Images) -> tuple[int, int]:
-    """How many of the held-out digits are answered right, and of how many."""
+    """How many of the held-out digits are classified correctly, and of how many."""
     batches = list(data.val_dataloader())
     correct = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in batches)
     return correct, sum(len(batch.labels) for batch in batches)
@@ -64,7 +64,7 @@ def accuracy(model: torch.nn.Module, data: Images) -> tuple[int, int]:
 
 @torch.inference_mode()
 def speeds(models: list[torch.nn.Module], images: torch.Tensor, rounds: int = 15) -> list[float]:
-    """Images a second of CPU time, the models taking turns: medians."""
+    """Images per second of CPU time, the models taking turns: medians."""
     times: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 2):
         for model, seconds in zip(models, times, strict=True):
@@ -76,7 +76,7 @@ def speeds(models: list[torch.nn.Module], images: torch.Tensor, rounds: int = 15
 
 
 def measure(folder: Path, data: Images) -> dict[str, str]:
-    """Loads what training left, checks its probe, folds it, and measures both."""
+    """Loads the trained checkpoint, checks its probe, fuses it, and measures both."""
     model = zoo.load_model(folder / "last", check=True)
     fused = zoo.fuse(model)
     batch = next(iter(data.val_dataloader()))
@@ -132,7 +132,7 @@ def main() -> None:
     samples.mkdir(exist_ok=True)
     source = data.source("val")
     for index in range(24):
-        source.picture(index).save(samples / f"digit_{index:02}.png")
+        source.image(index).save(samples / f"digit_{index:02}.png")
     command(["classify", "predict", str(output / "sla_prepbn/last"), str(samples), f"--output={output}"])
 
     print(f"\n{table}\n\n{note}\nimages: {output}/accuracy.png, {output}/predictions.png")

@@ -111,7 +111,7 @@ def test_checkpoints_are_listed_with_their_scores(capsys: pytest.CaptureFixture[
     lines = printed(capsys, "list", "checkpoints").splitlines()
     assert [line.split()[:4] for line in lines][-1] == ["vit_micro.digits", "classify,", "accuracy", "0.9944,"]
     os.chdir(tmp_path)
-    assert "found no checkpoints" in refused("list", "checkpoints")
+    assert "no checkpoints found" in refused("list", "checkpoints")
     broken = tmp_path / "checkpoints/broken"
     broken.mkdir(parents=True)
     for text in ("{", "[]", "[" * 100_000, "\0"):
@@ -194,14 +194,14 @@ def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["info", "slaa"], "nothing is called 'slaa': no model, choice or checkpoint; did you mean `zoo info sla`?"),
+        (["info", "slaa"], "no model, choice or checkpoint is called 'slaa'; did you mean `zoo info sla`?"),
         (["info", "vit_tinny"], "`zoo info vit_tiny`"),
         (["info", "vit_micro.digit"], "`zoo info vit_micro.digits`"),
         (["info", "mixer"], "`zoo list mixers` lists the mixers"),
-        (["info", "qqqq"], "`zoo list` shows what there is"),
-        (["list", "sla"], "none of the models matches 'sla'; did you mean `zoo info sla`"),
-        (["list", "nothing_*"], "none of the models matches 'nothing_*'"),
-        (["list", "mixers", "x*"], "none of the mixers matches 'x*'; `zoo list mixers` shows all"),
+        (["info", "qqqq"], "`zoo list` shows the kinds"),
+        (["list", "sla"], "no models match 'sla'; did you mean `zoo info sla`"),
+        (["list", "nothing_*"], "no models match 'nothing_*'"),
+        (["list", "mixers", "x*"], "no mixers match 'x*'; `zoo list mixers` shows all"),
         (["list", "mixxers", "x*"], "unknown kind 'mixxers'; did you mean mixers"),
     ],
 )

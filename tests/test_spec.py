@@ -14,9 +14,12 @@ HINTS = [
     ({"layout": ("mixr", "ffn")}, "layout: unknown branch 'mixr'; did you mean mixer?"),
     ({"pool": "men"}, "pool: unknown name 'men'; did you mean mean?"),
     ({"ffn": "mlp(activation='gleu')"}, "unknown activation 'gleu'; did you mean gelu?"),
-    ({"mixer": 3}, "mixer takes a name or a tuple of names, not 3"),
+    ({"mixer": 3}, "mixer must be a name or a tuple of names, got 3"),
     ({"num_classes": 3}, "'vit_micro' has no field 'num_classes'; did you mean classes?"),
-    ({"pretrained": True}, "there is no 'pretrained' here; zoo.load_model(NAME) reads a checkpoint with its weights"),
+    (
+        {"pretrained": True},
+        "create_model has no option 'pretrained'; zoo.load_model(NAME) reads a checkpoint with its weights",
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ import zoo
 from zoo import quick, spelling
 from zoo.text import one_line, unknown
 
-# What each task trains and on what, and what does its other verbs; imported when asked for.
+# The task, the data and the other verbs of each command; imported when needed.
 TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "classify": (
         "zoo.tasks.classify.train:Classify",
@@ -40,7 +40,7 @@ EPILOG = """examples:
 
 
 LISTS = """examples:
-  zoo list                 what there is, and the models
+  zoo list                 all kinds, and the models
   zoo list 'vit_*'         models by a shell pattern
   zoo list mixers          a kind of choice
   zoo list mixers 'd*'     some of them
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def stop(what: str, name: str, allowed: list[str], usage: str) -> NoReturn:
-    """Ends like argparse where a command is unknown."""
+    """Exits like argparse for an unknown command."""
     print(f"usage: {usage}", file=sys.stderr)
     print(f"zoo: error: {unknown(what, name, allowed)}", file=sys.stderr)
     sys.exit(2)
@@ -112,14 +112,14 @@ def run_task(task: str, verb: str, arguments: list[str]) -> None:
         stop("verb", verb, [*TRAINING, *others], f"zoo {task} VERB ...")
     if {"-h", "--help"} & {*arguments}:
         return print(quick.verb_help(task, verb))
-    if "torch" not in sys.modules:  # else nothing is slow, and rows may have been added to the tables
+    if "torch" not in sys.modules:  # else everything is fast, and rows may have been added to the tables
         spelling.check(task, verb, arguments)
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     import_module("zoo.tasks.cli").main(target(model), target(data), task, [verb, *arguments])
 
 
 def info(name: str, fields: list[str]) -> str:
-    """A model with some fields replaced; ValueError where one is wrong."""
+    """A model with some fields replaced; ValueError if one is invalid."""
     choices: dict[str, Any] = {}
     for field, equals, text in (each.partition("=") for each in fields):
         if not equals:
@@ -138,14 +138,14 @@ def info(name: str, fields: list[str]) -> str:
 
 
 def reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    """Whether standard output is a pipe closed by its reader, as after `| head`."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. What is wrong with the input ends in one line on standard error and exit status 1."""
+    """Runs a command. An error in the input gives one line on standard error and exit status 1."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         if sys.stdout is not None:

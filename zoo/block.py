@@ -1,24 +1,24 @@
 """One Block for every family: a layout spelled out as residual branches, norms put where the placement says.
 
-One residual; what stands in [brackets] is there where the config has it:
+One residual; parts in [brackets] exist if the config has them:
 
         x
         +-------------------+
         |                [before]        a norm
-        |                [modulation]    shift and scale, read off a condition
+        |                [modulation]    shift and scale, computed from a condition
         |                 branch         mixer, cross-attention, convolution or feed-forward layer, or several, summed
      [stream]            [after]         a norm
         |                [channel]       channel attention
         |                [layer_scale]   a learned scale for each channel
-        |                [1/2]           where the layout says `half`
+        |                [1/2]           for `half` in the layout
         |                [gate]          of the modulation
         |                 drop           dropout and stochastic depth
         +------- + ---------+
                  |
               [total]                    a norm
 
-`stream` is x itself, what `before` made of it, or x times a learned scale. A branch may have sites of its own: `query`,
-`key` and `value` behind the projections, `inner` in front of the output linear. The placements fill these sites:
+`stream` is x itself, the result of `before`, or x times a learned scale. A branch may have sites of its own: `query`,
+`key` and `value` after the projections, `inner` before the output linear. The placements fill these sites:
 
     placement    mixers, convolutions                feed-forward
     pre          before                              before
@@ -82,7 +82,7 @@ def _joined(parts: list[list[nn.Linear] | str]) -> list[nn.Linear] | str:
 
 
 class Residual(Layer):
-    """One entry of the layout as drawn above. A bare branch stands without all that: x + branch(x)."""
+    """One entry of the layout as drawn above. A bare branch has none of these parts: x + branch(x)."""
 
     def __init__(self, config: BlockConfig, entry: str, drop: float) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Residual(Layer):
 
 
 def branch(config: BlockConfig, word: str) -> Layer:
-    """The layer that a word of the layout stands for."""
+    """The layer of a word of the layout."""
     if word in FEED_FORWARD:
         return make(FFNS, config.ffn, config.dim, config.place, field="ffn")
     if word == "conv":
@@ -167,7 +167,7 @@ def branch(config: BlockConfig, word: str) -> Layer:
 
 
 def filling(config: BlockConfig, given: Filling) -> Layer:
-    """What goes into a site."""
+    """The layer that fills a site."""
     width, heads = given.size
     if given.what == "affine":
         return Affine(width, config.place)
@@ -205,5 +205,5 @@ class Block(Layer):
         ]
 
     def fold_last(self, reader: nn.Linear, into: str) -> list[Fold]:
-        """Folds the norm that ends the block, where there is one, into a linear that alone reads the block."""
+        """Folds the norm at the end of the block, if any, into a linear that is the only reader of the block."""
         return fold_last(self.steps, reader, into)

@@ -1,4 +1,4 @@
-"""Fixed tables, such as sines of places, computed once and kept in memory up to a bound in bytes."""
+"""Fixed tables, such as sines of positions, computed once and kept in memory up to a bound in bytes."""
 
 import threading
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from zoo.tensors import compiling
 
 LIMIT = 128 * 2**20
-"""Bytes of tables that are kept; the ones unused for longest go first."""
+"""Most bytes of tables that are kept; the least recently used are dropped first."""
 
 
 class _Kept:
@@ -48,12 +48,12 @@ def _found(key: tuple[Any, ...]) -> _Kept | None:
 
 
 def _transient() -> bool:
-    """Whether what is computed now must not outlive the call: a mode makes tensors of its own kind."""
+    """Whether tensors computed now must not outlive the call, because a mode makes special ones."""
     return _get_current_dispatch_mode() is not None
 
 
 def table(make: Callable[..., Tensor], *shape: Any, device: torch.device) -> Tensor:
-    """What make(*shape, device) gives, computed once for each shape; the compiler traces it afresh."""
+    """The result of make(*shape, device), computed once for each shape; the compiler traces it each time."""
     if compiling():
         return make(*shape, device)
     if _transient():
@@ -67,8 +67,8 @@ def table(make: Callable[..., Tensor], *shape: Any, device: torch.device) -> Ten
 
 
 def rows(make: Callable[..., Tensor], start: int, stop: int, *shape: Any, device: torch.device) -> Tensor:
-    """Rows start..stop - 1 of the endless table make(start, stop, *shape, device), whose rows depend on their position
-    alone. One copy is kept, of all the rows asked for so far, and sliced."""
+    """Rows start..stop - 1 of the endless table make(start, stop, *shape, device), whose rows depend only on their
+    position. One copy is kept, of all the rows asked for so far, and sliced."""
     if compiling():
         return make(start, stop, *shape, device)
     if _transient():
@@ -77,7 +77,7 @@ def rows(make: Callable[..., Tensor], start: int, stop: int, *shape: Any, device
     entry = _found(key)
     if entry is None or start < entry.start or stop > entry.start + len(entry.tensor):
         first, last = start, stop
-        if entry is not None:  # grow by half at least, for lengths that rise one by one
+        if entry is not None:  # grow by at least half, for lengths that increase one by one
             margin = len(entry.tensor) // 2
             first = entry.start if start >= entry.start else min(start, entry.start - margin)
             end = entry.start + len(entry.tensor)

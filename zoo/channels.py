@@ -18,7 +18,7 @@ class Channel(Layer):
 
 
 def grid_mean(x: Tensor, context: Context) -> Tensor:
-    """The mean over the real tokens of the grid, [B, D]; zeros where a sample has none."""
+    """The mean over the real tokens of the grid, [B, D]; zeros if a sample has none."""
     tokens, mask = x[:, context.prefix :], context.grid_mask
     if mask is None:
         return tokens.mean(1)
@@ -52,7 +52,7 @@ class EfficientChannel(Channel):
             rule = int(abs(math.log2(dim) + 1) / 2)
             kernel = max(3, rule if rule % 2 else rule + 1)
         if kernel % 2 == 0:
-            raise ValueError(f"eca takes an odd kernel, not {kernel}")
+            raise ValueError(f"eca: kernel must be odd, got {kernel}")
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -77,7 +77,7 @@ class FrequencyChannel(Channel):
     def __init__(self, dim: int, place: Place = ANYWHERE, *, reduction: int = 16) -> None:
         super().__init__()
         if dim % 16:
-            raise ValueError(f"fca splits the channels into 16 parts, so 16 must divide dim; {dim} is not such a dim")
+            raise ValueError(f"fca: dim must be a multiple of 16, got {dim}")
         self.frequencies = FREQUENCIES if place.axes == 2 else tuple((u,) for u in range(16))
         hidden = max(1, dim // reduction)
         self.squeeze, self.excite = linear(dim, hidden, bias=False), linear(hidden, dim, bias=False)
@@ -90,7 +90,7 @@ class FrequencyChannel(Channel):
         scaled = frequency[None, :, None]
         if len(self.frequencies[0]) == 2:
             scaled = scaled * (lengths // 7).clamp(min=1).to(kind)[:, None, None]
-        scaled = torch.minimum(scaled, length - 1)  # there is no higher one on so few places
+        scaled = torch.minimum(scaled, length - 1)  # the highest one on so few places
         wave = torch.cos(math.pi * scaled * (place.to(kind) + 0.5) / length)
         norm = torch.where(scaled == 0, 1.0, 2.0).to(kind).sqrt() / length.sqrt()
         return wave * norm * (place < lengths[:, None])[:, None]
@@ -123,9 +123,9 @@ class LocalChannel(Channel):
     def __init__(self, dim: int, place: Place = ANYWHERE, *, kernel: int = 7, span: int = 1, groups: int = 16) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"ela takes an odd kernel, not {kernel}")
+            raise ValueError(f"ela: kernel must be odd, got {kernel}")
         if dim % span or dim % groups:
-            raise ValueError(f"ela needs span and groups that divide dim {dim}, not {span} and {groups}")
+            raise ValueError(f"ela: span and groups must divide dim {dim}, got {span} and {groups}")
         self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim // span, bias=False)
         self.groups = groups
         self.weight = nn.Parameter(torch.ones(dim))

@@ -1,4 +1,4 @@
-"""The choices of one block: what its words stand for, where each placement puts norms, and which choices are refused
+"""The choices of one block: its words, the sites of norms in each placement, and the choices that are refused
 because one would ignore another."""
 
 import functools
@@ -16,7 +16,7 @@ from zoo.positions import POSITIONS
 from zoo.spec import check, parse
 from zoo.text import unknown
 
-# What fills which site, for branches that mix tokens and for feed-forward; block.py draws where the sites are.
+# The layer in each site, for branches that mix tokens and for feed-forward; block.py draws the sites.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
 PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "pre": (_PRE, _PRE),
@@ -48,12 +48,12 @@ TABLES: dict[str, Mapping[str, Any]] = {"mixer": MIXERS, "cross": CROSSES, "conv
 TABLES |= {"ffn": FFNS, "norm": NORMS, "channel": CHANNELS, "position": POSITIONS, "modulation": MODULATIONS}
 TABLES["placement"] = PLACEMENTS
 
-# Which words of the layout a choice is for; the others are for every block.
+# The words of the layout that a choice is for; the others are for every block.
 USES = {"mixer": ("mixer",), "cross": ("cross",), "conv": ("conv",), "conv_norm": ("conv",), "ffn": FEED_FORWARD}
 
 
 class Filling(NamedTuple):
-    """What a Block puts into one site: a norm, the norm of a convolution, an affine map or a scale for each head."""
+    """The layer in one site of a Block: a norm, the norm of a convolution, an affine map or a scale for each head."""
 
     site: str
     what: str
@@ -61,9 +61,9 @@ class Filling(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the norms of one residual are placed: its own sites, and those of each branch."""
+    """The placement of the norms of one residual: its own sites, and those of each branch."""
 
-    stream: str  # "", or what the branch's result is added to instead of x: "before" or "scale"
+    stream: str  # "", or the stream to which the branch's result is added instead of x: "before" or "scale"
     outer: tuple[Filling, ...]
     inner: tuple[tuple[Filling, ...], ...]
 
@@ -108,7 +108,7 @@ class BlockConfig:
         return MIXERS[parse(self.mixer)[0]].head_width_of(self.dim, self.heads, **check(MIXERS, self.mixer))
 
     def row(self, word: str) -> tuple[str, type, dict[str, Any]]:
-        """The field, the row and the options that a word of the layout stands for."""
+        """The field, the row and the options of a word of the layout."""
         name = "ffn" if word in FEED_FORWARD else word
         spec = getattr(self, name)
         return name, TABLES[name][parse(spec)[0]], check(TABLES[name], spec)
@@ -132,11 +132,11 @@ class BlockConfig:
                     has = ", ".join(each for each in sites if each != "norm") or "none"
                     raise ValueError(f"placement '{self.placement}' needs the site '{site}'; {branch} has: {has}")
                 if what == "heads" and not sites[site].heads:
-                    raise ValueError(f"placement '{self.placement}' scales heads, and {branch} has none")
+                    raise ValueError(f"placement '{self.placement}' scales heads, but {branch} has none")
             inner.append(tuple(Filling(site, what, sites[site]) for site, what in own.items()))
         if any(each != outer[0] for each in outer):
             raise ValueError(
-                f"placement '{self.placement}' treats the branches of '{entry}' differently; they share one norm"
+                f"placement '{self.placement}' treats the branches of '{entry}' differently, but they share one norm"
             )
         whole = Site(self.dim)
         around = tuple(Filling(site, what, whole) for site, what in outer[0].items() if site != "stream")
@@ -145,7 +145,7 @@ class BlockConfig:
 
 @functools.lru_cache(maxsize=4096)
 def _check(block: BlockConfig) -> None:
-    """ValueError where a name or an option is wrong, or where choices would ignore each other."""
+    """ValueError if a name or an option is invalid, or if choices would ignore each other."""
     for name, table in TABLES.items():
         spec = getattr(block, name)
         try:
@@ -166,7 +166,7 @@ def _check_pairs(block: BlockConfig) -> None:
     words, writes = words_of(block.layout), block.writes
     bare = CONVS[parse(block.conv)[0]].bare
     if bare and {*words} <= {"conv", "norm"}:
-        raise ValueError(f"layout: conv '{block.conv}' stands bare and needs a branch with norms beside it")
+        raise ValueError(f"layout: conv '{block.conv}' has no norm of its own; join it to a branch with norms")
     if bare and block.conv_norm != "batchnorm":
         raise ValueError(f"conv_norm '{block.conv_norm}' would be ignored: conv '{block.conv}' has no norm")
     if "mixer" not in words and writes & {"rotary", "bias"}:

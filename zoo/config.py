@@ -1,4 +1,4 @@
-"""What a model is, as frozen dataclasses: what a family says of itself, and the choices that all families share."""
+"""Configs of models, as frozen dataclasses: the description of a family, and the choices that all families share."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ from zoo.positions import POSITIONS
 from zoo.spec import parse
 from zoo.text import unknown
 
-# One name for all blocks, or a tuple of names that the blocks take in turns. Where a model has stages, the tuple has an
-# entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turns.
+# One name for all blocks, or a tuple of names that the blocks take in turn. Where a model has stages, the tuple has an
+# entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turn.
 Choice = str | tuple[str | tuple[str, ...], ...]
 CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
 
 
-# The largest value of an integer field; 1,000,000 for others. A config from elsewhere cannot ask for more before it is
+# The largest value of an integer field; 1,000,000 for others. A config from elsewhere cannot request more before it is
 # compared with its weights.
 LARGEST = {"depth": 1_000, "dim": 65_536, "widths": 65_536, "heads": 4_096, "patch": 4_096, "image": 65_536}
 
@@ -53,7 +53,7 @@ def names_of(choice: Choice) -> list[str]:
 
 
 def readable(value: Any, between: str = ", ") -> str:
-    """A field's value for people: what stages have with commas between, what blocks take in turns with slashes."""
+    """A field's value in readable form: stages are separated by commas, choices in turn by slashes."""
     if isinstance(value, tuple):
         return between.join(readable(each, " / ") for each in value) or "none"
     return str(value) or "none"
@@ -61,15 +61,15 @@ def readable(value: Any, between: str = ", ") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a model is, whole, in flat fields; ValueError where a field is of a wrong type. Lists become tuples.
+    """A complete description of a model in flat fields; ValueError if a field has a wrong type. Lists become tuples.
 
-    A family describes itself here, and weights, cards, tasks, scripts and the command ask for nothing else.
+    A family describes itself here; weights, cards, tasks, scripts and the command use nothing else.
     """
 
-    task: ClassVar[str | None] = None  # the command that trains, measures and uses it, as in `zoo classify`
-    input: ClassVar[str | None] = None  # what the model sees, a row of zoo.inputs.INPUTS
+    task: ClassVar[str | None] = None  # the command that trains, evaluates and uses it, as in `zoo classify`
+    input: ClassVar[str | None] = None  # kind of input, a row of zoo.inputs.INPUTS
     argument: ClassVar[str] = "x"  # the name of the model's first argument, a batch of prepared inputs
-    labels: ClassVar[str | None] = None  # what its outputs mean, a row of zoo.outputs.LABELS
+    labels: ClassVar[str | None] = None  # kind of labels, a row of zoo.outputs.LABELS
     shown: ClassVar[tuple[str, ...]] = ()  # the fields that a card lists; () for all
 
     def __post_init__(self) -> None:
@@ -78,22 +78,22 @@ class Config:
             try:
                 value = _frozen(getattr(self, each.name))
             except RecursionError:
-                raise ValueError(f"{each.name} takes {_said(kind)}, not lists in lists in lists") from None
+                raise ValueError(f"{each.name} must be {_said(kind)}, got lists nested too deeply") from None
             if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             object.__setattr__(self, each.name, value)
             if not _fits(value, kind):
-                raise ValueError(f"{each.name} takes {_said(kind)}, not {value!r}")
+                raise ValueError(f"{each.name} must be {_said(kind)}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{each.name} takes a finite number, not {value!r}")
+                raise ValueError(f"{each.name} must be finite, got {value!r}")
             most = LARGEST.get(each.name, 1_000_000)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int) and number > most:
-                    raise ValueError(f"{each.name} must be at most {most:,}, not {str(number)[:40]}")
+                    raise ValueError(f"{each.name} must be <= {most:,}, got {str(number)[:40]}")
 
     @classmethod
     def migrated(cls, values: Mapping[str, Any], base: "Config | None" = None) -> dict[str, Any]:
-        """Fields as an earlier version named them, under the names of today; they change `base`, where it is given."""
+        """Renames the fields of earlier versions to the current names; they change `base`, if given."""
         return dict(values)
 
     def build(self) -> nn.Module:
@@ -101,7 +101,7 @@ class Config:
         raise TypeError(f"{type(self).__name__} describes no model")
 
     def missing(self, names: Iterable[str]) -> str | None:
-        """The path of a block that tensors by these names lack, where it can be told without building the model."""
+        """The path of a block that is missing among these tensor names, if known without building the model."""
         return None
 
     @property
@@ -111,16 +111,16 @@ class Config:
 
     @property
     def pipeline_tag(self) -> str:
-        """The Hub's name of what the model does."""
+        """The Hub's pipeline tag of the model."""
         return "feature-extraction"
 
     @property
     def tags(self) -> list[str]:
-        """Words by which the Hub finds the model."""
+        """The Hub's tags of the model."""
         return []
 
     def described(self, name: str) -> str:
-        """A field's value for people."""
+        """A field's value in readable form."""
         return readable(getattr(self, name))
 
     def call(self, prepared: str) -> str:
@@ -132,11 +132,11 @@ class Config:
         raise TypeError(f"{type(self).__name__} has no probe_inputs")
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The numbers by name that a probe keeps of the model's answer to inputs; they are compared one by one, each
-        name against its largest number.
+        """The outputs by name that a probe stores for these inputs; each is compared relative to its largest
+        value.
 
-        A family whose answer hangs on a ranking (the best of many queries) gives what comes before it instead, so that
-        numbers that are nearly tied cannot change the outcome.
+        A family whose output depends on a ranking (the best of many queries) gives the values before it instead, so
+        that near ties cannot change the result.
         """
         output = model(**inputs)
         if isinstance(output, Tensor):
@@ -168,9 +168,9 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """The choices that every family shares; a family adds its own fields and says what its stages are.
+    """The choices that every family shares; a family adds its own fields and its stages.
 
-    The choices of CHOICES are one name for all blocks, or several in turns (see Choice); position is that of a stage's
+    The choices of CHOICES are one name for all blocks, or several in turn (see Choice); position is that of a stage's
     tokens, one for all its blocks. Norms outside the blocks are those of the first block of their stage.
 
     Args:
@@ -190,7 +190,7 @@ class ModelConfig(Config):
         layer_scale: initial value of the learned scale of each branch; None for no such scale.
     """
 
-    axes: ClassVar[int] = 2  # 2: tokens lie on H x W; 1: along time
+    axes: ClassVar[int] = 2  # 2: tokens form H x W; 1: along time
     provides: ClassVar[frozenset[str]] = frozenset()  # which of `cond` and `memory` the model puts into the Context
     shown = ("mixer", "norm", "placement", "channel", "position", "ffn", "dim", "depth", "heads")
 
@@ -221,10 +221,10 @@ class ModelConfig(Config):
         dims, depths, heads = zip(*self.stages, strict=True)
         if min(*dims, *heads, sum(depths)) < 1:
             sizes = f"dim {readable(dims)}, depth {readable(depths)}, heads {readable(heads)}"
-            raise ValueError(f"dim, depth and heads must be at least 1, not {sizes}")
+            raise ValueError(f"dim, depth and heads must be >= 1, got {sizes}")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(self, name)}")
         self._check_layout()
         self._check_turns()
         for stage, size in enumerate(self.stages):
@@ -238,10 +238,10 @@ class ModelConfig(Config):
             raise ValueError(f"modulate=True and modulation '{given['modulation']}' contradict each other")
         return given
 
-    # What a family says of itself
+    # The description of a family
 
     def check_sizes(self) -> None:
-        """ValueError where the stages cannot be told."""
+        """ValueError if the stages are unknown."""
 
     @property
     def stages(self) -> tuple[Size, ...]:
@@ -261,7 +261,7 @@ class ModelConfig(Config):
 
     @property
     def prefix(self) -> int:
-        """The number of tokens in front of the grid."""
+        """The number of tokens before the grid."""
         return 0
 
     @property
@@ -274,7 +274,7 @@ class ModelConfig(Config):
         return f"blocks.{self.place(stage, index).index}"
 
     def missing(self, names: Iterable[str]) -> str | None:
-        """Blocks that are the same have tensors by the same names, one block as many as the next one of its kind."""
+        """Blocks of the same kind have the same tensor names, each block as many as the next one of its kind."""
         length = 1 + self.path(0, 0).count(".")
         paths = {".".join(name.split(".")[:length]) for name in names}
         for stage, size in enumerate(self.stages):
@@ -308,7 +308,7 @@ class ModelConfig(Config):
         return each
 
     def place(self, stage: int = 0, index: int = 0) -> Place:
-        """Where a block stands, given by its index in its stage."""
+        """The Place of a block, given by its index in its stage."""
         before, depth = (sum(size.depth for size in part) for part in (self.stages[:stage], self.stages))
         return Place(self.axes, self.grid(stage), self.prefix, min(before + index, depth - 1), depth)
 
@@ -343,7 +343,7 @@ class ModelConfig(Config):
             raise ValueError(f"modulation '{self.described('modulation')}': this model has no condition to read")
         for entry in self.layout:
             if "+" in entry and not {"half", "norm"}.isdisjoint(entry.split("+")):
-                raise ValueError(f"layout: half and norm stand alone, not as in '{entry}'")
+                raise ValueError(f"layout: half and norm cannot be joined to other words, as in '{entry}'")
         usual = {each.name: each.default for each in fields(self)}
         for name, words in USES.items():
             value = getattr(self, name)
@@ -363,21 +363,23 @@ class ModelConfig(Config):
                 if isinstance(turns, str):
                     continue
                 if not all(isinstance(each, str) for each in turns):
-                    raise ValueError(f"{name} takes a name or a tuple of names for the blocks in turns, not {turns!r}")
+                    raise ValueError(
+                        f"{name} must be a name, or a tuple of names that the blocks take in turn, got {turns!r}"
+                    )
                 depth = max(1, self.stages[stage].depth)
                 if name == "position" and len(turns) != 1:
-                    raise ValueError(f"position is one name for all blocks{where}, not {turns!r}")
+                    raise ValueError(f"position must be one name for all blocks{where}, got {turns!r}")
                 if not 0 < len(turns) <= depth:
-                    most = f"1 to {depth} names in turns" if depth > 1 else "one name"
-                    raise ValueError(f"{name} takes {most}{where}, where there are {depth} blocks, not {turns!r}")
+                    most = f"1 to {depth} names" if depth > 1 else "one name"
+                    raise ValueError(f"{name} must be {most} for the {depth} blocks{where}, got {turns!r}")
 
     def located(self, stage: int, index: int) -> str:
-        """What an error of a block begins with: its path where blocks differ."""
+        """The start of an error of a block: its path if blocks differ."""
         turned = any(len(self._turns(name, stage)) > 1 for name in CHOICES)
         return f"{self.path(stage, index)}: " if turned or self.staged else ""
 
     def _check_stage(self, stage: int, size: Size) -> None:
-        """ValueError, naming the block where they differ, where a block is not as it should be."""
+        """ValueError if a block is invalid; it names the block if blocks differ."""
         blocks = []
         for index in range(min(self.turns(stage), max(1, size.depth))):
             try:
@@ -387,7 +389,7 @@ class ModelConfig(Config):
         widths = sorted({block.head_width for block in blocks})
         if "rotary" in blocks[0].writes and len(widths) > 1:
             where = f"{self.path(stage, 0)}: " if self.staged else ""
-            raise ValueError(f"{where}position '{blocks[0].position}' turns heads of one width, not {widths}")
+            raise ValueError(f"{where}position '{blocks[0].position}' needs heads of one width, got {widths}")
 
     def turns(self, stage: int) -> int:
         """After how many blocks of a stage the same block comes again."""

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": relu,
     "silu": silu,
 }
-"""What each gives of a tensor that the caller gives up."""
+"""The same for a tensor that the caller no longer needs."""
 
 
 class StarReLU(nn.Module):
@@ -46,7 +46,7 @@ WIDEST = 1_000_000
 
 
 def hidden_width(dim: int, ratio: float, multiple: int = 1) -> int:
-    """ratio * dim, rounded down, or up to a multiple above 1; ValueError where that is not from 1 to WIDEST."""
+    """ratio * dim, rounded down, or up to a multiple above 1; ValueError if that is not from 1 to WIDEST."""
     exact = dim * ratio
     if not 1 <= exact <= WIDEST:
         raise ValueError(f"ratio must give 1 to {WIDEST:,} hidden channels; {ratio} times dim {dim} is {exact:g}")
@@ -55,7 +55,7 @@ def hidden_width(dim: int, ratio: float, multiple: int = 1) -> int:
 
 class MLP(Layer):
     """W2 activation(W1 x) with a hidden width of ratio * dim (Vaswani et al. 2017, arXiv:1706.03762). bias=False omits
-    both biases, out_bias=False that of W2; dropout is the dropout rate in front of W2."""
+    both biases, out_bias=False that of W2; dropout is the dropout rate before W2."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class MLP(Layer):
         super().__init__()
         hidden = hidden_width(dim, ratio)
         if dropout >= 1.0:
-            raise ValueError(f"dropout must be below 1, not {dropout}")
+            raise ValueError(f"dropout must be < 1, got {dropout}")
         self.dropout = dropout
         self.activation = activation_of(activation)
         self.expand, self.out = linear(dim, hidden, bias), linear(hidden, dim, bias and out_bias)

@@ -1,4 +1,4 @@
-"""Folding what is affine at inference into its neighbours, exactly."""
+"""Folds layers that are affine at inference into their neighbours, exactly."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def fold_out(layer: nn.Linear | nn.Conv1d | nn.Conv2d, scale: Tensor, shift: Ten
 
 
 def plain(norm: Norm) -> Norm:
-    """The norm as a plain affine map where inference makes it one, else itself."""
+    """The norm as a plain affine map if it is one at inference, else itself."""
     if isinstance(norm, Affine) or (affine := norm.affine()) is None:
         return norm
     layer = Affine(len(affine[0])).to(affine[0])
@@ -46,13 +46,13 @@ def plain(norm: Norm) -> Norm:
 
 
 def not_affine(norm: Norm) -> str:
-    return f"{type(norm).__name__} is no affine map"
+    return f"{type(norm).__name__} is not affine"
 
 
 def fold_site(
     layer: nn.Module, site: str, target: nn.Linear | nn.Conv1d | nn.Conv2d, rows: slice = slice(None)
 ) -> list[Fold]:
-    """Folds the norm in a site behind a linear or a convolution into those of its rows that the norm follows."""
+    """Folds the norm in a site after a linear or a convolution into those of its rows that the norm follows."""
     norm = getattr(layer, site)
     if not isinstance(norm, Norm):
         return []
@@ -65,13 +65,13 @@ def fold_site(
 
 
 def keep(layer: nn.Module, site: str, reason: str) -> Fold:
-    """Leaves a norm where it is, as a plain affine map where it is one."""
+    """Leaves a norm where it is, as a plain affine map if it is one."""
     setattr(layer, site, plain(getattr(layer, site)))
     return Fold(site, None, reason)
 
 
 def fold_residual(residual: Any) -> list[Fold]:
-    """Folds what is affine in a residual of block.py into the linears of its branch."""
+    """Folds the affine layers in a residual of block.py into the linears of its branch."""
     done = [fold for leaf in residual.leaves for fold in _fold_inner(residual, leaf)]
     if isinstance(residual.before, Norm):
         done.append(_fold_before(residual, residual.before))
@@ -79,9 +79,9 @@ def fold_residual(residual: Any) -> list[Fold]:
         done.append(_fold_behind(residual, "after", residual.after.affine()))
     if residual.layer_scale is not None:
         if residual.channel is not None:
-            done.append(Fold("layer_scale", None, "channel attention stands between it and the branch"))
+            done.append(Fold("layer_scale", None, "channel attention is between it and the branch"))
         elif residual.after is not None:
-            done.append(Fold("layer_scale", None, "a norm stands between it and the branch"))
+            done.append(Fold("layer_scale", None, "a norm is between it and the branch"))
         else:
             scale = residual.layer_scale.detach()
             done.append(_fold_behind(residual, "layer_scale", (scale, torch.zeros_like(scale))))
@@ -135,7 +135,7 @@ def _fold_behind(residual: Any, site: str, affine: tuple[Tensor, Tensor] | None)
 
 
 def fold_last(steps: nn.ModuleList, reader: nn.Linear, into: str) -> list[Fold]:
-    """Folds the norm that ends a block of these steps into a linear that alone reads it, called `into`."""
+    """Folds the norm at the end of a block of these steps into its only reader, a linear called `into`."""
     number, last = len(steps) - 1, steps[-1]
     alone = isinstance(last, Norm)
     norm: Any = last if alone else getattr(last, "total", None)
@@ -150,14 +150,14 @@ def fold_last(steps: nn.ModuleList, reader: nn.Linear, into: str) -> list[Fold]:
 
 
 def fold_norm(owner: nn.Module, site: str, reader: nn.Linear | None, into: str) -> list[Fold]:
-    """Folds the norm in a site into a linear that alone reads it, if there is one; `into` is what to call that."""
+    """Folds the norm in a site into its only reader, a linear called `into`, if there is one."""
     norm = getattr(owner, site)
     if not isinstance(norm, Norm):
         return []
     if (affine := norm.affine()) is None:
         return [Fold(site, None, not_affine(norm))]
     if reader is None:
-        return [keep(owner, site, f"there is no {into}")]
+        return [keep(owner, site, f"the model has no {into}")]
     fold_in(reader, *affine)
     setattr(owner, site, None)
     return [Fold(site, f"the {into}")]

@@ -1,4 +1,4 @@
-"""What a part of a model is: a Layer maps tokens to tokens under a Context."""
+"""The contract of a model's parts: a Layer maps tokens to tokens under a Context."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Memory(NamedTuple):
-    """What a decoder reads: the tokens of an encoder and where they lie."""
+    """The memory of a decoder: the tokens of an encoder and their positions."""
 
     tokens: Tensor  # [B, M, D]
     mask: Tensor | None = None  # [B, M], True on real tokens
@@ -17,7 +17,7 @@ class Memory(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Which tokens see which, along time: each sees its own chunk whole, and `left` tokens in front of that chunk."""
+    """Which tokens see which, along time: each sees its whole chunk, and `left` tokens before that chunk."""
 
     chunk: int
     left: int  # a multiple of chunk
@@ -29,23 +29,23 @@ class Chunks(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What tokens [B, N, D] know besides their values. N = prefix + product(grid); masks are True on what is real.
+    """The context of tokens [B, N, D]. N = prefix + product(grid); masks are True on real tokens.
 
     Real tokens form a top-left rectangle of the grid (left-aligned in time), so a layer may use each sample's extent.
-    With a cache, the tokens are one chunk of a stream: the keys are those that the cache holds and then the new ones,
-    and rotary and bias speak of all of them, the queries being the last N.
+    With a cache, the tokens are one chunk of a stream: the keys are those in the cache, then the new ones;
+    rotary and bias are for all of them, and the queries are the last N.
     """
 
     grid: tuple[int, ...]  # (H, W) or (T,)
-    prefix: int = 0  # class token and registers, in front of the grid
+    prefix: int = 0  # class token and registers, before the grid
     mask: Tensor | None = None  # [B, N]
     rotary: Tensor | None = None  # [2, keys, d / 2] fp32: cosine and sine that turn queries and keys
     bias: Tensor | None = None  # [heads, N, keys], added to attention scores
-    cond: Tensor | None = None  # what modulates the blocks, in the shape that the modulation states
+    cond: Tensor | None = None  # the condition that modulates the blocks, in the shape that the modulation states
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None
     visible: Chunks | None = None
-    cache: dict[str, Tensor] | None = None  # what a stream remembers, by `<module path>.<slot>`; layers write into it
+    cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -55,9 +55,9 @@ class Context(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row of a table stands in its model; every row's constructor receives one."""
+    """The position of a row of a table in its model; every row's constructor receives one."""
 
-    axes: int = 2  # 2: tokens lie on H x W; 1: along time
+    axes: int = 2  # 2: tokens form H x W; 1: along time
     grid: tuple[int, ...] = ()  # at the config's own size; weights that depend on the number of tokens start from it
     prefix: int = 0
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
@@ -68,14 +68,14 @@ ANYWHERE = Place()
 
 
 class Site(NamedTuple):
-    """A place inside a layer that a Block may fill with a norm of this width, split into heads where it has some."""
+    """A place inside a layer that a Block may fill with a norm of this width, split into heads if it has some."""
 
     width: int
     heads: int = 0
 
 
 class Fold(NamedTuple):
-    """One line of `model.fusion`: a layer, where it went, and why where it stayed."""
+    """One line of `model.fusion`: a layer, where it went, or why it stayed."""
 
     layer: str
     into: str | None
@@ -85,18 +85,18 @@ class Fold(NamedTuple):
 class Layer(nn.Module):
     """Maps tokens x [B, N, D] to [B, N, D] under a Context.
 
-    A row of a table declares what a config has to know before anything is built. Class attributes say what holds for
-    every option:
+    A row of a table declares what a config needs to know before anything is built. Class attributes hold for every
+    option:
 
     - `reads`: the fields of the Context that the layer honours,
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
-    - `bare`: that a Block puts nothing around it.
+    - `bare`: whether a Block puts nothing around it.
 
     The class methods `reads_of`, `sites_of` and `head_width_of` take the options, for rows where they matter.
 
-    `address` is the layer's path in its model, by which it finds what a stream remembers. A layer that changes over
-    training has a method `advance(progress)` and says by `finished` whether it has reached its final form.
+    `address` is the layer's path in its model, by which it finds its memory of a stream. A layer that changes over
+    training has a method `advance(progress)` and a property `finished`, true once it has reached its final form.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -112,8 +112,8 @@ class Layer(nn.Module):
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
-        """The sites that a Block may fill: `inner` stands in front of the output linear; `query`, `key` and `value`
-        behind the projections; `norm` behind a convolution. Each is an attribute, None until it is filled."""
+        """The sites that a Block may fill: `inner` is before the output linear; `query`, `key` and `value`
+        after the projections; `norm` after a convolution. Each is an attribute, None until it is filled."""
         return {}
 
     @classmethod
@@ -130,28 +130,28 @@ class Layer(nn.Module):
         return True
 
     def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
-        """What a stream has to remember for this layer, by slot, as it is before the first chunk: in the dtype and on
-        the device of `like`."""
+        """The memory of a stream for this layer, by slot, before the first chunk: in the dtype and on the
+        device of `like`."""
         return {}
 
     def recall(self, context: Context, slot: str) -> Tensor:
-        """What the stream remembers in a slot of this layer; it is changed in place."""
+        """The memory of the stream in a slot of this layer; it is changed in place."""
         assert context.cache is not None
         return context.cache[f"{self.address}.{slot}"]
 
     def inputs(self) -> "list[nn.Linear] | str":
-        """All the linears that alone read x, or the reason why an affine map cannot be folded into them."""
+        """All the linears that read x, if nothing else does; or why an affine map cannot be folded into them."""
         return f"{type(self).__name__} has no linear that alone reads its input"
 
     def outputs(self) -> "list[nn.Linear] | str":
-        """The linears whose sum alone is the result, or the reason why an affine map cannot be folded into them."""
+        """The linears whose sum is the result; or why an affine map cannot be folded into them."""
         return f"{type(self).__name__} has no output linear"
 
 
 def advance(model: nn.Module, progress: float) -> None:
-    """Tells every part with a method `advance` how much of training is over, progress in 0..1."""
+    """Tells every part with a method `advance` the progress of training, 0..1."""
     if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress lies in 0..1, not {progress}")
+        raise ValueError(f"progress must be from 0 to 1, got {progress}")
     for module in model.modules():
         if callable(step := getattr(module, "advance", None)):
             step(progress)

@@ -1,4 +1,4 @@
-"""Modulation: how a condition, such as a timestep or a class, changes what a residual branch reads and adds."""
+"""Modulation: how a condition, such as a timestep or a class, changes the input and the output of a residual branch."""
 
 from typing import ClassVar
 
@@ -11,14 +11,14 @@ from zoo.layer import ANYWHERE, Context, Layer, Place
 class Modulation(Layer):
     """forward(y, context) -> (y changed by `context.cond`, the gate of the branch's result or None).
 
-    `cond` says what the Context has to hold for this row.
+    `cond` describes what the Context must hold for this row.
     """
 
     reads = frozenset({"cond"})
     cond: ClassVar[str] = ""
 
     def read(self, context: Context) -> Tensor:
-        """The condition; ValueError where there is none."""
+        """The condition; ValueError if it is missing."""
         if context.cond is None:
             raise ValueError(f"a modulated block needs cond in the Context: {self.cond}")
         return context.cond

@@ -18,7 +18,7 @@ _recomputing = False
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """While a checkpointed block runs a second time, running statistics stand still."""
+    """While a checkpointed block runs a second time, running statistics do not change."""
     global _recomputing
     before, _recomputing = _recomputing, True
     try:
@@ -30,18 +30,18 @@ def recomputing() -> Iterator[None]:
 class Norm(Layer):
     """A normalization of x [B, N, ..., D] over its last dimension.
 
-    `batch_statistics` says whether training normalizes by statistics of the batch, so that samples share them.
+    `batch_statistics`: whether training normalizes by statistics of the batch, which samples share.
     """
 
     batch_statistics: ClassVar[bool] = False
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        """(a, b) [D] where inference computes a * x + b, else None."""
+        """(a, b) [D] if inference computes a * x + b, else None."""
         return None
 
 
 class Affine(Norm):
-    """weight * x + bias per channel: Squeezeformer's learned scale, and what a folded norm leaves where it cannot go
+    """weight * x + bias per channel: Squeezeformer's learned scale, and the rest of a folded norm that cannot be folded
     further (Kim et al. 2022, arXiv:2206.00888)."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
@@ -57,7 +57,7 @@ class Affine(Norm):
 
 
 class HeadScale(Norm):
-    """One learned factor a head, in front of the output linear (NormFormer, Shleifer et al. 2021, arXiv:2110.09456)."""
+    """One learned factor per head, before the output linear (NormFormer, Shleifer et al. 2021, arXiv:2110.09456)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class GroupNorm(Norm):
     def __init__(self, dim: int, place: Place = ANYWHERE, *, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
         if dim % groups:
-            raise ValueError(f"{groups} groups of groupnorm do not divide {dim} channels")
+            raise ValueError(f"groupnorm: groups must divide {dim} channels, got {groups}")
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
@@ -218,8 +218,8 @@ class BatchNorm(Norm):
         return scale, self.bias - scale * mean
 
     def whole(self, x: Tensor) -> Tensor:
-        """What training computes where each of several tokens is real and here: by torch's own kernel, which is three
-        to five times as fast on the CPU, and takes tokens as they lie."""
+        """The training result for several tokens that are all real and on this rank, by torch's own kernel, which is
+        three to five times as fast on the CPU."""
         kept = self.running_mean, self.running_var
         if _recomputing:
             kept = kept[0].clone(), kept[1].clone()
@@ -269,8 +269,8 @@ class PRepBN(RepBN):
     """blend * LayerNorm(x) + (1 - blend) * RepBN(x); training moves the blend from 1 to 0 (SLAB, arXiv:2405.11582).
 
     The blend is 1 during the first `warmup` of training, then falls linearly and is 0 from `until` on; both are shares
-    of the training, and `zoo.advance` sets the blend. It never rises again, so a model stays finished when it is
-    trained further. Inference computes the same blend. Batch statistics are tracked from the first step.
+    of the training, and `zoo.advance` sets the blend. It never rises again, so a finished model stays finished in
+    further training. Inference computes the same blend. Batch statistics are tracked from the first step.
     """
 
     blend: Tensor
@@ -288,11 +288,11 @@ class PRepBN(RepBN):
     ) -> None:
         super().__init__(dim, place, alpha=alpha, eps=eps, momentum=momentum)
         if not 0.0 <= warmup < until <= 1.0:
-            raise ValueError(f"prepbn takes 0 <= warmup < until <= 1, not warmup={warmup}, until={until}")
+            raise ValueError(f"prepbn needs 0 <= warmup < until <= 1, got warmup={warmup}, until={until}")
         self.until, self.warmup = until, warmup
         self.layernorm = LayerNorm(dim, place)
         self.register_buffer("blend", torch.ones(()))
-        self.share = 1.0  # what the blend is, known without asking the device
+        self.share = 1.0  # the blend, known without asking the device
         self.register_load_state_dict_post_hook(PRepBN.note_share)
 
     def note_share(self, incompatible_keys: Any) -> None:
@@ -300,7 +300,7 @@ class PRepBN(RepBN):
 
     @property
     def finished(self) -> bool:
-        """Whether LayerNorm has no share left; its work is then skipped, and no value changes."""
+        """Whether the blend is 0; LayerNorm is then skipped, and no value changes."""
         return self.share == 0.0
 
     def advance(self, progress: float) -> None:
@@ -322,7 +322,7 @@ class PRepBN(RepBN):
         if self.blend.item() > 0:
             share = f"{self.blend.item():.3g}"
             raise ValueError(
-                f"prepbn still blends LayerNorm in at {share}; train on, or drop it by zoo.advance(model, 1.0)"
+                f"prepbn still blends LayerNorm in at {share}; finish training, or drop it with zoo.advance(model, 1.0)"
             )
         return super().affine()
 
@@ -333,10 +333,10 @@ def has_batch_statistics(model: nn.Module) -> bool:
 
 
 def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Replaces running statistics by the plain average over batches; weights stand still, nothing is dropped out.
+    """Replaces running statistics by the plain average over batches; weights do not change, and dropout is off.
 
     Stochastic depth shifts the variances that training records; SLAB ends with such a pass. Returns the number of
-    batches. Each batch is what model(batch) takes, or a tuple of all that it takes.
+    batches. Each batch is the argument of model(batch), or a tuple of its arguments.
     """
     layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
     modes = {module: module.training for module in model.modules()}

@@ -1,4 +1,4 @@
-"""Positions: what tells tokens where they are. `forward` adds to the tokens once; `place` writes into the Context."""
+"""Position encodings. `forward` adds to the tokens once; `place` writes into the Context."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from zoo.tensors import filtered, to_map, to_tokens, zeroed
 
 
 class Position(Layer):
-    """`writes` names the fields of the Context that `place` sets; a mixer has to read them. `streams` says whether only
+    """`writes` names the fields of the Context that `place` sets; a mixer has to read them. `streams`: whether only
     distances matter, so that it serves any chunk of a stream; `sized`, whether its weights depend on the grid of its
     Place."""
 
@@ -52,7 +52,7 @@ def _turns(start: int, stop: int, width: int, base: float, device: torch.device)
 
 
 def _on_grid(make: Callable[..., Tensor], grid: tuple[int, ...], *shape: Any, device: torch.device) -> Tensor:
-    """The rows of each axis for every place of the grid, one axis after the other: [N, ..., sum of the widths]."""
+    """The rows of each axis for every position of the grid, one axis after the other: [N, ..., sum of the widths]."""
     if len(grid) == 1:
         return rows(make, 0, grid[0], *shape, device=device)
     return table(_product, make, grid, *shape, device=device)
@@ -80,7 +80,9 @@ class SinCos(Position):
     def __init__(self, dim: int, head_dim: int, place: Place) -> None:
         super().__init__(dim, head_dim, place)
         if dim % (2 * place.axes):
-            raise ValueError(f"sincos on {place.axes} axes needs a dim that {2 * place.axes} divides, not {dim}")
+            raise ValueError(
+                f"sincos on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}"
+            )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         waves = _on_grid(_sincos, context.grid, self.dim // len(context.grid), device=x.device).to(x.dtype)
@@ -146,10 +148,10 @@ class Rotary(Position):
         super().__init__(dim, head_dim, place)
         if head_dim % (2 * place.axes):
             raise ValueError(
-                f"rope on {place.axes} axes needs a head of a width that {2 * place.axes} divides, not {head_dim}"
+                f"rope on {place.axes} axes needs a head width that is a multiple of {2 * place.axes}, got {head_dim}"
             )
         if base <= 0:
-            raise ValueError(f"rope takes a base above 0, not {base}")
+            raise ValueError(f"rope: base must be > 0, got {base}")
         self.base = base
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
 
@@ -172,7 +174,7 @@ class Conditional(Position):
     def __init__(self, dim: int, head_dim: int, place: Place, *, kernel: int = 3) -> None:
         super().__init__(dim, head_dim, place)
         if kernel % 2 == 0:
-            raise ValueError(f"cpe takes an odd kernel, not {kernel}")
+            raise ValueError(f"cpe: kernel must be odd, got {kernel}")
         conv = nn.Conv1d if place.axes == 1 else nn.Conv2d
         self.conv = conv(dim, dim, kernel, padding=kernel // 2, groups=dim)
 

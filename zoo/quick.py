@@ -1,4 +1,4 @@
-"""What the `zoo` command can say before PyTorch is imported: lists, descriptions and short help.
+"""The parts of the `zoo` command that do not import PyTorch: lists, descriptions and short help.
 
 It reads facts.json, which scripts/tables writes from the code.
 """
@@ -21,13 +21,13 @@ VERBS = {
     "validate": "measure a model on the validation data",
     "test": "measure a model on the test data",
     "predict": "run a model on your own files",
-    "stream": "transcribe sound while it arrives",
+    "stream": "transcribe audio while it arrives",
 }
 EXAMPLES = {
     "classify": ["--config configs/classify/vit_micro_digits.yaml"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
-# The options that short help shows, where the task has them; "" for what the code says of it.
+# The options in short help, if the task has them; "" for the text from the code.
 USUAL = {
     "config": "YAML file with any of these options; options after it replace its values",
     "model.backbone.name": "the model; `zoo list` shows the names",
@@ -40,10 +40,10 @@ USUAL = {
     "data.val": "folders or manifests for validation",
     "data.size": "",
     "data.batch": "",
-    "data.seconds": "seconds of sound in a batch",
+    "data.seconds": "seconds of audio in a batch",
     "data.workers": "",
     "trainer.max_epochs": "number of epochs",
-    "trainer.default_root_dir": "folder of the run: logs, checkpoints, and what to resume from",
+    "trainer.default_root_dir": "folder of the run: logs, checkpoints and the state to resume from",
     "trainer.precision": "such as 32-true or bf16-mixed",
     "trainer.devices": "how many GPUs or processes, or their indices",
     "ckpt_path": "state of a run to resume from or to measure, such as RUN/resume/last.ckpt",
@@ -63,7 +63,7 @@ def width() -> int:
 
 
 def columns(pairs: Iterable[tuple[str, str]], left: int | None = None) -> Iterator[str]:
-    """Two columns, the second wrapped; a first entry that is too long has a line of its own."""
+    """Two columns, the second wrapped; a first entry that is too long gets its own line."""
     pairs = [*pairs]
     left = left or min(32, max((len(first) for first, _ in pairs), default=0))
     for first, second in pairs:
@@ -90,7 +90,7 @@ def kinds() -> dict[str, list[str]]:
 def listing(what: str | None = None, pattern: str | None = None) -> str:
     """What `zoo list` prints: a kind of choices, models or checkpoints, those whose name matches a shell pattern.
 
-    ValueError where nothing matches.
+    ValueError if nothing matches.
     """
     known = [*kinds(), "models", "checkpoints"]
     what = f"{what}s" if f"{what}s" in known else what
@@ -105,16 +105,16 @@ def listing(what: str | None = None, pattern: str | None = None) -> str:
     chosen = {name: said for name, said in found.items() if fnmatchcase(name, pattern or "*")}
     if not chosen:
         if pattern is None:
-            raise ValueError("found no checkpoints: the current folder has no folder 'checkpoints' with any")
+            raise ValueError("no checkpoints found: the current folder has no folder 'checkpoints' with any")
         hint = f"did you mean {' or '.join(each)}?" if (each := similar(pattern)) else f"`zoo list {what}` shows all"
-        raise ValueError(f"none of the {what} matches '{pattern}'; {hint}")
+        raise ValueError(f"no {what} match '{pattern}'; {hint}")
     left = max(map(len, chosen))
     most = width() - left - 4 if sys.stdout.isatty() else None
     return "\n".join(plain(f"  {name:<{left}}  {cut(said, most)}") for name, said in chosen.items())
 
 
 def cut(text: str, most: int | None) -> str:
-    """The text, cut between words to at most so many characters."""
+    """The text, cut between words to at most this many characters."""
     return text if most is None or len(text) <= most else text[: most - 3].rsplit(" ", 1)[0] + " ..."
 
 
@@ -140,7 +140,7 @@ def model_line(model: Mapping[str, Any]) -> str:
 
 
 def similar(name: str) -> list[str]:
-    """Commands that show what is called nearly so, whatever it is."""
+    """Commands that show anything of a similar name."""
     names = {each for kind in (*kinds(), "models", "checkpoints") for each in entries(kind)}
     return [f"`zoo info {each}`" for each in near(name, names)]
 
@@ -153,7 +153,7 @@ def checkpoints() -> list[Path]:
 
 
 def card(folder: Path) -> tuple[str, dict[str, str]]:
-    """The description of a checkpoint and the rows of its table, from its README.md; empty where it has none."""
+    """The description of a checkpoint and the rows of its table, from its README.md; empty if it has none."""
     try:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
@@ -165,7 +165,7 @@ def card(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint; ValueError where it is broken."""
+    """The config.json of a checkpoint; ValueError if it is broken."""
     try:
         found = from_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ def task_of(config: Mapping[str, Any]) -> str | None:
 
 
 def card_line(folder: Path) -> str:
-    """The task of a checkpoint, its scores and what it is."""
+    """The task of a checkpoint, its scores and its description."""
     text, rows = card(folder)
     try:
         task = task_of(stored(folder)) or ""
@@ -196,8 +196,8 @@ def card_line(folder: Path) -> str:
 
 
 def info(name: str) -> str:
-    """What `zoo info` prints: all that has this name, a model, rows of tables, a checkpoint. ValueError where nothing
-    has."""
+    """The output of `zoo info`: everything of this name, a model, rows of tables, a checkpoint. ValueError if there is
+    nothing."""
     pages = [model_page(name, facts()["models"][name])] if name in facts()["models"] else []
     for kind, table in facts()["tables"].items():
         if name in table["rows"]:
@@ -206,10 +206,10 @@ def info(name: str) -> str:
     folders = [folder for folder in places if (folder / "config.json").is_file()]
     pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
     if not pages:
-        hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows what there is"
+        hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows the kinds"
         if kind := next((kind for kind in kinds() if name in (kind, kind.removesuffix("s"))), None):
             hint = f"`zoo list {kind}` lists the {kind}"
-        raise ValueError(f"nothing is called '{name}': no model, choice or checkpoint; {hint}")
+        raise ValueError(f"no model, choice or checkpoint is called '{name}'; {hint}")
     return "\n".join(plain(line) for page in pages for line in [*page.split("\n"), ""])[:-1]
 
 
@@ -245,8 +245,8 @@ def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
         pairs.append(
             ("works", " and ".join({1: "along time (1-D)", 2: "on images (2-D)"}[axes] for axes in row["axes"]))
         )
-        mixing = ", ".join(row["reads"]) or "nothing but the mask"
-        pairs.append(("reads", mixing if row["mixes"] else "nothing of other tokens, so it works in every model"))
+        mixing = ", ".join(row["reads"]) or "only the mask"
+        pairs.append(("reads", mixing if row["mixes"] else "nothing from other tokens, so it works in every model"))
     if row.get("mixes"):
         able = "yes" if "prefix" in row["reads"] else "no: refused in a model with a class token or registers"
         pairs.append(("prefix tokens", able))
@@ -316,7 +316,7 @@ def verb_help(task: str, verb: str) -> str:
 
 
 def example(task: str, verb: str) -> str:
-    """A command that runs a recipe, over two lines where it is long."""
+    """A command that runs a recipe, over two lines if it is long."""
     first, *more = EXAMPLES.get(task, [f"--config configs/{task}/NAME.yaml"])
     more += ["--model.weights RUN/best"] if verb != "fit" else []
     return f"  zoo {task} {verb} {first}" + (f" \\\n      {' '.join(more)}" if more else "")

@@ -30,11 +30,11 @@ def parse(spec: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     options = []
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in dict(options):
-            raise ValueError(f"cannot read {spec!r}; write each option once, by its name")
+            raise ValueError(f"cannot read {spec!r}; give each option once, as NAME=VALUE")
         try:
             options.append((keyword.arg, ast.literal_eval(keyword.value)))
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"cannot read {spec!r}; {form}; write words in quotes") from None
+            raise ValueError(f"cannot read {spec!r}; {form}; put words in quotes") from None
     return node.func.id, tuple(options)
 
 
@@ -46,8 +46,8 @@ def options_of(row: type) -> dict[str, Any]:
 
 
 def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = None) -> dict[str, Any]:
-    """All options of the row that spec names, given ones over defaults; ValueError where a name or option is wrong,
-    which names what is `offered`, by default the whole table."""
+    """All options of the row that spec names, given ones over defaults; ValueError if a name or option is invalid,
+    which lists what is `offered`, by default the whole table."""
     name, given = parse(spec)
     if name not in table:
         raise ValueError(unknown("name", name, table if offered is None else offered))
@@ -60,19 +60,19 @@ def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = 
         if default is not None and (
             not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
         ):
-            raise ValueError(f"option {option} of '{name}' takes a value like {default!r}, not {value!r}")
+            raise ValueError(f"option {option} of '{name}' must be a value like {default!r}, got {value!r}")
         if isinstance(default, int | float) and not isinstance(default, bool):
             least, most = 1 if isinstance(default, int) and default > 0 else 0, LARGEST.get(option, 1_000_000)
             if not least <= value < math.inf:
-                raise ValueError(f"option {option} of '{name}' must be at least {least} and finite, not {value!r}")
+                raise ValueError(f"option {option} of '{name}' must be finite and >= {least}, got {value!r}")
             if value > most and isinstance(default, int):
-                raise ValueError(f"option {option} of '{name}' must be at most {most:,}, not {str(value)[:40]}")
+                raise ValueError(f"option {option} of '{name}' must be <= {most:,}, got {str(value)[:40]}")
     return allowed | {option: float(value) if isinstance(allowed[option], float) else value for option, value in given}
 
 
 def make(table: Mapping[str, type], spec: str, *arguments: Any, field: str = "") -> Any:
     """Builds the row that spec names: make(MIXERS, "pool(size=5)", dim, heads, place). An error begins with the field
-    and the spec where the field is given."""
+    and the spec if the field is given."""
     try:
         return table[parse(spec)[0]](*arguments, **check(table, spec))
     except ValueError as error:

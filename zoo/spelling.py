@@ -8,13 +8,13 @@ from zoo.quick import facts
 from zoo.spec import parse
 from zoo.text import near, unknown
 
-# Which table the names in a field of a model's config come from, where it is not that of the same name.
+# The table of the names in a field of a model's config, if its name differs.
 TABLE_OF = {"conv_norm": ("norm",), "final_norm": ("norm",), "head": ("head (images)", "head (speech)")}
-FORMER = ("modulate", "mixers")  # fields of earlier versions, which are still read
+FORMER = ("modulate", "mixers")  # fields of earlier versions that are still accepted
 
 
 def check(task: str, verb: str, arguments: list[str]) -> None:
-    """ValueError for a misspelt option, field or name, with what is near; whatever is not certain passes."""
+    """ValueError for a misspelt option, field or name, with similar names; uncertain cases pass."""
     found = facts()["tasks"][task]
     options = found["options"] | found["own"][verb]
     given = [(f"--{name}", name, value) for name, value in settings(arguments)]
@@ -40,7 +40,7 @@ def settings(arguments: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def contents(path: str, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options that a YAML file sets; none where it cannot be read."""
+    """The options that a YAML file sets; none if it cannot be read."""
     import yaml
 
     def flat(values: Mapping[Any, Any], before: str) -> Iterator[tuple[str, Any]]:
@@ -61,7 +61,7 @@ def contents(path: str, options: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def check_option(where: str, name: str, options: Mapping[str, Any]) -> None:
-    """ValueError where no option is called so, and one is nearly."""
+    """ValueError if no option has this name but one is similar."""
     parts = name.split(".")
     if any(".".join(parts[:number]) in options for number in range(2, len(parts) + 1)) or name in options:
         return
@@ -79,8 +79,8 @@ def check_option(where: str, name: str, options: Mapping[str, Any]) -> None:
 
 
 def check_field(where: str, field: str, value: Any, model: str | None) -> None:
-    """ValueError where a model has no such field and one that is nearly called so, or where the value names a choice
-    that does not exist."""
+    """ValueError if a model has no such field but a similar one, or if the value is a choice that does not
+    exist."""
     if field == "name":
         if isinstance(value, str) and value not in facts()["models"]:
             raise ValueError(f"{where}: {unknown('model', value, facts()['models'])}")
@@ -105,7 +105,7 @@ def check_field(where: str, field: str, value: Any, model: str | None) -> None:
 
 
 def listed(text: str) -> Any:
-    """The list that a text in YAML holds, None where it is not readable."""
+    """The list in a YAML text, None if it is unreadable."""
     import yaml
 
     try:

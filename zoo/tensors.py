@@ -22,7 +22,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 def like(module: nn.Module) -> Tensor:
-    """A tensor of the dtype and on the device in which a module computes: its first one in floating point.
+    """The first floating-point tensor of a module, for its dtype and device.
 
     Quantization replaces the weights of linears, so no single layer's weight tells.
     """
@@ -36,10 +36,10 @@ def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def shortfall(size: int, divisor: int) -> int:
-    """What is missing from a size to the next multiple of divisor, -size % divisor.
+    """The padding from a size to the next multiple of divisor, -size % divisor.
 
-    torch.compile reduces this form of it to one division, (size - 1) // product, however many are taken in turn; nested
-    remainders kept it busy for more than 20 minutes.
+    torch.compile reduces this form of it to one division, (size - 1) // product, however many are nested; nested
+    remainders took more than 20 minutes.
     """
     return ((size - 1) // divisor + 1) * divisor - size
 
@@ -49,8 +49,8 @@ def overwritable() -> bool:
     return not torch.is_grad_enabled() and not compiling()
 
 
-# Activations of a tensor that the caller gives up. In place they save fresh memory of the size of a hidden layer, which
-# on the CPU may cost more than the activation itself.
+# Activations of a tensor that the caller no longer needs. In place they save fresh memory of the size of a hidden
+# layer, which on the CPU may cost more than the activation itself.
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -89,7 +89,7 @@ def filtered(
         return to_tokens(F.conv2d(maps, weight, bias, stride, padding, groups=len(weight)))
     if len(weight) <= 16:  # in bf16 oneDNN never ends the other way with so few channels (torch 2.11)
         return to_tokens(F.conv1d(tokens.transpose(1, 2), weight, bias, stride, padding, groups=len(weight)))
-    # On a map of one row the channels may lie last in memory, which is many times as fast on the CPU.
+    # On a map of one row the channels may be last in memory, which is many times as fast on the CPU.
     maps, kernel = tokens.transpose(1, 2)[:, :, None], weight[:, :, None]
     return to_tokens(F.conv2d(maps, kernel, bias, (1, stride), (0, padding), groups=len(weight)))
 

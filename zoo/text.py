@@ -8,7 +8,7 @@ from typing import Any
 
 
 def one_line(value: object, most: int = 300) -> str:
-    """What an error or any other value says, in one printable line of at most `most` characters."""
+    """The text of an error or any other value, in one printable line of at most `most` characters."""
     return plain(" ".join((str(value) or type(value).__name__).split())[:most])
 
 
@@ -18,12 +18,12 @@ def plain(text: str) -> str:
 
 
 def reason(error: object) -> str:
-    """Why something failed, in one line: of an operating system's error the reason alone, without the path."""
+    """Why something failed, in one line: for an error of the operating system only the reason, without the path."""
     return one_line(getattr(error, "strerror", None) or error)
 
 
 def from_json(text: str | bytes) -> Any:
-    """What JSON says; ValueError where it is none, or has a key twice."""
+    """The value of a JSON text; ValueError if it is invalid or has a key twice."""
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -41,7 +41,7 @@ def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
-    """That a name is unknown, which are near, and which are allowed, where these are few or none is near."""
+    """A message that a name is unknown, with similar names, and with all allowed ones if few or none is similar."""
     allowed = [*allowed]
     found = near(name, allowed)
     hints = [f"did you mean {' or '.join(found)}?"] if found else []

@@ -1,4 +1,4 @@
-"""Measures models, speech encoders, mixers, operators and norms against others; writes CSVs and pictures.
+"""Measures models, speech encoders, mixers, operators and norms against others; writes CSVs and plots.
 
 What is compared runs in one process, in turn and in alternating order. A time is the CPU time of the process (all of
 its threads), a ratio the median over rounds with its quartiles beside it, and the noise the ratio that the same thing
@@ -26,7 +26,7 @@ class Table(NamedTuple):
     title: str
     rows: Callable[[argparse.Namespace], Iterator[Row]]
     show: Callable[[Sequence[Row]], str]
-    picture: Callable[[Sequence[Row], str, Path], None] | None = None
+    plot: Callable[[Sequence[Row], str, Path], None] | None = None
     clock: str = ""  # in place of CPU time
     form: str = ""  # in place of eager or compiled, as --compile says
     dtype: str = ""  # in place of --dtype
@@ -172,8 +172,8 @@ def report(name: str, table: Table, options: argparse.Namespace) -> None:
     busiest, cores = max(float(row["load"]) for row in rows), os.cpu_count() or 1
     busy = busiest > cores and not table.clock
     warning = f"busy machine (load average {busiest:.2f} on {cores} cores): do not publish" if busy else ""
-    if table.picture is not None:
-        table.picture(rows, f"{table.title}\n{head}\n{warning}".strip(), options.output / f"{name}.png")
+    if table.plot is not None:
+        table.plot(rows, f"{table.title}\n{head}\n{warning}".strip(), options.output / f"{name}.png")
     print(f"\n{warning}\n" if warning else "", flush=True)
 
 

@@ -37,7 +37,7 @@ MEMORY_SIDES = (28, 56, 112)
 
 
 def mixers(options: argparse.Namespace) -> Iterator[Row]:
-    """Every mixer as one layer against the number of tokens, one picture at a time; forward.
+    """Every mixer as one layer against the number of tokens, one image at a time; forward.
 
     A mixer that took longer than the limit at one size is left out of it and of all larger ones.
     """
@@ -144,7 +144,7 @@ def norm_step(form: Normed, tokens: Tensor, mode: str, compiled: bool) -> Callab
 
 
 def norms(options: argparse.Namespace) -> Iterator[Row]:
-    """Each norm with the linear behind it, one picture at a time, against layernorm and torch's BatchNorm1d."""
+    """Each norm with the linear after it, one image at a time, against layernorm and torch's BatchNorm1d."""
     modes = ("forward", "forward+backward")
     same = (("batchnorm", "torch's BatchNorm1d"), ("prepbn, finished", "repbn"), ("folded", "repbn"))
     with tqdm(total=len(options.norm_shapes) * len(modes), desc="norms") as bar:

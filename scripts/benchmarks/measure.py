@@ -26,7 +26,7 @@ FEWEST = 3  # rounds that are counted, however long they take
 
 
 class NotMeasured(Exception):
-    """This machine has not what a table measures; the message says what."""
+    """This machine lacks something that a table needs; the message names it."""
 
 
 def cpu_time(call: Call, repeats: int = 1) -> float:
@@ -95,7 +95,7 @@ def milliseconds(times: Sequence[float]) -> float:
 def quick_enough(
     calls: Mapping[str, Call], options: argparse.Namespace, where: str, keep: Collection[str] = ()
 ) -> dict[str, Call]:
-    """The calls that take at most --limit seconds, and those to keep; says which are left out."""
+    """The calls that take at most --limit seconds, and those to keep; reports which are omitted."""
     left = {}
     for name, call in calls.items():
         first = cpu_time(call)

@@ -29,11 +29,11 @@ from benchmarks.measure import (
 )
 from zoo.convert import from_timm
 
-# What is measured, as create_model is called, and timm's name of what it is measured against.
+# The measured models, as called by create_model, and the timm model for comparison.
 RIVALS = {f"deit_{size}": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
 RIVALS |= {"vit_tiny mixer=sla": "vit_tiny_patch16_224"}
 RIVALS |= {name: name for name in ("poolformer_s12", "poolformer_s24", "convformer_s18", "caformer_s18", "davit_tiny")}
-SIDE = 224  # of the pictures; what differs in how it grows with the number of tokens is measured at --sides
+SIDE = 224  # of the images; models that differ in how cost grows with the tokens are measured at --sides
 DEFORMABLE = "flash_internimage_t"
 KERNEL: Any = importlib.import_module("zoo.kernels.deformable")  # the package has a function of this name
 

@@ -1,4 +1,4 @@
-"""Pictures of the tables."""
+"""Plots of the tables."""
 
 from collections.abc import Sequence
 from pathlib import Path

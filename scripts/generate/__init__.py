@@ -1,1 +1,1 @@
-"""What is generated from the code: zoo/facts.json, which the command reads, and configs/README.md."""
+"""Files generated from the code: zoo/facts.json, which the command reads, and configs/README.md."""

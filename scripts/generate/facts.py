@@ -1,4 +1,4 @@
-"""Facts about the code for zoo/facts.json: what `zoo list`, `zoo info` and help say without importing PyTorch."""
+"""Facts about the code for zoo/facts.json: the texts of `zoo list`, `zoo info` and help, without PyTorch."""
 
 import inspect
 import json
@@ -32,7 +32,7 @@ from zoo.stems import REDUCTIONS, STEMS, SUBSAMPLINGS
 from zoo.tasks import cli
 
 DIM, HEADS_OF = 32, 2
-# Each kind of choice: what it is, its table, and what a row of it is made with before its place.
+# Each kind of choice: its description, its table, and the arguments of a row before its place.
 TABLES: dict[str, tuple[str, Mapping[str, type], tuple[int, ...]]] = {
     "mixer": ("token mixers", MIXERS, (DIM, HEADS_OF)),
     "cross": ("attention of a decoder to its memory", CROSSES, (DIM, HEADS_OF)),
@@ -49,7 +49,7 @@ TABLES: dict[str, tuple[str, Mapping[str, type], tuple[int, ...]]] = {
     "head (speech)": ("from tokens to logits over a vocabulary", SPEECH_HEADS, ()),
 }
 USUAL = {"eps", "momentum", "bias"}  # options that are as in PyTorch
-TIMES = 4  # how many times as many tokens the cost of a mixer is compared at
+TIMES = 4  # factor of tokens at which the cost of a mixer is compared
 
 
 def dumped(found: dict[str, Any]) -> str:
@@ -123,7 +123,7 @@ def operations(row: type[Layer], arguments: tuple[int, ...], tokens: int) -> int
 
 
 def folds(layer: nn.Module) -> str:
-    """What zoo.fuse can fold into a layer, or a norm into its neighbours."""
+    """The parts that zoo.fuse can fold into a layer, or of a norm into its neighbours."""
     if isinstance(layer, Norm):
         advance(layer, 1.0)
         able = layer.eval().affine() is not None
@@ -198,7 +198,7 @@ def stop(command: Any, *_: Any) -> None:
 
 
 def task_facts(task: str) -> dict[str, Any]:
-    """What a task is, its verbs, and the options of those that LightningCLI parses: default and first sentence."""
+    """A task's description, verbs, and the options of those that LightningCLI parses: default and first sentence."""
     model, data, others = TASKS[task]
     module = inspect.getmodule(target(model))
     about = (module.__doc__ or "" if module else "").partition(":")[0]

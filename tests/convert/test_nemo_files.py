@@ -35,7 +35,7 @@ def test_null_means_in_nemo_what_it_means_there():
 
 @pytest.mark.parametrize("key", ["sample_rate", "window_size", "window_stride", "features", "lowfreq", "window", "log"])
 def test_null_without_a_meaning_is_refused_by_name(key):
-    with pytest.raises(ValueError, match=f"^a: preprocessor.{key}: .*not null$"):
+    with pytest.raises(ValueError, match=f"^a: preprocessor.{key}: .*got null$"):
         _features(FEATURES | {key: None}, "a")
 
 
@@ -54,7 +54,7 @@ def test_null_in_the_features_of_transformers(tmp_path):
     assert parakeet._features(tmp_path, 80) == replace(RECIPES["nemo"], preemphasis=0.0)
     for key in given:
         path.write_text(json.dumps(given | {key: None}))
-        with pytest.raises(ValueError, match=f"{key}: it must be an integer, not null"):
+        with pytest.raises(ValueError, match=f"{key}: it must be an integer, got null"):
             parakeet._features(tmp_path, 80)
     path.unlink()
     assert parakeet._features(tmp_path, 80) == RECIPES["nemo"]
@@ -74,9 +74,9 @@ def test_a_config_is_compared_with_the_tensors_before_anything_is_built(monkeypa
     tensors |= {f"encoder.layers.{block}.norm_out.weight": torch.zeros(16) for block in range(2)}
     monkeypatch.setattr("zoo.convert.speech.configure", lambda facts: pytest.fail("a model was made"))
     for wrong, words in (
-        ({"depth": 10**6}, "asks for 1000000 blocks, and the tensors are those of 2"),
+        ({"depth": 10**6}, "asks for 1000000 blocks, but the tensors are those of 2"),
         ({"depth": 1}, "asks for 1 blocks"),
-        ({"dim": 10**6}, "asks for 1000000 channels, and .* has 16"),
+        ({"dim": 10**6}, "asks for 1000000 channels, but .* has 16"),
     ):
         with pytest.raises(ValueError, match=words):
             build(facts(**wrong), tensors, "file", rename)
@@ -142,7 +142,7 @@ ALIASES = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] 
 CONFIGS = {
     ALIASES: "more than 200,000 values; repeated aliases",
     "a: &a [*a]": "contains itself",
-    "a: 1\na: 2": "the key 'a' is there twice",
+    "a: 1\na: 2": "the key 'a' appears twice",
     f"a: {'1' * 70_000}": "more than 65,536 characters",
     f"a: {'1' * 5_000}": "cannot be read as YAML",
     " " * (files.CONFIG + 1): "at most 1,048,576 are read",
@@ -171,9 +171,9 @@ def test_tensors_that_claim_more_than_is_stored_are_refused():
 
     content = stored({"a": torch.arange(600.0)})
     assert files.tensors_of(content, "file")["a"].tolist() == list(range(600))
-    with pytest.raises(ValueError, match="claim far more numbers than it stores"):
+    with pytest.raises(ValueError, match="claim far more values than it stores"):
         files.tensors_of(stored({"a": torch.zeros(1).expand(10**6, 10**6)}), "file")
-    with pytest.raises(ValueError, match="claim far more numbers than it stores"):
+    with pytest.raises(ValueError, match="claim far more values than it stores"):
         files.tensors_of(
             stored(
                 {str(n): torch.zeros(4000).expand(4000) for n in range(2)}

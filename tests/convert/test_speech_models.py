@@ -202,7 +202,7 @@ def test_the_tokenizer_of_transformers(tmp_path, kind):
             assert ids == tokenizer.encode(text).ids == original.encode(text)
             assert found.decode(ids) == original.decode(ids)
     parakeet(outputs=len(original.pieces) + 3).save_pretrained(tmp_path)
-    refused(tmp_path, "tokenizer.json: the pieces have numbers up to .*, and the model has", from_transformers)
+    refused(tmp_path, "tokenizer.json: the pieces have .* numbers up to .*, but the model has", from_transformers)
 
 
 def test_another_kind_of_tokenizer_is_left_out(tmp_path):
@@ -236,26 +236,26 @@ def refused(path, words: str, convert, *more) -> None:
 
 
 CHANGES = {
-    "hidden_act": ("gelu", "encoder_config.hidden_act: the zoo takes 'silu' or 'swish', not 'gelu'"),
-    "hidden_size": ("wide", "encoder_config.hidden_size: it must be an integer, not 'wide'"),
-    "num_attention_heads": (8, "encoder_config.num_key_value_heads: the zoo takes 8, not 4"),
-    "num_hidden_layers": (3, "the config asks for 3 blocks, and the tensors are those of 2"),
-    "num_key_value_heads": (2, "num_key_value_heads: the zoo takes 4, not 2"),
-    "conv_kernel_size": (8, "takes an odd kernel"),
-    "subsampling_factor": (16, "subsampling_factor: the zoo takes 8 or 4, not 16"),
-    "subsampling_conv_kernel_size": (5, "subsampling_conv_kernel_size: the zoo takes 3"),
-    "subsampling_conv_stride": (4, "subsampling_conv_stride: the zoo takes 2"),
-    "num_mel_bins": (24, r"'encoder.subsampling.linear.weight' is \[32, 16\]; this model takes \[32, 24\]"),
-    "scale_input": ("yes", "scale_input: it must be true or false, not 'yes'"),
+    "hidden_act": ("gelu", "encoder_config.hidden_act: the zoo supports 'silu' or 'swish', not 'gelu'"),
+    "hidden_size": ("wide", "encoder_config.hidden_size: it must be an integer, got 'wide'"),
+    "num_attention_heads": (8, "encoder_config.num_key_value_heads: the zoo supports 8, not 4"),
+    "num_hidden_layers": (3, "the config asks for 3 blocks, but the tensors are those of 2"),
+    "num_key_value_heads": (2, "num_key_value_heads: the zoo supports 4, not 2"),
+    "conv_kernel_size": (8, "kernel must be odd"),
+    "subsampling_factor": (16, "subsampling_factor: the zoo supports 8 or 4, not 16"),
+    "subsampling_conv_kernel_size": (5, "subsampling_conv_kernel_size: the zoo supports 3"),
+    "subsampling_conv_stride": (4, "subsampling_conv_stride: the zoo supports 2"),
+    "num_mel_bins": (24, r"'encoder.subsampling.linear.weight' has shape \[32, 16\], but this model needs \[32, 24\]"),
+    "scale_input": ("yes", "scale_input: it must be true or false, got 'yes'"),
     "conv_norm_type": ("layer_norm", "conv_norm_type: the zoo does not know this key"),
-    "attention_bias": (False, "'encoder.layers.0.feed_forward1.linear1.bias' has no place"),
-    "convolution_bias": (False, "bias' has no place"),
-    "intermediate_size": (0, "intermediate_size: it must be from 1 to 1,000,000, not 0"),
-    "pad_token_id": (12, "pad_token_id: it must be in 0..11, not 12"),
-    "pad_token_id ": (None, "pad_token_id: it must be in 0..11, not None"),
+    "attention_bias": (False, "'encoder.layers.0.feed_forward1.linear1.bias' is not used"),
+    "convolution_bias": (False, "bias' is not used"),
+    "intermediate_size": (0, "intermediate_size: it must be from 1 to 1,000,000, got 0"),
+    "pad_token_id": (12, "pad_token_id: it must be from 0 to 11, got 12"),
+    "pad_token_id ": (None, "pad_token_id: it must be from 0 to 11, got None"),
     "chunks": (2, r"config.json: chunks: the zoo does not know this key \(its value is 2\)"),
-    "vocab_size": (13, r"'ctc_head.weight' is \[12, 32, 1\]; this model takes \[13, 32\]"),
-    "model_type": ("parakeet_tdt", "model_type: the zoo takes 'parakeet_ctc' or 'parakeet_encoder'"),
+    "vocab_size": (13, r"'ctc_head.weight' has shape \[12, 32, 1\], but this model needs \[13, 32\]"),
+    "model_type": ("parakeet_tdt", "model_type: the zoo supports 'parakeet_ctc' or 'parakeet_encoder'"),
 }
 
 
@@ -285,12 +285,12 @@ def test_a_field_that_cannot_be_honoured_is_refused(tmp_path, folder, field):
 
 
 def test_broken_folders_are_refused(tmp_path, folder):
-    refused(tmp_path / "none", "is not a folder with config.json", from_transformers)
+    refused(tmp_path / "none", "is neither a folder with config.json", from_transformers)
     refused(tmp_path, "config.json cannot be read as JSON: No such file", from_transformers)
     twin(folder, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra": torch.ones(2)}, tmp_path / "model.safetensors")
-    refused(tmp_path, "the tensor 'extra' has no place", from_transformers)
+    refused(tmp_path, "the tensor 'extra' is not used", from_transformers)
     save_file(tensors | {"ctc_head.bias": torch.ones(12, dtype=torch.int64)}, tmp_path / "model.safetensors")
     refused(tmp_path, "'ctc_head.bias' must be a floating-point tensor", from_transformers)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
@@ -298,12 +298,12 @@ def test_broken_folders_are_refused(tmp_path, folder):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     refused(tmp_path, "only safetensors are read, never a pickle", from_transformers)
     unread = "config.json cannot be read as JSON"
-    for text, words in (("[1]", "config.json holds no fields"), ("{", unread), ("[" * 100000, unread)):
+    for text, words in (("[1]", "config.json must hold a JSON object"), ("{", unread), ("[" * 100000, unread)):
         (tmp_path / "config.json").write_text(text)
         refused(tmp_path, words, from_transformers)
     twin(folder, tmp_path)
     ParakeetFeatureExtractor(feature_size=20).save_pretrained(tmp_path)
-    refused(tmp_path, "the features have 20 mel bands, and the model takes 16", from_transformers)
+    refused(tmp_path, "the features have 20 mel bands, but the model takes 16", from_transformers)
 
 
 def test_a_model_of_the_hub(monkeypatch, folder):
@@ -318,7 +318,9 @@ def test_a_model_of_the_hub(monkeypatch, folder):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert from_transformers("owner/name@v1").model.config.dim == 32 and asked == [("owner/name", "v1")]
     refused(
-        "owner/other", "no folder owner/other here, and the Hub does not give it: not found at all", from_transformers
+        "owner/other",
+        "folder owner/other not found, and it cannot be downloaded from the Hub: not found at all",
+        from_transformers,
     )
 
 
@@ -661,7 +663,7 @@ def test_plain_tensors_with_a_config(tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     given = {value.untyped_storage().data_ptr() for value in tensors.values()}
     assert not given & {value.untyped_storage().data_ptr() for value in wanted.values()}
-    refused(tensors, "a state dict does not tell all", from_nemo)
+    refused(tensors, "a state dict does not describe its model", from_nemo)
     sparse = tensors | {"encoder.pre_encode.conv.0.bias": torch.ones(24).to_sparse()}
     refused(sparse, "'encoder.pre_encode.conv.0.bias' must be a floating-point tensor", from_nemo, network.config)
     refused(tmp_path / "none", "is not a complete safetensors file", from_nemo, network.config)
@@ -688,36 +690,39 @@ def test_features_and_tokenizers_of_nemo(tmp_path):
     path = network.archive(tmp_path / "a.nemo", start="./", **{"0a_tokenizer__model": pieces.model, "vocab__txt": b""})
     assert from_nemo(path).tokenizer == pieces
     network.archive(path, **{"0a_tokenizer__model": train_pieces(TEXTS, 26).model})
-    refused(path, "the tokenizer has 26 pieces, and the model has 29 outputs", from_nemo)
+    refused(path, "the tokenizer has 26 pieces, but the model has 29 outputs", from_nemo)
     network.archive(path, **{"0a_tokenizer__model": b"no model"})
     refused(path, "the tokenizer: not a sentencepiece model", from_nemo)
 
 
 UNSAID = {
-    "encoder.self_attention_model": ("abs_pos", "self_attention_model: the zoo takes 'rel_pos'"),
-    "encoder.subsampling": ("vggnet", "encoder.subsampling: the zoo takes 'striding' or 'dw_striding', not 'vggnet'"),
-    "encoder.subsampling_factor": (8, "encoder.subsampling_factor: the zoo takes 4, not 8"),
-    "encoder.conv_norm_type": ("group_norm8", "encoder.conv_norm_type: the zoo takes 'batch_norm' or 'layer_norm'"),
-    "encoder.conv_context_size": ("causal", "conv_context_size: the zoo takes 'causal' with chunks"),
+    "encoder.self_attention_model": ("abs_pos", "self_attention_model: the zoo supports 'rel_pos'"),
+    "encoder.subsampling": (
+        "vggnet",
+        "encoder.subsampling: the zoo supports 'striding' or 'dw_striding', not 'vggnet'",
+    ),
+    "encoder.subsampling_factor": (8, "encoder.subsampling_factor: the zoo supports 4, not 8"),
+    "encoder.conv_norm_type": ("group_norm8", "encoder.conv_norm_type: the zoo supports 'batch_norm' or 'layer_norm'"),
+    "encoder.conv_context_size": ("causal", "conv_context_size: the zoo supports 'causal' with chunks"),
     "encoder.att_context_size": ([4, 4], "att_context_size: .* needs att_context_style 'chunked_limited'"),
-    "encoder.att_context_style": ("dreamt", "att_context_style: the zoo takes 'regular' or 'chunked_limited'"),
-    "encoder.feat_out": (100, "encoder.feat_out: the zoo takes -1 or null or 24, not 100"),
-    "encoder.feat_in": ("${model.preprocessor.features}", "encoder.feat_in: it must be an integer, not '"),
-    "encoder.reduction_factor": (2, "encoder.reduction: the zoo takes null, not 'pooling'"),
+    "encoder.att_context_style": ("dreamt", "att_context_style: the zoo supports 'regular' or 'chunked_limited'"),
+    "encoder.feat_out": (100, "encoder.feat_out: the zoo supports -1 or null or 24, not 100"),
+    "encoder.feat_in": ("${model.preprocessor.features}", "encoder.feat_in: it must be an integer, got '"),
+    "encoder.reduction_factor": (2, "encoder.reduction: the zoo supports null, not 'pooling'"),
     "encoder.global_tokens": (1, "encoder.global_tokens: models with global tokens are not supported"),
-    "encoder.n_heads": (5, "5 heads do not divide dim 24"),
-    "encoder.d_model": (None, "encoder.d_model: it must be an integer, not null"),
-    "encoder.n_layers": (True, "encoder.n_layers: it must be an integer, not true"),
-    "encoder.conv_kernel_size": (6, "takes an odd kernel"),
-    "encoder.causal_downsampling": (True, r"'encoder.pre_encode.out.weight' is \[24, 96\]; .* \[24, 120\]"),
+    "encoder.n_heads": (5, "heads must divide dim 24, got 5"),
+    "encoder.d_model": (None, "encoder.d_model: it must be an integer, got null"),
+    "encoder.n_layers": (True, "encoder.n_layers: it must be an integer, got true"),
+    "encoder.conv_kernel_size": (6, "kernel must be odd"),
+    "encoder.causal_downsampling": (True, r"'encoder.pre_encode.out.weight' has shape \[24, 96\], .* \[24, 120\]"),
     "encoder.gates": (2, r"encoder.gates: the zoo does not know this key \(its value is 2\)"),
-    "encoder._target_": ("nemo.ConvASREncoder", "_target_: the zoo takes ConformerEncoder or SqueezeformerEncoder"),
-    "decoder._target_": ("nemo.RNNTDecoder", "decoder._target_: the zoo takes ConvASRDecoder, not RNNTDecoder"),
+    "encoder._target_": ("nemo.ConvASREncoder", "_target_: the zoo supports ConformerEncoder or SqueezeformerEncoder"),
+    "decoder._target_": ("nemo.RNNTDecoder", "decoder._target_: the zoo supports ConvASRDecoder, not RNNTDecoder"),
     "decoder.num_classes": (-1, "decoder.num_classes: neither it nor the vocabulary"),
-    "decoder.add_blank": (False, "decoder.add_blank: the zoo takes true"),
-    "preprocessor.normalize": ("all_features", "preprocessor.normalize: the zoo takes 'per_feature'"),
-    "preprocessor.features": (20, "the features have 20 mel bands, and the model takes 16"),
-    "preprocessor.window": ("hamming", "preprocessor.window: the zoo takes 'hann'"),
+    "decoder.add_blank": (False, "decoder.add_blank: the zoo supports true"),
+    "preprocessor.normalize": ("all_features", "preprocessor.normalize: the zoo supports 'per_feature'"),
+    "preprocessor.features": (20, "the features have 20 mel bands, but the model takes 16"),
+    "preprocessor.window": ("hamming", "preprocessor.window: the zoo supports 'hann'"),
     "preprocessor.window_size": (0.05, "preprocessor: .* window at most fft"),
     "preprocessor.new": (1, "preprocessor.new: the zoo does not know this key"),
     "preprocessor.log_zero_guard_value": ("eps", "log_zero_guard_value: it must be a number"),
@@ -740,14 +745,14 @@ def test_a_key_that_cannot_be_honoured_is_refused(key):
 MISFITS = {
     "causal_downsampling": (
         False,
-        "encoder.causal_downsampling: the zoo takes models with chunks only where this is true",
+        "encoder.causal_downsampling: for models with chunks the zoo supports only true",
     ),
-    "conv_context_size": (None, "encoder.conv_context_size: the zoo takes 'causal' with chunks"),
+    "conv_context_size": (None, "encoder.conv_context_size: the zoo supports 'causal' with chunks"),
     "att_context_size": ([-1, 2], "only chunks with a limited context"),
-    "att_context_size ": ([7, 2], "chunk must be at least 1 and divide left"),
+    "att_context_size ": ([7, 2], "chunk must be >= 1 and divide left"),
     "att_context_size  ": ("all", "att_context_size: it must be two integers"),
-    "self_attention_model": ("rel_pos_local_attn", "local attention takes as much on either side"),
-    "conv_context_size ": ([1, 5], "the zoo takes 'causal' or null"),
+    "self_attention_model": ("rel_pos_local_attn", "local attention must be as wide on either side"),
+    "conv_context_size ": ([1, 5], "the zoo supports 'causal' or null"),
 }
 
 
@@ -760,7 +765,7 @@ def test_chunks_that_do_not_fit_are_refused(key):
 
 def test_a_recovery_elsewhere_is_refused():
     network = Nemo(squeeze=True, time_recovery_idx=2)
-    refused(network.tensors, "time_recovery_idx: the zoo takes null or 3, not 2", from_nemo, network.config)
+    refused(network.tensors, "time_recovery_idx: the zoo supports null or 3, not 2", from_nemo, network.config)
     network = Nemo(squeeze=True, time_reduce_idx=3)
     refused(network.tensors, "the rate is halved before block 3", from_nemo, network.config)
 
@@ -781,7 +786,7 @@ def test_no_code_of_an_archive_is_run(tmp_path):
     pickles += [stored.getvalue(), pickle.dumps(Evil(trap), protocol=0)]
     for content in pickles:
         network.archive(path, model_weights__ckpt=content)
-        refused(path, "model_weights.ckpt is not a whole file of plain tensors", from_nemo)
+        refused(path, "model_weights.ckpt is not a complete file of plain tensors", from_nemo)
     text = f"encoder: !!python/object/apply:os.mkdir ['{trap}']".encode()
     network.archive(path, model_config__yaml=text)
     refused(path, "model_config.yaml cannot be read as YAML", from_nemo)
@@ -822,17 +827,23 @@ def test_broken_archives_are_refused(tmp_path):
         network.archive(path, model_config__yaml=text)
         refused(path, words, from_nemo)
     for content, words in {
-        b"": "is not a whole file of plain tensors",
-        pickle.dumps([1, 2]): "is not a whole file|holds no tensors by name",
+        b"": "is not a complete file of plain tensors",
+        pickle.dumps([1, 2]): "is not a complete file|holds no tensors by name",
     }.items():
         network.archive(path, model_weights__ckpt=content)
         refused(path, words, from_nemo)
     for tensors, words in (
         ({}, "holds no tensors by name"),
         ({"a": 1}, "holds 'a', which is not a tensor"),
-        (network.tensors | {"a": torch.ones(1)}, "the tensor 'a' has no place"),
-        (network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(13)}, r"is \[13\]; this model takes \[12\]"),
-        (network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(())}, r"is \[\]; this model takes \[12\]"),
+        (network.tensors | {"a": torch.ones(1)}, "the tensor 'a' is not used"),
+        (
+            network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(13)},
+            r"has shape \[13\], but this model needs \[12\]",
+        ),
+        (
+            network.tensors | {"decoder.decoder_layers.0.bias": torch.ones(())},
+            r"has shape \[\], but this model needs \[12\]",
+        ),
     ):
         stored = io.BytesIO()
         torch.save(tensors, stored)
@@ -841,4 +852,4 @@ def test_broken_archives_are_refused(tmp_path):
     stored = io.BytesIO()
     torch.save(network.tensors, stored)
     network.archive(path, model_weights__ckpt=stored.getvalue()[:-200])
-    refused(path, "is not a whole file of plain tensors", from_nemo)
+    refused(path, "is not a complete file of plain tensors", from_nemo)

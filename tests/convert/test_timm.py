@@ -227,29 +227,29 @@ REFUSED_MODELS = {
     "norm_pre": lambda: build(pre_norm=True),
     "'patch_embed.norm'": lambda: build(embed_norm_layer=functools.partial(nn.LayerNorm, elementwise_affine=False)),
     "attn_pool": lambda: build(global_pool="map"),
-    "not by 'max'": lambda: build(global_pool="max"),
-    "not by 'avgmax'": lambda: build(global_pool="avgmax"),
-    "not by ''": lambda: build(change=lambda model: model.reset_classifier(0, "")),
+    "got 'max'": lambda: build(global_pool="max"),
+    "got 'avgmax'": lambda: build(global_pool="avgmax"),
+    "got ''": lambda: build(change=lambda model: model.reset_classifier(0, "")),
     "pool_include_prefix": lambda: build(global_pool="avg", pool_include_prefix=True),
     "one final norm": lambda: build(final_norm=False),
-    r"queries and keys, not 'layernorm\(eps=0.001\)'": lambda: build(qk_norm=True, norm_layer=WIDE_EPS),
-    "queries and keys, not 'rmsnorm'": lambda: build(qk_norm=True, norm_layer=RmsNorm),
+    r"queries and keys, got 'layernorm\(eps=0.001\)'": lambda: build(qk_norm=True, norm_layer=WIDE_EPS),
+    "queries and keys, got 'rmsnorm'": lambda: build(qk_norm=True, norm_layer=RmsNorm),
     "one norm inside": lambda: build(scale_attn_norm=True),
     "one norm throughout": lambda: build(change=one_eps),
     "one number of heads": lambda: build(change=two_heads),
     "QuickGELU": lambda: build(act_layer="quick_gelu"),
-    r"\(SwiGLU\), not others": lambda: build(mlp_layer=SwiGLU),
+    r"only with silu on the first half \(SwiGLU\)$": lambda: build(mlp_layer=SwiGLU),
     "first half": lambda: build(mlp_layer=functools.partial(SwiGLUPacked, gate_last=True), act_layer=nn.SiLU),
-    "whose width 8 divides": lambda: build(mlp_layer=SwiGLU, act_layer=nn.SiLU, mlp_ratio=2.1),
+    "whose width is a multiple of 8": lambda: build(mlp_layer=SwiGLU, act_layer=nn.SiLU, mlp_ratio=2.1),
     "ResPostBlock": lambda: build(block_fn=ResPostBlock),
     "ParallelScalingBlock": lambda: build(block_fn=ParallelScalingBlock),
     "'blocks.0.attn.gate'": lambda: build(change=gate),
-    "not of 16 x 24": lambda: build(img_size=(16, 24)),
-    "not 18 x 18 by 4": lambda: build(img_size=18),
-    "square patches, not 4 x 2": lambda: build(patch_size=(4, 2)),
-    "leaves one unread": lambda: build(distilled=True, reg_tokens=2),
-    "without fc_norm": lambda: build(distilled=True, fc_norm=True),
-    "and no_embed_class": lambda: build(distilled=True, no_embed_class=True),
+    "got 16 x 24": lambda: build(img_size=(16, 24)),
+    "got 18 x 18 and patch 4": lambda: build(img_size=18),
+    "square patches, got 4 x 2": lambda: build(patch_size=(4, 2)),
+    "either registers or a distillation token": lambda: build(distilled=True, reg_tokens=2),
+    "distilled models with fc_norm": lambda: build(distilled=True, fc_norm=True),
+    "or no_embed_class": lambda: build(distilled=True, no_embed_class=True),
     "not OwnViT": lambda: OwnViT(**SMALL),
     "not Eva": lambda: timm.models.eva.Eva(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4),
     "not Linear": lambda: nn.Linear(2, 2),
@@ -268,7 +268,7 @@ def test_models_without_counterpart_are_refused(message):
 
 @pytest.mark.parametrize("hint", [{"heads": 4}, {"pool": "token"}, {"norm": "layernorm"}, {"activation": "gelu"}])
 def test_a_model_takes_no_hints(hint):
-    with pytest.raises(ValueError, match="a model tells them itself"):
+    with pytest.raises(ValueError, match="omit them where a model is given"):
         from_timm(build(), **hint)
 
 
@@ -290,22 +290,22 @@ REFUSED_STATES = {
     "'model' is dict": (lambda: {"model": without()}, {}),
     "'step' is torch.int64": (lambda: added(without(), step=torch.tensor(3)), {}),
     "no 'patch_embed.proj.weight'": (lambda: without("patch_embed.proj.weight"), {}),
-    "'cls_token' has 3 axes": (lambda: added(without(), cls_token=torch.zeros(32)), {}),
+    "'cls_token' must have 3 axes": (lambda: added(without(), cls_token=torch.zeros(32)), {}),
     "give heads=$": (lambda: without(), {}),
-    "at width 1280 none are usual": (lambda: huge().state_dict(), {}),
-    "5 heads do not divide": (lambda: without(), {"heads": 5}),
-    "not 'mean'": (lambda: without(), HEADS | {"pool": "mean"}),
+    "width 1280 has no usual one": (lambda: huge().state_dict(), {}),
+    "heads must divide the 32 channels of the queries, got 5": (lambda: without(), {"heads": 5}),
+    "got 'mean'": (lambda: without(), HEADS | {"pool": "mean"}),
     "'token' for a distilled model": (lambda: without(distilled=True), HEADS | {"pool": "avg"}),
     "needs a class token": (lambda: build(**NO_DIMS).state_dict(), HEADS | {"pool": "token"}),
-    "norm is 'layernorm' or 'rmsnorm'": (lambda: without(), HEADS | {"norm": "batchnorm"}),
+    "norm must be 'layernorm' or 'rmsnorm'": (lambda: without(), HEADS | {"norm": "batchnorm"}),
     "unknown option of layernorm 'epsilon'": (lambda: without(), HEADS | {"norm": "layernorm(epsilon=1.0)"}),
-    "no activation 'mish'": (lambda: without(), HEADS | {"activation": "mish"}),
-    "several meanings": (lambda: build(norm_layer=RmsNorm).state_dict(), HEADS),
+    "unknown activation 'mish'": (lambda: without(), HEADS | {"activation": "mish"}),
+    "a norm without a bias is ambiguous": (lambda: build(norm_layer=RmsNorm).state_dict(), HEADS),
     "'blocks.0.norm1.bias' has no counterpart": (lambda: without(), HEADS | {"norm": "rmsnorm"}),
-    "queries and keys, not": (lambda: without(qk_norm=True), {"norm": "layernorm(eps=0.001)"}),
-    "not with 'gelu'": (lambda: build(mlp_layer=SwiGLU).state_dict(), HEADS | {"activation": "gelu"}),
+    "queries and keys, got": (lambda: without(qk_norm=True), {"norm": "layernorm(eps=0.001)"}),
+    "got 'gelu'": (lambda: build(mlp_layer=SwiGLU).state_dict(), HEADS | {"activation": "gelu"}),
     "without 'pos_embed'": (lambda: without("pos_embed"), HEADS),
-    "no square grid": (lambda: build(img_size=(16, 28)).state_dict(), HEADS),
+    "not a square grid": (lambda: build(img_size=(16, 28)).state_dict(), HEADS),
     "one final norm": (lambda: without("norm.weight", "norm.bias"), HEADS),
     "'norm.bias' is missing": (lambda: without("norm.bias"), HEADS),
     "'blocks.1.attn.qkv.bias' is missing": (lambda: without("blocks.1.attn.qkv.bias"), HEADS),
@@ -313,7 +313,7 @@ REFUSED_STATES = {
     "'head.bias' is missing": (lambda: without("head.bias"), HEADS),
     "'norm_pre.weight' has no counterpart": (lambda: added(without(), norm_pre__weight=torch.ones(32)), HEADS),
     "'blocks.0.gamma_1' has no": (lambda: added(without(), blocks__0__gamma_1=torch.ones(32)), HEADS),
-    r"'blocks.1.mlp.fc1.weight' is \[64, 32\]": (
+    r"'blocks.1.mlp.fc1.weight' has shape \[64, 32\]": (
         lambda: added(without(), blocks__1__mlp__fc1__weight=torch.ones(64, 32)),
         HEADS,
     ),
@@ -351,7 +351,7 @@ def test_importing_the_converter_leaves_timm_alone():
 def test_blocks_that_are_not_there_are_not_built(number):
     """A name may claim any number of blocks."""
     state = build().state_dict() | {f"blocks.{number}.norm1.weight": torch.zeros(32)}
-    with pytest.raises(ValueError, match=f"'blocks.2' has no tensors, and 'blocks.{number}' has some"):
+    with pytest.raises(ValueError, match=f"'blocks.2' has no tensors, but 'blocks.{number}' has;"):
         from_timm(state, heads=4)
 
 

@@ -316,12 +316,12 @@ REFUSED_MODELS = {
     "global_pool.pool' being Identity": lambda: build(change=lambda model: model.reset_classifier(0, "")),
     "'head.norm' being Identity": lambda: build(change=lambda model: model.reset_classifier(0, "avg", True)),
     "'head.norm' being BatchNorm2d": lambda: build(output_norm=nn.BatchNorm2d),
-    "one norm a stage": lambda: build(norm_layers=GroupNorm1),
-    r"not \['layernorm\(bias=False\)', 'layernorm\(bias=False, eps=0.001\)'\]": lambda: build(change=one_eps),
+    "one norm per stage": lambda: build(norm_layers=GroupNorm1),
+    r"got \['layernorm\(bias=False\)', 'layernorm\(bias=False, eps=0.001\)'\]": lambda: build(change=one_eps),
     "one norm in the head": lambda: build(**CONV, output_norm=LayerNorm2dNoBias),
-    "one token mixer a stage": lambda: build(change=mixed),
+    "one token mixer per stage": lambda: build(change=mixed),
     "one activation": lambda: build(**POOL, change=two_acts),
-    "norms with a weight": lambda: build(**both(functools.partial(LayerNorm2d, affine=False))),
+    "whose norms have a weight": lambda: build(**both(functools.partial(LayerNorm2d, affine=False))),
     "'stages.1.downsample.conv.weight' is missing": lambda: build(dims=(16, 16)),
     "layer_scale1.scale' has no": lambda: build(layer_scale_init_values=(None, 0.1)),
     "'stages.1.blocks.0.layer_scale1.scale' is missing": lambda: build(layer_scale_init_values=(0.1, None)),
@@ -331,12 +331,12 @@ REFUSED_MODELS = {
     "'stages.0.blocks.0.1.attn' being ChannelAttentionV2": lambda: build(DaVit, channel_attn_v2=True),
     "'stages.0.blocks.0.spatial_block' being": lambda: build(DaVit, named_blocks=True),
     "'stages.0.blocks.0.0.cpe1.act' being GELU": lambda: build(DaVit, cpe_act=True),
-    "not with ffn=False": lambda: build(DaVit, ffn=False, attn_types=("channel",)),
-    "square windows, not 2 x 4": lambda: build(DaVit, window_size=(2, 4)),
+    "not one with ffn=False": lambda: build(DaVit, ffn=False, attn_types=("channel",)),
+    "square windows, got 2 x 4": lambda: build(DaVit, window_size=(2, 4)),
     "'stem.norm' being RmsNorm2d": lambda: build(DaVit, norm_layer="rmsnorm2d"),
     "norm1' being RmsNorm": lambda: build(DaVit, norm_layer_cl="rmsnorm"),
-    "a kernel of 4 and a padding": lambda: build(DaVit, down_kernel_size=4),
-    "the last one in or before the head": lambda: build(DaVit, head_norm_first=True, change=no_last_norm),
+    "kernel 4 and padding 0": lambda: build(DaVit, down_kernel_size=4),
+    "the last norm in or before the head": lambda: build(DaVit, head_norm_first=True, change=no_last_norm),
 }
 
 
@@ -366,7 +366,7 @@ FIRST = "stages.0.blocks.0"
 REFUSED_STATES = {
     "this one has no 'stages.0.blocks.0.norm1.weight'": lambda: state(without=[f"{FIRST}.norm1.weight"]),
     "has no 'stages.0.blocks.0.norm1.weight'": lambda: state(DaVit, named_blocks=True),
-    "'stages.0.blocks.0.norm1.bias' is missing: in PoolFormerV2": lambda: state(**V2),
+    "'stages.0.blocks.0.norm1.bias' is missing: PoolFormerV2": lambda: state(**V2),
     "'stages.1.downsample.conv.weight' is missing": lambda: state(without=["stages.1.downsample.conv.weight"]),
     "'stages.1.downsample.norm.weight' is missing": lambda: state(**CONV, without=["stages.1.downsample.norm.weight"]),
     "'stages.0.blocks.1.mlp.fc1.weight' is missing": lambda: state(without=["stages.0.blocks.1.mlp.fc1.weight"]),
@@ -382,17 +382,21 @@ REFUSED_STATES = {
     "'stages.0.blocks.1.norm2.bias' is missing": lambda: state(**POOL, without=["stages.0.blocks.1.norm2.bias"]),
     "'extra.weight' has no counterpart": lambda: state(change={"extra.weight": torch.ones(2)}),
     "'stages.0.blocks.0.cpe1.proj.weight' has no": lambda: state(change={f"{FIRST}.cpe1.proj.weight": torch.ones(1)}),
-    "'stem.conv.weight' has 4 axes": lambda: state(change={"stem.conv.weight": torch.ones(16, 3)}),
-    r"not the shape \[0, 3, 7, 7\]": lambda: state(change={"stem.conv.weight": torch.ones(0, 3, 7, 7)}),
-    r"'stem.conv.weight' is \[16, 3, 5, 5\]": lambda: state(change={"stem.conv.weight": torch.ones(16, 3, 5, 5)}),
-    "fc2.weight' has 2 or 4 axes": lambda: state(change={f"{FIRST}.mlp.fc2.weight": torch.ones(16)}),
-    r"'stages.0.blocks.1.mlp.fc1.weight' is \[9, 16\]": lambda: state(
+    "'stem.conv.weight' must have 4 axes": lambda: state(change={"stem.conv.weight": torch.ones(16, 3)}),
+    r"got shape \[0, 3, 7, 7\]": lambda: state(change={"stem.conv.weight": torch.ones(0, 3, 7, 7)}),
+    r"'stem.conv.weight' has shape \[16, 3, 5, 5\]": lambda: state(
+        change={"stem.conv.weight": torch.ones(16, 3, 5, 5)}
+    ),
+    "fc2.weight' must have 2 or 4 axes": lambda: state(change={f"{FIRST}.mlp.fc2.weight": torch.ones(16)}),
+    r"'stages.0.blocks.1.mlp.fc1.weight' has shape \[9, 16\]": lambda: state(
         change={"stages.0.blocks.1.mlp.fc1.weight": torch.ones(9, 16, 1, 1)}
     ),
-    r"fc1.weight' is \[64, 16, 3, 3\]": lambda: state(change={f"{FIRST}.mlp.fc1.weight": torch.ones(64, 16, 3, 3)}),
-    "takes an odd kernel, not 4": lambda: state(change={f"{FIRST}.token_mixer.dwconv.weight": torch.ones(32, 1, 4, 4)}),
-    "at width 40 none are usual": lambda: state(**CA, dims=(16, 40), head_dim=20),
-    "at width 48 none are usual": lambda: state(DaVit, embed_dims=(32, 48)),
+    r"fc1.weight' has shape \[64, 16, 3, 3\]": lambda: state(
+        change={f"{FIRST}.mlp.fc1.weight": torch.ones(64, 16, 3, 3)}
+    ),
+    "kernel must be odd, got 4": lambda: state(change={f"{FIRST}.token_mixer.dwconv.weight": torch.ones(32, 1, 4, 4)}),
+    "width 40 has no usual one": lambda: state(**CA, dims=(16, 40), head_dim=20),
+    "width 48 has no usual one": lambda: state(DaVit, embed_dims=(32, 48)),
     "attention in turns; give the model": lambda: state(DaVit, attn_types=("spatial",)),
     "'stages.1.blocks.1.1.cpe2.proj.bias' is missing": lambda: state(
         DaVit, without=["stages.1.blocks.1.1.cpe2.proj.bias"]
@@ -421,7 +425,7 @@ def test_state_dicts_without_counterpart_are_refused(message):
 @pytest.mark.parametrize("hint", [{"heads": 1}, {"pool": "avg"}, {"norm": "layernorm"}, {"activation": "gelu"}])
 @pytest.mark.parametrize("kind", [MetaFormer, DaVit])
 def test_hints_are_for_vision_transformers(kind, hint):
-    with pytest.raises(ValueError, match="a model tells them itself"):
+    with pytest.raises(ValueError, match="omit them where a model is given"):
         from_timm(build(kind), **hint)
     with pytest.raises(ValueError, match="are for vision transformers"):
         from_timm(state(kind), **hint)

@@ -127,12 +127,12 @@ def test_lightning_finds_set_epoch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": 0}, "seconds must be above 0, not 0"),
-        ({"seconds": float("nan")}, "seconds must be above 0"),
-        ({"padding": 1.0}, "padding is a share, at least 0 and below 1, not 1.0"),
-        ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"durations": [1.0, 0.0]}, "durations must be numbers above 0"),
-        ({"durations": [1.0, float("nan")]}, "durations must be numbers above 0"),
+        ({"seconds": 0}, "seconds must be > 0, got 0"),
+        ({"seconds": float("nan")}, "seconds must be > 0"),
+        ({"padding": 1.0}, "padding must be >= 0 and < 1, got 1.0"),
+        ({"batch": 0}, "batch must be >= 1, got 0"),
+        ({"durations": [1.0, 0.0]}, "durations must be > 0"),
+        ({"durations": [1.0, float("nan")]}, "durations must be > 0"),
     ],
     ids=str,
 )

@@ -31,7 +31,7 @@ def test_links_do_not_multiply_the_set(root: Path):
     os.symlink("../..", root / "train/bee/root")
     os.symlink("../ant/0.png", root / "train/bee/again.png")
     os.symlink("..", root / "train/back")  # is no class
-    with pytest.warns(UserWarning, match=r"train: omitted 5 links to what is used already \(such as .*train/ant/up\)$"):
+    with pytest.warns(UserWarning, match=r"train: omitted 5 links to files already used \(such as .*train/ant/up\)$"):
         assert count(root) == [3, 3]
     assert count(root, "val") == [3, 3]
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from zoo.data.images import Batch, Images, Pictures, normalized, stack, training_transform
+from zoo.data.images import Batch, ImageDataset, Images, normalized, stack, training_transform
 from zoo.data.sampling import seeded
 from zoo.inputs.images import ImagePreprocess
 
@@ -83,7 +83,7 @@ def test_digits_parts_share_no_picture():
     parts = {}
     for split in ("train", "val", "test"):
         source = data.source(split)
-        parts[split] = {source.picture(i).tobytes() for i in range(len(source.labels))}
+        parts[split] = {source.image(i).tobytes() for i in range(len(source.labels))}
     assert not parts["train"] & parts["val"] and parts["val"] == parts["test"]
     assert len(parts["train"]) == 1437
 
@@ -98,7 +98,7 @@ def test_digits_values_and_size():
     assert images.max() == 1 and images.min() == 0
     for image in images:
         assert torch.round(image * 16).long().numpy().tobytes() in known
-    enlarged = Images(size=32).source("val").picture(0)
+    enlarged = Images(size=32).source("val").image(0)
     assert enlarged.size == (32, 32) and enlarged.mode == "RGB"
 
 
@@ -110,7 +110,7 @@ def test_evaluation_is_the_preprocess(root: Path):
     assert data.preprocess == ImagePreprocess(size=16, crop=0.9, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     batch = whole(data.val_dataloader())
     for index in range(3):
-        expected = data.preprocess(data.source("val").picture(index))
+        expected = data.preprocess(data.source("val").image(index))
         assert torch.equal(batch.images[index], expected)
     assert batch.labels.tolist() == [0, 1, 2] and batch.labels.dtype == torch.int64
 
@@ -120,7 +120,7 @@ def test_training_without_augmentation_is_a_resize(channels: int):
     data = Images(channels=channels, size=24, crop=1.0, **PLAIN)
     dataset = data.train_dataloader().dataset
     for index in range(5):
-        torch.testing.assert_close(image_of(dataset, 0, index), data.preprocess(data.source("train").picture(index)))
+        torch.testing.assert_close(image_of(dataset, 0, index), data.preprocess(data.source("train").image(index)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -176,7 +176,7 @@ def test_jitter_is_as_strong_as_asked():
 
 def test_whole_scale_cuts_the_centred_square(root: Path):
     data = folder(root, mean=[0.0] * 3, std=[1.0] * 3, **PLAIN)
-    square = data.source("train").picture(0).crop((3, 0, 27, 24)).resize((16, 16), Image.Resampling.BICUBIC)
+    square = data.source("train").image(0).crop((3, 0, 27, 24)).resize((16, 16), Image.Resampling.BICUBIC)
     dataset = data.train_dataloader().dataset
     for epoch in range(5):
         image = image_of(dataset, epoch, 0).permute(1, 2, 0) * 255
@@ -197,7 +197,7 @@ def test_grey_is_normalised_with_one_value():
 
 @pytest.mark.parametrize("name", ["rand-z9", "nonsense", "rand-mx9"])
 def test_unknown_randaugment(name: str):
-    with pytest.raises(ValueError, match=f"does not understand randaugment='{name}'"):
+    with pytest.raises(ValueError, match=f"cannot parse randaugment='{name}'"):
         Images(randaugment=name).setup("fit")
 
 
@@ -325,7 +325,7 @@ def test_what_workers_get_pickles(dataset: str, root: Path):
 def test_synthetic_is_fixed_and_learnable():
     def features(split: str) -> tuple[np.ndarray, np.ndarray]:
         source = Images(dataset="synthetic", channels=1).source(split)
-        arrays = np.stack([np.asarray(source.picture(i)) for i in range(len(source.labels))])
+        arrays = np.stack([np.asarray(source.image(i)) for i in range(len(source.labels))])
         spectrum = np.abs(np.fft.rfft2(arrays / 255.0 - 0.5))
         return spectrum.reshape(len(arrays), -1), source.labels
 
@@ -374,7 +374,7 @@ def test_imagefolder_test_split(root: Path):
 
 def test_other_classes_in_val(root: Path):
     (root / "val" / "cat").rename(root / "val" / "dog")
-    with pytest.raises(ValueError, match=r"val differs .* without cat, with dog$") as error:
+    with pytest.raises(ValueError, match=r"val differ .* without cat, with dog$") as error:
         folder(root).setup("fit")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="without cat"):
@@ -398,11 +398,11 @@ def test_empty_class_folders(root: Path):
 
 
 def test_missing_folders(root: Path, tmp_path: Path):
-    layout = "is laid out as root/train/<class>"
-    with pytest.raises(ValueError, match=f"nowhere/train is not a folder; .* {layout}"):
+    layout = "the layout of an imagefolder is root/train/<class>"
+    with pytest.raises(ValueError, match=f"nowhere/train is not a folder; {layout}"):
         folder(root / "nowhere").setup("fit")
     (root / "val").rename(root / "validation")
-    with pytest.raises(ValueError, match=f"/val is not a folder; .* {layout}"):
+    with pytest.raises(ValueError, match=f"/val is not a folder; {layout}"):
         folder(root).setup("fit")
     (tmp_path / "flat" / "train").mkdir(parents=True)
     (tmp_path / "flat" / "val").mkdir()
@@ -457,9 +457,9 @@ def test_other_errors_are_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPa
         raise ZeroDivisionError
 
     source = folder(root).source("train")
-    monkeypatch.setattr(source, "picture", fail)
+    monkeypatch.setattr(source, "image", fail)
     with pytest.raises(ZeroDivisionError):
-        _ = Pictures(source, folder(root).preprocess, torch.stack)[0, 0]
+        _ = ImageDataset(source, folder(root).preprocess, torch.stack)[0, 0]
 
 
 @pytest.mark.parametrize("finish", [stack, normalized])
@@ -487,10 +487,10 @@ def test_a_batch_is_what_its_images_are_alone(channels: int):
         ({"dataset": "mnist"}, "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
         ({"dataset": "imagefolder"}, "needs root"),
         ({"root": "somewhere"}, "takes no root"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"workers": -1}, "workers must be at least 0"),
-        ({"flip": 1.5}, "flip is a probability"),
-        ({"erasing": -0.5}, "erasing is a probability"),
+        ({"batch": 0}, "batch must be >= 1"),
+        ({"workers": -1}, "workers must be >= 0"),
+        ({"flip": 1.5}, "flip must be a probability"),
+        ({"erasing": -0.5}, "erasing must be a probability"),
         ({"fraction": 1.0}, "fraction must be"),
         ({"scale": (0.9, 0.5)}, "scale must be"),
         ({"scale": (0.0, 1.0)}, "scale must be"),

@@ -101,7 +101,7 @@ def test_what_is_given_wins_in_fit_alone():
     data = Images(size=16, crop=1.0, mean=[0.0, 0.0, 0.0])
     (line,) = followed(data, KEPT, "fit")
     assert line == (
-        "inputs are prepared as for the checkpoint, but for size 16 (was 24), "
+        "inputs are preprocessed as in the checkpoint, except for size 16 (was 24), "
         "mean [0.0, 0.0, 0.0] (was [0.1, 0.2, 0.3]), crop 1.0 (was 0.9)"
     )
     assert data.preprocess == replace(KEPT, size=16, crop=1.0, mean=(0.0, 0.0, 0.0))
@@ -127,7 +127,7 @@ def test_speech_follows_too():
     assert data.preprocess == RECIPES["nemo"]
     assert followed(data, kept, "fit") == [] and data.preprocess == kept
     data = Speech(mels=64)
-    assert followed(data, kept, "fit") == ["inputs are prepared as for the checkpoint, but for mels 64 (was 40)"]
+    assert followed(data, kept, "fit") == ["inputs are preprocessed as in the checkpoint, except for mels 64 (was 40)"]
     assert data.preprocess == replace(RECIPES["squeezeformer"], mels=64)
     data = Speech(recipe="nemo")
     assert followed(data, kept, "fit") and data.preprocess == RECIPES["nemo"]
@@ -144,4 +144,4 @@ def test_the_task_of_a_trainer_is_asked_for_its_checkpoint(monkeypatch: pytest.M
     data.setup("validate")
     assert lines == ["measured with the preprocessing of the checkpoint: size 24 (not 16)"]
     (batch, *_) = data.val_dataloader()
-    assert batch.images.shape[-1] == 24 and torch.equal(batch.images[0], KEPT(data.source("val").picture(0)))
+    assert batch.images.shape[-1] == 24 and torch.equal(batch.images[0], KEPT(data.source("val").image(0)))

@@ -118,7 +118,7 @@ def test_several_splits(root: Path):
 
 def test_missing_folders(root: Path, tmp_path: Path):
     (root / "file").write_text("")
-    with pytest.raises(ValueError, match=r"has no folder 'dev-other'; it has: dev-clean, train-clean-100$"):
+    with pytest.raises(ValueError, match=r"^folder 'dev-other' not found in .*; found: dev-clean, train-clean-100$"):
         libri(root, val=["dev-other"]).setup("fit")
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         libri(root / "nowhere").setup("fit")
@@ -127,7 +127,7 @@ def test_missing_folders(root: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^data.val is not given"):
         libri(root, val=None).setup("test")
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match=r"void has no transcribed utterances; they are laid out as speaker/chapter/"):
+    with pytest.raises(ValueError, match=r"void has no transcribed utterances; the layout is speaker/chapter/"):
         libri(root, val=["void"]).setup("validate")
 
 
@@ -141,11 +141,11 @@ def test_pairs_that_do_not_match_are_reported_in_one_line(root: Path):
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
         f"{root / 'train-clean-100'}: omitted 1 utterances without a transcript (such as "
-        f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 utterances without a sound file (such as 2-7-0005), "
+        f"{root / 'train-clean-100/1/7/1-7-0009.flac'}), 2 utterances without an audio file (such as 2-7-0005), "
         "1 utterances with an empty transcript (such as 2-7-0000)"
     )
     assert texts(train) == [*TRAIN[:4], "GO HOME"]
-    with pytest.warns(UserWarning, match=r"2 utterances without a sound file \(such as 2-7-0005\)$"):
+    with pytest.warns(UserWarning, match=r"2 utterances without an audio file \(such as 2-7-0005\)$"):
         assert texts(libri(root, val=["train-clean-100"]).source("val")) == [*TRAIN[:4], "", "GO HOME"]
 
 
@@ -155,12 +155,12 @@ def test_malformed_lines_of_transcripts_are_left_out(root: Path):
     with pytest.warns(UserWarning) as caught:
         found = texts(libri(root).source("train"))
     (message,) = [str(warning.message) for warning in caught]
-    first = f"{path}, line 3: it must begin with an utterance's name and a space"
+    first = f"{path}, line 3: must begin with an utterance's name and a space"
     assert f"3 malformed lines (such as {first}), 2 utterances without a transcript" in message
     assert found[:2] == ["A", "E"]
 
     path.write_text("1-7-0000\tA\n")
-    why = "has no transcribed utterances; .*line 1: it must begin with"
+    why = "has no transcribed utterances; .*line 1: must begin with"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=why):
         libri(root, train=["train-clean-100/1"]).setup("fit")
     path.write_bytes(b"1-7-0000 A\n1-7-0001 \xff\n")
@@ -200,7 +200,7 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
     (message,) = [str(warning.message) for warning in caught]
     assert message == (
         f"{tmp_path / 'list.json'}: omitted 1 utterances without a transcript (such as a.wav), "
-        f"1 utterances without a sound file (such as {tmp_path / 'gone.wav'}), "
+        f"1 utterances without an audio file (such as {tmp_path / 'gone.wav'}), "
         f"2 utterances with an empty transcript (such as a.wav)"
     )
     with pytest.warns(UserWarning, match="1 utterances without a transcript"):
@@ -218,7 +218,7 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be above 0, got 0"),
         ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, got '1'"),
         ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, got nan"),
-        ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be at least 0, got -1"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be >= 0, got -1"),
         (
             '{"audio_filepath": "a.wav", "text": "A", "duration": 1' + "0" * 400 + "}",
             "int too large to convert to float",
@@ -296,10 +296,10 @@ def test_filter_is_for_training_alone_and_said_once(root: Path, caplog: pytest.L
         found = by_name(data.train_dataloader())
         by_name(data.train_dataloader())
     assert sorted(found) == ["1-7-0001", "1-7-0002", "2-7-0001"]
-    said = [record.message for record in caplog.records if "left out of training" in record.message]
-    assert said == ["of 6 utterances, 2 shorter than 0.55 s and 1 longer than 0.75 s are left out of training"]
+    said = [record.message for record in caplog.records if "omitted from training" in record.message]
+    assert said == ["of 6 utterances, 2 shorter than 0.55 s and 1 longer than 0.75 s are omitted from training"]
     assert len(by_name(data.val_dataloader())) == 6
-    with pytest.raises(ValueError, match="no utterance is left to train on: of 6, 6 longer than 0.4 s are left out"):
+    with pytest.raises(ValueError, match="no utterance is left to train on: of 6, 6 longer than 0.4 s are omitted"):
         libri(root, shortest=0.0, longest=0.4).setup("fit")
 
 
@@ -574,28 +574,28 @@ def test_recipes_and_mels():
     ("options", "message"),
     [
         ({"dataset": "voice"}, "unknown dataset 'voice'; allowed: librispeech, manifest, synthetic"),
-        ({"root": "x"}, "'synthetic' takes neither root nor train"),
-        ({"train": ["x"]}, "'synthetic' takes neither root nor train"),
+        ({"root": "x"}, "'synthetic' takes none of root, train"),
+        ({"train": ["x"]}, "'synthetic' takes none of root, train"),
         ({"dataset": "librispeech"}, "'librispeech' needs root, a folder"),
         ({"recipe": "kaldi"}, "unknown recipe 'kaldi'; allowed: nemo, squeezeformer, streaming"),
         ({"mels": 0}, "mels must be an integer from 1 to 1024"),
         (
             {"tokenizer": "letters"},
-            "tokenizer must be pieces, words, characters or the path of a .model file, not 'letters'",
+            "tokenizer must be pieces, words, characters or the path of a .model file, got 'letters'",
         ),
-        ({"seconds": 0.0}, "seconds must be above 0"),
-        ({"padding": 1.0}, "padding is a share"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"pieces": 1}, "pieces must be at least 2, not 1"),
-        ({"workers": -1}, "workers must be at least 0, not -1"),
-        ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"shortest": 20.0}, "shortest must be at least 0 and below longest, not 20.0 and 20.0"),
+        ({"seconds": 0.0}, "seconds must be > 0"),
+        ({"padding": 1.0}, "padding must be >= 0 and < 1"),
+        ({"batch": 0}, "batch must be >= 1"),
+        ({"pieces": 1}, "pieces must be >= 2, got 1"),
+        ({"workers": -1}, "workers must be >= 0, got -1"),
+        ({"limit": 0}, "limit must be >= 1, got 0"),
+        ({"shortest": 20.0}, "shortest must be >= 0 and < longest, got 20.0 and 20.0"),
         ({"speeds": []}, "speeds must hold at least one factor"),
-        ({"speeds": [3.0]}, "a speed must be between 0.5 and 2 in steps of 0.01, not 3.0"),
-        ({"noise": [10.0]}, "noise holds the lowest and the highest ratio in dB"),
-        ({"noise": [30.0, 10.0]}, "noise holds the lowest and the highest ratio in dB"),
-        ({"noise": [float("nan"), 10.0]}, "noise holds the lowest and the highest ratio in dB"),
-        ({"dither": 1.0}, "dither must be at least 0 and below 1"),
+        ({"speeds": [3.0]}, "a speed must be from 0.5 to 2 in steps of 0.01, got 3.0"),
+        ({"noise": [10.0]}, "noise must be the lowest and the highest ratio in dB"),
+        ({"noise": [30.0, 10.0]}, "noise must be the lowest and the highest ratio in dB"),
+        ({"noise": [float("nan"), 10.0]}, "noise must be the lowest and the highest ratio in dB"),
+        ({"dither": 1.0}, "dither must be >= 0 and < 1"),
     ],
     ids=str,
 )

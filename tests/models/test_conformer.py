@@ -350,7 +350,7 @@ def test_wrong_features_lengths_and_layers_are_refused():
     with pytest.raises(ValueError, match="one number a clip"):
         model(features, torch.tensor([40]))
     for layer in (4, -5):
-        with pytest.raises(ValueError, match=f"layers: there is no block {layer}; the model has 4"):
+        with pytest.raises(ValueError, match=f"layers: unknown block {layer}; the model has 4"):
             model.encode(features, layers=[0, layer])
 
 

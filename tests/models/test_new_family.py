@@ -156,7 +156,7 @@ def test_what_does_not_fit_it_is_said(model, tmp_path):
     from zoo.inputs.images import ImagePreprocess
 
     for wrong, words in (
-        ({"preprocess": ImagePreprocess(size=16)}, "takes no preprocess, not ImagePreprocess"),
+        ({"preprocess": ImagePreprocess(size=16)}, "must be None, got ImagePreprocess"),
         ({"labels": ["ant"]}, "labels has 1 names, but the model has 3 classes"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -173,8 +173,11 @@ def test_no_task_takes_it(model, tmp_path):
     folder = zoo.save_model(model, tmp_path / "kept", labels=LABELS)
     (tmp_path / "a.png").touch()
     for arguments, words in (
-        (["classify", "predict", str(folder), str(tmp_path / "a.png")], "is not a model for `zoo classify`"),
-        (["classify", "fit", "--model.backbone.name=ranking_tiny"], "trained by no command, not by `zoo classify`"),
+        (["classify", "predict", str(folder), str(tmp_path / "a.png")], "`zoo classify` cannot use"),
+        (
+            ["classify", "fit", "--model.backbone.name=ranking_tiny"],
+            "`zoo classify` cannot train this model.backbone; no command trains it",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

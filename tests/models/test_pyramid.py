@@ -299,7 +299,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
         ({"mixer": ("sla", "sla", ("sla", "pool", "sla"), "sla")}, ["mixer", "1 to 2 names"]),
         (
             {"position": ("none", ("sincos", "none"), "none", "none")},
-            ["position is one name for all blocks in stage"],
+            ["position must be one name for all blocks in stage"],
         ),
         (
             {"position": "rope", "mixer": (("softmax", "channel"), "sla", "sla", "sla")},

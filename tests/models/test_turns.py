@@ -180,11 +180,15 @@ def test_it_is_exported(case):
 @pytest.mark.parametrize(
     ("name", "choices", "words"),
     [
-        ("vit_micro", {"depth": 2, "mixer": ("softmax",) * 3}, "mixer takes 1 to 2 names in turns, where"),
-        ("vit_micro", {"mixer": ()}, "mixer takes 1 to 6 names in turns"),
-        ("vit_micro", {"mixer": (("softmax", "sla"), "sla")}, "mixer takes a name or a tuple of names for the blocks"),
-        ("vit_micro", {"mixer": ("softmax", 3)}, "mixer takes a name or a tuple of names, not ('softmax', 3)"),
-        ("vit_micro", {"position": ("rope", "sincos")}, "position is one name for all blocks, not"),
+        ("vit_micro", {"depth": 2, "mixer": ("softmax",) * 3}, "mixer must be 1 to 2 names for the"),
+        ("vit_micro", {"mixer": ()}, "mixer must be 1 to 6 names"),
+        (
+            "vit_micro",
+            {"mixer": (("softmax", "sla"), "sla")},
+            "mixer must be a name, or a tuple of names that the blocks take in turn",
+        ),
+        ("vit_micro", {"mixer": ("softmax", 3)}, "mixer must be a name or a tuple of names, got ('softmax', 3)"),
+        ("vit_micro", {"position": ("rope", "sincos")}, "position must be one name for all blocks, got"),
         (
             "vit_micro",
             {"mixer": ("softmax", "pool"), "position": "rope"},
@@ -198,9 +202,13 @@ def test_it_is_exported(case):
             "blocks.3: placement 'hybrid' needs the site 'query'; mixer 'pool' has: none",
         ),
         ("vit_micro", {"mixer": ("softmax", "softmax(kv_heads=2)")}, "blocks.1: mixer 'softmax(kv_heads=2)': kv_heads"),
-        ("vit_micro", {"norm": ("layernorm", "groupnorm(groups=5)")}, "blocks.1: norm 'groupnorm(groups=5)': 5 groups"),
+        (
+            "vit_micro",
+            {"norm": ("layernorm", "groupnorm(groups=5)")},
+            "blocks.1: norm 'groupnorm(groups=5)': groupnorm: groups must divide",
+        ),
         ("vit_micro", {"norm": ("layernorm", "rms(")}, "norm: cannot read 'rms('"),
-        ("vit_micro", {"patch": 0}, "image, patch and channels must be at least 1"),
+        ("vit_micro", {"patch": 0}, "image, patch and channels must be >= 1"),
         (
             "poolformer_s12",
             {"dim": (64, 120, 320, 512), "channel": "fca", "mixer": "pool"},
@@ -227,16 +235,16 @@ def test_it_is_exported(case):
             "mixer has 0 choices",
         ),
         ("vit_micro", {"layout": ("norm",)}, "layout has no branch"),
-        ("vit_micro", {"layer_scale": float("nan")}, "layer_scale takes a finite number, not nan"),
-        ("vit_micro", {"position": "rope(base=0)"}, "position 'rope(base=0)': rope takes a base above 0"),
+        ("vit_micro", {"layer_scale": float("nan")}, "layer_scale must be finite, got nan"),
+        ("vit_micro", {"position": "rope(base=0)"}, "position 'rope(base=0)': rope: base must be > 0"),
         ("vit_micro", {"modulate": True, "modulation": "none"}, "contradict each other"),
-        ("conformer_ctc_s", {"mixers": ("relative", "sla")}, "mixers would be ignored: strided names no block"),
+        ("conformer_ctc_s", {"mixers": ("relative", "sla")}, "mixers would be ignored: strided lists no block"),
         ("vit_micro", {"conv": ("glu", "swish")}, "conv 'glu / swish' would be ignored: the layout has no conv"),
         ("deit_tiny", {"channel": ("none", "none", "ela")}, "blocks.2: channel 'ela' does not read prefix"),
         (
             "vit_micro",
             {"mixer": ("softmax", "softmax(head_dim=16)"), "position": "rope"},
-            "position 'rope' turns heads of one width, not [16, 32]",
+            "position 'rope' needs heads of one width, got [16, 32]",
         ),
         (
             "davit_tiny",
@@ -247,7 +255,7 @@ def test_it_is_exported(case):
         (
             "davit_tiny",
             {"mixer": (("sla",) * 3, "sla", "sla", "sla")},
-            "mixer takes 1 to 2 names in turns in stage 0, where",
+            "mixer must be 1 to 2 names for the 2 blocks in stage 0",
         ),
         ("conformer_ctc_s", {"mixer": ("relative", "window"), "chunk": 2}, "blocks.1: mixer 'window' does not read"),
         (
@@ -258,7 +266,7 @@ def test_it_is_exported(case):
         (
             "efficient_conformer_s",
             {"conv": ("glu", "swish", "glu")},
-            "stages need conv 'glu', not 'glu, swish",
+            "stages need conv 'glu', got 'glu, swish",
         ),
     ],
     ids=str,
@@ -282,9 +290,9 @@ def test_every_choice_that_is_one_name_may_be_a_tuple_of_that_name():
 
 def test_heads_have_to_divide_dim_only_where_there_is_a_mixer():
     assert zoo.create_model("vit_micro", layout=("ffn",), heads=5)(torch.randn(1, 3, 8, 8)).shape == (1, 1000)
-    with pytest.raises(ValueError, match="5 heads do not divide dim 96; choose heads that do, or give head_dim"):
+    with pytest.raises(ValueError, match="heads must divide dim 96, got 5; choose heads that do, or give head_dim"):
         zoo.create_model("vit_micro", heads=5)
-    with pytest.raises(ValueError, match="5 heads do not divide dim 96; choose heads that do$"):
+    with pytest.raises(ValueError, match="heads must divide dim 96, got 5; choose heads that do$"):
         zoo.create_model("vit_micro", heads=5, mixer="window")
 
 

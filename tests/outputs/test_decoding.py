@@ -353,10 +353,10 @@ def test_language_model_changes_the_answer(kenlm: Path):
 def test_missing_and_broken_language_models(kenlm: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="^language model file not found: 'nowhere.arpa'$"):
         KenLM("nowhere.arpa", CHARACTERS)
-    with pytest.raises(ValueError, match="unit must be 'word' or 'token', not 'letter'"):
+    with pytest.raises(ValueError, match="unit must be 'word' or 'token', got 'letter'"):
         KenLM(kenlm, CHARACTERS, unit="letter")
     broken = kenlm.rename(kenlm.with_name("broken.arpa"))
-    with pytest.raises(ValueError, match=r"broken.arpa is no n-gram that kenlm reads: .*\(no n-gram\)$"):
+    with pytest.raises(ValueError, match=r"broken.arpa cannot be read by kenlm as an n-gram model: .*\(no n-gram\)$"):
         KenLM(broken, CHARACTERS)
     monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(ValueError, match="needs kenlm, which is not installed: pip install kenlm$"):
@@ -396,7 +396,7 @@ def test_real_kenlm(tmp_path: Path):
     assert (whole + score) / math.log(10) == pytest.approx(-0.0625 - 0.375 - 1.0 - 0.5) and units == 1
     broken = tmp_path / "broken.arpa"
     broken.write_text("text")
-    with pytest.raises(ValueError, match="broken.arpa is no n-gram that kenlm reads"):
+    with pytest.raises(ValueError, match="broken.arpa cannot be read by kenlm as an n-gram model"):
         KenLM(broken, CHARACTERS)
 
 
@@ -576,7 +576,7 @@ def test_transducer_gives_a_frame_at_most_so_many_tokens():
     head.joint = lambda encoded, g: F.one_hot(torch.full(g.shape[:1], 2), 6).float()  # never the blank
     found = transducer_greedy(head, torch.zeros(2, 3, 8), torch.tensor([3, 2]), most=4)
     assert found == [[2] * 12, [2] * 8]
-    with pytest.raises(ValueError, match="1 token or more, not 0"):
+    with pytest.raises(ValueError, match="most must be >= 1 token per frame, got 0"):
         transducer_greedy(head, torch.zeros(2, 3, 8), torch.tensor([3, 2]), most=0)
 
 

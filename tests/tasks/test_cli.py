@@ -79,9 +79,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "the model has 3 channels and the data 1; omit model.backbone.channels or set it to 1",
         ),
         ([*TINY, "--trainer.precision=64-true"], "trainer.precision: models are trained in 32-true, "),
-        ([*TINY, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, so there is nothing to train"),
+        ([*TINY, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be > 0 for training"),
         ([*TINY, "--trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
-        ([*TINY, "--model.weights=nowhere"], "there is no checkpoint 'nowhere'"),
+        ([*TINY, "--model.weights=nowhere"], "checkpoint 'nowhere' not found"),
         ([*TINY, "--data.dataset=mnist"], "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
         ([*TINY, "--data.dataset=imagefolder"], "needs root"),
         ([*TINY, "--data.dataset=imagefolder", "--data.root=nowhere"], "nowhere/train is not a folder"),
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*TINY, "--trainer.max_epochs=-1"], "the schedule needs an end"),
         ([*TINY, "--trainer.precision=7"], "precision"),
         ([*TINY, "--trainer.limit_val_batches=1.5"], "limit_val_batches"),
-        ([*TINY, "--ckpt_path=nowhere.ckpt"], "--ckpt_path nowhere.ckpt does not exist, so there is nothing to resume"),
+        ([*TINY, "--ckpt_path=nowhere.ckpt"], "--ckpt_path: file not found: nowhere.ckpt"),
         (["classify", "fit"], "model.backbone needs a name"),
         (["classify", "validate", *TINY[2:]], "--model.weights"),
         (["classify", "test", *TINY[2:]], "--model.weights"),
@@ -143,7 +143,7 @@ def test_code_in_a_file_is_never_run(verb: str, how: str, tmp_path: Path):
 def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
     path = tmp_path / "broken.ckpt"
     path.write_bytes((run / "resume" / "last.ckpt").read_bytes()[:size])
-    assert f"{path} is truncated, or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
+    assert f"{path} is truncated or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
 def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +159,7 @@ def test_other_files_to_resume_from(run: Path, tmp_path: Path):
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
     assert f"{run}/best/resume/last.ckpt does not exist" in refused(*TINY, f"--ckpt_path={run}/best")
     other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
-    assert "--ckpt_path is of another model: 'model.blocks.0." in refused(*other)
+    assert "--ckpt_path belongs to another model: 'model.blocks.0." in refused(*other)
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
     assert "zoo.convert.from_nemo reads such files" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
 
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(later: An
     later("on_train_epoch_start", lambda task: task.model.head.bias.data.fill_(float("nan")))
     message = stopped(tmp_path)
     assert message == (
-        "the loss was not finite at step 3 (epoch 1); "
+        "the loss was NaN or infinite at step 3 (epoch 1); "
         "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
     )
     for name in ("best", "last"):
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(later: An
 def test_weights_that_the_last_step_spoils_are_not_kept(flag: str, later: Any, tmp_path: Path):
     """No loss of training sees them."""
     later("on_validation_start", lambda task: task.model.stem.conv.weight.data[0].fill_(float("inf")))
-    assert "the weights are not finite after step 5; lower model.rate" in stopped(tmp_path, flag)
+    assert "the weights are NaN or infinite after step 5; lower model.rate" in stopped(tmp_path, flag)
     assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1, step 3")
     assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
 
@@ -253,14 +253,14 @@ def test_a_state_is_not_kept_where_nothing_is_validated(later: Any, monkeypatch:
     monkeypatch.setattr(running, "OVERHEAD", 0.0)
     later("on_train_epoch_end", lambda task: task.model.stem.conv.weight.data[0].fill_(float("nan")))
     flags = ["--trainer.check_val_every_n_epoch=5", "--trainer.max_epochs=3"]
-    assert "the weights are not finite after step 5" in stopped(tmp_path, *flags)
+    assert "the weights are NaN or infinite after step 5" in stopped(tmp_path, *flags)
     assert state(tmp_path / "resume" / "last.ckpt")["global_step"] == 3
     assert load_checkpoint(tmp_path / "last", check=True).config["source"].endswith("epoch 1, step 3")
 
 
 def test_an_absurd_rate_stops(tmp_path: Path):
     message = stopped(tmp_path, "--model.rate=1e30", "--model.warmup=0")
-    assert "not finite" in message and "lower model.rate" in message
+    assert "NaN or infinite" in message and "lower model.rate" in message
 
 
 # Images
@@ -305,9 +305,7 @@ def test_unreadable_images_are_named_once_and_counted(mixed: bool, folder: Path,
         fit(tmp_path / "run", *flags, data="imagefolder")
     messages = [str(each.message) for each in seen]
     found = [message for message in messages if "skipped" in message]
-    broken = [
-        f"skipped {folder}/{part}: it cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")
-    ]
+    broken = [f"skipped {folder}/{part}: cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")]
     counts = [
         f"1 unreadable images were skipped in the {stage} of epoch {epoch}"
         for epoch in range(2)
@@ -358,7 +356,7 @@ def test_classes_that_differ_from_those_of_the_checkpoint(run: Path, lines: list
     flags = ["--data.dataset=synthetic", "--data.size=16", f"--model.weights={folder}", "--trainer.logger=false"]
     where = "it has 'a fish' where the data has '30 degrees'"
     message = refused("classify", "validate", *flags, "--trainer.accelerator=cpu")
-    assert message == f"the classes of the checkpoint are not those of the data: {where}"
+    assert message == f"the classes of the checkpoint differ from those of the data: {where}"
     flags += [*SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/run"]
     command("fit", *flags)
     assert f"the checkpoint was trained on other classes: {where}" in lines
@@ -410,7 +408,7 @@ def test_a_fused_checkpoint_cannot_be_trained(run: Path, tmp_path: Path):
     folder = save_model(zoo.fuse(kept.model), tmp_path / "fused", preprocess=kept.preprocess, labels=kept.labels)
     flags = [flag for flag in TINY[2:] if "backbone" not in flag]
     message = refused("classify", "fit", *flags, f"--model.weights={folder}", f"--trainer.default_root_dir={tmp_path}")
-    assert message == "a fused model is for inference and cannot be trained; start from the unfused one"
+    assert message == "a fused model is for inference only; train the unfused one"
     more = ["--model.backbone.classes=9", f"--model.weights={folder}"]
     assert "is fused, and a fused model keeps its config" in refused("classify", "fit", *flags, *more)
 
@@ -497,9 +495,7 @@ def test_a_run_resumes_with_its_own_config(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     command("fit", "--ckpt_path", run)
     shown = capsys.readouterr().err
-    assert (
-        "changed " not in shown and "nothing is left to train: 1 epochs are over; raise --trainer.max_epochs" in shown
-    )
+    assert "changed " not in shown and "nothing left to train: 1 epochs are done; raise --trainer.max_epochs" in shown
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     command("fit", "--ckpt_path", run, "--trainer.max_epochs=2", "--model.warmup=0.5")
     shown = capsys.readouterr().err

@@ -202,7 +202,7 @@ def test_training_in_steps_ends_with_the_model_of_the_last_step(
     flags += ["--model.backbone.norm=prepbn", "--model.refresh=2", f"--trainer.max_steps={6 // accumulate}", *more]
     fit(tmp_path, *flags, f"--trainer.accumulate_grad_batches={accumulate}")
     (task,) = tasks
-    assert lines == ["batch statistics measured again on 2 batches"]
+    assert lines == ["batch statistics recomputed on 2 batches"]
     assert state(tmp_path / "resume/last.ckpt")["global_step"] == 6 // accumulate
     for name in ("best", "last"):
         assert source(tmp_path / name) == f"epoch 2, step {6 // accumulate}"

@@ -276,7 +276,7 @@ def test_probe_measures(folder):
     load_checkpoint(folder, check=True)
     shift(3e-4)
     load_checkpoint(folder)
-    assert "is off by 0.0003 of its largest number" in refusal(folder, check=True)
+    assert "is off by 0.0003 of its largest value" in refusal(folder, check=True)
     assert "probe.safetensors" in refusal(folder, check=True)
 
 
@@ -326,11 +326,11 @@ PROBES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         "its inputs must be raw",
     ),
     "infinite": (lambda probe: probe["output.output"].fill_(torch.inf), "is off by nan"),
-    "integers": (lambda probe: probe.update({"output.output": torch.ones(1, 5).long()}), r"not int64 \[1, 5\]"),
-    "no batch": (lambda probe: probe.update({"output.output": torch.ones(0, 5)}), r"not float32 \[0, 5\]"),
+    "integers": (lambda probe: probe.update({"output.output": torch.ones(1, 5).long()}), r"expected int64 \[1, 5\]"),
+    "no batch": (lambda probe: probe.update({"output.output": torch.ones(0, 5)}), r"expected float32 \[0, 5\]"),
     "no pixels": (lambda probe: probe.update({"input.raw": torch.zeros(0, 5, 3).byte()}), "cannot take"),
     "odd name": (lambda probe: probe.update({"output.a\nb": torch.ones(1)}), "gives output, and the probe holds"),
-    "shape": (lambda probe: probe.update({"output.output": torch.zeros(1, 6)}), r"\[1, 5\], not float32 \[1, 6\]"),
+    "shape": (lambda probe: probe.update({"output.output": torch.zeros(1, 6)}), r"\[1, 5\], expected float32 \[1, 6\]"),
     "input": (lambda probe: probe.update({"input.raw": torch.zeros(1, 3, 16, 16)}), "cannot take"),
 }
 
@@ -418,12 +418,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
         CONFIG,
         "mixer: cannot read .*40018 characters",
     ),
-    "heads": (put_model("heads", 5), CONFIG, "5 heads do not divide dim 32"),
+    "heads": (put_model("heads", 5), CONFIG, "heads must divide dim 32, got 5"),
     "huge": (put_model("dim", 2**16), WEIGHTS, "does not fit"),
-    "too wide": (put_model("dim", 10**30), CONFIG, "dim must be at most 65,536, not 1000"),
-    "too deep": (put_model("depth", 10**6), CONFIG, "depth must be at most 1,000, not 1000000"),
-    "deeper": (put_model("depth", 1000), CONFIG, "its model has 'blocks.2', and model.safetensors has no tensor of it"),
-    "patch": (put_model("patch", 10**9), CONFIG, "patch must be at most 4,096, not 1000000000"),
+    "too wide": (put_model("dim", 10**30), CONFIG, "dim must be <= 65,536, got 1000"),
+    "too deep": (put_model("depth", 10**6), CONFIG, "depth must be <= 1,000, got 1000000"),
+    "deeper": (put_model("depth", 1000), CONFIG, "model.safetensors has no tensor 'blocks.2'"),
+    "patch": (put_model("patch", 10**9), CONFIG, "patch must be <= 4,096, got 1000000000"),
     "wide option": (put_model("ffn", "mlp(ratio=1e300)"), CONFIG, "ratio"),
     "huge fused": (
         lambda folder: (put("fused", True)(folder), put_model("dim", 2**16)(folder)),
@@ -448,14 +448,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "kind of number": (
         tensors(lambda tensors: tensors.update({"head.bias": tensors["head.bias"].int()})),
         WEIGHTS,
-        "'head.bias' is torch.int32, not torch.float32",
+        "'head.bias' has dtype torch.int32, expected torch.float32",
     ),
     "missing": (tensors(lambda tensors: tensors.pop("head.bias")), WEIGHTS, "'head.bias' is missing"),
     "unexpected": (tensors(lambda tensors: tensors.update(more=torch.ones(1))), WEIGHTS, "'more' is unknown"),
     "shape": (
         tensors(lambda tensors: tensors.update({"head.weight": torch.ones(5, 31)})),
         WEIGHTS,
-        r"'head.weight' is \[5, 31\], not \[5, 32\]",
+        r"'head.weight' has shape \[5, 31\], expected \[5, 32\]",
     ),
     "many": (tensors(lambda tensors: [tensors.pop(name) for name in [*tensors][:7]]), WEIGHTS, "; and 4 more$"),
     "odd name": (tensors(lambda tensors: tensors.update({"a\nb": torch.ones(1)})), WEIGHTS, r"'a\\nb' is unknown"),
@@ -475,7 +475,7 @@ def test_bad_checkpoint(case, folder):
 def test_bad_names(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in ("nothing", "../nothing/here", "a/b/c", "/nothing/here", "https://example.org/x", "nothing@v1"):
-        assert f"there is no checkpoint '{name}'" in refusal(name)
+        assert f"checkpoint '{name}' not found" in refusal(name)
     line = refusal("nothing")
     assert f"{folder.parent / 'nothing'} and {folder.parent / 'checkpoints' / 'nothing'} are not folders" in line
     (folder.parent / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
@@ -574,7 +574,7 @@ def test_what_the_first_edition_wrote_is_read(format, preprocess, tmp_path):
 
 def test_what_is_wrong_in_an_old_format_is_said(folder):
     old(folder, 2, tokenizer={"kind": "characters", "pieces": ["a"]})
-    assert "there are both labels and a tokenizer" in refusal(folder)
+    assert "it has both labels and a tokenizer" in refusal(folder)
     edit(folder, lambda config: config.update(labels=None))
     assert "labels" in refusal(folder)
     edit(folder, lambda config: config.update(tokenizer=None, labels=LABELS))
@@ -593,7 +593,7 @@ def test_a_family_s_own_migration_names_the_file(tmp_path):
         config["model"] |= {"mixers": ["grouped(size=3)", "sla"], "mixer": "softmax"}
 
     edit(path, age)
-    assert "mixer 'softmax' would be ignored: mixers names one for each stage" in refusal(path)
+    assert "mixer 'softmax' would be ignored: mixers gives one for each stage" in refusal(path)
     edit(path, lambda config: config["model"].update(mixer="relative"))
     assert "does not fit" in refusal(path), "it is read as a model whose second stage has another mixer"
 
@@ -646,18 +646,18 @@ def test_refused_models(folder):
         assert contents(folder) == before and os.listdir(folder.parent) == [folder.name]
 
     refused("4 names, but the model has 5 classes", labels=LABELS[:4])
-    refused("labels must be a list of names, one for each class, not str", labels="abcde")
+    refused("labels must be a list of names, one for each class, got str", labels="abcde")
     refused("makes 3 channels, but the model takes 1", build(channels=1))
     refused("unknown preset 'vit_giant'", preset="vit_giant")
-    refused("takes a model of the zoo, not a Linear", nn.Linear(3, 3))
-    refused("takes a model of the zoo, not a Wrapped", type("Wrapped", (nn.Sequential,), {})(build()))
+    refused("needs a model of the zoo, got a Linear", nn.Linear(3, 3))
+    refused("needs a model of the zoo, got a Wrapped", type("Wrapped", (nn.Sequential,), {})(build()))
     refused("float64", build().double())
     model = build()
     model.head.weight.data[0, 0] = torch.inf
-    refused("not finite", model)
+    refused("NaN or infinite", model)
     model = build()
     model.head = nn.Linear(32, 6)
-    refused(r"does not describe it.*\[6\], not \[5\].*previous one is untouched", model)
+    refused(r"does not describe it.*\[6\], expected \[5\].*previous one is untouched", model)
     model = build()
     model.norm.eps = 1.0
     refused("does not describe it.*is off by", model)
@@ -667,10 +667,10 @@ def test_refused_models(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantized = torch.ao.quantization.quantize_dynamic(build(), {nn.Linear})
-    refused("is quantized, which checkpoints do not hold; save the model before quantizing it", quantized)
+    refused("is quantized, which checkpoints do not support; save the model before quantizing it", quantized)
     refused(r"unknown preset '\['a'\]", preset=["a"])
-    refused("source must be a string, not int", source=1)
-    refused("license must be a string, not NoneType", license=None)
+    refused("source must be a string, got int", source=1)
+    refused("license must be a string, got NoneType", license=None)
     refused("metrics must map names", metrics=["accuracy"])
 
 
@@ -994,17 +994,17 @@ def test_publish_refuses(hub, folder, monkeypatch):
 
     assert "nothing is not a folder" in refused("nothing", "owner/name")
     assert "has no README.md" in refused(folder.parent, "owner/name")
-    assert "has no owner" in refused(folder, "name")
+    assert "must be OWNER/NAME" in refused(folder, "name")
     assert "Repo id" in refused(folder, "owner/name@v1")
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub, "get_token", lambda: None)
-        assert "no token for the Hub was found" in refused(folder, "owner/name")
+        assert "no Hub token found" in refused(folder, "owner/name")
     with monkeypatch.context() as patch:
 
         def create_repo(self: Any, name: str, **given: Any) -> str:
             raise RuntimeError("403\nnot yours")
 
         patch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-        assert "the Hub does not take owner/name: 403 not yours" in refused(folder, "owner/name")
+        assert "the Hub refused owner/name: 403 not yours" in refused(folder, "owner/name")
     edit_tensors(folder, lambda tensors: tensors["head.bias"].add_(1.0))
     assert "is off by" in refused(folder, "owner/name")

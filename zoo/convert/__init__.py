@@ -1,4 +1,4 @@
-"""Models of other libraries as models of this one, weights and all; one folder for each library."""
+"""Converts models of other libraries, with their weights; one folder for each library."""
 
 from zoo.convert.nemo import from_nemo
 from zoo.convert.timm import from_timm

@@ -1,6 +1,6 @@
 """What the conversions of speech models share: the names of NVIDIA's layout, and the filling of our Conformer.
 
-NeMo and the Parakeet of transformers store one and the same network; the second spells some names in another way.
+NeMo and the Parakeet of transformers store the same network with some names spelt differently.
 """
 
 import re
@@ -40,8 +40,8 @@ _WHOLE = {
 
 
 class Converted(NamedTuple):
-    """A speech model of another library: the model in eval mode, what makes its features of a waveform, and what makes
-    text of its tokens. The last two are None where the files do not hold them in a form that the zoo knows."""
+    """A speech model of another library: the model in eval mode, its preprocessing and its tokenizer. The last two are
+    None if the files do not hold them in a form that the zoo supports."""
 
     model: Conformer
     preprocess: AudioPreprocess | None
@@ -49,7 +49,7 @@ class Converted(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a file says about its network, in the terms of that network."""
+    """The settings of a network in a file, in the terms of that network."""
 
     dim: int
     depth: int
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     hidden: int  # of the feed-forward layers
     kernel: int  # of the convolution branch
     mels: int
-    outputs: int  # of the CTC head, the blank among them; 0 for none
+    outputs: int  # of the CTC head, including the blank; 0 for none
     depthwise: bool  # the subsampling's later convolutions
     factor: int  # of the subsampling
     channels: int  # of the subsampling
@@ -70,16 +70,16 @@ class Facts(NamedTuple):
     chunk: int | None = None
     left: int = 70
     squeeze: bool = False
-    reduce: int | None = None  # the block in front of which Squeezeformer halves the frame rate; None for none
+    reduce: int | None = None  # the block before which Squeezeformer halves the frame rate; None for none
 
 
 _NOT_GIVEN: Any = object()
 LARGEST = 1_000_000
-"""No number of a network's shape is larger, so that no config asks for what no file could hold."""
+"""The largest number in a network's shape, so that a config cannot request more than a file can hold."""
 
 
 class Section:
-    """One section of a config file. Every key must be taken or be known to change nothing at inference.
+    """One section of a config file. Every key must be used or be known to change nothing at inference.
 
     A key that is missing has the default of the library that wrote the file; null has the meaning that it has there
     (`null=`), or is refused.
@@ -91,7 +91,7 @@ class Section:
         self.left, self.name, self.where = dict(values), f"{name}." if name else "", where
 
     def take(self, key: str, kind: type, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> Any:
-        """The value of a key; a key without a default is needed. ValueError where it is of another kind."""
+        """The value of a key; a key without a default is required. ValueError if it has another type."""
         if key not in self.left:
             if default is _NOT_GIVEN:
                 raise self.refused(key, "it is missing")
@@ -101,31 +101,31 @@ class Section:
             return null
         wanted = (int, float) if kind is float else kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise self.refused(key, f"it must be {_KINDS[kind]}, not {_shown(value)}")
+            raise self.refused(key, f"it must be {_KINDS[kind]}, got {_shown(value)}")
         return value
 
     def whole(self, key: str, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> int:
         """An integer from 1 to LARGEST."""
         if not 1 <= (value := self.take(key, int, default, null=null)) <= LARGEST:
-            raise self.refused(key, f"it must be from 1 to {LARGEST:,}, not {_shown(value)}")
+            raise self.refused(key, f"it must be from 1 to {LARGEST:,}, got {_shown(value)}")
         return value
 
     def seconds(self, key: str, default: float, rate: int) -> int:
-        """A time in seconds, as samples: what is over a whole number of them is dropped, as NeMo does."""
+        """A time in seconds, as samples, rounded down as NeMo does."""
         value = self.take(key, float, default)
         if not 1 <= value * rate <= LARGEST:
-            raise self.refused(key, f"it must be from 1 to {LARGEST:,} samples at {rate} Hz, not {_shown(value)} s")
+            raise self.refused(key, f"it must be from 1 to {LARGEST:,} samples at {rate} Hz, got {_shown(value)} s")
         return int(value * rate)
 
     def fixed(self, key: str, *allowed: Any) -> Any:
-        """The value of a key that must be one of those; the first where it is missing."""
+        """The value of a key that must be one of those; the first if it is missing."""
         value = self.left.pop(key, allowed[0])
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
-            raise self.refused(key, f"the zoo takes {' or '.join(map(_shown, allowed))}, not {_shown(value)}")
+            raise self.refused(key, f"the zoo supports {' or '.join(map(_shown, allowed))}, not {_shown(value)}")
         return value
 
     def finish(self, *harmless: str) -> None:
-        """ValueError where a key is left over that is not harmless."""
+        """ValueError if a key is unused that is not known to be harmless."""
         if unknown := [key for key in self.left if key not in harmless]:
             value = _shown(self.left[unknown[0]])
             raise self.refused(unknown[0], f"the zoo does not know this key (its value is {value})")
@@ -138,14 +138,14 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 
 def _shown(value: Any) -> str:
-    """A value as config files spell it, cut where it is long."""
+    """A value as config files spell it, shortened if it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)[:80]
 
 
 def configure(facts: Facts) -> ConformerConfig:
-    """The config of the model that the facts describe; ValueError where ours cannot say it."""
+    """The config of the model that the facts describe; ValueError if the zoo does not support it."""
     stem = SUBSAMPLING[facts.depthwise, facts.factor]
     options = [] if facts.channels == (SUBSAMPLINGS[stem].usual or facts.dim) else [f"channels={facts.channels}"]
     options += ["padding='causal'"] if facts.causal else []
@@ -185,8 +185,8 @@ def build(
     """The model of these facts with the tensors of a file: each is used once, and each of ours is filled.
 
     rename makes the file's name of NeMo's. blank is the row of the head that is the blank; None for the last one. The
-    model has the widest kind of number among the file's. ValueError, in one line, where the facts do not fit each
-    other, or where a tensor is missing, left over, of a wrong shape or of whole numbers.
+    model has the widest dtype in the file. ValueError, in one line, where the facts do not fit each
+    other, or a tensor is missing, unused, of a wrong shape or of integers.
     """
     _check_sizes(facts, tensors, where, rename)
     try:
@@ -206,7 +206,7 @@ def build(
             raise ValueError(f"{where}: the tensor '{name}' is missing")
         value = left.pop(name).detach()
         if value.shape[: len(shape)] != shape or value.shape[len(shape) :].numel() != 1:
-            raise ValueError(f"{where}: '{name}' is {list(value.shape)}; this model takes {list(shape)}")
+            raise ValueError(f"{where}: '{name}' has shape {list(value.shape)}, but this model needs {list(shape)}")
         return value.reshape(shape).to(kind)
 
     for key, slot in model.state_dict().items():
@@ -220,30 +220,30 @@ def build(
             value = torch.cat([value[:blank], value[blank + 1 :], value[blank : blank + 1]])
         state[key] = value
     if left:
-        raise ValueError(f"{where}: the tensor '{next(iter(left))}' has no place in this model")
+        raise ValueError(f"{where}: the tensor '{next(iter(left))}' is not used by this model")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def _check_sizes(facts: Facts, tensors: Mapping[str, Tensor], where: str, rename: Callable[[str], str]) -> None:
-    """ValueError where the numbers of blocks and channels are not those of the tensors. Nothing has been built yet, so
+    """ValueError if the numbers of blocks and channels are not those of the tensors. Nothing has been built yet, so
     that a config cannot ask for a model that its file does not hold."""
     blocks, linear = rename("encoder.layers."), rename("encoder.pre_encode.out.weight")
     found = len({name[len(blocks) :].partition(".")[0] for name in tensors if name.startswith(blocks)})
     if found != facts.depth:
-        raise ValueError(f"{where}: the config asks for {facts.depth} blocks, and the tensors are those of {found}")
+        raise ValueError(f"{where}: the config asks for {facts.depth} blocks, but the tensors are those of {found}")
     if linear not in tensors:
         raise ValueError(f"{where}: the tensor '{linear}' is missing")
     if (width := len(tensors[linear]) if tensors[linear].ndim else 0) != facts.dim:
-        raise ValueError(f"{where}: the config asks for {facts.dim} channels, and '{linear}' has {width}")
+        raise ValueError(f"{where}: the config asks for {facts.dim} channels, but '{linear}' has {width}")
 
 
 def _kind(tensors: Mapping[str, Tensor], where: str) -> tuple[torch.dtype, torch.device]:
-    """The widest kind of number among the tensors, and where they are."""
+    """The widest dtype among the tensors, and their device."""
     kind, devices = None, {torch.device("cpu")}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{where}: '{name}' must be a floating-point tensor, not {tensor.dtype}")
+            raise ValueError(f"{where}: '{name}' must be a floating-point tensor, got {tensor.dtype}")
         kind = tensor.dtype if kind is None else torch.promote_types(kind, tensor.dtype)
         devices = {tensor.device}
     return kind or torch.float32, devices.pop()
@@ -277,7 +277,7 @@ def names_of(key: str, config: ConformerConfig) -> list[str]:
 
 
 def checked_mels(preprocess: AudioPreprocess, mels: int, where: str) -> AudioPreprocess:
-    """What it is given; ValueError where it makes another number of mel bands than the model takes."""
+    """Returns its argument; ValueError if it makes another number of mel bands than the model takes."""
     if preprocess.mels != mels:
-        raise ValueError(f"{where}: the features have {preprocess.mels} mel bands, and the model takes {mels}")
+        raise ValueError(f"{where}: the features have {preprocess.mels} mel bands, but the model takes {mels}")
     return preprocess

@@ -1,1 +1,1 @@
-"""Data modules: pictures for classification, speech for transcription, boxes for detection."""
+"""Data modules: images for classification, speech for transcription, boxes for detection."""

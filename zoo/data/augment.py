@@ -1,4 +1,4 @@
-"""What training does to waveforms and features: other speeds, noise, voices, microphones, and bands removed."""
+"""Augmentation of waveforms and features: speed, noise, vocal tract length, filters and masked bands."""
 
 import math
 
@@ -18,13 +18,13 @@ def spec_augment(
     time_masks: int,
     time_share: float,
 ) -> Tensor:
-    """Sets random bands of mel bins and of frames to 0, others for each sample.
+    """Sets random bands of mel bins and of frames to 0, different for each sample.
 
     SpecAugment (Park et al. 2019, arXiv:1904.08779) without its time warping. Widths and places are uniform.
 
     Args:
         features: [B, T, mels].
-        lengths: [B], real frames of each sample; what lies beyond is left alone.
+        lengths: [B], valid frames of each sample; later frames are unchanged.
         frequency_masks: bands of mel bins per sample.
         frequency_width: most mel bins in a band.
         time_masks: bands of frames per sample.
@@ -38,7 +38,7 @@ def spec_augment(
     """
     if min(frequency_masks, frequency_width, time_masks) < 0 or not 0 <= time_share <= 1:
         found = f"{frequency_masks}, {frequency_width}, {time_masks} and {time_share}"
-        raise ValueError(f"masks and widths must be at least 0 and time_share between 0 and 1, not {found}")
+        raise ValueError(f"masks and widths must be >= 0 and time_share from 0 to 1, got {found}")
     batch, time, mels = features.shape
     bins = torch.full_like(lengths, mels)
     width = bins.clamp(max=frequency_width)
@@ -65,7 +65,7 @@ def warp_frequencies(features: Tensor, centres: Tensor, most: float, bend: float
 
     Args:
         features: [B, T, mels], zero beyond each length.
-        centres: [mels], rising: the centre of each band in Hz.
+        centres: [mels], increasing: the centre of each band in Hz.
         most: largest change, from 0 to below 1.
         bend: where the line begins, in Hz.
 
@@ -73,10 +73,10 @@ def warp_frequencies(features: Tensor, centres: Tensor, most: float, bend: float
         A new tensor [B, T, mels].
 
     Raises:
-        ValueError: `most` is out of its range.
+        ValueError: `most` is out of range.
     """
     if not 0 <= most < 1:
-        raise ValueError(f"the frequencies change by at least 0 and less than 1, not {most!r}")
+        raise ValueError(f"the warp of frequencies must be >= 0 and < 1, got {most!r}")
     centres = centres.to(features.device, torch.float32)
     factor = 1 + most * (2 * torch.rand(len(features), 1, device=features.device) - 1)
     top = centres[-1]
@@ -97,7 +97,7 @@ def filter_bands(features: Tensor, lengths: Tensor, most: float) -> Tensor:
 
     Args:
         features: [B, T, mels], on a logarithmic scale; normalisation of each band would have removed such a curve.
-        lengths: [B], real frames of each sample; what lies beyond is left alone.
+        lengths: [B], valid frames of each sample; later frames are unchanged.
         most: largest gain, in units of the features.
 
     Returns:
@@ -107,7 +107,7 @@ def filter_bands(features: Tensor, lengths: Tensor, most: float) -> Tensor:
         ValueError: `most` is below 0 or infinite.
     """
     if not 0 <= most < math.inf:
-        raise ValueError(f"the gain of a band is a number of at least 0, not {most!r}")
+        raise ValueError(f"the gain of a band must be a number >= 0, got {most!r}")
     batch, time, mels = features.shape
     inner = 1 + (mels - 3) * torch.rand(batch, KNOTS - 2, device=features.device).sort(1).values
     ends = inner.new_tensor([0.0, mels - 1.0]).expand(batch, 2)
@@ -127,7 +127,7 @@ def add_noise(waveform: Tensor, ratio: float, rate: int, lowest: float = 60.0) -
         waveform: [S]; where it is silent, it stays so.
         ratio: power of the waveform over that of the noise, in dB.
         rate: samples per second.
-        lowest: in Hz; below it the noise is white, so that its power lies where something is heard.
+        lowest: in Hz; below it the noise is white, so that its power is in the audible range.
 
     Returns:
         A new tensor [S].
@@ -153,7 +153,7 @@ def change_speed(waveform: Tensor, factor: float) -> Tensor:
 
 
 def check_speed(factor: float) -> None:
-    """Raises ValueError where `change_speed` does not take the factor."""
+    """Raises ValueError if `change_speed` does not accept the factor."""
     # Resampling by a fraction of two large numbers would need a kernel for each phase.
     if not 0.5 <= factor <= 2 or abs(100 * factor - round(100 * factor)) > 1e-6:
-        raise ValueError(f"a speed must be between 0.5 and 2 in steps of 0.01, not {factor!r}")
+        raise ValueError(f"a speed must be from 0.5 to 2 in steps of 0.01, got {factor!r}")

@@ -1,4 +1,4 @@
-"""Batches of utterances that last about equally long."""
+"""Batches of utterances of similar duration."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for this rank, of similar duration and of limited size.
 
     Utterances are sorted into buckets, each so narrow that no batch from it has more padding than allowed, and each
-    bucket is cut into batches of nearly equal number.
+    bucket is cut into batches of nearly equal size.
 
     In training, which utterances of a bucket meet and the order of the batches are functions of seed and epoch. Ranks
     have equally many batches, for the order is continued from its start until it divides, and every epoch has as many.
@@ -27,10 +27,10 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         padding: largest share of a batch that is padding, from 0 to below 1.
         batch: most utterances in a batch; null for no limit.
         training: shuffle, and make the ranks equal.
-        seed: what the order depends on, besides the epoch.
+        seed: seed of the order, besides the epoch.
 
     Raises:
-        ValueError: a value is out of its range, or a duration is no positive number.
+        ValueError: a value is out of range, or a duration is not a positive number.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         check_limits(seconds, padding, batch)
         lasting = np.asarray(durations, dtype=np.float64)
         if not (np.isfinite(lasting) & (lasting > 0)).all():
-            raise ValueError("durations must be numbers above 0")
+            raise ValueError("durations must be > 0")
         self.buckets = _buckets(lasting, seconds, padding, batch)
         self.training, self.seed, self.epoch = training, seed, 0
 
     @property
     def sampler(self) -> "DurationBatches":
-        """Itself: Lightning sets the epoch of a batch sampler's `sampler`."""
+        """The batch sampler itself, because Lightning sets the epoch of a batch sampler's `sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the iterations to come. Lightning calls it."""
+        """Sets the epoch of the next iterations. Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -85,13 +85,13 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
 
 
 def check_limits(seconds: float, padding: float, batch: int | None) -> None:
-    """Raises ValueError where `DurationBatches` does not take a limit."""
+    """Raises ValueError if `DurationBatches` does not accept a limit."""
     if not 0 < seconds < math.inf:
-        raise ValueError(f"seconds must be above 0, not {seconds!r}")
+        raise ValueError(f"seconds must be > 0, got {seconds!r}")
     if not 0 <= padding < 1:
-        raise ValueError(f"padding is a share, at least 0 and below 1, not {padding!r}")
+        raise ValueError(f"padding must be >= 0 and < 1, got {padding!r}")
     if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch!r}")
+        raise ValueError(f"batch must be >= 1, got {batch!r}")
 
 
 def _buckets(durations: np.ndarray, seconds: float, padding: float, batch: int | None) -> list[tuple[np.ndarray, int]]:

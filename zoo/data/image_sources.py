@@ -1,4 +1,4 @@
-"""Where labelled images come from: one row of `SOURCES` for each kind of data set."""
+"""Sources of labelled images: one row of `SOURCES` for each kind of data set."""
 
 import math
 import os
@@ -23,12 +23,12 @@ class Source(Protocol):
     classes: list[str]
     labels: np.ndarray
 
-    def picture(self, index: int) -> "Image":
+    def image(self, index: int) -> "Image":
         """A PIL image of mode "RGB" or "L"; raises UnreadableImage."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call the image in a message: its path, if it is a file."""
+        """The name of the image in a message: its path, if it is a file."""
         ...
 
 
@@ -54,7 +54,7 @@ class _Digits:
         self.labels = labels[kept].astype(np.int64)
         self.split, self.images = split, [enlarged(array, preprocess) for array in arrays]
 
-    def picture(self, index: int) -> "Image":
+    def image(self, index: int) -> "Image":
         return self.images[index]
 
     def name(self, index: int) -> str:
@@ -68,7 +68,7 @@ class _Files:
         # One array of bytes: worker processes share it, where a list of strings would be copied.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
 
-    def picture(self, index: int) -> "Image":
+    def image(self, index: int) -> "Image":
         return read_image(self.name(index), self.channels)
 
     def name(self, index: int) -> str:
@@ -85,7 +85,7 @@ class _Synthetic:
         self.split, self.preprocess = split, preprocess
         self.labels = np.arange(self.counts[split], dtype=np.int64) % len(self.classes)
 
-    def picture(self, index: int) -> "Image":
+    def image(self, index: int) -> "Image":
         from PIL import Image
 
         generator = np.random.default_rng([list(self.counts).index(self.split), index])
@@ -106,11 +106,11 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
         raise ValueError(f"{base} has no test folder; `validate` measures {base / 'val'}")
     train, folder = base / "train", base / split
     if split != "train" and not train.exists():
-        train = folder  # measuring needs no training images
+        train = folder  # evaluation needs no training images
     for place in (train, folder):
         if not place.is_dir():
             layout = "root/train/<class>/* and root/val/<class>/*"
-            raise ValueError(f"{place} is not a folder; an imagefolder is laid out as {layout}")
+            raise ValueError(f"{place} is not a folder; the layout of an imagefolder is {layout}")
     classes, found = _class_folders(train), _class_folders(folder)
     if not classes:
         raise ValueError(f"{train} has no class folders; put the images of each class into {train}{os.sep}<class>")
@@ -119,11 +119,11 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
         extra = sorted(set(found) - set(classes))
         lists = {"without": missing, "with": extra}
         differ = ", ".join(f"{word} {_few(names)}" for word, names in lists.items() if names)
-        raise ValueError(f"{folder} differs in its classes from {train}: {differ}")
+        raise ValueError(f"the classes of {folder} differ from those of {train}: {differ}")
     numbers = {name: label for label, name in enumerate(classes)}
     listed, omitted = files_below(folder, _is_image)
     if omitted:
-        count = f"{len(omitted)} link{'s' * (len(omitted) > 1)} to what is used already"
+        count = f"{len(omitted)} link{'s' * (len(omitted) > 1)} to files already used"
         rank_zero_warn(plain(f"{folder}: omitted {count} (such as {omitted[0]})"))
     samples: list[tuple[str, int]] = []
     for place, names in listed.items():

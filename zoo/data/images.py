@@ -18,14 +18,14 @@ from zoo.inputs import Preprocess
 from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image
 
 
 class Batch(NamedTuple):
     """Images of one step.
 
     `images` is float32 [B, channels, size, size], `labels` int64 [B]. `skipped` holds the paths of
-    pictures that could not be read; they are missing from the other two, and where every picture
+    images that could not be read; they are missing from the other two, and if every image
     of a batch is unreadable, B is 0.
     """
 
@@ -34,23 +34,23 @@ class Batch(NamedTuple):
     skipped: tuple[str, ...]
 
 
-class Pictures(Dataset[Batch]):
+class ImageDataset(Dataset[Batch]):
     """A source's images, transformed; a key is (epoch, index), and several keys make a batch.
 
     With a seed the transform is random, as a function of seed, epoch and index alone.
 
     Args:
         source: the images.
-        transform: from an image of PIL to what `finish` takes.
+        transform: from a PIL image to the input of `finish`.
         finish: from a list of transformed images to the batch [B, channels, size, size].
-        erase: what is done to each image [channels, size, size] of a batch at last, in place; None for nothing.
-        seed: what random transforms depend on; None where there are none.
+        erase: changes each image [channels, size, size] of a batch at the end, in place; None for no change.
+        seed: seed of random transforms; None if there are none.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[["Picture"], Any],
+        transform: Callable[["Image"], Any],
         finish: Callable[[list[Any]], Tensor],
         erase: Callable[[Tensor], Any] | None = None,
         seed: int | None = None,
@@ -68,7 +68,7 @@ class Pictures(Dataset[Batch]):
         with contextlib.nullcontext() if self.seed is None else kept_generators():
             for epoch, index in keys:
                 try:
-                    image = self.source.picture(index)
+                    image = self.source.image(index)
                 except UnreadableImage:
                     skipped.append(self.source.name(index))
                     continue
@@ -86,7 +86,7 @@ class Pictures(Dataset[Batch]):
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """The batch that `Pictures` has made: nothing is left to collate."""
+    """Returns the batch that `ImageDataset` has made; nothing is left to collate."""
     return batch
 
 
@@ -109,7 +109,7 @@ def normalized(images: list[np.ndarray], preprocess: ImagePreprocess) -> Tensor:
 class Images(DataModule):
     """Labelled images for training, validation and test, in batches of type `Batch`.
 
-    Pictures that cannot be read are left out of their batch and named in it. The Trainer must run
+    Images that cannot be read are omitted from their batch and listed in it. The Trainer must run
     with `use_distributed_sampler=False`: the samplers split the set over ranks by themselves.
 
     Args:
@@ -122,7 +122,7 @@ class Images(DataModule):
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
         batch: images in a batch, per device.
         workers: processes that read images; 0 reads in the main process; null for one per core if images are files.
-        seed: what order and augmentation depend on, besides epoch and index; null for that of seed_everything.
+        seed: seed of order and augmentation, besides epoch and index; null for that of seed_everything.
         fraction: share of the digits that is held out for validation and test.
         randaugment: timm's description of RandAugment or AutoAugment; null for none.
         flip: probability of mirroring left and right.
@@ -132,14 +132,14 @@ class Images(DataModule):
         erasing: probability of erasing a random rectangle with noise.
         crop: share of the resized short side that evaluation keeps; null for that of the checkpoint, or 0.875.
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
-        mean: what is subtracted per channel, on the scale 0..1; null for that of the checkpoint, or ImageNet's.
-        std: what is divided by per channel; null for that of the checkpoint, or ImageNet's.
+        mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
+        std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
 
     Attributes:
-        preprocess: what evaluation does to an image.
+        preprocess: the preprocessing of an image in evaluation.
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        ValueError: an unknown name, or a value out of range.
     """
 
     preprocess: ImagePreprocess
@@ -172,16 +172,16 @@ class Images(DataModule):
             raise ValueError(f"dataset {dataset!r} {verb}")
         for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+                raise ValueError(f"{name} must be >= {least}, got {value}")
         for name, value in (("flip", flip), ("erasing", erasing)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is a probability, between 0 and 1, not {value}")
+                raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
+            raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be two rising numbers above 0, at most 1, not {scale}")
+            raise ValueError(f"scale must be two increasing numbers > 0 and <= 1, got {scale}")
         if jitter < 0:
-            raise ValueError(f"jitter must be at least 0, not {jitter}")
+            raise ValueError(f"jitter must be >= 0, got {jitter}")
         fields = {"size": size, "channels": channels, "crop": crop, "interpolation": interpolation}
         fields |= {"mean": None if mean is None else tuple(mean), "std": None if std is None else tuple(std)}
         self.given = {name: value for name, value in fields.items() if value is not None}
@@ -211,7 +211,7 @@ class Images(DataModule):
         batch: int = 64,
         workers: int | None = None,
     ) -> Self:
-        """The data to measure a checkpoint on: a folder in ImageNet's layout, or the digits."""
+        """The data to evaluate a checkpoint on: a folder in ImageNet's layout, or the digits."""
         if splits:
             raise ValueError("--splits is for speech; images take --split val or test")
         return cls(dataset="imagefolder" if root else "digits", root=root, batch=batch, workers=workers)
@@ -227,12 +227,12 @@ class Images(DataModule):
         return len(self.classes)
 
     def described(self) -> str:
-        """What a run trains on, in a line."""
+        """The training data of a run, in one line."""
         train, val = (f"{len(self.source(split).labels):,}" for split in ("train", "val"))
         return f"{self.dataset}: {train} images to train on, {val} to validate, {self.labelled} classes"
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
-        """An input of the model, to count what it costs, and what to call it."""
+        """An input of the model, to count its multiply-adds, and the name of such an input."""
         shape = (self.preprocess.channels, self.preprocess.size, self.preprocess.size)
         return (torch.zeros(1, *shape),), f"an image of {shape[0]} x {shape[1]} x {shape[2]}"
 
@@ -245,10 +245,10 @@ class Images(DataModule):
             training_transform(self)
 
     def source(self, split: str) -> Source:
-        """The pictures of split `train`, `val` or `test` before any transform.
+        """The images of split `train`, `val` or `test` before any transform.
 
         Raises:
-            ValueError: the folders of an imagefolder are not as they should be.
+            ValueError: the folders of an imagefolder are invalid.
         """
         if split not in self._sources:
             build = SOURCES[self.dataset]
@@ -259,7 +259,7 @@ class Images(DataModule):
         """Augmented images in random order; a last batch that is not full is dropped."""
         transform, erase = training_transform(self)
         finish = functools.partial(normalized, preprocess=self.preprocess)
-        dataset = Pictures(self.source("train"), transform, finish, erase, self.seed)
+        dataset = ImageDataset(self.source("train"), transform, finish, erase, self.seed)
         sampler = EpochSampler(len(dataset), training=True, seed=self.seed)
         drop_last = len(sampler) >= self.batch
         return make_loader(
@@ -278,24 +278,26 @@ class Images(DataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
-        dataset = Pictures(self.source(split), self.preprocess, functools.partial(stack, preprocess=self.preprocess))
+        dataset = ImageDataset(
+            self.source(split), self.preprocess, functools.partial(stack, preprocess=self.preprocess)
+        )
         sampler = EpochSampler(len(dataset), training=False)
         return make_loader(
             dataset, EvenBatches(sampler, self.batch), as_it_is, self.processes(self.dataset == "imagefolder")
         )
 
 
-def training_transform(data: Images) -> tuple[Callable[["Picture"], np.ndarray], Callable[[Tensor], Any] | None]:
-    """timm's training transform: random crop, flip, RandAugment and jitter; and erasing, where it is wanted.
+def training_transform(data: Images) -> tuple[Callable[["Image"], np.ndarray], Callable[[Tensor], Any] | None]:
+    """timm's training transform: random crop, flip, RandAugment and jitter; and erasing, if enabled.
 
-    Grey images are augmented as RGB, for timm's operations take no others, and are grey again afterwards.
+    Grey images are augmented as RGB, because timm's operations need RGB, and are grey again afterwards.
 
     Returns:
-        From an image of PIL to uint8 [size, size] or [size, size, 3]; and what erases a part of a normalised image
+        From a PIL image to uint8 [size, size] or [size, size, 3]; and what erases a part of a normalised image
         [channels, size, size] in place.
 
     Raises:
-        ValueError: timm does not understand `randaugment`.
+        ValueError: timm cannot parse `randaugment`.
     """
     from timm.data.random_erasing import RandomErasing
     from timm.data.transforms_factory import transforms_imagenet_train
@@ -317,7 +319,7 @@ def training_transform(data: Images) -> tuple[Callable[["Picture"], np.ndarray],
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm does not understand randaugment={data.randaugment!r}") from error
+        raise ValueError(f"timm cannot parse randaugment={data.randaugment!r}") from error
     _keep_one_bit(augment)
     whole = data.scale == (1.0, 1.0)
     first = [Square(wanted.size, wanted.interpolation), *cut.transforms[1:]] if whole else cut.transforms
@@ -331,13 +333,13 @@ def training_transform(data: Images) -> tuple[Callable[["Picture"], np.ndarray],
 class Square:
     """Cuts the largest centred square out of an image and resizes it to `size` pixels.
 
-    It does what a random crop of the whole area would do, at a fraction of the cost.
+    The result is that of a random crop of the whole area, at a fraction of the cost.
     """
 
     def __init__(self, size: int, interpolation: str):
         self.size, self.interpolation = (size, size), interpolation.upper()
 
-    def __call__(self, image: "Picture") -> "Picture":
+    def __call__(self, image: "Image") -> "Image":
         from PIL import Image
 
         if image.size == self.size:

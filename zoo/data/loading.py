@@ -24,7 +24,7 @@ class Batches(Sampler[list[Any]]):
         batches: the batch sampler; its `sampler` has `set_epoch`.
 
     Attributes:
-        skip: how many batches the next iteration leaves out at its start; 0 again afterwards.
+        skip: how many batches the next iteration skips at its start; 0 again afterwards.
     """
 
     def __init__(self, batches: Any):
@@ -32,7 +32,7 @@ class Batches(Sampler[list[Any]]):
 
     @property
     def sampler(self) -> Any:
-        """What Lightning sets the epoch of."""
+        """The sampler whose epoch Lightning sets."""
         return self.batches.sampler
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -45,7 +45,7 @@ class Batches(Sampler[list[Any]]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that draws nothing from its sampler before its first batch is asked for.
+    """A DataLoader that reads nothing from its sampler until its first batch is requested.
 
     Lightning makes the iterator before it sets the epoch, and workers that run ahead would see the order of epoch 0.
     """
@@ -72,13 +72,13 @@ def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], An
 class DataModule(lightning.LightningDataModule):
     """What the data modules share.
 
-    A task that starts from a checkpoint has its inputs prepared as the checkpoint says. Fields of the preprocessing
+    A task that starts from a checkpoint uses the checkpoint's preprocessing. Fields of the preprocessing
     that the data module was given replace those of the checkpoint in `fit`, and are ignored in `validate` and `test`,
-    which measure the checkpoint as it is.
+    which evaluate the checkpoint as it is.
 
     Attributes:
-        preprocess: how a raw input becomes the model's.
-        given: the fields of the preprocessing that the data module was given.
+        preprocess: from a raw input to the model's input.
+        given: the fields of the preprocessing that the user set.
         dataset: the name of the kind of data.
     """
 
@@ -92,7 +92,7 @@ class DataModule(lightning.LightningDataModule):
         raise TypeError(f"{type(self).__name__} has no prepared")
 
     def follow(self, start: Any, stage: str) -> list[str]:
-        """Takes the preprocessing of the checkpoint `start`, or None; returns lines that say what differs from it."""
+        """Takes the preprocessing of the checkpoint `start`, or None; returns lines about what differs from it."""
         kept = None if start is None else start.preprocess
         self.preprocess = self.prepared(kept)
         if kept is None or self.preprocess == kept:
@@ -101,7 +101,7 @@ class DataModule(lightning.LightningDataModule):
         differ = [name for name in ours if ours[name] != theirs[name]]
         if stage == "fit":
             changes = ", ".join(f"{name} {ours[name]} (was {theirs[name]})" for name in differ)
-            return [f"inputs are prepared as for the checkpoint, but for {changes}"]
+            return [f"inputs are preprocessed as in the checkpoint, except for {changes}"]
         self.preprocess = kept
         ignored = ", ".join(f"{name} {theirs[name]} (not {ours[name]})" for name in differ)
         return [f"measured with the preprocessing of the checkpoint: {ignored}"]
@@ -115,7 +115,7 @@ class DataModule(lightning.LightningDataModule):
         return min(MOST_WORKERS, max(1, cores // world))
 
     def setup(self, stage: str) -> None:
-        """Prepares inputs as the task's checkpoint says, then finds the data of a stage and its faults."""
+        """Takes the preprocessing of the task's checkpoint, then finds the data of a stage and its faults."""
         task = self.trainer.lightning_module if self.trainer is not None else None
         for line in self.follow(getattr(task, "start", None), stage):
             rank_zero_info(line)
@@ -127,13 +127,13 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def labelled(self) -> int:
-        """How many labels the data has: what decides the number of the model's outputs."""
+        """How many labels the data has, which sets the number of the model's outputs."""
         raise TypeError(f"{type(self).__name__} has no labelled")
 
     def described(self) -> str:
-        """What a run trains on, in a line."""
+        """The training data of a run, in one line."""
         raise TypeError(f"{type(self).__name__} has no described")
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
-        """An input of the model, to count what it costs, and what to call it."""
+        """An input of the model, to count its multiply-adds, and the name of such an input."""
         raise TypeError(f"{type(self).__name__} has no example")

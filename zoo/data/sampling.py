@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Puts the CPU generators of `random`, NumPy and PyTorch back at the end as they were at the start."""
+    """Restores the state of the CPU generators of `random`, NumPy and PyTorch at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -34,9 +34,9 @@ def reseed(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Within it, the CPU generators of `random`, NumPy and PyTorch depend on `numbers` alone.
+    """Within this context the CPU generators of `random`, NumPy and PyTorch depend only on `numbers`.
 
-    Their states from before are put back at the end; generators of accelerators are not touched.
+    Their previous states are restored at the end; generators of accelerators are not touched.
     """
     with kept_generators():
         reseed(*numbers)
@@ -46,14 +46,14 @@ def seeded(*numbers: int) -> Iterator[None]:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) for this rank's share of a set.
 
-    In training the order is a function of seed and epoch, and ranks have equally many pictures: the
+    In training the order is a function of seed and epoch, and ranks have equally many images: the
     order is continued from its start until it divides. In evaluation the order is that of the set
-    and every picture comes exactly once over all ranks, whose shares may differ by one.
+    and every image comes exactly once over all ranks, whose shares may differ by one.
 
     Args:
-        count: pictures in the set.
+        count: images in the set.
         training: shuffle, and make the ranks equal.
-        seed: what the order depends on, besides the epoch.
+        seed: seed of the order, besides the epoch.
     """
 
     def __init__(self, count: int, *, training: bool, seed: int = 0):
@@ -61,7 +61,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the iterations to come. Lightning calls it."""
+        """Sets the epoch of the next iterations. Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -85,12 +85,12 @@ class EvenBatches(Sampler[list[tuple[int, int]]]):
     """Batches of an evaluation, equally many on every rank and of nearly equal size.
 
     A rank with a batch less than the others would leave them waiting wherever a forward
-    communicates (sharded parameters, broadcast buffers). Where a rank has fewer pictures than
+    communicates (sharded parameters, broadcast buffers). Where a rank has fewer images than
     batches, some are empty.
 
     Args:
         sampler: an `EpochSampler` for evaluation.
-        batch: most pictures in a batch.
+        batch: most images in a batch.
     """
 
     def __init__(self, sampler: EpochSampler, batch: int):

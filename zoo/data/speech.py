@@ -26,16 +26,16 @@ TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
     "words": lambda texts, _: train_words(texts),
     "characters": lambda texts, _: train_characters(texts),
 }
-CLIPPED = 0.001  # share of samples at full scale from which an utterance counts as clipped
+CLIPPED = 0.001  # an utterance with a larger share of samples at full scale counts as clipped
 
 
 class Batch(NamedTuple):
     """Utterances of one step.
 
     `features` is float32 [B, T, mels], zero beyond each of `lengths`, int64 [B]; `texts` and `names` have B entries.
-    `skipped` holds a line for each file that could not be read, which names it and says why; those utterances are
-    missing from the others, and where every file of a batch is unreadable, B is 0. `silent` and `clipped` name those
-    that can be read but whose sound is all zero, though it has a transcript, or was cut at full scale.
+    `skipped` holds a line for each file that could not be read, with the reason; those utterances are
+    missing from the others, and if every file of a batch is unreadable, B is 0. `silent` and `clipped` name those
+    that can be read but are all zero although they have a transcript, or are clipped at full scale.
     """
 
     features: Tensor
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """One utterance: features [T, mels], or None and the reason `fault` where the file is unreadable; `silent` and
+    """One utterance: features [T, mels], or None and the reason `fault` if the file is unreadable; `silent` and
     `clipped` as in `Batch`."""
 
     features: Tensor | None
@@ -62,8 +62,8 @@ class Clip(NamedTuple):
 class Clips(Dataset[Clip]):
     """A corpus's utterances as features; a key is (epoch, index).
 
-    With a seed, speed, noise and dither are random, as a function of seed, epoch and index alone; without, there are
-    none.
+    With a seed, speed, noise and dither are random, as a function of seed, epoch and index alone; without, they
+    are off.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ def collate(clips: list[Clip], mels: int) -> Batch:
 class Speech(DataModule):
     """Transcribed utterances in batches of type `Batch`, of similar duration each.
 
-    Files that cannot be read are left out of their batch and named in it. The Trainer must run with
+    Files that cannot be read are omitted from their batch and listed in it. The Trainer must run with
     `use_distributed_sampler=False`: the samplers split the set over ranks by themselves.
 
     Args:
         dataset: `librispeech` (folders as released: `root/SPLIT/speaker/chapter/speaker-chapter-utterance.flac` beside
             `speaker-chapter.trans.txt`, or the same below `root/LibriSpeech`), `manifest` (NeMo's files with one JSON
-            object a line: audio_filepath, absolute or relative to the manifest, text, and optionally duration; with
+            object per line: audio_filepath, absolute or relative to the manifest, text, and optionally duration; with
             offset beside duration, in seconds, only that part of the file is read), or `synthetic` (generated tones,
             one for each of eight letters).
         root: folder of librispeech; for manifests, the folder that their names are relative to.
@@ -133,25 +133,25 @@ class Speech(DataModule):
         mels: mel bands; null for those of the checkpoint, or 80.
         tokenizer: `pieces`, `words` or `characters`, trained on the training texts, or the path of a sentencepiece
             .model file.
-        pieces: word pieces, where they are trained.
-        seconds: most seconds of sound in a batch, padding included, per device; a longer utterance has its own batch.
+        pieces: number of word pieces to train.
+        seconds: most seconds of audio in a batch, padding included, per device; a longer utterance has its own batch.
         padding: largest share of a batch that is padding, before the speed is changed.
         batch: most utterances in a batch, per device; null for no limit.
-        shortest: shorter utterances, in seconds, are left out of training.
-        longest: longer utterances, in seconds, are left out of training; null for no limit.
+        shortest: shorter utterances, in seconds, are omitted from training.
+        longest: longer utterances, in seconds, are omitted from training; null for no limit.
         speeds: factors from which that of a training utterance is drawn, between 0.5 and 2 in steps of 0.01.
         noise: lowest and highest ratio of signal to noise, in dB, between which that of a training utterance is drawn;
             null for no noise.
         dither: standard deviation of white noise on training waveforms, full scale being 1.
-        workers: processes that read files; 0 reads in the main process; null for one per core if sound is in files.
+        workers: processes that read files; 0 reads in the main process; null for one per core if audio is in files.
         limit: most utterances of each split, taken at even distances; null for all.
-        seed: what order, speed, noise and dither depend on, besides epoch and index; null for that of seed_everything.
+        seed: seed of order, speed, noise and dither, besides epoch and index; null for that of seed_everything.
 
     Attributes:
-        preprocess: how a waveform becomes features.
+        preprocess: from a waveform to features.
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        ValueError: an unknown name, or a value out of range.
     """
 
     preprocess: AudioPreprocess
@@ -183,29 +183,31 @@ class Speech(DataModule):
         if dataset not in CORPORA:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(CORPORA)}")
         if dataset == "synthetic" and (root or train or val or test):
-            raise ValueError("dataset 'synthetic' takes neither root nor train, val and test")
+            raise ValueError("dataset 'synthetic' takes none of root, train, val and test")
         if dataset == "librispeech" and root is None:
             raise ValueError("dataset 'librispeech' needs root, a folder")
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; allowed: {', '.join(RECIPES)}")
         if tokenizer not in TOKENIZERS and not tokenizer.endswith(".model"):
             raise ValueError(
-                f"tokenizer must be {', '.join(TOKENIZERS)} or the path of a .model file, not {tokenizer!r}"
+                f"tokenizer must be {', '.join(TOKENIZERS)} or the path of a .model file, got {tokenizer!r}"
             )
         check_limits(seconds, padding, batch)
         for name, value, least in (("pieces", pieces, 2), ("workers", workers, 0), ("limit", limit, 1)):
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+                raise ValueError(f"{name} must be >= {least}, got {value}")
         if not 0 <= shortest < (float("inf") if longest is None else longest):
-            raise ValueError(f"shortest must be at least 0 and below longest, not {shortest} and {longest}")
+            raise ValueError(f"shortest must be >= 0 and < longest, got {shortest} and {longest}")
         if not speeds:
             raise ValueError("speeds must hold at least one factor; [1.0] changes nothing")
         for factor in speeds:
             check_speed(factor)
         if noise is not None and not (len(noise) == 2 and -100 <= noise[0] <= noise[1] <= 100):
-            raise ValueError(f"noise holds the lowest and the highest ratio in dB, within -100..100, not {list(noise)}")
+            raise ValueError(
+                f"noise must be the lowest and the highest ratio in dB, from -100 to 100, got {list(noise)}"
+            )
         if not 0 <= dither < 1:
-            raise ValueError(f"dither must be at least 0 and below 1, not {dither}")
+            raise ValueError(f"dither must be >= 0 and < 1, got {dither}")
         self.recipe, self.given = recipe, {} if mels is None else {"mels": mels}
         self.preprocess = self.prepared(None)
         self.dataset, self.root, self.batch = dataset, root, batch
@@ -235,17 +237,17 @@ class Speech(DataModule):
         batch: int = 64,
         workers: int | None = None,
     ) -> Self:
-        """The data to measure a checkpoint on: folders in LibriSpeech's layout below root."""
+        """The data to evaluate a checkpoint on: folders in LibriSpeech's layout below root."""
         if root is None or not splits or split is not None:
-            raise ValueError("a speech recogniser is measured on --root DIR and --splits NAME..., without --split")
+            raise ValueError("speech needs --root DIR and --splits NAME..., without --split")
         return cls(dataset="librispeech", root=root, val=list(splits), batch=batch, workers=workers)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to numbers and back; trained on the training texts or read from a file at first use.
+        """From text to token ids and back; trained on the training texts or read from a file at first use.
 
         Raises:
-            ValueError: there are no training texts, or they do not have so many word pieces.
+            ValueError: there are no training texts, or too few for that number of word pieces.
         """
         if self.wanted_tokenizer.endswith(".model"):
             return read_tokenizer(self.wanted_tokenizer)
@@ -259,15 +261,15 @@ class Speech(DataModule):
         return self.tokenizer.vocabulary
 
     def described(self) -> str:
-        """What a run trains on, in a line."""
+        """The training data of a run, in one line."""
         hours = float(np.nan_to_num(self.training.durations).sum()) / 3600
         train, val = f"{len(self.training):,} utterances ({hours:.2f} h)", f"{len(self.source('val')):,}"
         return f"{self.dataset}: {train} to train on, {val} to validate"
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
-        """An input of the model, to count what it costs, and what to call it."""
+        """An input of the model, to count its multiply-adds, and the name of such an input."""
         features = self.preprocess(torch.zeros(10 * self.preprocess.rate))[None]
-        return (features, torch.tensor([features.shape[1]])), "10 s of sound"
+        return (features, torch.tensor([features.shape[1]])), "10 s of audio"
 
     def find(self, stage: str) -> None:
         """Finds the utterances of a stage, and their faults, before the first step."""
@@ -281,7 +283,7 @@ class Speech(DataModule):
         """The utterances of split `train`, `val` or `test`, of any duration.
 
         Raises:
-            ValueError: the split is not given, or its folders or manifests are not as they should be.
+            ValueError: the split is not given, or its folders or manifests are invalid.
         """
         if split not in self._sources:
             names = self.splits[split] or []
@@ -298,7 +300,7 @@ class Speech(DataModule):
         """The training utterances that are neither too short nor too long.
 
         Raises:
-            ValueError: there are none.
+            ValueError: no utterance is left.
         """
         source = self.source("train")
         short = source.durations < self.shortest
@@ -308,12 +310,12 @@ class Speech(DataModule):
         if not out:
             return source
         if (short | long).all():
-            raise ValueError(f"no utterance is left to train on: of {len(source)}, {out} are left out")
-        rank_zero_info(f"of {len(source)} utterances, {out} are left out of training")
+            raise ValueError(f"no utterance is left to train on: of {len(source)}, {out} are omitted")
+        rank_zero_info(f"of {len(source)} utterances, {out} are omitted from training")
         return source.take(np.flatnonzero(~(short | long)))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training utterances in random order, of which none is dropped."""
+        """All training utterances in random order."""
         dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.noise, self.dither)
         return self._loader(dataset, slowest=min(self.speeds), training=True)
 
@@ -326,7 +328,7 @@ class Speech(DataModule):
         return self._loader(Clips(self.source("test"), self.preprocess), training=False)
 
     def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:
-        # A file whose header cannot be read has no duration; reading it will say why.
+        # A file whose header cannot be read has no duration; reading it will give the reason.
         durations = np.nan_to_num(dataset.corpus.durations, nan=1.0) / slowest
         batches = DurationBatches(
             durations, seconds=self.seconds, padding=self.padding, batch=self.batch, training=training, seed=self.seed

@@ -1,4 +1,4 @@
-"""Where utterances come from: LibriSpeech's folders, NeMo's manifests, generated tones."""
+"""Sources of utterances: LibriSpeech's folders, NeMo's manifests, generated tones."""
 
 import hashlib
 import json
@@ -44,12 +44,12 @@ class Corpus(Protocol):
         ...
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Corpus":
-        """The corpus of these utterances alone, in this order."""
+        """The corpus of only these utterances, in this order."""
         ...
 
 
 class Utterance(NamedTuple):
-    """A line of a transcript: `seconds` is how much is read from `start` on, null for all to the end of the file."""
+    """A line of a transcript: `seconds` are read from `start`, null for the rest of the file."""
 
     name: str
     path: str
@@ -60,7 +60,7 @@ class Utterance(NamedTuple):
 
 
 class Files:
-    """Utterances in sound files; those whose duration is not given are measured when it is first asked for."""
+    """Utterances in audio files; durations that are not given are read from the files at first use."""
 
     def __init__(self, utterances: Sequence[Utterance]):
         # A few arrays of bytes and numbers: worker processes share them, where lists of strings would be copied.
@@ -110,7 +110,7 @@ class _Strings:
 
 
 def _measured(paths: list[str]) -> np.ndarray:
-    """Seconds of each file, NaN where there is nothing to read; kept in the cache folder where they are many."""
+    """Seconds of each file, NaN for unreadable files; kept in the cache folder if there are many."""
 
     def stamp(path: str) -> str:
         try:
@@ -143,7 +143,7 @@ def _measured(paths: list[str]) -> np.ndarray:
         with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
             np.save(file, durations)
         os.replace(file.name, place)
-    except OSError:  # a home that cannot be written: they are read anew the next time
+    except OSError:  # a home that cannot be written: they are read again the next time
         pass
     return durations
 
@@ -158,7 +158,7 @@ def _librispeech(split: str, names: list[str], root: str | None, training: bool,
     for name in names:
         if not (base / name).is_dir():
             there = sorted(entry.name for entry in base.iterdir() if entry.is_dir() and entry.name[0] != ".")
-            raise ValueError(f"{base} has no folder {name!r}; it has: {', '.join(there) or 'none'}")
+            raise ValueError(f"folder {name!r} not found in {base}; found: {', '.join(there) or 'none'}")
         utterances += _transcribed(base / name, training)
     return Files(_spread(utterances, limit))
 
@@ -189,7 +189,7 @@ def _transcribed(folder: Path, training: bool) -> list[Utterance]:
         if faults.malformed:
             raise ValueError(f"{folder} has no transcribed utterances; {faults.malformed[0]}")
         layout = "speaker/chapter/speaker-chapter-utterance.flac and speaker/chapter/speaker-chapter.trans.txt"
-        raise ValueError(f"{folder} has no transcribed utterances; they are laid out as {layout}")
+        raise ValueError(f"{folder} has no transcribed utterances; the layout is {layout}")
     return found
 
 
@@ -197,7 +197,7 @@ def _read_transcript(path: Path, texts: dict[str, str], faults: "_Faults") -> No
     for number, line in _lines(path):
         name, _, text = line.partition(" ")
         if not name or "\t" in name:
-            faults.malformed.append(f"{path}, line {number}: it must begin with an utterance's name and a space")
+            faults.malformed.append(f"{path}, line {number}: must begin with an utterance's name and a space")
         elif name in texts:
             faults.malformed.append(f"{path}, line {number}: {name} has a transcript already, which is kept")
         else:
@@ -250,7 +250,7 @@ def _entry(values: Any, folder: Path) -> Utterance:
         raise ValueError(f"text must be a string, got {text!r}")
     text = " ".join((text or "").split())
     numbers = {}
-    for name, wanted in (("duration", "above 0"), ("offset", "at least 0")):
+    for name, wanted in (("duration", "> 0"), ("offset", ">= 0")):
         value = numbers[name] = values.get(name)
         if value is None:
             continue
@@ -289,12 +289,12 @@ class _Faults:
         self.links: list[str] = []
 
     def report(self, place: str, training: bool) -> None:
-        """Warns in one line of what is omitted."""
+        """Warns in one line about omitted items."""
         kinds = {
-            "links to what is used already": self.links,
+            "links to files already used": self.links,
             "malformed lines": self.malformed,
             "utterances without a transcript": self.without_text,
-            "utterances without a sound file": self.without_sound,
+            "utterances without an audio file": self.without_sound,
         }
         if training:
             kinds["utterances with an empty transcript"] = self.empty
@@ -304,7 +304,7 @@ class _Faults:
 
 
 class Tones:
-    """Generated utterances: a letter is a tone of its own pitch, a space is silence, and noise lies over both."""
+    """Generated utterances: each letter is a tone of its own pitch, a space is silence, and noise is added to both."""
 
     letters = "ABCDEFGH"
     counts = {"train": 512, "val": 64, "test": 64}

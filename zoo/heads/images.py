@@ -1,4 +1,4 @@
-"""From the tokens of the last stage to logits; with classes = 0, to the pooled tokens [B, dim] alone."""
+"""From the tokens of the last stage to logits; with classes = 0, to the pooled tokens [B, dim]."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class LinearHead(nn.Module):
 
 class MLPHead(nn.Module):
     """Mean, norm, linear, squared ReLU, norm and linear, with a hidden width of ratio * dim (MetaFormer baselines, Yu
-    et al. 2022, arXiv:2210.13452). With classes = 0 the mean and the norm alone."""
+    et al. 2022, arXiv:2210.13452). With classes = 0 only the mean and the norm."""
 
     def __init__(self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 4.0) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class MLPHead(nn.Module):
 class ConvHead(nn.Module):
     """Norm, linear, batch normalization and GELU of each token, then the mean and a linear map; norm_first=False omits
     the first norm (InternImage, Wang et al. 2023, arXiv:2211.05778). The hidden width is ratio * dim. With classes = 0
-    the norm, where it is, and the mean alone."""
+    only the norm, if there is one, and the mean."""
 
     def __init__(
         self, dim: int, classes: int, norm: str, place: Place = ANYWHERE, *, ratio: float = 1.5, norm_first: bool = True
@@ -83,6 +83,6 @@ class ConvHead(nn.Module):
         return self.out(grid_mean(gelu(x if self.inner is None else self.inner(x, context)), context))
 
     def fold(self) -> list[Fold]:
-        # The norm behind the linear comes first: the one in front then sees the new weights.
+        # The norm after the linear comes first: the one before it then sees the new weights.
         behind = [] if self.expand is None else fold_site(self, "inner", self.expand)
         return behind + fold_norm(self, "norm", self.expand, "linear behind it")

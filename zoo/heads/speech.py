@@ -10,7 +10,7 @@ from zoo.tensors import like, linear
 class CTCHead(nn.Linear):
     """A linear map to the vocabulary, whose last entry is the blank (Graves et al. 2006)."""
 
-    framewise = True  # each token has its logits, from a linear that alone reads it
+    framewise = True  # each token has its own logits, from a linear that is its only reader
 
     def __init__(self, dim: int, vocabulary: int) -> None:
         super().__init__(dim, vocabulary)
@@ -31,7 +31,7 @@ class TransducerHead(nn.Module):
     def __init__(self, dim: int, vocabulary: int, *, hidden: int = 640, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         if dropout >= 1.0:
-            raise ValueError(f"dropout must be below 1, not {dropout}")
+            raise ValueError(f"dropout must be < 1, got {dropout}")
         self.blank = vocabulary - 1
         self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=self.blank)
         self.predictor = nn.LSTM(hidden, hidden, layers, batch_first=True)
@@ -40,7 +40,7 @@ class TransducerHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def start(self, batch: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the predictor says before any token [B, hidden], and its state."""
+        """The predictor's output before any token [B, hidden], and its state."""
         kind = like(self)
         tokens = torch.full((batch,), self.blank, device=kind.device)
         shape = (self.predictor.num_layers, batch, self.predictor.hidden_size)
@@ -50,7 +50,7 @@ class TransducerHead(nn.Module):
     def predict(
         self, tokens: Tensor, state: tuple[Tensor, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the predictor says after one more token each [B], and its state."""
+        """The predictor's output after one more token each [B], and its state."""
         said, hidden = self.predictor(self.embedding(tokens[:, None]), state[1])
         return said[:, 0], hidden
 

@@ -1,4 +1,4 @@
-"""How raw data becomes a model's input, by the kind that a family's config names. A new kind is a file and a row."""
+"""How raw data becomes a model's input, by the input kind of a family's config. A new kind is a file and a row."""
 
 from zoo.inputs.audio import AudioPreprocess
 from zoo.inputs.base import Preprocess

@@ -1,4 +1,4 @@
-"""What every preprocessing is: plain fields that a checkpoint stores, and a call from a raw input to a tensor."""
+"""The base of every preprocessing: plain fields that a checkpoint stores, and a call from a raw input to a tensor."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """What is done to a raw input before a model sees it, as plain fields that `config.json` holds.
+    """Turns a raw input into a model's input; its plain fields are stored in `config.json`.
 
     Called on one raw input it gives that input prepared, without a batch axis. `shared` names the fields that the
     config of the model has too, with the same value. `raw` is the name of a raw input in a line of code, and
@@ -26,7 +26,7 @@ class Preprocess:
         raise TypeError(f"{type(self).__name__} prepares nothing")
 
     def parts(self, raw: Any, /) -> Iterator[Any]:
-        """The input prepared in as many parts as the model takes it: one, or several stretches of a long one."""
+        """The prepared input in parts for the model: one, or several segments of a long input."""
         yield self(raw)
 
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -34,18 +34,18 @@ class Preprocess:
         raise TypeError(f"{type(self).__name__} has no sample")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, in types that JSON knows."""
+        """Every field by name, in JSON's types."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; a field that is omitted has its default.
+        """The inverse of `to_dict`; an omitted field has its default.
 
         Raises:
-            ValueError: `values` is no mapping, has an unknown key, or a value out of its range.
+            ValueError: `values` is not a mapping, has an unknown key, or a value out of range.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"preprocess must be a mapping, not {type(values).__name__}")
+            raise ValueError(f"preprocess must be a mapping, got {type(values).__name__}")
         allowed = [field.name for field in fields(cls)]
         unknown = [str(key) for key in values if key not in allowed]
         if unknown:
@@ -54,7 +54,7 @@ class Preprocess:
 
 
 def check_integer(name: str, value: object, most: int | None = None) -> None:
-    """ValueError where a field is not an integer from 1 to `most`."""
+    """ValueError if a field is not an integer from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         allowed = ">= 1" if most is None else f"from 1 to {most}"
         raise ValueError(f"{name} must be an integer {allowed}, got {_short(value)}")

@@ -1,4 +1,4 @@
-"""The files below a folder, each real one once; and whether a file is one."""
+"""Finds the files below a folder, each real file once, and checks that a path is a regular file."""
 
 import errno
 import os
@@ -9,12 +9,12 @@ from collections.abc import Callable
 def files_below(top: str | os.PathLike[str], fits: Callable[[str], bool]) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the files below a folder whose names fit; hidden files and folders are skipped.
 
-    Links are followed, but each real folder and file is taken once: by its own path where that is below `top`. A link
-    that leads to one that is taken already, or to a folder above, is omitted.
+    Links are followed, but each real folder and file is listed once, by its own path if that is below `top`. A link
+    to one that is already listed, or to a folder above, is omitted.
 
     Args:
         top: the folder.
-        fits: says of a file's name whether it is wanted.
+        fits: whether to list a file of this name.
 
     Returns:
         The names by folder, all sorted, folders without such a file included; and the paths of omitted links.
@@ -52,7 +52,7 @@ def files_below(top: str | os.PathLike[str], fits: Callable[[str], bool]) -> tup
 
     descend(top, home)
     omitted: list[str] = []
-    for link in to_folders:  # it grows while links are followed
+    for link in to_folders:  # grows while links are followed
         real = os.path.realpath(link)
         if real in seen or leads_above(link, home):
             omitted.append(link)
@@ -79,7 +79,7 @@ def leads_above(path: str, top: str) -> bool:
 
 
 def check_regular(path: str) -> None:
-    """OSError where a path is a pipe or a device, which may never end; or where it does not exist."""
+    """OSError if a path is a pipe or a device, which may never end; or where it does not exist."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "not a regular file")

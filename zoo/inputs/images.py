@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class UnreadableImage(ValueError):
-    """A file that holds no whole image; the message names the file and says why."""
+    """A file that is not a complete image; the message has the file and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocess(Preprocess):
-    """What is done to an image before a model sees it; stored in a checkpoint's `config.json`.
+    """Preprocessing of an image for a model; stored in a checkpoint's `config.json`.
 
     As timm's evaluation transform: the short side is resized to `size / crop` (rounded down), the centre of `size` by
     `size` pixels is cut out, values are scaled to 0..1 and normalised with `mean` and `std`. Of an image more than
@@ -39,13 +39,13 @@ class ImagePreprocess(Preprocess):
     Args:
         size: side of the square that the model takes, in pixels.
         channels: 3 for RGB, 1 for grey.
-        mean: what is subtracted, one value per channel, on the scale 0..1.
-        std: what is divided by, one value per channel.
+        mean: mean to subtract, one value per channel, on the scale 0..1.
+        std: standard deviation to divide by, one value per channel.
         interpolation: one of `INTERPOLATIONS`.
-        crop: share of the resized short side that is kept, above 0 and at most 1.
+        crop: share of the resized short side that is kept, in (0, 1].
 
     Raises:
-        ValueError: a value is out of its range, or `mean` or `std` has not one value per channel.
+        ValueError: a value is out of range, or `mean` or `std` does not have one value per channel.
     """
 
     shared = ("channels",)
@@ -72,17 +72,17 @@ class ImagePreprocess(Preprocess):
                 raise ValueError(f"{name} has {len(values)} values, but channels={self.channels} needs {self.channels}")
             object.__setattr__(self, name, tuple(float(value) for value in values))
         if min(self.std) < 1e-6:
-            raise ValueError(f"std must be at least 1e-6, got {list(self.std)}")
+            raise ValueError(f"std must be >= 1e-6, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
         if not is_number(self.crop) or not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop!r}")
+            raise ValueError(f"crop must be > 0 and <= 1, got {self.crop!r}")
         if self.size / self.crop > LARGEST:
             found = f"size={self.size}, crop={self.crop}"
-            raise ValueError(f"size / crop must be at most {LARGEST} pixels, got {found}")
+            raise ValueError(f"size / crop must be <= {LARGEST} pixels, got {found}")
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A random image, uint8 [H, W, channels], larger than the model takes."""
+        """A random image, uint8 [H, W, channels], larger than the model's input."""
         height, width = self.size * 3 // 2 + 7, self.size * 2 + 3
         shape = (height // 4 + 1, width // 4 + 1, self.channels)
         coarse = torch.randint(256, shape, generator=generator, device="cpu")
@@ -93,7 +93,7 @@ class ImagePreprocess(Preprocess):
         """Turns one image into the model's input.
 
         Args:
-            image: the path of a file; a PIL image of any mode that `convert_image` takes; or a tensor or array of NumPy
+            image: the path of a file; a PIL image of any mode that `convert_image` takes; or a tensor or NumPy array
                 of type uint8, [H, W] or [H, W, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
 
         Returns:
@@ -115,7 +115,7 @@ class ImagePreprocess(Preprocess):
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation to normalise with where none are given.
+    """Default mean and standard deviation for normalisation.
 
     ImageNet's for 3 channels; their average over the channels for 1.
     """
@@ -126,7 +126,7 @@ def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
-    """Reads the whole of an image file (the first of an animation), turned as its EXIF says.
+    """Reads a complete image file (the first frame of an animation), rotated according to its EXIF.
 
     Args:
         path: a file in one of `FORMATS`.
@@ -136,15 +136,15 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
         A PIL image in memory, 8 bits per channel; the file is closed.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, broken, no image, larger than Pillow's limit against
-            decompression bombs, or its values have no known range.
+        UnreadableImage: the file is missing, empty, truncated, broken, not an image, larger than Pillow's limit against
+            decompression bombs, or the range of its values is unknown.
     """
     _mode(channels)
     name = os.fspath(path)
     try:
         check_regular(name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata, which nobody asks for
+            warnings.simplefilter("ignore")  # of broken metadata, which is not needed
             try:
                 return _read(name, channels)
             except Exception:
@@ -163,7 +163,7 @@ def _read(file: str | io.BytesIO, channels: int) -> Image:
     formats = [name for name in FORMATS if name in Image.OPEN]
     with Image.open(file, formats=formats) as image:
         image.load()
-        with suppress(Exception):  # of broken metadata: the pixels are all there
+        with suppress(Exception):  # of broken metadata: the pixels are complete
             image = ImageOps.exif_transpose(image)
         return convert_image(image, channels)
 
@@ -178,7 +178,7 @@ def _why(name: str, error: Exception) -> str:
 
 
 def _pixels_of_png(name: str) -> bytes | None:
-    """A PNG file without the chunks that pixels do not depend on, one of which may be broken; None for other files."""
+    """A PNG file without the chunks that pixels do not need, which may be broken; None for other files."""
     try:
         with open(name, "rb") as file:
             if file.read(8) != PNG:
@@ -200,14 +200,14 @@ def _pixels_of_png(name: str) -> bytes | None:
 def convert_image(image: Image, channels: int) -> Image:
     """The image in mode "RGB" (`channels` 3) or "L" (1), 8 bits per channel.
 
-    What is transparent is laid on white. 16-bit grey is scaled from 0..65535 to 0..255.
+    Transparent pixels are blended with white. 16-bit grey is scaled from 0..65535 to 0..255.
 
     Raises:
         ValueError: the values are floating-point or exceed 16 bits, so that their range is unknown.
     """
     mode = _mode(channels)
     if image.mode == "F":
-        raise ValueError("floating-point values have no known range")
+        raise ValueError("the range of floating-point values is unknown")
     if image.mode.startswith("I"):
         image = _in_strips(image, "L", _to_8_bits)
     elif image.has_transparency_data:
@@ -239,14 +239,14 @@ def _to_8_bits(image: Image) -> Image:
 
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"values from {values.min()} to {values.max()} do not fit 16 bits")
+        raise ValueError(f"values from {values.min()} to {values.max()} do not fit in 16 bits")
     grey = (values * 255 + 32767) // 65535
     grey[values == image.info.get("transparency", -1)] = 255
     return images.fromarray(grey.astype(np.uint8))
 
 
 def _centre(image: Image, size: int, side: int, interpolation: str) -> Image:
-    """The image resized so that its short side is `side`, and the central square of `size` pixels of that."""
+    """The image resized so that its short side is `side`, then its central square of `size` pixels."""
     from PIL import Image as images
 
     width, height = image.size
@@ -264,7 +264,7 @@ def _centre(image: Image, size: int, side: int, interpolation: str) -> Image:
 
 
 def _from_array(image: object) -> Image:
-    """A PIL image as it is, and one of an array or tensor; ValueError where it is none of them."""
+    """A PIL image unchanged, or one made from an array or tensor; ValueError for anything else."""
     from PIL import Image as images
 
     if isinstance(image, images.Image):
@@ -276,7 +276,7 @@ def _from_array(image: object) -> Image:
     if array.dtype != np.uint8 or len(shape) not in (2, 3) or len(shape) == 3 and shape[2] not in (1, 3, 4):
         hint = ""
         if array.dtype != np.uint8:
-            hint = "; scale it to 0..255 and convert it, or skip preprocessing where it is prepared already"
+            hint = "; scale it to 0..255 and convert it, or skip preprocessing if it is already prepared"
         elif len(shape) == 3 and shape[0] in (1, 3, 4):
             hint = f"; move the channels last, with {'permute' if isinstance(image, Tensor) else 'transpose'}(1, 2, 0)"
         kind = str(array.dtype).removeprefix("torch.")
@@ -298,6 +298,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"
 EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 LARGEST = 8192  # pixels of the resized short side
-STRIP = 2**20  # pixels that are converted at once
+STRIP = 2**20  # pixels converted at once
 PNG = b"\x89PNG\r\n\x1a\n"
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")

@@ -4,9 +4,9 @@
     out[p, g] = sum_k weights[p, g, k] * sample(value[..., g], base[p] + scale * (taps[k] + offsets[p, g, k]))
 
 `sample` is linear along each axis and zero outside the grid. The forms: `gathered` takes the corners of each sample one
-by one, exact in fp64, which the tests compare with; `reference` runs everywhere and is what exporters know; C++ on the
-CPU and Triton on CUDA stand behind one operator, which the compiler calls, too: measured, that is twice as fast as what
-it makes of gathers written out tap by tap, and compiles in one sixtieth of the time.
+by one, exact in fp64, which the tests compare with; `reference` runs everywhere and is used for export; C++ on the
+CPU and Triton on CUDA are behind one operator, which the compiler calls too: measured, that is twice as fast as
+compiled gathers tap by tap, and compiles in one sixtieth of the time.
 """
 
 import functools
@@ -28,9 +28,9 @@ def reference(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """The sum in plain PyTorch: value [B, *grid, C], places [B, P, G, K, axes], weights [B, P, G, K] -> [B, P, C].
 
     Maps go through grid_sample, in one call for all groups. Lines do not: its coordinates in -1..1 lose a thousandth of
-    a pixel where a line is 15,000 long.
+    a pixel if a line is 15,000 long.
     """
-    places = places.nan_to_num(-2.0, -2.0, -2.0)  # NaN and infinite places lie outside
+    places = places.nan_to_num(-2.0, -2.0, -2.0)  # NaN and infinite places are outside
     if value.ndim == 3:
         return gathered(value.to(places.dtype), places, weights).to(value.dtype)
     batch, groups = value.shape[0], places.shape[2]
@@ -65,7 +65,7 @@ def gathered(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
 
 def positions(offsets: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
-    """Where each tap is read, in pixels, in fp32 at least: half precision would blur places. [B, P, G, K, axes]."""
+    """The place of each tap in pixels, in at least fp32: half precision would blur places. [B, P, G, K, axes]."""
     return base[:, None, None] + scale * (taps + offsets)
 
 
@@ -100,7 +100,7 @@ def _fast(device: str) -> Any:
 
 
 def _has_fast(device: str) -> bool:
-    """Exporters do not know the operator. They are asked about here, for the compiler would take it that all export."""
+    """Whether an exporter is tracing, which does not know the operator; the compiler would assume so."""
     return not torch.compiler.is_exporting() and _fast(device) is not None
 
 
@@ -136,10 +136,10 @@ def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, tap
     """value [B, *grid, C], offsets [B, P, G, K, axes], weights [B, P, G, K], base [P, axes], taps [K, axes] ->
     [B, P, C]. Base and taps are constants; gradients go to the others."""
     if not offsets.shape[2] or value.shape[-1] % offsets.shape[2]:
-        raise ValueError(f"{offsets.shape[2]} groups do not divide {value.shape[-1]} channels")
+        raise ValueError(f"groups must divide {value.shape[-1]} channels, got {offsets.shape[2]}")
     if not value.device == offsets.device == weights.device:
         raise ValueError(
-            f"all tensors must be on one device, not {value.device}, {offsets.device} and {weights.device}"
+            f"all tensors must be on one device, got {value.device}, {offsets.device} and {weights.device}"
         )
     if not _has_fast(value.device.type):
         return reference(value, positions(offsets, base, taps, scale), weights)
@@ -160,19 +160,17 @@ def deformable(
     """value [B, *grid, C], offsets [B, *out, G, K, axes], weights [B, *out, G, K] -> [B, *out, C].
 
     The grid has one axis or two. K counts the kernel's taps in row-major order; offsets are in pixels and in the order
-    of the grid (y, x). A tap is read at p * stride + scale * (tap + offset), taps being counted from the middle of what
-    the kernel spans, dilation * (taps - 1) // 2 pixels behind its first one.
+    of the grid (y, x). A tap is read at p * stride + scale * (tap + offset), taps being counted from the middle of the
+    kernel's span, dilation * (taps - 1) // 2 pixels after its first one.
     Padding "same" keeps the size, divided by the stride and rounded up; a number p puts the first point where a
-    convolution padded by p has its first kernel's centre. ValueError where shapes do not fit each other.
+    convolution padded by p has its first kernel's centre. ValueError if shapes do not fit each other.
     """
     grid, axes = tuple(value.shape[1:-1]), value.ndim - 2
     kernel = (kernel,) * axes if isinstance(kernel, int) else tuple(kernel)
     if axes not in (1, 2) or len(kernel) != axes:
-        raise ValueError(f"deformable takes grids of 1 or 2 axes and a kernel of as many, not {grid} and {kernel}")
+        raise ValueError(f"deformable needs a grid of 1 or 2 axes and a kernel of as many, got {grid} and {kernel}")
     if not all(isinstance(number, int) and number > 0 for number in (*kernel, stride, dilation)):
-        raise ValueError(
-            f"kernel, stride and dilation must be integers of at least 1, not {kernel}, {stride} and {dilation}"
-        )
+        raise ValueError(f"kernel, stride and dilation must be integers >= 1, got {kernel}, {stride} and {dilation}")
     reach = [dilation * (taps - 1) for taps in kernel]
     middle = tuple(span // 2 for span in reach)
     if padding == "same":
@@ -182,13 +180,13 @@ def deformable(
         out = tuple((size + 2 * padding - span - 1) // stride + 1 for size, span in zip(grid, reach, strict=True))
         origin = tuple(half - padding for half in middle)
     else:
-        raise ValueError(f'padding must be an integer or "same", not {padding!r}')
+        raise ValueError(f'padding must be an integer or "same", got {padding!r}')
     groups, points = offsets.shape[-3] if offsets.ndim == axes + 4 else 1, tuple(weights.shape[1 : axes + 1])
     wanted = (value.shape[0], *out, groups, math.prod(kernel), axes)
     if tuple(offsets.shape) != wanted or weights.shape != offsets.shape[:-1]:
         raise ValueError(
             f"deformable expects offsets {(value.shape[0], *out, 'groups', math.prod(kernel), axes)} and weights "
-            f"without the last axis, not {tuple(offsets.shape)} and {tuple(weights.shape)}"
+            f"without the last axis, got {tuple(offsets.shape)} and {tuple(weights.shape)}"
         )
     kind = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), torch.float32)
     base = table(_lattice, out, (stride,) * axes, origin, kind, device=value.device)
@@ -206,12 +204,12 @@ def multiscale(value: Tensor, grids: Sequence[tuple[int, int]], places: Tensor, 
     """
     sizes, shapes = tuple(value.shape), (tuple(places.shape), tuple(weights.shape))
     if places.ndim != 6 or shapes[0] != (*shapes[1], 2):
-        raise ValueError(f"multiscale expects a place (y, x) for each weight, not {shapes[0]} and {shapes[1]}")
+        raise ValueError(f"multiscale expects a place (y, x) for each weight, got {shapes[0]} and {shapes[1]}")
     levels = places.shape[3]
     if not grids or len(grids) != levels or sum(rows * columns for rows, columns in grids) != sizes[1]:
         raise ValueError(f"{sizes[1]} tokens and {levels} levels do not fit the grids {tuple(grids)}")
     if len(sizes) != 3 or sizes[0] != places.shape[0]:
-        raise ValueError(f"multiscale expects a value ({places.shape[0]}, tokens, channels), not {sizes}")
+        raise ValueError(f"multiscale expects a value ({places.shape[0]}, tokens, channels), got {sizes}")
     kind = torch.promote_types(torch.promote_types(value.dtype, places.dtype), torch.float32)
     nowhere = torch.zeros(places.shape[1], 2, dtype=kind, device=value.device)
     centre = torch.zeros(places.shape[4], 2, dtype=kind, device=value.device)

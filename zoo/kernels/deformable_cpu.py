@@ -13,12 +13,12 @@ _POINTER = ctypes.c_void_p
 
 
 def available() -> bool:
-    """Whether the C++ code is there, compiled now if need be."""
+    """Whether the C++ code is available; compiles it if necessary."""
     return library("deformable_cpu") is not None
 
 
 def forward(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
-    """What zoo.kernels.deformable.aggregate returns, in the dtype of value."""
+    """The result of zoo.kernels.deformable.aggregate, in the dtype of value."""
     given = _read(value, offsets, weights, base, taps)
     out = torch.empty(*offsets.shape[:2], value.shape[-1], dtype=given.value.dtype)
     _call("forward", given, [*given], scale, [out])
@@ -31,7 +31,7 @@ def backward(
     """The gradients of value, offsets and weights."""
     given = _read(value, offsets, weights, base, taps)
     gradient = gradient.to(given.value.dtype).contiguous()
-    by_value = torch.zeros(value.shape, dtype=given.base.dtype)  # sums of many terms, in fp32 at least
+    by_value = torch.zeros(value.shape, dtype=given.base.dtype)  # sums of many terms, in at least fp32
     by_offsets = torch.empty(offsets.shape, dtype=given.offsets.dtype)
     by_weights = torch.empty(weights.shape, dtype=given.weights.dtype)
     _call("backward", given, [gradient, *given], scale, [by_value, by_offsets, by_weights])
@@ -52,7 +52,7 @@ def _read(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: T
     if kind not in _NAMES or not kind == offsets.dtype == weights.dtype:
         kind = torch.promote_types(torch.promote_types(offsets.dtype, weights.dtype), kind)
         kind = torch.promote_types(kind, torch.float32)
-    # Often offsets and weights are parts of one linear's output; they are read where they lie.
+    # Often offsets and weights are parts of one linear's output; they are read in place.
     offsets, weights = offsets.to(kind), weights.to(kind)
     if offsets.stride()[-2:] != (offsets.shape[-1], 1):
         offsets = offsets.contiguous()
@@ -70,7 +70,7 @@ def _call(name: str, given: _Given, tensors: list[Tensor], scale: float, results
     function = getattr(library("deformable_cpu"), f"zoo_deformable_{name}_{_NAMES[given.value.dtype]}")
     function.restype = None
     inputs, outputs = [_POINTER] * len(tensors), [_POINTER] * len(results)
-    # In one piece: the function is shared between threads.
+    # Set at once: the function is shared between threads.
     function.argtypes = [_POINTER, ctypes.c_int, *inputs, ctypes.c_double, ctypes.c_int, *outputs]
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
     pointers = [each.data_ptr() for each in tensors]

@@ -6,7 +6,7 @@
 One program owns a block of output points of one group of one image, as a tile [POINTS, CHUNKS, WIDTH] whose last two
 axes are the group's channels; see `_tile`. Sums are in fp32 (fp64 where value is) and in an order that no other image
 changes; only the atomic additions into the gradient of value come in any order. A position that is NaN or reaches no
-pixel adds nothing and has zero gradient. What was measured, and what was not: deformable_triton.md.
+pixel adds nothing and has zero gradient. Measurements and their limits: deformable_triton.md.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ def _forward(
 def _scatter(start, grad_start, pixel, gradient, share, reached, inside, FULL: tl.constexpr):
     """One corner per point: adds its share of the gradient to its pixel; returns gradient . row, 0 where not reached.
 
-    Shares that are exactly zero are not added: three corners of four where offsets are whole numbers.
+    Shares that are exactly zero are not added: three corners of four for integer offsets.
     """
     row = tl.load(start + pixel[:, None, None]) if FULL else tl.load(start + pixel[:, None, None], inside, 0)
     added = (reached & (share != 0))[:, None, None] & inside
@@ -196,7 +196,9 @@ def _backward(
     stride = tl.cast(groups * D, INDEX)  # one group is a plain number to the compiler
     line = width * stride
     channel = (tl.arange(0, CHUNKS) * WIDTH)[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
-    channel = tl.max_contiguous(channel, [1, 1, VECTOR])  # or loads and atomic additions lie differently over threads
+    channel = tl.max_contiguous(
+        channel, [1, 1, VECTOR]
+    )  # or loads and atomic additions are distributed differently over threads
     inside = channel < D
     start = value + image * height * line + group * D + channel
     grad_start = grad_value + image * height * line + group * D + channel
@@ -283,7 +285,7 @@ def backward(
 
 
 def _packed(tensor: Tensor, axes: int) -> Tensor:
-    """The tensor itself where its last axes are contiguous, else a contiguous copy."""
+    """The tensor itself if its last axes are contiguous, else a contiguous copy."""
     step = 1
     for size, stride in zip(tensor.shape[: -axes - 1 : -1], tensor.stride()[: -axes - 1 : -1], strict=True):
         if size > 1 and stride != step:

@@ -17,9 +17,9 @@ def linear_attention(
     """sum_j (q_i . k_j) v_j / sum_j (q_i . k_j), for query [B, N, H, d], key [B, M, H, d] and value [B, M, H, e], keys
     and queries not negative: [B, N, H, e].
 
-    mask [B, M] is True on real keys. turned replaces query and key in the numerator alone (rotary positions); the
-    denominator is then at least a hundredth of |q_i| |mean k|, for nothing else would bound the result. The result is
-    added to onto [B, N, H, e], which is overwritten where gradients are off. Sums over keys are means, so no number
+    mask [B, M] is True on real keys. turned replaces query and key only in the numerator (rotary positions); the
+    denominator is then at least a hundredth of |q_i| |mean k|, as nothing else bounds the result. The result is
+    added to onto [B, N, H, e], which is overwritten if gradients are off. Sums over keys are means, so no number
     grows with their number: half precision holds at any length (the way of Han et al. 2023, arXiv:2308.00442). A query
     that meets no key gives 0. A head costs N M (d + e) or (N + M) d e products, whichever are fewer.
     """

@@ -24,10 +24,10 @@ EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 @cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `<name>.cpp` of this folder, or None, with a warning once, where it cannot be compiled.
+    """The compiled `<name>.cpp` of this folder, or None, with one warning, if it cannot be compiled.
 
-    Libraries lie in the folder of the environment variable ZOO_CACHE, by default `~/.cache/zoo`; the name of each tells
-    the source, the flags, the compiler and the processor that it was made for. Set ZOO_NATIVE=0 to do without.
+    Libraries are in the folder of the environment variable ZOO_CACHE, by default `~/.cache/zoo`; the name of each
+    depends on source, flags, compiler and processor. Set ZOO_NATIVE=0 to disable it.
     """
     source = Path(__file__).with_name(f"{name}.cpp")
     if os.environ.get("ZOO_NATIVE", "1") == "0":
@@ -42,7 +42,7 @@ def library(name: str) -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as error:
         reason = one_line(error)
         warnings.warn(
-            f"zoo: {source.name} is not used ({reason}); the same is computed in plain PyTorch, several times slower. "
+            f"zoo: {source.name} cannot be used ({reason}); plain PyTorch computes the same, several times slower. "
             "Install a C++ compiler (GCC or Clang), or set ZOO_NATIVE=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,
@@ -51,12 +51,12 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where what was made on this machine is kept: ZOO_CACHE, or `zoo` in the user's cache folder."""
+    """The folder for files made on this machine: ZOO_CACHE, or `zoo` in the user's cache folder."""
     return Path(os.environ.get("ZOO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zoo")).expanduser()
 
 
 def build(source: Path) -> Path:
-    """The path of the compiled library, made where it is not there yet; RuntimeError says why it cannot be made."""
+    """The path of the compiled library, made if missing; RuntimeError, with the reason, if it cannot be made."""
     compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
     if compiler is None:
         raise RuntimeError(f"no C++ compiler found among {', '.join(_compilers())}")
@@ -69,14 +69,14 @@ def build(source: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work = tempfile.mkdtemp(dir=folder)
-    except OSError:  # a home that cannot be written: compiled anew in each process
+    except OSError:  # a home that cannot be written: compiled in each process
         work = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, work, ignore_errors=True)
         path = Path(work) / path.name
     fresh = Path(work) / "fresh.so"
     try:
         _compile(compiler, source, fresh)
-        os.replace(fresh, path)  # whole or not at all, though several processes may do so at once
+        os.replace(fresh, path)  # atomic, as several processes may do so at once
     finally:
         if path.parent != Path(work):
             shutil.rmtree(work, ignore_errors=True)
@@ -94,15 +94,15 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{compiler} did not end within five minutes") from None
+            raise RuntimeError(f"{compiler} did not finish within five minutes") from None
         if done.returncode == 0:
             return
         said = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit status {done.returncode}"
-    raise RuntimeError(f"{compiler} says: {said}")
+    raise RuntimeError(f"{compiler} failed: {said}")
 
 
 def _processor() -> str:
-    """What tells processors apart whose instructions differ: a home may be shared between machines."""
+    """A name for processors of the same instructions, as a home may be shared between machines."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith(("flags", "Features")):

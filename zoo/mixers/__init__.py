@@ -1,4 +1,4 @@
-"""What mixes tokens, by name. A new mixer is a class in this folder and a row in this table.
+"""Token mixers by name. A new mixer is a class in this folder and a row in this table.
 
 Rows of MIXERS and CROSSES are constructed as row(dim, heads, place, *, options), those of CONVS as row(dim, place, *,
 options).

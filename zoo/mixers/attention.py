@@ -33,7 +33,7 @@ class Headed(Layer):
     def head_width_of(cls, dim: int, heads: int, *, head_dim: int = 0, **options: Any) -> int:
         if head_dim == 0 and dim % heads:
             other = ", or give head_dim" if "head_dim" in options_of(cls) else ""
-            raise ValueError(f"{heads} heads do not divide dim {dim}; choose heads that do{other}")
+            raise ValueError(f"heads must divide dim {dim}, got {heads}; choose heads that do{other}")
         return head_dim or dim // heads
 
     @classmethod
@@ -43,9 +43,9 @@ class Headed(Layer):
 
 
 class Projected(Headed):
-    """The frame of every mixer with queries, keys and values: one projection to all three, `mix`, one output linear.
+    """The base of every mixer with queries, keys and values: one projection to all three, `mix`, one output linear.
 
-    A subclass writes `mix`. `code` is added to what queries and keys are made of, and not to values.
+    A subclass defines `mix`. `code` is added to the input of queries and keys, not of values.
     """
 
     reads = frozenset({"prefix", "mask", "code"})
@@ -55,7 +55,7 @@ class Projected(Headed):
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim = self.head_width_of(dim, heads, head_dim=head_dim)
         if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide the {heads} heads; {kv_heads} does not")
+            raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}")
         width = heads * self.head_dim
         self.qkv = linear(dim, width + 2 * self.kv_heads * self.head_dim, bias)
         self.out = linear(width, dim, bias)
@@ -110,8 +110,8 @@ class Projected(Headed):
 
 
 class Attention(Projected):
-    """The frame of attention over whatever a token may see: all tokens, or its chunk and some before it (`visible`),
-    or in a stream the keys that are kept and the new ones. A subclass writes `mix`."""
+    """The base of attention over all that a token may see: all tokens, or its chunk and some before it (`visible`),
+    or in a stream the stored keys and the new ones. A subclass defines `mix`."""
 
     reads = Projected.reads | {"visible"}
 
@@ -121,8 +121,8 @@ class Attention(Projected):
         return {"key": kept, "value": kept.clone(), "real": real}
 
     def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values with those that the stream keeps in front of them, and which of them each query may see:
-        None for all, [B, M], or [1 or B, N, M]. What comes is kept."""
+        """Keys and values after those stored in the stream, and which of them each query may see:
+        None for all, [B, M], or [1 or B, N, M]. New ones are stored."""
         number, mask, visible = key.shape[1], context.mask, context.visible
         if visible is None:
             return key, value, mask
@@ -184,7 +184,7 @@ class Softmax(Attention):
 class Window(Projected):
     """Softmax attention inside windows of `size` x `size` tokens, or of `size` tokens along time (Swin without its
     shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). The windows start at the
-    grid's first corner. The last ones may reach beyond the grid; what lies there is masked."""
+    grid's first corner. The last ones may reach beyond the grid; tokens there are masked."""
 
     reads = Projected.reads - {"prefix"}
 
@@ -227,7 +227,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
     """Scaled dot-product attention of query [B, N, H, d] over key and value [B, M, K, d]: [B, N, H, d].
 
     mask [B, M] or [1 or B, N, M] is True where a key may be seen, bias [H, N, M] or [B, H, N, M] is added to the
-    scores. A query that sees no key gets a finite result that means nothing.
+    scores. A query that sees no key gets a finite, meaningless result.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     allowed = None
@@ -240,7 +240,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
     shared = bool(key.shape[1] != query.shape[1])  # which torch.jit.trace makes a tensor
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=shared)
     y = y.transpose(1, 2)
-    return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX lays it out otherwise
+    return y.clone(memory_format=torch.contiguous_format) if exporting() else y  # ONNX has another layout
 
 
 class Cross(Headed):

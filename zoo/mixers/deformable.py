@@ -16,7 +16,7 @@ WEIGHTS = ("raw", "sigmoid", "softmax")
 
 
 def weigh(scores: Tensor, how: str) -> Tensor:
-    """The aggregation weights that scores [..., K] stand for: as they are, each in 0..1, or shares of 1."""
+    """The aggregation weights from scores [..., K]: unchanged, each in 0..1, or with sum 1."""
     if how == "raw":
         return scores
     return scores.sigmoid() if how == "sigmoid" else scores.softmax(-1)
@@ -32,7 +32,7 @@ class DCNv4(Layer):
     (Xiong et al. 2024, arXiv:2401.06197). It has one axis or two; groups=0 means one group per head.
 
     weights: `raw`, unbounded; `sigmoid`; `softmax` over the taps as in DCNv3 (Wang et al. 2023, arXiv:2211.05778).
-    local > 0 is the kernel of a depthwise convolution in front of that linear. centre=True blends in the token's own
+    local > 0 is the kernel of a depthwise convolution before that linear. centre=True blends in the token's own
     value, at a share that each group predicts. scale multiplies the positions of taps and the offsets.
     """
 
@@ -58,7 +58,7 @@ class DCNv4(Layer):
         self.axes, self.kernel, self.scale, self.weights = place.axes, kernel, scale, weights
         self.heads = groups or heads
         if dim % self.heads:
-            raise ValueError(f"{self.heads} groups do not divide dim {dim}")
+            raise ValueError(f"groups must divide dim {dim}, got {self.heads}")
         self.taps = kernel**place.axes
         self.value, self.out = linear(dim, dim), linear(dim, dim, bias)
         self.local = depthwise(dim, local, place.axes, bias=True) if local else None
@@ -123,7 +123,7 @@ class DeformableCross(Layer):
         super().__init__()
         _check_weights("deformable", weights)
         if dim % heads:
-            raise ValueError(f"{heads} heads do not divide dim {dim}")
+            raise ValueError(f"heads must divide dim {dim}, got {heads}")
         self.heads, self.levels, self.points, self.weights = heads, levels, points, weights
         samples = levels * points
         self.values, self.out = linear(dim, dim), linear(dim, dim)

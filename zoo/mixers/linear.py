@@ -16,7 +16,7 @@ class SimplifiedLinear(Projected):
     """Linear attention q' (k'^T v) / (q' sum k') + depthwise(v) with q' = relu(q) and k' = relu(k) (SLAB, Guo et al.
     2024, arXiv:2405.11582).
 
-    It is stable in half precision at any number of tokens. Rotary positions are applied to the numerator alone. The
+    It is stable in half precision at any number of tokens. Rotary positions are applied only to the numerator. The
     depthwise filter, `kernel` tokens wide, has the channels of one head and is shared by all heads; prefix tokens are
     not filtered. Unlike in the paper, no learned table is added to the keys, which would tie the layer to one
     resolution.
@@ -27,7 +27,7 @@ class SimplifiedLinear(Projected):
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, kernel: int = 5) -> None:
         super().__init__(dim, heads)
         if kernel % 2 == 0:
-            raise ValueError(f"sla takes an odd kernel, not {kernel}")
+            raise ValueError(f"sla: kernel must be odd, got {kernel}")
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(self.head_dim, 1, *[kernel] * place.axes))
         self.bias = nn.Parameter(torch.zeros(self.head_dim))
@@ -52,7 +52,7 @@ class SimplifiedLinear(Projected):
 
 class ChannelGroups(Projected):
     """Attention between the channels of a group, softmax(k^T v / sqrt(d)) applied to q (DaViT, Ding et al. 2022,
-    arXiv:2204.03645). Tokens are mixed through the scores of the channels alone."""
+    arXiv:2204.03645). Tokens are mixed only through the scores of the channels."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)

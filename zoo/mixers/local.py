@@ -36,7 +36,7 @@ class Pool(Layer):
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, size: int = 3) -> None:
         super().__init__()
         if size % 2 == 0:
-            raise ValueError(f"pool takes an odd size, not {size}")
+            raise ValueError(f"pool: size must be odd, got {size}")
         self.size = size
 
     def pool(self, maps: Tensor, counted: bool) -> Tensor:
@@ -55,14 +55,14 @@ class Pool(Layer):
 def depthwise(width: int, kernel: int, axes: int, bias: bool) -> nn.Conv1d | nn.Conv2d:
     """A convolution of each channel by itself that keeps the grid's size."""
     if kernel % 2 == 0:
-        raise ValueError(f"a convolution on tokens takes an odd kernel, not {kernel}")
+        raise ValueError(f"kernel must be odd, got {kernel}")
     conv = nn.Conv1d if axes == 1 else nn.Conv2d
     return conv(width, width, kernel, padding=kernel // 2, groups=width, bias=bias)
 
 
 def along(conv: nn.Conv1d | nn.Conv2d, y: Tensor, context: Context, past: Tensor | None = None) -> Tensor:
-    """A depthwise convolution of tokens on the grid; under `visible` it reads no later token, but those in front:
-    `past` [B, kernel - 1, C] of a stream, else zeros. What comes is written into `past`."""
+    """A depthwise convolution of tokens on the grid; under `visible` it reads no later token, only earlier ones:
+    `past` [B, kernel - 1, C] of a stream, else zeros. New tokens are written into `past`."""
     if context.visible is None:
         return filtered(y, context.grid, conv.weight, conv.bias, int(conv.padding[0]))
     front = conv.kernel_size[0] - 1
@@ -107,7 +107,7 @@ class SeparableConv(Layer):
 
 class Convolution(Layer):
     """The convolution branch of Conformer: linear, gated linear unit, depthwise convolution, norm, swish and linear
-    (Gulati et al. 2020, arXiv:2005.08100). The depthwise convolution is `kernel` frames wide, and causal where
+    (Gulati et al. 2020, arXiv:2005.08100). The depthwise convolution is `kernel` frames wide, and causal if
     the model works in chunks (`visible`). The Block fills `norm`."""
 
     reads = frozenset({"mask", "visible"})
@@ -169,7 +169,7 @@ class SwishConvolution(Convolution):
 
 
 class Depthwise(Layer):
-    """A depthwise convolution on the grid, the conditional position encoding in front of each branch of DaViT
+    """A depthwise convolution on the grid, the conditional position encoding before each branch of DaViT
     (Chu et al. 2021, arXiv:2102.10882; Ding et al. 2022, arXiv:2204.03645). It is `kernel` tokens wide."""
 
     reads = frozenset({"mask"})

@@ -1,4 +1,4 @@
-"""Attention along time: scores that depend on how far two frames are apart, and windows that make long audio cheap."""
+"""Attention along time: scores that depend on the distance of two frames, and windows that make long audio cheap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +14,22 @@ from zoo.tensors import exporting, linear, shortfall, zeroed
 
 
 def _offsets(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
-    """Sines and cosines, taking turns, of the offsets -start, -start - 1, ..., 1 - stop: [stop - start, dim] fp32."""
+    """Alternating sines and cosines of the offsets -start, -start - 1, ..., 1 - stop: [stop - start, dim] fp32."""
     rates = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     angles = -torch.arange(start, stop, device=device, dtype=torch.float64)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim].float()
 
 
 def waves_of(first: int, number: int, dim: int, like: Tensor) -> Tensor:
-    """Sines and cosines, taking turns, of the offsets first, first - 1, ...: [number, dim]."""
+    """Alternating sines and cosines of the offsets first, first - 1, ...: [number, dim]."""
     return rows(_offsets, -first, number - first, dim, device=like.device).to(like.dtype)
 
 
 def shifted(scores: Tensor, keys: int) -> Tensor:
     """Scores [..., N, keys + N - 1] by falling offset become scores [..., N, keys] by key, the first query's offsets
-    beginning N - 1 later than the last one's. A view of what it is given."""
+    beginning N - 1 later than the last one's. A view of the input."""
     queries, width = scores.shape[-2:]
-    if exporting():  # a view would bind the program to what it was traced with
+    if exporting():  # a view would fix the program to the traced sizes
         rows, columns = torch.arange(queries, device=scores.device), torch.arange(keys, device=scores.device)
         places = columns + (queries - 1 - rows)[:, None]
         return scores.gather(-1, places.expand(*scores.shape[:-1], -1))
@@ -51,7 +51,7 @@ def banded(
     """Attention of query [B, N, H, d] over the keys and values [B, N, K, d] that are at most `window` places away.
 
     The first `shared` tokens see all and are seen by all. mask [B, N] is True on real keys. bias gives, for blocks of
-    queries [B', window, H, d], what is added to their scores against the block and its two neighbours
+    queries [B', window, H, d], the term added to their scores against the block and its two neighbours
     [B', H, window, 3 * window]. Time and memory grow with N * window (Beltagy et al. 2020, arXiv:2004.05150).
     """
     batch, number = query.shape[:2]
@@ -99,7 +99,7 @@ class Relative(Attention):
 
     @classmethod
     def reads_of(cls, *, window: int = 0, **options: Any) -> frozenset[str]:
-        return cls.reads - {"visible"} if window else cls.reads  # chunks would take the window's place
+        return cls.reads - {"visible"} if window else cls.reads  # chunks would replace the window
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 0, bias: bool = True) -> None:
         super().__init__(dim, heads, bias=bias)
@@ -115,7 +115,7 @@ class Relative(Attention):
         return self.relative(waves).unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
     def bias(self, query: Tensor, keys: int, before: int) -> Tensor:
-        """The part of the scores that depends on offsets, `before` keys lying in front of the first query:
+        """The part of the scores that depends on offsets, `before` keys coming before the first query:
         query [B, N, H, d] -> [B, H, N, keys]."""
         number = query.shape[1]
         rows = self.rows(number - 1 + before, number + keys - 1, query)

@@ -31,7 +31,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def configure(name: str, **choices: Any) -> Config:
-    """The config of a preset with some of its fields replaced; ValueError where a name or a choice is wrong."""
+    """The config of a preset with some of its fields replaced; ValueError if a name or a choice is invalid."""
     if name not in PRESETS:
         raise ValueError(unknown("model", name, PRESETS))
     config = PRESETS[name]
@@ -45,38 +45,41 @@ def configure(name: str, **choices: Any) -> Config:
 def create_model(name: str, **choices: Any) -> nn.Module:
     """Builds a preset, some of its fields replaced: create_model("vit_small", mixer="sla", norm="prepbn", classes=10).
 
-    `list_models()` lists the names; the fields are those of the family's config. ValueError, in one line, where a name,
-    a field or a choice is wrong, or where two choices would ignore each other.
+    `list_models()` lists the names; the fields are those of the family's config. ValueError, in one line, if a name,
+    a field or a choice is invalid, or if two choices would ignore each other.
     """
     _check_habits(name, choices)
     return configure(name, **choices).build()
 
 
-# What timm calls some of our fields.
+# timm's names of some of our fields.
 HABITS = {"num_classes": "classes", "img_size": "image", "in_chans": "channels", "patch_size": "patch"}
 HABITS |= {"embed_dim": "dim", "num_heads": "heads", "drop_path_rate": "drop_path", "drop_rate": "dropout"}
 
 
 def _check_habits(name: str, choices: Mapping[str, Any]) -> None:
-    """ValueError, with what to write instead, for what users of other libraries expect to work."""
+    """ValueError, with the right call, for arguments that users of other libraries expect to work."""
     if name not in PRESETS and name.partition(".")[0] in PRESETS and "." in name:
         raise ValueError(f"'{name}' is the name of a checkpoint, not of a model; zoo.load_model('{name}') reads it")
     for choice in choices:
         if choice.startswith("pretrained"):
-            raise ValueError(f"there is no '{choice}' here; zoo.load_model(NAME) reads a checkpoint with its weights")
+            raise ValueError(
+                f"create_model has no option '{choice}'; zoo.load_model(NAME) reads a checkpoint with its weights"
+            )
         if choice in HABITS:
             raise ValueError(f"'{name}' has no field '{choice}'; did you mean {HABITS[choice]}?")
 
 
 def family_of(model: object) -> str | None:
-    """The name of a model's family; None for what is not a model of the zoo."""
+    """The name of a model's family; None if it is not a model of the zoo."""
     config = model.config if isinstance(model, Model) else None
     return next((name for name, kind in FAMILIES.items() if type(config) is kind), None)
 
 
 def describe(name: str, **choices: Any) -> dict[str, Any]:
-    """What `zoo list` and `zoo info` say of a preset, some of its fields replaced: `about`, `family`, `parameters`, and
-    `fields`, each with its value as text; stages with commas between, turns with slashes."""
+    """The facts of a preset for `zoo list` and `zoo info`, some of its fields replaced: `about`, `family`,
+    `parameters`, and `fields`, each with its value as text; stages separated by commas, turns by slashes.
+    """
     config = configure(name, **choices)
     with torch.device("meta"):
         number = count_parameters(config.build())

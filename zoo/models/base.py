@@ -1,5 +1,4 @@
-"""What every model is: a config, a forward of its own, features for other models; and how blocks run one after the
-other."""
+"""The base of every model: a config, a forward of its own, features for other models; and running its blocks."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ Kind = TypeVar("Kind", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(Config):
-    """What a family that names the class of an image says of itself.
+    """The config of a family that classifies images.
 
     Args:
         image: side of the images in pixels, for weights that depend on it; any other size works too.
@@ -57,18 +56,18 @@ class ClassifierConfig(Config):
 
 
 class Model(nn.Module, Generic[Kind]):
-    """A model of the zoo. A family derives from it and from Config, and says in its Config what it takes and gives.
+    """A model of the zoo. A family derives from it and from Config; its Config describes inputs and outputs.
 
-    `checkpointing` computes activations again in the backward pass, to save memory. `fusion` is the report of
-    `zoo.fuse`, None where the model is not fused. `preset`, `preprocess` and `labels` are those of the checkpoint that
+    `checkpointing` recomputes activations in the backward pass, to save memory. `fusion` is the report of
+    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess` and `labels` are those of the checkpoint that
     it was read from; set them to None to save it without them.
     """
 
-    renewable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start afresh in fine-tuning
+    renewable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start untrained in fine-tuning
 
     config: Kind
     fusion: list[Fold] | None = None
-    # What the checkpoint that the model was read from says of it, which `zoo.save_model` keeps.
+    # Facts from the model's checkpoint, which `zoo.save_model` keeps.
     preset: str | None = None
     preprocess: Any = None
     labels: Any = None
@@ -80,7 +79,7 @@ class Model(nn.Module, Generic[Kind]):
 
     @property
     def strides(self) -> list[int]:
-        """How many places of the input, along one side or along time, become one place of each of `features`."""
+        """The stride of each of `features`: places of the input, along one side or along time, per place."""
         raise TypeError(f"{type(self).__name__} has no strides")
 
     @property
@@ -94,15 +93,15 @@ class Model(nn.Module, Generic[Kind]):
         return self.channels[-1]
 
     def features(self, inputs: Tensor, /, layers: Sequence[int] | None = None) -> list[Tensor]:
-        """Maps [B, C, ...] after the given layers, all where None, for other models to build on."""
+        """Maps [B, C, ...] after the given layers, all if None, for other models to build on."""
         raise TypeError(f"{type(self).__name__} has no features")
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of more than one dimension that weight decay leaves alone."""
+        """Parameters of more than one dimension without weight decay."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """How deep each parameter lies, in the form that timm's layer-wise decay reads."""
+        """The depth of each parameter, in the form for timm's layer-wise decay."""
         raise ValueError(f"{type(self).__name__} does not support layer_decay; it has no group_matcher")
 
     def name_layers(self) -> None:
@@ -117,15 +116,15 @@ class Model(nn.Module, Generic[Kind]):
 
 
 def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[int]:
-    """The layers asked for, counted from 0; all where None, and -1 is the last. ValueError where one does not exist."""
+    """The requested layers, counted from 0; all if None, and -1 is the last. ValueError if one does not exist."""
     wanted = range(number) if layers is None else layers
     if bad := [layer for layer in wanted if not -number <= layer < number]:
-        raise ValueError(f"layers: there is no {kind} {bad[0]}; the model has {number} {kind}s, from 0")
+        raise ValueError(f"layers: {kind} {bad[0]} does not exist; choose from 0 to {number - 1}")
     return [layer % number for layer in wanted]
 
 
 def make_block(config: ModelConfig, stage: int, index: int, rate: float) -> Block:
-    """One block; an error names it where blocks differ."""
+    """One block; an error names it if blocks differ."""
     try:
         return Block(config.block(stage, index), rate)
     except ValueError as error:
@@ -154,7 +153,7 @@ def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractConte
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
-    """The blocks one after the other; with checkpointing, activations are computed again in the backward pass, and
+    """The blocks one after the other; with checkpointing, activations are recomputed in the backward pass, and
     running statistics move once."""
     # The compiler traces a block once, so its statistics move once by themselves.
     watch = {} if compiling() else {"context_fn": _first_and_second_run}

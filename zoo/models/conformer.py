@@ -42,8 +42,8 @@ class ConformerConfig(FlatConfig):
         scale_input: whether the tokens are multiplied by sqrt(dim).
         first_norm: whether a norm follows the subsampling.
         unet: whether the frame rate is halved before the block `reduce` and restored before the last block.
-        reduce: index of the block before which `unet` halves the frame rate; None for half the depth less one.
-        reduce_left: how many of the four frames that the halving reads lie before the kept one.
+        reduce: index of the block before which `unet` halves the frame rate; None for half the depth minus one.
+        reduce_left: how many of the four frames that the halving reads are before the kept one.
         chunk: tokens in a chunk of a streaming model, in which a token sees its own chunk and `left` tokens before it
             and convolutions are causal; the look-ahead is chunk - 1 tokens; None for a model of whole utterances.
         left: tokens before its own chunk that a token of a streaming model sees.
@@ -81,9 +81,7 @@ class ConformerConfig(FlatConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.mels, self.frames) < 1 or self.vocabulary < 0 or self.vocabulary == 1:
-            raise ValueError(
-                "mels and frames must be at least 1, and vocabulary 0 or at least 2, a token and the blank"
-            )
+            raise ValueError("mels and frames must be >= 1, and vocabulary 0 or >= 2 (a token and the blank)")
         for field, table in (("subsampling", SUBSAMPLINGS), ("head", SPEECH_HEADS)):
             try:
                 check(table, getattr(self, field))
@@ -105,9 +103,9 @@ class ConformerConfig(FlatConfig):
         mixers = given.pop("mixers") if isinstance(given.get("mixers"), list | tuple) else None
         if mixers:
             if given.get("mixer", "relative") != "relative":
-                raise ValueError(f"mixer '{given['mixer']}' would be ignored: mixers names one for each stage")
+                raise ValueError(f"mixer '{given['mixer']}' would be ignored: mixers gives one for each stage")
             if not given.get("strided", stages):
-                raise ValueError("mixers would be ignored: strided names no block at which stages end")
+                raise ValueError("mixers would be ignored: strided lists no block at which a stage ends")
             given["mixer"] = mixers
         elif mixers is not None and stages:
             given.setdefault("mixer", "relative")
@@ -151,25 +149,27 @@ class ConformerConfig(FlatConfig):
     def check_sizes(self) -> None:
         if not self.strided:
             if self.widths:
-                raise ValueError("widths would be ignored: strided names no block at which stages end")
+                raise ValueError("widths would be ignored: strided lists no block at which a stage ends")
             return
         stages = len(self.strided) + 1
         if len(self.widths) != stages or self.widths[0] != self.dim:
             raise ValueError(
-                f"widths has a number for each of {stages} stages, the first being dim={self.dim}, not {self.widths}"
+                f"widths must have {stages} numbers, one per stage, starting with dim={self.dim}, got {self.widths}"
             )
         if list(self.strided) != sorted({*self.strided}) or not 0 <= self.strided[0] <= self.strided[-1] < self.depth:
-            raise ValueError(f"strided lists rising indices of blocks, 0..{self.depth - 1}, not {self.strided}")
+            raise ValueError(
+                f"strided must list increasing block indices from 0 to {self.depth - 1}, got {self.strided}"
+            )
         if self.unet or self.chunk is not None:
-            raise ValueError("strided: a model with stages has neither a temporal U-Net nor chunks")
+            raise ValueError("strided: a model with stages cannot have a temporal U-Net or chunks")
         if self.layout != CONFORMER or self.layer_scale is not None:
             raise ValueError("strided: stages need Conformer's layout, without layer_scale")
         for name, needed in (("placement", "pre"), ("conv", "glu"), ("position", "none"), ("channel", "none")):
             if any(parse(each)[0] != needed for each in names_of(getattr(self, name))):
-                raise ValueError(f"strided: stages need {name} '{needed}', not '{self.described(name)}'")
+                raise ValueError(f"strided: stages need {name} '{needed}', got '{self.described(name)}'")
 
     def _check_strided(self) -> None:
-        """ValueError where a choice is used by no block: a strided one takes its mixer from the stage that it ends, and
+        """ValueError if a choice is used by no block: a strided one takes its mixer from the stage that it ends, and
         its convolution from the one that it leads to."""
         blocks = [self.at(index) for index in range(self.depth)] if self.strided else []
         for name in ("mixer", "conv", "conv_norm") if blocks else ():
@@ -186,9 +186,9 @@ class ConformerConfig(FlatConfig):
                 raise ValueError("reduce and reduce_left would be ignored: unet is False")
             return
         if not 0 <= self.reduce_left <= 4:
-            raise ValueError(f"reduce_left must be in 0..4, not {self.reduce_left}")
+            raise ValueError(f"reduce_left must be from 0 to 4, got {self.reduce_left}")
         if self.depth < 2:
-            raise ValueError(f"unet: reduce has no block to stand before; depth is at least 2, not {self.depth}")
+            raise ValueError(f"unet: depth must be >= 2, got {self.depth}")
         if not 0 <= self.reduced < self.depth - 1:
             raise ValueError(
                 f"reduce: the rate is halved before block {self.reduced} and restored before the last of {self.depth}, "
@@ -201,12 +201,14 @@ class ConformerConfig(FlatConfig):
                 raise ValueError(f"left={self.left} would be ignored: chunk is None")
             return
         if self.chunk < 1 or self.left < 0 or self.left % self.chunk:
-            raise ValueError(f"chunk must be at least 1 and divide left, not chunk={self.chunk} and left={self.left}")
+            raise ValueError(f"chunk must be >= 1 and divide left, got chunk={self.chunk} and left={self.left}")
         if self.unet:
-            raise ValueError("unet: the temporal U-Net reads later frames, which a model with chunks may not")
+            raise ValueError("unet: the temporal U-Net reads later frames, which a model with chunks cannot")
         options = check(SUBSAMPLINGS, self.subsampling)
         if options["padding"] != "causal":
-            raise ValueError("subsampling: a model with chunks takes padding='causal'; others read later frames")
+            raise ValueError(
+                "subsampling: a model with chunks needs padding='causal'; other padding reads later frames"
+            )
         if parse(options["channel"])[0] != "none":
             raise ValueError("subsampling: channel attention reads the whole utterance; a model with chunks cannot")
         if not self.row_of_position.streams:
@@ -267,7 +269,7 @@ class ConformerConfig(FlatConfig):
 
 
 class Encoded(NamedTuple):
-    """Tokens [B, T', dim] with their Context, and how many of each clip are real, or None for all."""
+    """Tokens [B, T', dim] with their Context, and the number of valid ones of each clip, or None for all."""
 
     tokens: Tensor
     context: Context
@@ -277,7 +279,7 @@ class Encoded(NamedTuple):
 class Conformer(Model[ConformerConfig]):
     """model(features [B, T, mels], lengths [B] or None) -> (logits [B, T', vocabulary], lengths [B]).
 
-    lengths counts the real frames of each clip, None stands for all; what lies beyond changes nothing. Without a head
+    lengths has the valid frames of each clip, None for all; later frames change nothing. Without a head
     (vocabulary = 0), and with an RNN-T head, the first output is the encoder's tokens [B, T', dim]; `model.head` then
     makes logits of them and of targets.
     """
@@ -317,17 +319,17 @@ class Conformer(Model[ConformerConfig]):
         return [self.config.stages[stage].dim for stage in stages]
 
     def embed(self, features: Tensor, lengths: Tensor | None, visible: Chunks | None = None) -> tuple[Tensor, Context]:
-        """Tokens behind the subsampling, and the Context of the first blocks."""
+        """Tokens after the subsampling, and the Context of the first blocks."""
         if features.ndim != 3 or features.shape[2] != self.config.mels:
-            raise ValueError(f"the model takes features [B, T, {self.config.mels}], not {list(features.shape)}")
+            raise ValueError(f"features must be [B, T, {self.config.mels}], got {list(features.shape)}")
         mask = None
         if lengths is not None:
             if lengths.shape != features.shape[:1]:
-                raise ValueError(f"lengths has one number a clip, not the shape {list(lengths.shape)}")
+                raise ValueError(f"lengths must have one number per clip, got shape {list(lengths.shape)}")
             known = lengths.device.type == "cpu" and not compiling()
             if known and bool((lengths > features.shape[1]).any()):
                 raise ValueError(f"a clip of {int(lengths.max())} frames does not fit features {list(features.shape)}")
-            # Where it costs nothing to know, clips without padding take the way without masks.
+            # If it costs nothing to know, clips without padding skip the masks.
             if not known or self.training or bool((lengths < features.shape[1]).any()):
                 mask = mask_of(lengths, features.shape[1])
         x, mask = self.stem(features, mask)
@@ -339,9 +341,9 @@ class Conformer(Model[ConformerConfig]):
         if visible is None:
             return self.config.visible
         if self.config.chunk is None:
-            raise ValueError("visible: this model was not made to work in chunks; its config has no chunk")
+            raise ValueError("visible: this model does not work in chunks; its config has no chunk")
         if visible.chunk < 1 or visible.left < 0 or visible.left % visible.chunk:
-            raise ValueError(f"visible: chunk must be at least 1 and divide left, not {visible}")
+            raise ValueError(f"visible: chunk must be >= 1 and divide left, got {visible}")
         return visible
 
     def start(self, x: Tensor, context: Context) -> Tensor:
@@ -356,7 +358,7 @@ class Conformer(Model[ConformerConfig]):
         visible: Chunks | None = None,
         layers: Sequence[int] | None = None,
     ) -> list[Encoded]:
-        """What the given blocks make (the last where None; -1 is the last), each at its own frame rate.
+        """The outputs of the given blocks (the last if None; -1 is the last), each at its own frame rate.
 
         visible replaces the chunks of the config, for a model that has some.
         """
@@ -384,7 +386,7 @@ class Conformer(Model[ConformerConfig]):
     def features(
         self, inputs: Tensor, layers: Sequence[int] | None = None, lengths: Tensor | None = None
     ) -> list[Tensor]:
-        """The tokens after the given blocks (all where None; -1 is the last), not normalized, as maps [B, C, T'] at
+        """The tokens after the given blocks (all if None; -1 is the last), not normalized, as maps [B, C, T'] at
         `strides`, of log-mel features [B, T, mels]."""
         wanted = range(self.config.depth) if layers is None else layers
         return [each.tokens.transpose(1, 2) for each in self.encode(inputs, lengths, layers=wanted)]
@@ -403,17 +405,17 @@ class Conformer(Model[ConformerConfig]):
         return self.head(tokens) if self.head is not None and self.head.framewise else tokens
 
     def tokens(self, lengths: Any) -> Any:
-        """Tokens that so many frames become, of a number or a tensor of them."""
+        """The number of tokens of this many frames, for a number or a tensor of them."""
         lengths = self.stem.tokens(lengths)
         for _ in self.config.strided:
             lengths = (lengths + 1) // 2
         return lengths
 
     def state(self, batch: int, visible: Chunks | None = None) -> dict[str, Tensor]:
-        """What a stream remembers, before its first chunk: a dict of tensors of fixed sizes."""
+        """The memory of a stream before its first chunk: a dict of tensors of fixed sizes."""
         visible = self.chunks(visible)
         if visible is None:
-            raise ValueError("this model was not made to stream; its config has no chunk")
+            raise ValueError("this model cannot stream; its config has no chunk")
         kind = like(self)
         cache = self.stem.state(batch, kind)
         for name, module in self.named_modules():
@@ -424,8 +426,8 @@ class Conformer(Model[ConformerConfig]):
     def step(self, features: Tensor, mask: Tensor, cache: dict[str, Tensor], visible: Chunks) -> Tensor:
         """The logits [B, chunk, vocabulary] of the next chunk [B, stride * chunk, mels]; cache is changed in place.
 
-        The first chunk begins with stride - 1 frames that the mask [B, stride * chunk] calls padding, as the last one
-        ends with what is missing.
+        The first chunk begins with stride - 1 frames that the mask [B, stride * chunk] marks as padding, as the
+        last one is padded at its end.
         """
         x, mask = self.stem(features, mask, cache)
         context = self.position.place(Context(grid=(visible.left + x.shape[1],)))
@@ -436,7 +438,7 @@ class Conformer(Model[ConformerConfig]):
         return self.logits(x)
 
     def stream(self, batch: int = 1, visible: Chunks | None = None) -> Stream:
-        """Takes features in pieces of any size and gives logits as soon as a chunk is whole."""
+        """Takes features in pieces of any size and gives logits as soon as a chunk is complete."""
         return Stream(self, batch, self.chunks(visible))
 
     def no_weight_decay(self) -> set[str]:
@@ -450,7 +452,7 @@ class Conformer(Model[ConformerConfig]):
         }
 
     def fold(self) -> list[Fold]:
-        """Folds the norm at the end of the last block into a CTC head, which alone reads it."""
+        """Folds the norm at the end of the last block into a CTC head, its only reader."""
         done = [] if self.first is None else [keep(self, "first", "the stream reads it")]
         if self.head is not None and self.head.framewise:
             last: Any = self.blocks[-1]

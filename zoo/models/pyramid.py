@@ -1,4 +1,4 @@
-"""Hierarchical models: stages of Blocks on ever coarser grids, for classifying and for detectors that read features
+"""Hierarchical models: stages of Blocks on ever coarser grids, for classification and for detectors that use features
 (MetaFormer, Yu et al. 2022, arXiv:2111.11418 and arXiv:2210.13452; DaViT, Ding et al. 2022, arXiv:2204.03645;
 FlashInternImage, Xiong et al. 2024, arXiv:2401.06197; PVT, Wang et al. 2021, arXiv:2102.12122)."""
 
@@ -47,16 +47,16 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.image, self.channels) < 1 or self.classes < 0:
-            raise ValueError("image and channels must be at least 1, classes at least 0")
+            raise ValueError("image and channels must be >= 1, classes >= 0")
         for field, table in (("reduction", REDUCTIONS), ("head", HEADS), ("final_norm", NORMS)):
             try:
                 check(table, getattr(self, field) or self.last_norm)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
         if len(self.dim) == 1 and self.reduction != "conv":
-            raise ValueError(f"reduction '{self.reduction}' would be ignored: there is one stage; leave it at 'conv'")
+            raise ValueError(f"reduction '{self.reduction}' would be ignored: the model has one stage; omit it")
         if self.final_norm and check(HEADS, self.head).get("norm_first") is False:
-            raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no such norm")
+            raise ValueError(f"final_norm '{self.final_norm}' would be ignored: head '{self.head}' has no norm")
 
     def path(self, stage: int, index: int) -> str:
         return f"stages.{stage}.blocks.{index}"
@@ -67,9 +67,11 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         except ValueError as error:
             raise ValueError(f"stem: {error}") from None
         if not len(self.dim) == len(self.depth) == len(self.heads) > 0:
-            raise ValueError(f"dim, depth and heads have a number a stage, not {self.dim}, {self.depth}, {self.heads}")
+            raise ValueError(
+                f"dim, depth and heads must have one number per stage, got {self.dim}, {self.depth}, {self.heads}"
+            )
         if min(self.depth) < 1:
-            raise ValueError(f"depth must be at least 1 in each stage, not {self.depth}")
+            raise ValueError(f"depth must be >= 1 in each stage, got {self.depth}")
 
     @property
     def stages(self) -> tuple[Size, ...]:
@@ -80,7 +82,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
         return True
 
     def stride(self, stage: int) -> int:
-        """How many pixels of a side become one token in a stage."""
+        """Pixels of a side per token in a stage."""
         return STEMS[parse(self.stem)[0]].stride * 2**stage  # pyright: ignore[reportAttributeAccessIssue]
 
     def grid(self, stage: int) -> tuple[int, int]:
@@ -97,7 +99,7 @@ class PyramidConfig(ClassifierConfig, ModelConfig):
 
 
 class Stage(nn.Module):
-    """A reduction, where there is one, a position, and Blocks."""
+    """A reduction, if any, a position, and Blocks."""
 
     def __init__(self, config: PyramidConfig, stage: int, rates: Sequence[float]) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(make_block(config, stage, index, rate) for index, rate in enumerate(rates))
 
     def forward(self, x: Tensor, context: Context, checkpointing: bool = False) -> tuple[Tensor, Context]:
-        """Tokens [B, N, D] of the stage before, or of the stem -> tokens of this stage, and where they lie."""
+        """Tokens [B, N, D] of the stage before, or of the stem -> tokens of this stage, and their Context."""
         if self.reduction is not None:
             x, context = self.reduction(x, context)
         context = self.position.place(context)
@@ -118,7 +120,7 @@ class Stage(nn.Module):
 
 
 class Pyramid(Model[PyramidConfig]):
-    """model(images [B, channels, H, W]) -> logits [B, classes], or where classes = 0 the pooled features
+    """model(images [B, channels, H, W]) -> logits [B, classes], or if classes = 0 the pooled features
     [B, num_features] of the last map.
 
     H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
@@ -146,7 +148,7 @@ class Pyramid(Model[PyramidConfig]):
         return list(self.config.dim)
 
     def staged(self, images: Tensor, mask: Tensor | None, stages: int) -> list[tuple[Tensor, Context]]:
-        """The tokens [B, N, D] after each of the first stages, and where they lie."""
+        """The tokens [B, N, D] after each of the first stages, and their Context."""
         x, context = self.stem(images, mask)
         outputs = []
         for stage in self.stages[:stages]:
@@ -159,7 +161,7 @@ class Pyramid(Model[PyramidConfig]):
         return self.head(*self.staged(images, mask, len(self.stages))[-1])
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        """The tokens after the given stages (all where None; -1 is the last), not normalized, as maps [B, C, H', W'] at
+        """The tokens after the given stages (all if None; -1 is the last), not normalized, as maps [B, C, H', W'] at
         `strides`: sides are divided by the stride and rounded up."""
         wanted = chosen_layers(layers, len(self.stages), "stage")
         outputs = self.staged(images, mask, 1 + max(wanted, default=0))

@@ -17,8 +17,8 @@ from zoo.tensors import filtered, linear, zeroed
 
 
 class Reduce(nn.Module):
-    """Halves the frame rate: a depthwise convolution of 5 frames and stride 2, then a linear. `left` zeros stand in
-    front of the first frame."""
+    """Halves the frame rate: a depthwise convolution of 5 frames and stride 2, then a linear. `left` zeros come
+    before the first frame."""
 
     def __init__(self, dim: int, left: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Reduce(nn.Module):
 
 class Strided(nn.Module):
     """A Conformer block whose convolution has stride 2 and leads to another width; its shortcut takes every second
-    token and maps it by a linear. What comes after the block works under `halved(context)`."""
+    token and maps it by a linear. Later blocks use `halved(context)`."""
 
     stride = 2
 

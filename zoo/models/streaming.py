@@ -1,4 +1,4 @@
-"""A stream: features in pieces of any size to logits, chunk by chunk, in memory that does not grow."""
+"""A stream: features in pieces of any size to logits, chunk by chunk, in constant memory."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from zoo.tensors import like
 
 
 class Stream:
-    """What a speech model with chunks makes of one or several utterances as they come; all of a batch end together.
+    """Runs a speech model with chunks on one or several utterances as they arrive; all of a batch end together.
 
     The logits are those of `model(features)` as a whole (Noroozi et al. 2024, arXiv:2312.17279). A chunk of c tokens is
     computed when its last token's frame is there: frame stride * c of each chunk, less stride - 1 in the first.
@@ -18,9 +18,9 @@ class Stream:
 
     def __init__(self, model: Any, batch: int, visible: Chunks | None) -> None:
         if visible is None:
-            raise ValueError("this model was not made to stream; its config has no chunk")
+            raise ValueError("this model cannot stream; its config has no chunk")
         if model.training:
-            raise ValueError("a stream is for inference; call model.eval() first")
+            raise ValueError("streaming is for inference; call model.eval() first")
         self.model, self.visible = model, visible
         self.size = model.config.stride * visible.chunk
         self.cache: dict[str, Tensor] = model.state(batch, visible)
@@ -28,7 +28,7 @@ class Stream:
         ahead = model.config.stride - 1  # frames before the first one that its tokens' windows reach into
         self.waiting = kind.new_zeros(batch, ahead, model.config.mels)
         self.real = torch.zeros(batch, ahead, dtype=torch.bool, device=kind.device)
-        self.frames = self.given = 0  # features that came, and tokens that went
+        self.frames = self.given = 0  # received features, and returned tokens
         self.finished = False
 
     @torch.no_grad()
@@ -38,7 +38,7 @@ class Stream:
             raise ValueError("this stream has ended; start another with model.stream()")
         if features.ndim != 3 or (features.shape[0], features.shape[2]) != (len(self.waiting), self.waiting.shape[2]):
             wanted = f"[{len(self.waiting)}, any, {self.waiting.shape[2]}]"
-            raise ValueError(f"the stream takes features {wanted}, not {list(features.shape)}")
+            raise ValueError(f"features must be {wanted}, got {list(features.shape)}")
         self.frames += features.shape[1]
         self.waiting = torch.cat([self.waiting, features.type_as(self.waiting)], 1)
         self.real = torch.cat([self.real, self.real.new_ones(features.shape[:2])], 1)
@@ -51,7 +51,7 @@ class Stream:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """The logits of what is left; the stream is over then."""
+        """The logits of the remaining features; the stream has then ended."""
         if self.finished:
             raise ValueError("this stream has ended; start another with model.stream()")
         self.finished = True

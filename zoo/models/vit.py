@@ -27,10 +27,10 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
     Args:
         patch: side of a patch in pixels.
-        pool: what the head reads: `mean` of the normalized grid tokens; `token`, the normalized class token;
+        pool: the input of the head: `mean` of the normalized grid tokens; `token`, the normalized class token;
             `norm_after_mean`, the mean, then normalized; `distilled`, the mean of the logits of a class and a
-            distillation token, each with a head of its own.
-        class_token: whether a class token stands before the grid; `token` and `distilled` need it.
+            distillation token, each with its own head.
+        class_token: whether a class token comes before the grid; `token` and `distilled` need it.
         registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
     """
 
@@ -43,7 +43,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
     def check_sizes(self) -> None:
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
-            raise ValueError("image, patch and channels must be at least 1, classes and registers at least 0")
+            raise ValueError("image, patch and channels must be >= 1, classes and registers >= 0")
         if self.pool not in POOLS:
             raise ValueError(f"pool: {unknown('name', self.pool, POOLS)}")
         if self.pool in ("token", "distilled") and not self.class_token:
@@ -51,7 +51,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
     @property
     def prefix(self) -> int:
-        """The number of tokens in front of the grid."""
+        """The number of tokens before the grid."""
         return self.class_token + (self.pool == "distilled") + self.registers
 
     def grid(self, stage: int) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
 
 class ViT(Model[ViTConfig]):
-    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, dim] where classes = 0.
+    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, dim] if classes = 0.
 
     H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
     """
@@ -116,7 +116,7 @@ class ViT(Model[ViTConfig]):
         return (self.head(pooled[:, 0]) + self.head_distilled(pooled[:, 1])) / 2
 
     def pool(self, x: Tensor, context: Context) -> Tensor:
-        """What the head reads: [B, 1, dim], or [B, 2, dim] for a distilled model."""
+        """The input of the head: [B, 1, dim], or [B, 2, dim] for a distilled model."""
         if self.config.pool == "norm_after_mean":
             pooled = grid_mean(x, context)[:, None]
             return pooled if self.norm is None else self.norm(pooled, Context(grid=(1,)))
@@ -126,7 +126,7 @@ class ViT(Model[ViTConfig]):
         return x[:, : 1 + (self.config.pool == "distilled")]
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        """The grid's tokens after the given blocks (all where None; -1 is the last), not normalized, as maps
+        """The grid's tokens after the given blocks (all if None; -1 is the last), not normalized, as maps
         [B, dim, H', W']."""
         wanted = chosen_layers(layers, self.config.depth, "block")
         x, context = self.embed(images, mask)
@@ -150,7 +150,7 @@ class ViT(Model[ViTConfig]):
         if affine is None:
             return [Fold("norm", None, not_affine(self.norm))]
         if self.head is None:
-            return [keep(self, "norm", "there is no head")]
+            return [keep(self, "norm", "the model has no head")]
         for head in (self.head, self.head_distilled):
             if head is not None:
                 fold_in(head, *affine)

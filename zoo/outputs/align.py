@@ -1,4 +1,4 @@
-"""When each word was said."""
+"""The times of words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from zoo.outputs.ctc import frames_for, log_probabilities
 if TYPE_CHECKING:
     from zoo.outputs.tokens import Tokenizer
 
-TAIL = 0.16  # seconds at most that a word goes on after its last token
+TAIL = 0.16  # most seconds that a word lasts after its last token
 
 
 class Word(NamedTuple):
-    """A word and where it is heard: `start` and `end` in seconds, `probability` in 0..1."""
+    """A word and its time: `start` and `end` in seconds, `probability` in 0..1."""
 
     text: str
     start: float
@@ -28,16 +28,16 @@ class Word(NamedTuple):
 
 
 def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_per_frame: float) -> list[Word]:
-    """Where each word is heard, by the likeliest alignment of the tokens to the frames.
+    """The time of each word, by the likeliest alignment of the tokens to the frames.
 
     CTC gives a token few frames, often one, near where its sound begins. `start` is the first frame of the word's first
     token. `end` is an estimate: the word takes half of the blanks that follow its last token, but at most `TAIL`
     seconds of them. A word's probability is the geometric mean of that of its tokens' frames.
 
     Args:
-        logits: [T, V], or log-probabilities; the real frames of one clip.
-        tokens: what was said, without blanks.
-        tokenizer: says which tokens start a word and how words are spelt.
+        logits: [T, V], or log-probabilities; the valid frames of one clip.
+        tokens: the transcript, without blanks.
+        tokenizer: decides which tokens start a word and how words are spelt.
         seconds_per_frame: from one frame of `logits` to the next.
 
     Raises:
@@ -66,7 +66,7 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
     found = []
     for spans in heard:
         text = tokenizer.decode([span.token for span in spans]).strip()
-        spans = [span for span in spans if tokenizer.decode([span.token]).strip()]  # a space is no part of a word
+        spans = [span for span in spans if tokenizer.decode([span.token]).strip()]  # a space is not part of a word
         if text and spans:
             start, last = spans[0].start, spans[-1]
             free = (following.get(last.start, frames) - last.end) * seconds_per_frame

@@ -1,4 +1,4 @@
-"""From a model and its prepared input to an answer that a person reads."""
+"""From a model and its prepared input to a readable answer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ def best_classes(model: Any, parts: Iterable[Tensor], labels: Sequence[str] | No
 
 @torch.inference_mode()
 def best_text(model: Any, parts: Iterable[Any], tokenizer: Tokenizer | None) -> str:
-    """What greedy search hears in a sound, which comes in parts with features [T, mels], or None for silence.
+    """The greedy transcript of audio in parts, each with features [T, mels], or None for silence.
 
     Raises:
-        ValueError: there is no tokenizer, or the model's output is NaN or infinite.
+        ValueError: the tokenizer is missing, or the model's output is NaN or infinite.
     """
     if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer, so its answer is not text")
+        raise ValueError("the checkpoint has no tokenizer, so its output cannot be turned into text")
     device = next(model.parameters()).device
     texts = []
     for part in parts:
@@ -57,12 +57,12 @@ def best_text(model: Any, parts: Iterable[Any], tokenizer: Tokenizer | None) -> 
 
 
 def checked(output: Tensor) -> Tensor:
-    """The output; ValueError where it is NaN or infinite."""
+    """The output; ValueError if it is NaN or infinite."""
     if not bool(output.isfinite().all()):
         raise ValueError("the model's output is NaN or infinite")
     return output
 
 
 def class_names(labels: Sequence[str] | None, count: int) -> list[str]:
-    """The names of the classes, made up where there are none."""
+    """The names of the classes, generated if there are none."""
     return [f"class {index}" for index in range(count)] if labels is None else list(labels)

@@ -17,7 +17,7 @@ from zoo.outputs.lm import LanguageModel
 
 
 class Hypothesis(NamedTuple):
-    """What a search found: `score = acoustic + alpha · log P(language model) + beta · units`."""
+    """A result of a search: `score = acoustic + alpha · log P(language model) + beta · units`."""
 
     tokens: list[int]
     score: float
@@ -25,7 +25,7 @@ class Hypothesis(NamedTuple):
 
 
 def frames_for(tokens: Sequence[int]) -> int:
-    """How many frames CTC needs: one a token, and a blank between equal ones."""
+    """How many frames CTC needs: one per token, and a blank between equal ones."""
     return len(tokens) + sum(one == other for one, other in itertools.pairwise(tokens))
 
 
@@ -34,7 +34,7 @@ def greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
 
     Args:
         logits: [B, T, V], or log-probabilities.
-        lengths: [B], the frames of each clip that are real.
+        lengths: [B], the valid frames of each clip.
 
     Returns:
         The tokens of each clip.
@@ -59,23 +59,23 @@ def beam(
 ) -> list[Hypothesis]:
     """CTC prefix beam search, with a language model or without one.
 
-    Each frame keeps the `size` best prefixes; the alignments of a prefix are summed, those that end in blank apart from
-    those that end in its last token (Graves 2008; Hannun et al., arXiv 1408.2873). With `size` large and `prune` 0 the
-    scores are exact.
+    Each frame keeps the `size` best prefixes. The alignments of a prefix are summed: those that end in blank, and
+    separately those that end in its last token (Graves 2008; Hannun et al., arXiv 1408.2873). With `size` large and
+    `prune` 0 the scores are exact.
 
     Args:
-        logits: [T, V], or log-probabilities; the real frames of one clip.
+        logits: [T, V], or log-probabilities; the valid frames of one clip.
         size: prefixes kept.
         prune: a token less probable than this in a frame extends no prefix there, unless it is the frame's likeliest.
         lm: a language model, see `LanguageModel`; without one every token is a unit of probability 1.
         alpha: weight of the language model's log-probability, at least 0.
-        beta: what each unit adds to the score; above 0 it favours long answers.
+        beta: bonus of each unit in the score; above 0 it favours long answers.
 
     Returns:
-        At most `size` hypotheses, the best first; never none.
+        At least 1 and at most `size` hypotheses, the best first.
 
     Raises:
-        ValueError: an argument is out of its range, a logit is NaN, or the language model breaks its contract.
+        ValueError: an argument is out of range, a logit is NaN, or the language model breaks its contract.
     """
     _check_weights(size, prune, alpha)
     rows = log_probabilities(logits)
@@ -99,7 +99,7 @@ def beam(
 
 
 class _Prefix:
-    """A node in the tree of prefixes; one object a prefix, so that what was scored stays scored."""
+    """A node in the tree of prefixes; one object per prefix, so that nothing is scored twice."""
 
     __slots__ = ("bonus", "children", "parent", "state", "token")
 
@@ -118,7 +118,7 @@ class _Prefix:
 class _Scorer:
     def __init__(self, lm: LanguageModel, alpha: float, beta: float) -> None:
         self.lm, self.alpha, self.beta = lm, alpha, beta
-        self.most = beta if isinstance(lm, _Uniform) else max(beta, 0.0)  # what one token can add to a score
+        self.most = beta if isinstance(lm, _Uniform) else max(beta, 0.0)  # the most that one token can add to a score
 
     def weigh(self, log_probability: float, units: int) -> float:
         if not log_probability <= 0 or units not in (0, 1):
@@ -138,7 +138,7 @@ class _Scorer:
         return prefix.children[token]
 
     def total(self, prefix: _Prefix) -> float:
-        """What the language model adds to a whole utterance."""
+        """The language model's part of the score of a whole utterance."""
         return prefix.bonus + self.weigh(*self.lm.finish(prefix.state))
 
 
@@ -154,7 +154,7 @@ class _Uniform:
 
 
 def _join(prefixes: list[_Prefix], tokens: np.ndarray, grown: np.ndarray, in_token: np.ndarray) -> None:
-    """Adds an extension that gives a prefix which is in the beam already to that prefix."""
+    """Adds an extension to the equal prefix that is already in the beam."""
     rows = {id(prefix): row for row, prefix in enumerate(prefixes)}
     columns = {token: column for column, token in enumerate(tokens.tolist())}
     for place, prefix in enumerate(prefixes):
@@ -175,8 +175,8 @@ def _select(
 ) -> tuple[list[_Prefix], np.ndarray, np.ndarray]:
     """The `size` best of the prefixes as they are and of their extensions.
 
-    Extensions are scored in the order of an upper bound (the language model's answer is at most 0), until none that is
-    left can be among the best; so the model is asked for few of them and the choice is the exact one.
+    Extensions are scored in the order of an upper bound (a log-probability is at most 0), until none of the others
+    can be among the best; so the language model scores only a few, and the choice is exact.
     """
     bonus = np.array([prefix.bonus for prefix in prefixes])
     stays = np.logaddexp(in_blank, in_token) + bonus
@@ -212,7 +212,7 @@ def flashlight(
 ) -> list[Hypothesis]:
     """`beam`, computed by flashlight-text's lexicon-free decoder through torchaudio (Kahn et al., arXiv 2201.12465).
 
-    Arguments, result and errors as in `beam`, save that `acoustic` is what is left of the score without the language
+    Arguments, result and errors as in `beam`, except that `acoustic` is the score without the language
     model, and that tokens are pruned by their number: as many as the frame with the most tokens above `prune` has.
 
     Raises:
@@ -228,7 +228,7 @@ def flashlight(
     root = scorer.root()
 
     class Bonus(CTCDecoderLM):
-        """What the scorer adds, with the decoder's states as names of prefixes."""
+        """The scorer's part of the score, with the decoder's states as names of prefixes."""
 
         def start(self, start_with_nothing: bool) -> CTCDecoderLMState:
             state = CTCDecoderLMState()
@@ -272,7 +272,7 @@ def _check_weights(size: int, prune: float, alpha: float) -> None:
 
 
 def log_probabilities(logits: Tensor) -> np.ndarray:
-    """Natural logarithms of the probabilities, float64 [T, V]; ValueError where one is NaN."""
+    """Natural logarithms of the probabilities, float64 [T, V]; ValueError if one is NaN."""
     rows = logits.detach().double().log_softmax(-1).cpu().numpy()
     if np.isnan(rows).any():
         raise ValueError("the model's output has NaN or infinite values")

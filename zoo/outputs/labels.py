@@ -1,4 +1,4 @@
-"""What the outputs of a model mean: the names of classes, or the pieces of a tokenizer."""
+"""Labels of a model's outputs: the names of classes, or the pieces of a tokenizer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
 
 
 class LabelKind(NamedTuple):
-    """One kind of labels: how it is checked, stored as JSON and read again, and how it makes an answer."""
+    """One kind of labels: how they are checked, stored as JSON and read again, and turned into an answer."""
 
-    what: str  # as an error names it
-    misfit: str  # what an error says of other numbers than the model's
+    what: str  # name in an error
+    misfit: str  # error for another number than the model's
     fits: Callable[[Any], bool]
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]

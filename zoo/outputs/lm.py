@@ -1,4 +1,4 @@
-"""Language models that a beam search asks."""
+"""Language models for beam search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LanguageModel(Protocol):
-    """What a search asks of a language model, token by token; states are never changed in place.
+    """A language model that scores token by token; states are never changed in place.
 
     A log-probability is natural and at most 0. `units` is how many words (or tokens, as the model counts) are complete
     with this token: 0 or 1. A model over words answers (state, 0.0, 0) until a token shows that a word is complete.
@@ -26,33 +26,33 @@ class LanguageModel(Protocol):
         ...
 
     def extend(self, state: Any, token: int) -> tuple[Any, float, int]:
-        """The state after one more token, the log-probability of what that completes, and its units."""
+        """The state after one more token, the log-probability of the completed units, and their number."""
         ...
 
     def finish(self, state: Any) -> tuple[float, int]:
-        """Log-probability and units of what the end of the utterance completes."""
+        """Log-probability and units completed by the end of the utterance."""
         ...
 
 
 class KenLM:
     """An n-gram of KenLM as a `LanguageModel` (Heafield 2011).
 
-    A word that the n-gram knows only in capitals or only in small letters is looked up so; one that it does not know
-    has the probability of its unknown word.
+    A word that is in the n-gram only in upper or only in lower case is looked up that way; an unknown word has the
+    probability of the n-gram's unknown word.
 
     Args:
-        path: an ARPA file or KenLM's binary form.
-        tokenizer: says how tokens make words.
-        unit: "word" where the n-gram is over words, "token" where it is over the tokenizer's pieces (a space in a piece
+        path: an ARPA file or a KenLM binary.
+        tokenizer: decides how tokens make words.
+        unit: "word" if the n-gram is over words, "token" if it is over the tokenizer's pieces (a space in a piece
             is then written as "▁").
 
     Raises:
-        ValueError: kenlm is not installed, or the file is missing or no n-gram.
+        ValueError: kenlm is not installed, or the file is missing or not an n-gram model.
     """
 
     def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, unit: str = "word") -> None:
         if unit not in ("word", "token"):
-            raise ValueError(f"unit must be 'word' or 'token', not {unit!r}")
+            raise ValueError(f"unit must be 'word' or 'token', got {unit!r}")
         if not os.path.isfile(path):
             raise ValueError(f"language model file not found: '{os.fspath(path)}'")
         try:
@@ -65,7 +65,7 @@ class KenLM:
             self.model = kenlm.Model(os.fspath(path), quiet)
         except (OSError, RuntimeError) as error:
             reason = one_line(error, most=200)
-            raise ValueError(f"{os.fspath(path)} is no n-gram that kenlm reads: {reason}") from error
+            raise ValueError(f"{os.fspath(path)} cannot be read by kenlm as an n-gram model: {reason}") from error
         self.make, self.tokenizer, self.unit = kenlm.State, tokenizer, unit
 
     def start(self) -> tuple[Any, tuple[int, ...]]:

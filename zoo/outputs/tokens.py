@@ -21,35 +21,35 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class Tokenizer(ABC):
-    """Text to numbers and back. The blank of CTC and RNN-T is no piece; its number comes after the last of them."""
+    """From text to token ids and back. The blank of CTC and RNN-T is not a piece; its id comes after the last piece."""
 
     pieces: tuple[str, ...]
 
     @property
     def blank(self) -> int:
-        """Number of the blank, the last one."""
+        """Id of the blank, the last one."""
         return len(self.pieces)
 
     @property
     def vocabulary(self) -> int:
-        """Pieces and the blank: outputs of a model."""
+        """Number of pieces and the blank: the outputs of a model."""
         return len(self.pieces) + 1
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The numbers of a text's pieces; ValueError names characters that no piece has."""
+        """The ids of a text's pieces; ValueError lists characters that are in no piece."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of numbers, which are collapsed and free of blanks; ValueError where one is no piece's."""
+        """The text of ids, which are collapsed and free of blanks; ValueError if one is out of range."""
 
     @abstractmethod
     def starts_word(self, id: int) -> bool:
-        """Whether a word begins at this piece, or right after it where it is a space."""
+        """Whether a word begins at this piece, or right after it if it is a space."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """What `tokenizer_from_dict` takes, in types that JSON knows."""
+        """The argument of `tokenizer_from_dict`, in JSON's types."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
@@ -63,19 +63,17 @@ class Tokenizer(ABC):
     def _check(self, ids: Sequence[int]) -> None:
         outside = [id for id in ids if not 0 <= id < self.blank]
         if outside:
-            raise ValueError(
-                f"{outside[0]} is not the number of a piece; they go from 0 to {self.blank - 1}, without blanks"
-            )
+            raise ValueError(f"token ids must be from 0 to {self.blank - 1}, without blanks, got {outside[0]}")
 
 
 class Characters(Tokenizer):
     """Each character is a piece.
 
     Args:
-        pieces: the characters, in the order of their numbers.
+        pieces: the characters, in the order of their ids.
 
     Raises:
-        ValueError: there are none, one comes twice, or one is no single character.
+        ValueError: the list is empty, a piece appears twice, or one is not a single character.
     """
 
     def __init__(self, pieces: Iterable[str]):
@@ -84,11 +82,11 @@ class Characters(Tokenizer):
             raise ValueError("a tokenizer needs at least one character")
         odd = [piece for piece in self.pieces if not isinstance(piece, str) or len(piece) != 1]
         if odd:
-            raise ValueError(f"pieces must be single characters, not {odd[0]!r}")
+            raise ValueError(f"pieces must be single characters, got {odd[0]!r}")
         self._ids = {piece: id for id, piece in enumerate(self.pieces)}
         if len(self._ids) < len(self.pieces):
             twice = next(piece for piece in self.pieces if self.pieces.count(piece) > 1)
-            raise ValueError(f"the piece {twice!r} comes twice")
+            raise ValueError(f"the piece {twice!r} appears twice")
 
     def encode(self, text: str) -> list[int]:
         unknown = set(text) - self._ids.keys()
@@ -108,14 +106,14 @@ class Characters(Tokenizer):
 
 
 class WordPieces(Tokenizer):
-    """Pieces of a sentencepiece model, which may be whole words, with their numbers there (Kudo and Richardson 2018,
+    """Pieces of a sentencepiece model, which may be whole words, with their ids there (Kudo and Richardson 2018,
     arXiv:1808.06226).
 
     Args:
         model: the bytes of a `.model` file.
 
     Raises:
-        ValueError: they are no sentencepiece model.
+        ValueError: they are not a sentencepiece model.
     """
 
     def __init__(self, model: bytes):
@@ -134,7 +132,7 @@ class WordPieces(Tokenizer):
 
     @property
     def whole_words(self) -> bool:
-        """Whether each piece but `<unk>` is a word with the space in front of it."""
+        """Whether each piece except `<unk>` is a word with the space before it."""
         return all(piece.startswith(SPACE) for id, piece in enumerate(self.pieces) if id != self._processor.unk_id())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -152,48 +150,48 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
     """The inverse of `Tokenizer.to_dict`.
 
     Raises:
-        ValueError: `values` is no mapping, or is not as `to_dict` makes it.
+        ValueError: `values` is not a mapping as made by `to_dict`.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"tokenizer must be a mapping, not {type(values).__name__}")
+        raise ValueError(f"tokenizer must be a mapping, got {type(values).__name__}")
     kind = values.get("kind")
     if kind not in KINDS:
         raise ValueError(f"unknown kind of tokenizer {kind!r}; allowed: {', '.join(KINDS)}")
     content = KINDS[kind]
     if set(values) != {"kind", content}:
         found = ", ".join(map(str, values))
-        raise ValueError(f"a tokenizer of kind {kind!r} has the keys kind and {content}, not {found}")
+        raise ValueError(f"a tokenizer of kind {kind!r} must have the keys kind and {content}, got {found}")
     value = values[content]
     if kind == "characters":
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"pieces must be a list of characters, not {type(value).__name__}")
+            raise ValueError(f"pieces must be a list of characters, got {type(value).__name__}")
         return Characters(value)
     try:
         return WordPieces(base64.b64decode(value, validate=True))
     except (TypeError, binascii.Error):
-        raise ValueError("the tokenizer's model is not in base64") from None
+        raise ValueError("the tokenizer's model is not valid base64") from None
 
 
 def train_characters(texts: Iterable[str]) -> Characters:
     """A tokenizer of the characters that texts have, in order of their code points.
 
     Raises:
-        ValueError: the texts have none.
+        ValueError: the texts have no characters.
     """
     characters = sorted(set().union(*map(set, texts)))
     if not characters:
-        raise ValueError("there is no text to take characters from")
+        raise ValueError("no text to take characters from")
     return Characters(characters)
 
 
 def train_pieces(texts: Iterable[str], size: int = 128) -> WordPieces:
     """A unigram model of sentencepiece (Kudo 2018, arXiv:1804.10959), the same for the same texts.
 
-    No text is changed before it is cut, and every character of the texts becomes a piece, so that what consists of
-    them is decoded to itself. Piece 0 is sentencepiece's `<unk>`, which `encode` never gives.
+    Texts are not normalised, and every character of the texts becomes a piece, so that any text of these characters
+    is decoded to itself. Piece 0 is sentencepiece's `<unk>`, which `encode` never gives.
 
     Args:
-        texts: what to train on.
+        texts: the training texts.
         size: pieces, `<unk>` included.
 
     Raises:
@@ -220,7 +218,7 @@ def train_words(texts: Iterable[str]) -> WordPieces:
 def _lines(texts: Iterable[str]) -> list[str]:
     lines = [text for text in texts if text.strip()]
     if not lines:
-        raise ValueError("there is no text to train word pieces on")
+        raise ValueError("no text to train word pieces on")
     marked = next((line for line in lines if SPACE in line), None)
     if marked is not None:
         raise ValueError(f"{SPACE!r}, which stands for a space in word pieces, is in {_shortened(marked)}")
@@ -254,7 +252,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> WordPieces:
     """The tokenizer of a sentencepiece `.model` file.
 
     Raises:
-        ValueError: the file cannot be read, or is no sentencepiece model.
+        ValueError: the file cannot be read, or is not a sentencepiece model.
     """
     try:
         with open(os.path.expanduser(path), "rb") as file:

@@ -20,7 +20,7 @@ class Transducer(Protocol):
         ...
 
     def predict(self, tokens: Tensor, state: Any, /) -> Any:
-        """The state after one more token a clip, tokens [B]."""
+        """The state after one more token per clip, tokens [B]."""
         ...
 
     def joint(self, encoded: Tensor, g: Tensor, /) -> Tensor:
@@ -32,12 +32,12 @@ class Transducer(Protocol):
 def transducer_greedy(head: Transducer, encoded: Tensor, lengths: Tensor, most: int = 10) -> list[list[int]]:
     """RNN-T greedy search (Graves, arXiv 1211.3711): at each frame the likeliest token until that is blank.
 
-    Each clip goes through its own frames at its own pace; what shares its batch changes nothing.
+    Each clip goes through its own frames at its own pace; the rest of the batch changes nothing.
 
     Args:
         head: the predictor and the joint, see `Transducer`.
         encoded: [B, T, dim], the encoder's tokens.
-        lengths: [B], the frames of each clip that are real.
+        lengths: [B], the valid frames of each clip.
         most: tokens that one frame may give.
 
     Returns:
@@ -54,13 +54,13 @@ def transducer_greedy(head: Transducer, encoded: Tensor, lengths: Tensor, most: 
 def transducer_search(
     head: Transducer, encoded: Tensor, lengths: Tensor, state: Any, most: int = 10
 ) -> tuple[list[list[tuple[int, int]]], Any]:
-    """`transducer_greedy` from a state on, for encoder tokens that come in parts.
+    """`transducer_greedy` that starts from a state, for encoder tokens that come in parts.
 
     Returns:
         The tokens of each clip with the frame that gave them, and the state after the last of them.
     """
     if most < 1:
-        raise ValueError(f"a frame may give 1 token or more, not {most}")
+        raise ValueError(f"most must be >= 1 token per frame, got {most}")
     batch = encoded.shape[0]
     rows = torch.arange(batch, device=encoded.device)
     lengths = lengths.to(encoded.device)

@@ -1,4 +1,4 @@
-"""Stems: raw input to tokens, with the grid and the mask that follow; and what leads from one grid to a coarser one."""
+"""Stems: raw input to tokens, with the grid and the mask that follow; and reductions from one grid to a coarser one."""
 
 from collections.abc import Sequence
 
@@ -14,23 +14,23 @@ from zoo.tensors import compiling, gelu, shortfall, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
-    """The pictures [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
+    """The images [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"the model takes images [B, {channels}, H, W], not {list(images.shape)}")
+        raise ValueError(f"images must be [B, {channels}, H, W], got {list(images.shape)}")
     if mask is None:
         return images
     if mask.shape != images[:, 0].shape or mask.dtype != torch.bool:
-        raise ValueError(f"the mask must be boolean [B, H, W] like the images, not {mask.dtype} {list(mask.shape)}")
+        raise ValueError(f"the mask must be boolean [B, H, W] like the images, got {mask.dtype} {list(mask.shape)}")
     return images.masked_fill(~mask[:, None], 0.0)
 
 
 def padding_of(sizes: Sequence[int], stride: int) -> list[int]:
-    """What F.pad adds at the right and the bottom of maps with these sides [H, W], so that the stride divides them."""
+    """F.pad's padding at the right and bottom of maps with these sides [H, W], so that the stride divides them."""
     return [0, shortfall(sizes[1], stride), 0, shortfall(sizes[0], stride)]
 
 
 def coarsened(mask: Tensor | None, stride: int) -> Tensor | None:
-    """The mask [B, H, W] after a stride: a token is real where any of its stride x stride places is. [B, N]."""
+    """The mask [B, H, W] after a stride: a token is real if any of its stride x stride places is. [B, N]."""
     if mask is None:
         return None
     real = F.max_pool2d(F.pad(mask[:, None].float(), padding_of(mask.shape[1:], stride)), stride)
@@ -56,11 +56,11 @@ def stream(maps: Tensor, conv: nn.Module) -> Tensor:
 
 
 class Patches(nn.Module):
-    """Cuts pictures [B, channels, H, W] into patches and maps each to a token (Dosovitskiy et al. 2021,
+    """Cuts images [B, channels, H, W] into patches and maps each to a token (Dosovitskiy et al. 2021,
     arXiv:2010.11929).
 
     Sides that the patch does not divide are padded with zeros at the right and the bottom. A mask [B, H, W] marks real
-    pixels: others are zeroed, and a patch is real where any of its pixels is.
+    pixels: others are zeroed, and a patch is real if any of its pixels is.
     """
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
@@ -97,7 +97,7 @@ class Reduction(nn.Module):
         super().__init__()
         if not kernel - stride <= 2 * padding < kernel:
             raise ValueError(
-                f"a kernel of {kernel} and a padding of {padding} do not divide sides by a stride of {stride}"
+                f"kernel {kernel} and padding {padding} do not reduce sides by exactly the stride {stride}"
             )
         self.stride = stride
         self.before: Norm | None = make(NORMS, norm, inputs, place) if before else None

@@ -14,14 +14,14 @@ from zoo.spec import check, make, parse
 from zoo.tensors import compiling, linear, mask_of, relu, silu
 from zoo.text import unknown
 
-SLICES = {"cpu": 512}  # frames that inference takes at once: what fits the processor's caches
+SLICES = {"cpu": 512}  # frames of inference at once, to fit the processor's caches
 SLICE = 8192  # elsewhere
-# Zeros in front of and behind time and frequency, for a kernel of 3 and a stride of 2.
+# Zeros before and after time and frequency, for a kernel of 3 and a stride of 2.
 PADDINGS = {"symmetric": (1, 1), "right": (0, 1), "causal": (2, 1)}
 
 
 def shortened(lengths: Any, padding: str) -> Any:
-    """Frames after one strided convolution, of a number or a tensor of them; none where there was none."""
+    """Frames after one strided convolution, of a number or a tensor of them; 0 stays 0."""
     after = (lengths + sum(PADDINGS[padding]) - 3) // 2 + 1
     return torch.where(lengths > 0, after, 0) if isinstance(lengths, Tensor) else after * (lengths > 0)
 
@@ -61,7 +61,7 @@ class Subsampling(nn.Module):
     """Features [B, T, mels] to tokens [B, T', dim], T' about T / stride: `stages` strided convolutions and a linear.
 
     The first convolution is full, the others are depthwise with a pointwise linear, or full too. Frames that the mask
-    [B, T] calls padding are set to zero before every convolution, so they change nothing. padding is `symmetric` (1
+    [B, T] marks as padding are set to zero before every convolution, so they change nothing. padding is `symmetric` (1
     zero on either side), `right` (1 after) or `causal` (2 before and 1 after, so no frame reads a later one). channels
     is the number of channels of the convolutions; 0 takes that of the paper. channel is channel attention by name, on
     the output of the last convolution, whose grid is time x frequency.
@@ -70,7 +70,7 @@ class Subsampling(nn.Module):
     depthwise = True
     stages = 2
     usual = 0  # width of the maps; 0 for dim
-    norm = ""  # behind each convolution
+    norm = ""  # after each convolution
 
     def __init__(
         self, mels: int, dim: int, *, channels: int = 0, padding: str = "symmetric", channel: str = "none"
@@ -93,11 +93,11 @@ class Subsampling(nn.Module):
             rows.append(shortened(rows[-1], padding))
         self.rows = rows  # of frequency, before each convolution and after the last
         if min(rows) < 1:
-            raise ValueError(f"mels: {mels} bands are too few to be halved {self.stages} times")
+            raise ValueError(f"mels: {mels} bands are too few to halve {self.stages} times")
         self.out = linear(width * rows[-1], dim)
 
     def state(self, batch: int, like: Tensor) -> dict[str, Tensor]:
-        """The last frame in front of each convolution, before the first chunk of a stream."""
+        """The last frame before each convolution, before the first chunk of a stream."""
         widths = [1] + [self.width] * (self.stages - 1)
         return {
             f"stem.{number}": like.new_zeros(batch, width, 1, rows)
@@ -106,11 +106,11 @@ class Subsampling(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Frames of the features to one token."""
+        """Frames of the features per token."""
         return 2**self.stages
 
     def tokens(self, lengths: Any) -> Any:
-        """Tokens that so many frames become."""
+        """The number of tokens of this many frames."""
         for _ in range(self.stages):
             lengths = shortened(lengths, self.padding)
         return lengths
@@ -132,7 +132,7 @@ class Subsampling(nn.Module):
 
     def sliced(self, features: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
         """The same slice by slice, for inference: the maps, many times the size of the features, stay small. Tokens
-        beside a cut, which lack frames, are left out; two on either side are enough for every padding."""
+        beside a cut, which lack frames, are dropped; two on either side are enough for every padding."""
         number, stride = int(self.tokens(features.shape[1])), self.stride
         step, made, reals = size // stride, [], []
         for start in range(0, number, step):
@@ -167,7 +167,7 @@ class Subsampling(nn.Module):
                 maps = F.pad(torch.cat([past, maps], 2), (before, behind))
                 past.copy_(last)
                 maps = stage(maps)
-                # A window is (past, odd, even); its token is there where odd or even is.
+                # A window is (past, odd, even); its token exists if odd or even does.
                 real = None if real is None else real.unflatten(1, (-1, 2)).any(2)
             maps = stage.activated(maps, real)
         if self.channel is not None:

@@ -1,1 +1,1 @@
-"""Lightning modules that train and measure the models."""
+"""Lightning modules that train and evaluate the models."""

@@ -1,4 +1,4 @@
-"""`zoo TASK fit|validate|test`: LightningCLI, with one folder for all that a run leaves behind."""
+"""`zoo TASK fit|validate|test`: LightningCLI, with one folder for all files of a run."""
 
 import logging
 import shutil
@@ -25,7 +25,7 @@ from zoo.tasks.stopping import Stop, Stopped
 from zoo.text import one_line
 
 VERBS = ("fit", "validate", "test")
-# Warnings of Lightning about what is meant to be so.
+# Warnings of Lightning about intended behaviour.
 NOISE = (
     "LightningCLI's args parameter",
     ".*isinstance.treespec, LeafSpec",
@@ -41,7 +41,7 @@ NOISE = (
 
 
 def from_zoo(record: logging.LogRecord) -> bool:
-    """Whether a message was written by this package, and not by Lightning."""
+    """Whether a message comes from this package and not from Lightning."""
     return Path(record.pathname).is_relative_to(Path(zoo.__file__).parent)
 
 
@@ -78,7 +78,7 @@ class Command(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | more
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: the configuration is what was asked for, whatever a checkpoint says."""
+        """Does nothing: the configuration is the requested one, not that of a checkpoint."""
 
     @property
     def given(self) -> Any:
@@ -90,9 +90,9 @@ class Command(LightningCLI):
         if given.trainer.use_distributed_sampler:
             raise ValueError("trainer.use_distributed_sampler must be false: the data module splits the set over ranks")
         if fit and str(given.trainer.precision) in ("64", "64-true"):
-            raise ValueError("trainer.precision: models are trained in 32-true, 16-mixed, bf16-mixed or bf16-true")
+            raise ValueError("trainer.precision must be 32-true, 16-mixed, bf16-mixed or bf16-true")
         if fit and given.trainer.limit_train_batches == 0:
-            raise ValueError("trainer.limit_train_batches is 0, so there is nothing to train on")
+            raise ValueError("trainer.limit_train_batches must be > 0 for training")
         if not fit and given.model.weights is None and given.ckpt_path is None:
             raise ValueError("nothing to measure: give --model.weights FOLDER/best or --ckpt_path")
         if not fit:
@@ -101,20 +101,20 @@ class Command(LightningCLI):
         self.run = Run(given.trainer.default_root_dir or f"runs/{self.command}_{name}")
         path = given.ckpt_path
         if path is not None and not Path(path).exists():
-            raise ValueError(f"--ckpt_path {path} does not exist, so there is nothing to resume")
+            raise ValueError(f"--ckpt_path: file not found: {path}")
         self.run.open(resumed=path is not None and self.run.state.exists() and self.run.state.samefile(path))
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
 
     def recorded(self) -> str:
-        """The config of the run, as it is kept in its folder."""
+        """The config of the run, as stored in its folder."""
         config = self.given.clone()
         config.ckpt_path = None
         config.trainer.default_root_dir = str(self.run.folder) if self.run else None
         return self._parser("fit").dump(config, skip_none=False, skip_validation=True)
 
     def compare(self, path: Path) -> None:
-        """Says which options of a resumed run are not those that it was started with."""
+        """Prints which options of a resumed run differ from those it was started with."""
         before, now = (flat(yaml.safe_load(text) or {}) for text in (path.read_text(), self.recorded()))
         changed = [key for key in now if now[key] != before.get(key)]
         if changed:
@@ -183,8 +183,8 @@ def option(arguments: list[str], name: str) -> str | None:
 
 
 def completed(arguments: list[str]) -> list[str]:
-    """The arguments with what a run's folder says: its config, where --ckpt_path or --model.weights lies in it and no
-    --config was given; and the path of its state, where --ckpt_path names the folder."""
+    """The arguments, completed from a run's folder: its config, if --ckpt_path or --model.weights is in it and no
+    --config was given; and the path of its state, if --ckpt_path is the folder."""
     verb, rest = arguments[0], arguments[1:]
     resumed, weights = option(rest, "--ckpt_path"), option(rest, "--model.weights")
     if resumed == "last":
@@ -205,7 +205,7 @@ def completed(arguments: list[str]) -> list[str]:
 
 
 def warning_line(message: Warning | str, *_: object) -> str:
-    """A warning as it is printed: what it says, without the line of code that said it."""
+    """A warning as it is printed: its message, without file and line."""
     return f"warning: {one_line(message, most=1000)}\n"
 
 

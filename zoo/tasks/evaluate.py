@@ -1,4 +1,4 @@
-"""Measures a checkpoint on data prepared as the checkpoint itself says."""
+"""Evaluates a checkpoint on data prepared with the checkpoint's own preprocessing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,24 +14,24 @@ Tasks = Mapping[str, tuple[type[Any], type[Any]]]
 def evaluate(
     tasks: Tasks, name: str, split: str | None = None, precision: str = "32-true", **given: Any
 ) -> dict[str, float]:
-    """The figures of a checkpoint by name, after its probe has passed.
+    """The metrics of a checkpoint by name, after its probe has passed.
 
     Args:
         tasks: by command, the task and the data module, whose `measuring` makes the data of a preprocessing.
         name: a folder, a name in checkpoints/, or owner/name on the Hub.
         split: `val` or `test`.
-        precision: as Lightning's Trainer takes it.
-        given: what the data module's `measuring` takes besides.
+        precision: that of Lightning's Trainer.
+        given: further arguments of the data module's `measuring`.
 
     Raises:
-        ValueError: nothing measures such a model, it does not say how its input is prepared, or an argument is wrong.
+        ValueError: no task can evaluate the model, it has no preprocess, or an argument is invalid.
     """
     found = load_checkpoint(name, check=True)
     command = found.model.config.task
     if command is None or command not in tasks:
-        raise ValueError(f"{name} is a model that no task measures; the tasks are: {', '.join(tasks)}")
+        raise ValueError(f"no task can evaluate {name}; the tasks are: {', '.join(tasks)}")
     if found.preprocess is None:
-        raise ValueError(f"{name} does not say how its input is prepared")
+        raise ValueError(f"{name} has no preprocess in its config.json")
     task, data = tasks[command]
     module = data.measuring(split=split, **given)
     trainer = lightning.Trainer(

@@ -1,4 +1,4 @@
-"""What a run prints: what is trained on what, then a line for each epoch, then what it left and what comes next."""
+"""Output of a run: a summary of model and data, a line per epoch, then the results and the next commands."""
 
 import copy
 import shlex
@@ -39,7 +39,7 @@ def readable_count(number: float) -> str:
 
 
 def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Multiply-adds of matrix products, convolutions and attention; of nothing else, as is usual."""
+    """Multiply-adds of matrix products, convolutions and attention only, as is usual."""
     twin = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin(*inputs)
@@ -65,11 +65,11 @@ class Output(ProgressBar):
         super().__init__()
         self.keep, self.folder, self.task, self.bar = keep, folder, task, bar
         self.start = self.began = 0.0
-        self.first = 0  # the step that training began with
+        self.first = 0  # the first step of training
         self.drawn: Any = None
 
     def disable(self) -> None:
-        """Nothing: rank 0 prints, the others do not."""
+        """Does nothing: only rank 0 prints."""
 
     def say(self, line: str) -> None:
         if self.trainer.is_global_zero:
@@ -155,8 +155,8 @@ class Output(ProgressBar):
         assert isinstance(pl_module, Task)
         self.erase()
         if not self.start:
-            epochs = f"{trainer.current_epoch} epochs are over"
-            self.say(f"nothing is left to train: {epochs}; raise --trainer.max_epochs or --trainer.max_steps")
+            epochs = f"{trainer.current_epoch} epochs are done"
+            self.say(f"nothing left to train: {epochs}; raise --trainer.max_epochs or --trainer.max_steps")
             return
         folder, best = shlex.quote(str(self.folder)), self.keep.best
         if best:

@@ -1,6 +1,6 @@
-"""What the `predict` commands share: their options, which files are meant, what a terminal is told, what is written.
+"""What the `predict` commands share: options, input files, terminal output and written files.
 
-Heavy libraries are imported where they are used, so that help and a wrong option need none of them.
+Heavy libraries are imported where they are used, so that help and option errors do not need them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from zoo.outputs.tokens import Tokenizer
     from zoo.weights import Checkpoint
 
-INK, GREY, CARD, TRACK, BAR = "#1f2933", "#7b8794", "#f1f3f5", "#d9dee3", "#2f6fb5"  # colours of what is drawn
+INK, GREY, CARD, TRACK, BAR = "#1f2933", "#7b8794", "#f1f3f5", "#d9dee3", "#2f6fb5"  # colours of the figure
 NAME = "a checkpoint: a folder, a name in checkpoints/, or OWNER/NAME on the Hub"
 
 
 class Parser(argparse.ArgumentParser):
-    """Help that fits a screen: rare options appear behind --help-all, and an error is one line."""
+    """Help that fits a screen: rare options appear only in --help-all, and an error is one line."""
 
     def __init__(self, prog: str, description: str, example: str) -> None:
         def shape(prog: str) -> argparse.HelpFormatter:
@@ -81,7 +81,7 @@ def count(text: str) -> int:
 
 
 def device_for(wanted: str) -> str:
-    """The device that --device asks for; ValueError where it is missing."""
+    """The device that --device asks for; ValueError if it is missing."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -91,7 +91,7 @@ def device_for(wanted: str) -> str:
 
 
 def load_for(command: str, name: str) -> Checkpoint:
-    """A checkpoint that `zoo COMMAND predict` can use; ValueError where it is of another task, or gives no answer."""
+    """A checkpoint that `zoo COMMAND predict` can use; ValueError if it is of another task or has no head."""
     from zoo.weights import load_checkpoint
 
     best = Path(name).expanduser() / "best"
@@ -101,26 +101,26 @@ def load_for(command: str, name: str) -> Checkpoint:
     config = found.model.config
     if config.task != command:
         other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
-        raise ValueError(f"{name} is not a model for `zoo {command}`; {other}")
+        raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
     if found.preprocess is None:
-        raise ValueError(f"{name} does not say how to prepare its input: its config.json has no preprocess")
+        raise ValueError(f"{name} has no preprocess in its config.json, so its input cannot be prepared")
     if not config.labelled:
-        raise ValueError(f"{name} is a backbone without a head, so it has no answer")
+        raise ValueError(f"{name} is a backbone without a head, so it predicts nothing")
     return found
 
 
 def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
-    """A speech checkpoint's model, features and tokenizer; ValueError where one is missing."""
+    """A speech checkpoint's model, features and tokenizer; ValueError if one is missing."""
     model, preprocess, tokenizer, _ = load_for("transcribe", name)
     if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer, so its answer is not text")
+        raise ValueError(f"{name} has no tokenizer, so its output cannot be turned into text")
     return model, preprocess, tokenizer  # pyright: ignore[reportReturnType]
 
 
 def make_output(folder: Path) -> None:
-    """Makes the folder of --output where it is missing; ValueError where a file has its name."""
+    """Makes the folder of --output if it is missing; ValueError if a file has its name."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; a folder is needed")
+        raise ValueError(f"--output must be a folder; {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -128,9 +128,9 @@ def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, dra
     """The files among the given paths, and those below the folders among them; each once.
 
     Args:
-        given: files and folders; a file that is named is taken whatever its name.
-        extensions: how the name of a file in a folder ends, in small letters.
-        kind: what such a file is called in an error.
+        given: files and folders; a file given directly is used whatever its name.
+        extensions: suffixes of files in a folder, in lower case.
+        kind: the name of such a file in an error.
         drawn: a file that is omitted from folders, such as the image of an earlier run.
 
     Raises:
@@ -163,15 +163,15 @@ def write(
     entries: list[dict[str, Any]],
     draw: Callable[[], Figure] | None,
 ) -> list[str]:
-    """Writes the entries as JSON and, these columns of them, as CSV, and an image; `names` are those of the three.
+    """Writes the entries as JSON, these columns of them as CSV, and an image; `names` are the three file names.
 
     All are written aside and renamed into place. An image that cannot be drawn is reported, and the others are written.
 
     Returns:
-        The names of what was written.
+        The names of the written files.
 
     Raises:
-        OSError: it cannot be written; no half file is left.
+        OSError: a file cannot be written; no partial file is left.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".predictions-", dir=output) as folder:
@@ -198,24 +198,24 @@ def _drawn(draw: Callable[[], Figure], path: Path) -> bool:
             draw().savefig(path)
     except OSError:
         raise
-    except Exception as error:  # a title or an image of any kind may upset the library, and the answers are there
+    except Exception as error:  # odd titles or images may raise any error here, and the predictions are already written
         report(f"{path.name} could not be drawn: {reason(error)}")
         return False
     return True
 
 
 def fail(entry: dict[str, Any], error: Exception) -> None:
-    """Notes in an entry, and reports, why its file has no answer, or no whole one."""
-    known = isinstance(error, ValueError)  # it may name the file
+    """Notes in an entry, and reports, why its file has no prediction or only a partial one."""
+    known = isinstance(error, ValueError)  # may contain the file name
     text = str(error).removeprefix(f"{entry['path']}: ") if known else f"{type(error).__name__}: {reason(error)}"
     entry["error"] = one_line(text)
     report(f"{entry['path']}: {entry['error']}")
 
 
 def finish(output: Path, written: Sequence[str], entries: Sequence[dict[str, Any]], kind: str) -> None:
-    """Says in one line what was written; ValueError where a file had an error."""
+    """Reports in one line what was written; ValueError if a file had an error."""
     failed = sum("error" in entry for entry in entries)
-    report(f"{len(entries) - failed} of {len(entries)} {kind} answered; wrote {', '.join(written)} to {output}")
+    report(f"{len(entries) - failed} of {len(entries)} {kind} done; wrote {', '.join(written)} to {output}")
     if failed:
         raise ValueError(f"{failed} of {len(entries)} {kind} had an error")
 
@@ -227,15 +227,15 @@ def short(text: str, most: int, tail: int = 0) -> str:
 
 
 def say(line: str) -> None:
-    """Prints an answer beside a progress bar, with escapes for what the terminal cannot show.
+    """Prints a prediction beside a progress bar, with escapes for what the terminal cannot show.
 
-    Where nobody reads on, as with `| head -1`, the work goes on without a word.
+    If the reader closes the pipe, as `| head -1` does, the work continues silently.
     """
     _print(line, sys.stdout)
 
 
 def report(line: str) -> None:
-    """Says something to a person, on standard error."""
+    """Prints a message on standard error."""
     _print(f"zoo: {line}", sys.stderr)
 
 
@@ -260,6 +260,6 @@ def printable(text: str, stream: Any) -> str:
 
 
 def silence(stream: Any) -> None:
-    """Sends what is written from now on nowhere, also what Python flushes at its end."""
+    """Discards everything written from now on, including what Python flushes at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -24,20 +24,20 @@ from zoo.weights import save_model
 
 STATE = "resume/last.ckpt"
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
-OVERHEAD = 30.0  # files are written once this many times as long has passed as writing them took
+OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
 
 
 class Run:
     """The folder of a run.
 
     Args:
-        folder: where a run leaves everything.
+        folder: for all files of the run.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder).expanduser()
         self.state, self.config = self.folder / STATE, self.folder / "config.yaml"
-        self.begun = self.state.with_name(".begun")  # there from the start of a run until its first state
+        self.begun = self.state.with_name(".begun")  # exists from the start of a run until its first state
         self._lock: FileLock | None = None
 
     def open(self, resumed: bool) -> None:
@@ -61,16 +61,13 @@ class Run:
         kept = [name for name in (STATE, "last", "best") if (self.folder / name).exists()]
         if kept and not resumed and (STATE in kept or not self.begun.exists()):
             way = f"resume it with --ckpt_path {self.state}" if STATE in kept else "delete it"
-            raise ValueError(
-                f"{self.folder} holds a run already, which would be lost; {way}, or choose another "
-                "--trainer.default_root_dir"
-            )
+            raise ValueError(f"{self.folder} already holds a run; {way}, or choose another --trainer.default_root_dir")
         if STATE not in kept:
             self.begun.parent.mkdir(exist_ok=True)
             self.begun.touch()
 
     def close(self) -> None:
-        """Lets other processes train in the folder."""
+        """Releases the lock of the folder."""
         if self._lock is not None:
             self._lock.release()
 
@@ -108,9 +105,9 @@ class States(CheckpointIO):
         except OSError as error:
             raise OSError(f"cannot read {path}: {reason(error)}") from error
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} holds more than tensors and numbers; code from a file is never run") from error
+            raise ValueError(f"{path} holds more than tensors and numbers; code in a file is never run") from error
         except Exception as error:  # a broken file may raise anything
-            raise ValueError(f"{path} is truncated, or not the state of a training run") from error
+            raise ValueError(f"{path} is truncated or not the state of a training run") from error
         if not isinstance(state, dict) or not {"state_dict", "loops"} <= state.keys():
             raise ValueError(f"{path} is not the state of a training run; FOLDER/{STATE} is one")
         return state
@@ -120,7 +117,7 @@ class States(CheckpointIO):
 
 
 class Score(NamedTuple):
-    """What a validation has found: the value that is monitored, a line that says it, the epoch and the step."""
+    """The result of a validation: the monitored value, a line about it, the epoch and the step."""
 
     value: float
     said: str
@@ -131,9 +128,9 @@ class Score(NamedTuple):
 class Keep(Checkpoint):
     """Writes the checkpoints `last` and `best`, the state to resume from, and once the run's config.
 
-    They are written at the end of an epoch, if 30 times as long has passed as writing takes; at the end of training;
-    and where training is stopped. Best is the measured model with the best score, once every layer has its final form
-    (while prepbn still blends, there is no best).
+    They are written at the end of an epoch, if 30 times the duration of writing has passed; at the end of training;
+    and when training is stopped. Best is the validated model with the best score, once every layer has its final form
+    (while prepbn still blends, no model is the best).
 
     Attributes:
         best: the best score so far; None before the first.
@@ -171,7 +168,7 @@ class Keep(Checkpoint):
             return
         value = float(trainer.callback_metrics[self.name])
         self.latest = Score(value, pl_module.said, trainer.current_epoch, trainer.global_step)
-        # While a layer still changes its form, the model is not yet what is trained.
+        # While a layer still changes its form, the model is not yet the final one.
         if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
             return
         self.best = self.latest

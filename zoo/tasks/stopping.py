@@ -13,7 +13,7 @@ from zoo.tasks.run import Keep
 from zoo.tasks.task import Task
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EVERY = 8  # batches after which ranks ask each other whether one was told to stop
+EVERY = 8  # batches after which ranks ask each other whether one should stop
 
 
 class Stopped(Exception):
@@ -27,9 +27,9 @@ class Stopped(Exception):
 class Stop(Checkpoint):
     """Ends a run that receives SIGINT or SIGTERM after the current batch, once its state is written.
 
-    A second signal ends the process at once. The state says how many batches of the epoch are over, so that a resumed
-    run equals one that was never stopped. A run that is stopped while it validates validates again when it is resumed.
-    The validation after the last step is not stopped.
+    A second signal ends the process at once. The state has the number of finished batches of the epoch, so that a
+    resumed run equals one that was never stopped. A run stopped during validation repeats the validation, except that
+    the validation after the last step is not stopped.
     """
 
     def __init__(self, keep: Keep):
@@ -84,7 +84,7 @@ class Stop(Checkpoint):
             self.stop(trainer, pl_module, self.asked(trainer, 0), "")
 
     def stop(self, trainer: lightning.Trainer, pl_module: Any, number: int, place: str) -> None:
-        """Writes the state and raises `Stopped` where a signal was received."""
+        """Writes the state and raises `Stopped` if a signal was received."""
         if not number:
             return
         assert isinstance(pl_module, Task)

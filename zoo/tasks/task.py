@@ -28,7 +28,7 @@ from zoo.weights import load_checkpoint
 from zoo.weights.adapt import adapted, misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
-# What people call a field that the data decides, where its own name does not say it.
+# Readable names of fields that the data decides.
 NAMES = {"vocabulary": "tokens with the blank", "mels": "mel bands"}
 
 
@@ -40,31 +40,31 @@ class Task(lightning.LightningModule):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
-    `max` or `min`; `counted` is the field of the model's config that says how many outputs it has; `faulty` lists what
-    may be wrong with samples.
+    `max` or `min`; `counted` is the field of the model's config with the number of outputs; `faulty` lists possible
+    faults of samples.
 
-    Every step advances the model (and its averaged copy) to the share of training that is over. Randomness is a
+    Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
-    model's config that the data decides (the number of outputs, channels) are taken from it unless backbone has them.
+    model's config that the data decides (the number of outputs, channels) come from the data unless backbone sets them.
 
     Args:
-        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
-        weights: a checkpoint to start from or to measure: a folder, a name in checkpoints/, or owner/name on the Hub.
+        backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
+        weights: a checkpoint to start from or to evaluate: a folder, a name in checkpoints/, or owner/name on the Hub.
             Fields of backbone then replace those of its config.
         rate: peak learning rate of AdamW.
         weight_decay: of matrices only; norms, biases, tokens and positions have none.
         layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
         warmup: epochs of linear warm-up.
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
-        average: decay of the averaged copy of the weights, which is then what is measured and kept; 0 for none.
-        checkpointing: computes activations again in the backward pass, to save memory.
-        refresh: training batches on which batch statistics are measured again before the last validation.
-        seed: what dropout, dropped paths, mixing and masks depend on, besides epoch and batch; null for that of
+        average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
+        checkpointing: recomputes activations in the backward pass, to save memory.
+        refresh: training batches on which batch statistics are recomputed before the last validation.
+        seed: seed of dropout, dropped paths, mixing and masks, besides epoch and batch; null for that of
             seed_everything.
 
     Attributes:
-        start: the checkpoint that training starts from or that is measured, or None.
-        said: what the last validation found, in a line.
+        start: the checkpoint that is fine-tuned or evaluated, or None.
+        said: the result of the last validation, in one line.
     """
 
     command: ClassVar[str]
@@ -95,8 +95,8 @@ class Task(lightning.LightningModule):
         self.generators = torch.get_rng_state()
         self.model = self.built(self.backbone)
         if (trained := self.config.task) != self.command:
-            by = f"trained by `zoo {trained}`" if trained else "trained by no command"
-            raise ValueError(f"model.backbone is {by}, not by `zoo {self.command}`")
+            other = f"use `zoo {trained}`" if trained else "no command trains it"
+            raise ValueError(f"`zoo {self.command}` cannot train this model.backbone; {other}")
         self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
         self.checkpointing, self.decay = checkpointing, average
         for name, value, least in (
@@ -105,15 +105,15 @@ class Task(lightning.LightningModule):
             ("refresh", refresh, 0),
         ):
             if value < least:
-                raise ValueError(f"model.{name} is at least {least}, not {value}")
+                raise ValueError(f"model.{name} must be >= {least}, got {value}")
         if not 0.0 < rate < math.inf or not 0.0 <= final_rate <= rate:
-            raise ValueError(f"model.rate is above 0 and model.final_rate in 0..rate, not {rate} and {final_rate}")
+            raise ValueError(f"model.rate must be > 0 and model.final_rate from 0 to rate, got {rate} and {final_rate}")
         if not 0.0 < layer_decay <= 1.0:
-            raise ValueError(f"model.layer_decay lies above 0 and at most at 1, not {layer_decay}")
+            raise ValueError(f"model.layer_decay must be > 0 and <= 1, got {layer_decay}")
         if refresh and not has_batch_statistics(self.model):
-            raise ValueError("model.refresh measures batch statistics again, and this model has none; set it to 0")
+            raise ValueError("model.refresh recomputes batch statistics, but this model has none; set it to 0")
         if not 0.0 <= average < 1.0:
-            raise ValueError(f"model.average is a decay in 0..1, or 0 for no averaged copy; not {average}")
+            raise ValueError(f"model.average must be a decay from 0 to 1, or 0 for no averaged copy, got {average}")
         self.average: ModelEmaV3 | None = None
         self.complete()
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
@@ -139,7 +139,7 @@ class Task(lightning.LightningModule):
         return model.train()
 
     def complete(self) -> None:
-        """Makes what depends on the model, here its averaged copy; called again where the data changed the model."""
+        """Makes what depends on the model, here its averaged copy; called again if the data changed the model."""
         self.model.checkpointing = self.checkpointing
         if self.decay:
             self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True, exclude_buffers=True)
@@ -160,7 +160,7 @@ class Task(lightning.LightningModule):
             ours, theirs, what = getattr(self.config, wrong), found[wrong], NAMES.get(wrong, wrong)
             model = "model" if stage == "fit" else "checkpoint"
             remedy = f"; omit model.backbone.{wrong} or set it to {theirs}" if stage == "fit" else ""
-            raise ValueError(f"the {model} has {ours} {what} and the data {theirs}{remedy}")
+            raise ValueError(f"the {model} has {ours} {what}, but the data has {theirs}{remedy}")
 
     def outputs_wanted(self, data: DataModule) -> int:
         """How many outputs the model needs for the data."""
@@ -177,7 +177,7 @@ class Task(lightning.LightningModule):
 
     @property
     def measured(self) -> nn.Module:
-        """The model that is measured and kept: the averaged copy where there is one."""
+        """The model that is evaluated and saved: the averaged copy if there is one."""
         return self.model if self.average is None else self.average.module
 
     @property
@@ -187,18 +187,18 @@ class Task(lightning.LightningModule):
 
     @property
     def progress(self) -> float:
-        """The share of training that is over."""
+        """The finished share of training."""
         return min(1.0, self.trainer.global_step / self.total) if self.total else 0.0
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
-        spared = self.model.no_weight_decay()
+        excluded = self.model.no_weight_decay()
         if self.layer_decay < 1.0:
             groups = param_groups_layer_decay(
-                self.model, self.weight_decay, no_weight_decay_list=spared, layer_decay=self.layer_decay
+                self.model, self.weight_decay, no_weight_decay_list=excluded, layer_decay=self.layer_decay
             )
         else:
-            groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
+            groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=excluded)
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
         # Gradient scaling in float16 clips gradients itself, which the fused form would not let it do.
@@ -206,7 +206,7 @@ class Task(lightning.LightningModule):
         self.trainer.fit_loop.setup_data()
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError("the schedule needs an end; give trainer.max_epochs or trainer.max_steps")
+            raise ValueError("the schedule needs a length; set trainer.max_epochs or trainer.max_steps")
         self.total = int(steps)
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = LambdaLR(optimizer, lambda step: self.factor(step, per_epoch, self.total))
@@ -222,7 +222,7 @@ class Task(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.start is not None and self.start.config["fused"]:
-            raise ValueError("a fused model is for inference and cannot be trained; start from the unfused one")
+            raise ValueError("a fused model is for inference only; train the unfused one")
 
     def on_train_start(self) -> None:
         self.resume_epoch()
@@ -255,7 +255,7 @@ class Task(lightning.LightningModule):
             advance(self.average.module, self.progress)
 
     def checked(self, loss: Tensor) -> Tensor:
-        """The loss, its first step that is not finite remembered; asks the device now and then only."""
+        """The loss; remembers its first step that is NaN or infinite, and asks the device only now and then."""
         value = loss.detach()
         self.loss_sum, self.loss_number = self.loss_sum + value, self.loss_number + 1
         if loss.device.type != "cpu":
@@ -270,13 +270,13 @@ class Task(lightning.LightningModule):
 
     def raise_bad_step(self) -> None:
         if (step := int(self.bad_step.item())) >= 0:
-            raise NotFinite(f"the loss was not finite at step {step} (epoch {self.current_epoch}); {HINT}")
+            raise NotFinite(f"the loss was NaN or infinite at step {step} (epoch {self.current_epoch}); {HINT}")
 
     def raise_bad_weights(self) -> None:
-        """Stops before weights that are NaN or infinite are measured or kept."""
+        """Stops before weights that are NaN or infinite are evaluated or saved."""
         self.raise_bad_step()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            raise NotFinite(f"the weights are not finite after step {self.global_step - 1}; {HINT}")
+            raise NotFinite(f"the weights are NaN or infinite after step {self.global_step - 1}; {HINT}")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == self.averaged_step:
@@ -297,13 +297,13 @@ class Task(lightning.LightningModule):
             self.finish()
 
     def finish(self) -> None:
-        """What is done to the model once, after the last step and before it is measured and kept."""
+        """Changes the model once, after the last step and before it is evaluated and saved."""
         if self.progress == 1.0 and self.refresh and self.finished_at != self.trainer.global_step:
             self.refresh_statistics()
         self.finished_at = self.trainer.global_step
 
     def refresh_statistics(self) -> None:
-        """Measures batch statistics again on `refresh` training batches of an epoch that training did not see."""
+        """Recomputes batch statistics on `refresh` training batches of an epoch that training did not see."""
         loader = self.data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         precision = self.trainer.precision_plugin
@@ -312,24 +312,24 @@ class Task(lightning.LightningModule):
         filled = (each for each in inputs if len(each[0]))
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
-        rank_zero_info(f"batch statistics measured again on {used} batches")
+        rank_zero_info(f"batch statistics recomputed on {used} batches")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, found = self.state_dict(), checkpoint["state_dict"]
         if differ := misfits(own, found):
-            raise ValueError(f"--ckpt_path is of another model: '{differ[0]}' differs")
+            raise ValueError(f"--ckpt_path belongs to another model: '{differ[0]}' differs")
 
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
-        """What the model takes of a batch."""
+        """The model's arguments from a batch."""
         raise TypeError(f"{type(self).__name__} has no inputs_of")
 
     @property
     def labels(self) -> Any:
-        """What a checkpoint says of the model's outputs."""
+        """The labels that a checkpoint stores for the model's outputs."""
         raise TypeError(f"{type(self).__name__} has no labels")
 
     def note(self, faults: Iterable[str], kind: str, stage: str) -> None:
-        """Warns of each fault once, and counts them all; kind is one of `faulty`."""
+        """Warns about each fault once, and counts them all; kind is one of `faulty`."""
         faults = list(faults)
         if faults:
             self.faults[stage, kind] += len(faults)
@@ -338,7 +338,7 @@ class Task(lightning.LightningModule):
         self.warned |= set(faults)
 
     def report(self, stage: str) -> None:
-        """Says how many faults of each kind a stage had, over all ranks."""
+        """Prints how many faults of each kind a stage had, over all ranks."""
         place = f"{stage} of epoch {self.current_epoch}"
         if self.trainer.state.fn != TrainerFn.FITTING:
             place = "test" if self.trainer.testing else "validation"
@@ -348,9 +348,9 @@ class Task(lightning.LightningModule):
                 rank_zero_warn(f"{number} {kind} were {self.fate(kind, stage)} the {place}")
 
     def fate(self, kind: str, stage: str) -> str:
-        """What became of samples with a fault, as `report` says it."""
+        """What was done with faulty samples, as printed by `report`."""
         return "skipped in"
 
     def no_loss(self) -> Tensor:
-        """A loss of 0 that every parameter has a part in, for a batch without any sample."""
+        """A loss of 0 that depends on every parameter, for a batch without samples."""
         return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that hold a model's config, its weights, a card, and a probe that shows whether the model still
+"""Checkpoints: folders with a model's config, its weights, a card, and a probe that checks that the model still
 computes the same. Only JSON and safetensors are read; no code from a file is ever run."""
 
 from zoo.weights.load import Checkpoint, load_checkpoint, load_model

@@ -14,7 +14,7 @@ from zoo.weights.load import Checkpoint
 
 
 def misfits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that two state dicts do not both have in one shape, sorted."""
+    """The sorted names of the tensors that differ in shape between two state dicts or are in only one."""
 
     def shape(state: Mapping[str, Tensor], key: str) -> torch.Size | None:
         return state[key].shape if key in state else None
@@ -23,10 +23,10 @@ def misfits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]
 
 
 def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Model, list[str]]:
-    """The checkpoint's model with some fields of its config replaced, and the names of the weights that start afresh,
-    which only a head's may.
+    """The checkpoint's model with some fields of its config replaced, and the names of the weights that start
+    untrained, which can only be those of a head.
 
-    ValueError where a choice changes any other weight.
+    ValueError if a choice changes any other weight.
     """
     config = start.model.config
     preset = start.config["preset"]
@@ -38,15 +38,15 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
         raise ValueError(unknown("field of model.backbone", wrong[0], known))
     wanted = replace(config, **choices)
     if wanted == config:
-        start.model.preset = start.model.preprocess = start.model.labels = None  # training says its own
+        start.model.preset = start.model.preprocess = start.model.labels = None  # training sets its own
         return start.model, []
     if start.config["fused"]:
-        raise ValueError(f"{name} is fused, and a fused model keeps its config; start from the unfused one")
+        raise ValueError(f"{name} is fused, so its config cannot change; start from the unfused one")
     model = wanted.build()
     assert isinstance(model, Model)
     state = start.model.state_dict()
     fresh = misfits(model.state_dict(), state)
     if other := [key for key in fresh if not key.startswith(model.renewable)]:
-        raise ValueError(f"the weights of {name} do not fit what model.backbone asks for: '{other[0]}' differs")
+        raise ValueError(f"the weights of {name} do not fit model.backbone: '{other[0]}' differs")
     model.load_state_dict({key: value for key, value in state.items() if key not in fresh}, strict=False)
     return model, fresh

@@ -1,4 +1,4 @@
-"""The card of a checkpoint: README.md in the form of the Hub."""
+"""The card of a checkpoint: README.md in the Hub's format."""
 
 import math
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ checkpoint = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{tit
 
 
 def _cell(value: object) -> str:
-    """A cell of the table, where `|` would end it."""
+    """A cell of the table, with `|` escaped."""
     if isinstance(value, float) and not math.isfinite(value):
         value = "NaN" if math.isnan(value) else "infinite"
     return one_line(value).replace("|", "\\|")
@@ -52,11 +52,11 @@ def model_card(
     """README.md of a checkpoint, in Markdown with the Hub's front matter.
 
     Args:
-        config: that of the model, which says what it does, how it is called and what is to be shown.
+        config: that of the model, with its task, its call and the fields to show.
         written: config.json.
-        preprocess: how a raw input becomes the model's.
+        preprocess: from a raw input to the model's input.
         name: of the checkpoint.
-        text: what the model is; a plain sentence where None.
+        text: what the model is; None for a plain sentence.
         license: of the weights, by its name on the Hub.
         figures: further rows of the table.
     """

@@ -24,7 +24,7 @@ def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"lacks field {missing[0]!r}")
     labels, tokenizer = written.pop("labels"), written.pop("tokenizer")
     if tokenizer is not None and labels is not None:
-        raise CheckpointError("there are both labels and a tokenizer")
+        raise CheckpointError("it has both labels and a tokenizer")
     family = FAMILIES.get(str(written.get("family")))
     model = written.get("model")
     if family is not None and isinstance(model, dict):
@@ -32,7 +32,7 @@ def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
     return written | {"format": 3, "labels": labels if tokenizer is None else tokenizer}
 
 
-# From a format to the next: takes a whole config.json of that format, returns it in the format one higher.
+# From a format to the next: takes a config.json of that format, returns it in the next format.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda written: written | {"format": 2, "tokenizer": None},
     2: _one_field_of_labels,
@@ -40,13 +40,13 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json in the newest format; CheckpointError where it is none, or of a newer zoo."""
+    """A config.json in the newest format; CheckpointError if it is invalid or from a newer zoo."""
     try:
         written = from_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:
-        raise CheckpointError(f"{path} is not the config of a checkpoint: its format is not an integer")
+        raise CheckpointError(f"{path} is not the config of a checkpoint: format must be an integer")
     writer = f"zoo {written.get('zoo')}"
     if written["format"] > FORMAT:
         news = f"format {written['format']} of {writer}; zoo {zoo.__version__} reads up to {FORMAT}: upgrade zoo"
@@ -62,7 +62,7 @@ def read_config(path: Path) -> dict[str, Any]:
         verb = "lacks" if odd[0] in FIELDS else "has an unknown"
         raise CheckpointError(f"{path} {verb} field {odd[0]!r}")
     if wrong := [key for key, kind in FIELDS.items() if not isinstance(written[key], kind)]:
-        raise CheckpointError(f"{path}: {wrong[0]} has a value of the wrong kind, {type(written[wrong[0]]).__name__}")
+        raise CheckpointError(f"{path}: {wrong[0]} has the wrong type, {type(written[wrong[0]]).__name__}")
     if written["family"] not in FAMILIES:
         raise CheckpointError(f"{path}: unknown family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
     known = {field.name for field in fields(FAMILIES[written["family"]])}
@@ -73,21 +73,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_fit(config: Config, preprocess: Preprocess | None, labels: Any) -> None:
-    """ValueError where the preprocessing or the labels are not those of such a model."""
+    """ValueError if the preprocessing or the labels do not fit such a model."""
     if preprocess is not None:
         kind = None if config.input is None else INPUTS[config.input]
         if kind is None or not isinstance(preprocess, kind):
-            wanted = "no preprocess" if kind is None else kind.__name__
-            raise ValueError(f"this model takes {wanted}, not {type(preprocess).__name__}")
+            wanted = "None" if kind is None else kind.__name__
+            raise ValueError(f"preprocess must be {wanted}, got {type(preprocess).__name__}")
         for name in preprocess.shared:
             if (given := getattr(preprocess, name)) != (taken := getattr(config, name)):
                 raise ValueError(f"preprocess makes {given} {name}, but the model takes {taken}")
     if labels is None:
         return
     if config.labels is None:
-        raise ValueError("this model has no outputs that take labels")
+        raise ValueError("this model's outputs take no labels")
     kind = LABELS[config.labels]
     if not kind.fits(labels):
-        raise ValueError(f"labels must be {kind.what}, not {type(labels).__name__}")
+        raise ValueError(f"labels must be {kind.what}, got {type(labels).__name__}")
     if (given := kind.number(labels)) != config.labelled:
         raise ValueError(kind.misfit.format(given=given, wanted=config.labelled))

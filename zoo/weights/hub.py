@@ -7,14 +7,14 @@ from zoo.weights.names import FILES, CheckpointError
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The folder of a repository's files, fetched where they are not here yet; CheckpointError where that fails."""
+    """The folder of a repository's files, downloaded if not here yet; CheckpointError if that fails."""
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
         at = f" at '{revision}'" if revision else ""
-        why = f"no folder {repository} here, and the Hub does not give it{at}: {reason(error)}"
+        why = f"folder {repository} not found, and it cannot be downloaded from the Hub{at}: {reason(error)}"
         raise CheckpointError(why) from error
 
 
@@ -23,13 +23,13 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
 
     Args:
         folder: a checkpoint as `zoo.save_model` writes it.
-        name: "owner/name" on the Hub; the repository is made where it does not exist.
-        private: make it private where it is made.
-        tag: a tag for this upload, so that "owner/name@tag" loads it for ever.
+        name: "owner/name" on the Hub; the repository is created if it does not exist.
+        private: create it as private.
+        tag: a tag for this upload, so that "owner/name@tag" always loads it.
 
     Raises:
-        ValueError: the folder is not a complete checkpoint, its probe fails, the name is not OWNER/NAME, or there is no
-            token.
+        ValueError: the folder is not a complete checkpoint, its probe fails, the name is not OWNER/NAME, or no
+            token is found.
         OSError: the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
@@ -39,14 +39,14 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
 
     validate_repo_id(name)
     if "/" not in name:
-        raise ValueError(f"'{name}' has no owner; give OWNER/NAME")
+        raise ValueError(f"the name must be OWNER/NAME, got '{name}'")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     if missing := [file for file in FILES if not (folder / file).is_file()]:
         raise ValueError(f"{folder} has no {missing[0]}; scripts/publish takes a folder that save_model wrote")
     load_checkpoint(folder.resolve(), check=True)
     if get_token() is None:
-        raise ValueError("no token for the Hub was found; run `hf auth login`, or set HF_TOKEN")
+        raise ValueError("no Hub token found; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         address = api.create_repo(name, private=private or None, exist_ok=True)
@@ -55,5 +55,5 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
         if tag is not None:
             api.create_tag(name, tag=tag, revision=commit.oid)
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
-        raise OSError(f"the Hub does not take {name}: {error}") from error
+        raise OSError(f"the Hub refused {name}: {error}") from error
     return str(address)

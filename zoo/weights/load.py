@@ -21,34 +21,34 @@ from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
 from zoo.weights.probe import check_probe
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TRIES = 5  # at reading a checkpoint that another process replaces meanwhile
+TRIES = 5  # of reading a checkpoint that another process replaces meanwhile
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` gives: the model in eval mode, and what its folder says about it.
+    """The result of `load_checkpoint`: the model in eval mode, and the other contents of its folder.
 
-    Called with a raw input, such as the path of a file, it answers: `load_checkpoint("vit_micro.digits")("photo.jpg")`.
+    Called with a raw input, such as a file's path, it predicts: `load_checkpoint("vit_micro.digits")("photo.jpg")`.
     """
 
     model: Model
     preprocess: Preprocess | None
-    labels: tuple[str, ...] | Tokenizer | None  # what the outputs mean: a name for each class, or the tokenizer
+    labels: tuple[str, ...] | Tokenizer | None  # labels of the outputs: a name for each class, or the tokenizer
     config: dict[str, Any]  # config.json, in the newest format
 
     def __call__(self, raw: Any, /) -> Any:
-        """The answer to one raw input, which is anything that `preprocess` takes.
+        """The prediction for one raw input, which is anything that `preprocess` accepts.
 
         Returns:
-            For an image, its classes as a list of (label, probability), the most probable first; for sound, its text.
+            For an image, its classes as a list of (label, probability), the most probable first; for audio, its text.
 
         Raises:
-            ValueError: the input cannot be read, or the checkpoint has no preprocessing or no answer.
+            ValueError: the input cannot be read, or the checkpoint has no preprocessing or no head.
         """
         kind = self.model.config.labels
         if self.preprocess is None:
-            raise ValueError("the checkpoint has no preprocess, so call its model with a prepared input")
+            raise ValueError("the checkpoint has no preprocess; call its model with a prepared input")
         if kind is None or not self.model.config.labelled:
-            raise ValueError("the checkpoint is a backbone without a head, so it has no answer; call its model")
+            raise ValueError("the checkpoint is a backbone without a head, so it predicts nothing; call its model")
         return LABELS[kind].answer(self.model, self.preprocess.parts(raw), self.labels)
 
 
@@ -66,10 +66,10 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
     Args:
         name: a folder; or the name of a folder under ./checkpoints; or a Hub name "owner/name" or
             "owner/name@revision".
-        check: run the probe, and raise where the output is off by more than 1e-4 of its largest number.
+        check: run the probe, and raise if the output is off by more than 1e-4 of its largest value.
 
     Raises:
-        CheckpointError: there is no such checkpoint; a file of it is missing, truncated, a pickle, or does not fit the
+        CheckpointError: the checkpoint is not found; a file of it is missing, truncated, a pickle, or does not fit the
             others; it was written by a newer zoo; or its probe fails.
     """
     for _ in range(TRIES):
@@ -83,11 +83,11 @@ def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Che
             continue
         if _identity(folder) == identity:
             return found
-    raise CheckpointError(f"{name} was replaced {TRIES} times while it was read; try again")
+    raise CheckpointError(f"{name} was replaced {TRIES} times while it was being read; try again")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from one that takes its place."""
+    """Distinguishes a folder from one that replaces it."""
     try:
         found = folder.stat()
     except OSError:
@@ -104,7 +104,7 @@ def _load(folder: Path, check: bool) -> Checkpoint:
         config = FAMILIES[written["family"]](**written["model"])
         if written["labels"] is not None:
             if config.labels is None:
-                raise ValueError("this model has no outputs that take labels")
+                raise ValueError("this model's outputs take no labels")
             labels = LABELS[config.labels].read(written["labels"])
         if written["preprocess"] is not None:
             if config.input is None:
@@ -112,11 +112,11 @@ def _load(folder: Path, check: bool) -> Checkpoint:
             preprocess = INPUTS[config.input].from_dict(written["preprocess"])
         check_fit(config, preprocess, labels)
         if lacking := config.missing(tensors):
-            raise ValueError(f"its model has '{lacking}', and model.safetensors has no tensor of it")
+            raise ValueError(f"model.safetensors has no tensor '{lacking}'")
         model = _build(config, written["fused"], tensors, folder / "model.safetensors")
     except CheckpointError:
         raise
-    except Exception as error:  # a config from elsewhere may break a constructor in any way
+    except Exception as error:  # a config from elsewhere may raise any error in a constructor
         raise CheckpointError(f"{path}: {reason(error)}") from error
     if check:
         check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
@@ -125,7 +125,7 @@ def _load(folder: Path, check: bool) -> Checkpoint:
 
 
 def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> Model:
-    """The model with the given weights. The caller's random numbers stay as they were."""
+    """The model with the given weights. The caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
             model = config.build()
@@ -147,8 +147,8 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
 def _match(
     model: nn.Module, tensors: dict[str, Tensor], path: Path, before_fusion: bool = False
 ) -> dict[str, torch.dtype]:
-    """The kinds of the model's tensors by name; CheckpointError where those of the file have others. Fusion takes away
-    or adds tensors of one axis alone."""
+    """The dtypes of the model's tensors by name; CheckpointError if those of the file differ. Fusion removes or
+    adds only tensors of one axis."""
     wanted = model.state_dict()
     missing = wanted.keys() - tensors.keys()
     wrong = [f"{name!r} is missing" for name in missing if not before_fusion or wanted[name].ndim > 1]
@@ -156,9 +156,9 @@ def _match(
     for name in wanted.keys() & tensors.keys():
         got, want = tensors[name], wanted[name]
         if got.shape != want.shape:
-            wrong.append(f"{name!r} is {list(got.shape)}, not {list(want.shape)}")
+            wrong.append(f"{name!r} has shape {list(got.shape)}, expected {list(want.shape)}")
         elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
-            wrong.append(f"{name!r} is {got.dtype}, not {want.dtype}")
+            wrong.append(f"{name!r} has dtype {got.dtype}, expected {want.dtype}")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(sorted(wrong)[:3])}{more}")

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: in a folder, under ./checkpoints, or on the Hub; and its files."""
+"""Finds a checkpoint in a folder, under ./checkpoints or on the Hub; and its files."""
 
 import difflib
 import os
@@ -15,11 +15,11 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; one line that names the file and says why."""
+    """A checkpoint that cannot be used; one line with the file and the reason."""
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; CheckpointError where there is none."""
+    """The folder of a checkpoint; CheckpointError if it is not found."""
     given, name = name, os.path.expanduser(name)
     for folder in (Path(name), Path("checkpoints", name)):
         if folder.is_dir():
@@ -27,9 +27,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
         if (previous := previous_of(folder.resolve())).is_dir():  # a save was killed between its two renames
             return previous
     if str(name).lower().endswith(".nemo"):
-        raise CheckpointError(
-            f"{name} is NeMo's; zoo.convert.from_nemo reads such files, and zoo.save_model keeps them"
-        )
+        raise CheckpointError(f"{name} is a NeMo file; convert it with zoo.convert.from_nemo and zoo.save_model")
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
     repository, _, revision = str(name).partition("@")
@@ -37,11 +35,11 @@ def locate(name: str | os.PathLike[str]) -> Path:
         from zoo.weights.hub import download
 
         return download(repository, revision or None)
-    raise CheckpointError(f"there is no checkpoint {str(name)!r}: {_where_it_is_not(str(name))}")
+    raise CheckpointError(f"checkpoint {str(name)!r} not found: {_where_it_is_not(str(name))}")
 
 
 def _where_it_is_not(name: str) -> str:
-    """Where a checkpoint was looked for, and what may have been meant."""
+    """Where a checkpoint was searched, and similar names."""
     from zoo.models import PRESETS
 
     home = Path("checkpoints").resolve()
@@ -54,12 +52,12 @@ def _where_it_is_not(name: str) -> str:
 
 
 def previous_of(target: Path) -> Path:
-    """Where a checkpoint stands for the moment in which its successor takes its place."""
+    """Where a checkpoint is kept for the moment in which its successor replaces it."""
     return target.parent / f".{target.name}.previous"
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """A file of a checkpoint; CheckpointError where it is missing."""
+    """A file of a checkpoint; CheckpointError if it is missing."""
     path = folder / name
     if path.is_file():
         return path
@@ -69,7 +67,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError where it is none, or not whole."""
+    """The tensors of a safetensors file; CheckpointError if it is invalid or incomplete."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

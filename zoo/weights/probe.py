@@ -1,4 +1,4 @@
-"""The probe of a checkpoint: an input and what the model made of it, which shows whether it still computes the same."""
+"""The probe of a checkpoint: an input and the model's output for it, to check that it still computes the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from zoo.inputs import Preprocess
 from zoo.text import one_line, reason
 from zoo.weights.names import CheckpointError, read_tensors
 
-TOLERANCE = 1e-4  # how far an output may be off, as a share of its largest number
+TOLERANCE = 1e-4  # largest error of an output, as a share of its largest value
 RAW = "raw"  # the name of an input that the preprocessing prepares for the model's first argument
 
 
 def inputs_for(config: Config, preprocess: Preprocess | None) -> dict[str, Tensor]:
-    """Random inputs by name: the model's arguments, the first of them raw where there is a preprocessing."""
+    """Random inputs by name: the model's arguments, the first of them raw if there is a preprocessing."""
     generator = torch.Generator().manual_seed(0)
     if preprocess is None:
         return config.probe_inputs(generator)
@@ -27,13 +27,13 @@ def inputs_for(config: Config, preprocess: Preprocess | None) -> dict[str, Tenso
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model makes of such inputs, by name."""
+    """The model's outputs for such inputs, by name."""
     config: Config = model.config  # pyright: ignore[reportAssignmentType]
     given = dict(inputs)
     with torch.autocast("cpu", enabled=False):
         if RAW in given:
             if preprocess is None:
-                raise ValueError("its input is raw, and there is no preprocess")
+                raise ValueError("its input is raw, but it has no preprocess")
             given = {config.argument: preprocess(given.pop(RAW))[None]} | given
         return config.probe_outputs(model, given)
 
@@ -45,7 +45,7 @@ def pack(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[st
 
 
 def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> None:
-    """CheckpointError where the model does not give what the probe holds."""
+    """CheckpointError if the model's outputs differ from those in the probe."""
     config: Config = model.config  # pyright: ignore[reportAssignmentType]
     inputs, wanted = _unpack(path, config, preprocess)
     expected = inputs_for(config, preprocess).keys()
@@ -53,7 +53,7 @@ def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> 
         raise CheckpointError(f"{path} is not a probe of this model: its inputs must be {', '.join(expected)}")
     try:
         got = outputs_of(model, preprocess, inputs)
-    except Exception as error:  # an input from elsewhere may break a model in any way
+    except Exception as error:  # an input from elsewhere may raise any error in a model
         raise CheckpointError(f"{path}: the model cannot take the probe's input: {reason(error)}") from error
     if got.keys() != wanted.keys():
         held = one_line(", ".join(wanted))
@@ -61,11 +61,11 @@ def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> 
     for name, output in wanted.items():
         if not output.is_floating_point() or got[name].shape != output.shape:
             shape = f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
-            raise CheckpointError(f"{path}: {name} is {list(got[name].shape)}, not {shape}")
+            raise CheckpointError(f"{path}: {name} has shape {list(got[name].shape)}, expected {shape}")
         largest = output.double().abs().max() if output.numel() else output.new_zeros(())
         error = (got[name].double() - output.double()).abs().max() if output.numel() else output.new_zeros(())
-        if not bool(largest.isfinite()) or not error <= TOLERANCE * largest:  # also where one of them is NaN
-            share = f"{(error / largest).item():.3g} of its largest number, and {TOLERANCE:g} is allowed"
+        if not bool(largest.isfinite()) or not error <= TOLERANCE * largest:  # also if one of them is NaN
+            share = f"{(error / largest).item():.3g} of its largest value, and {TOLERANCE:g} is allowed"
             raise CheckpointError(f"{path}: {name} is off by {share}; weights, preprocessing or code have changed")
 
 

@@ -1,4 +1,4 @@
-"""From a model to a checkpoint's folder: written aside, loaded and probed, and only then put into its place."""
+"""From a model to a checkpoint's folder: written aside, loaded and probed, and only then renamed into place."""
 
 import contextlib
 import copy
@@ -43,12 +43,12 @@ def save_model(
 ) -> Path:
     """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
 
-    The folder is written aside, loaded again and probed, and only then renamed into place; a checkpoint that stood
-    there is replaced whole or left whole. The model itself is not touched. Weights keep their kind of number.
+    The folder is written aside, loaded again and probed, and only then renamed into place; an existing
+    checkpoint is replaced completely or not at all. The model itself is not touched. Weights keep their dtype.
 
     Args:
         model: a model of the zoo, fused or not, compiled or not, in float32, float16 or bfloat16.
-        folder: where to write; a checkpoint that is there already is replaced.
+        folder: where to write; an existing checkpoint is replaced.
         preset: the preset that the model was made from; where None, that of the checkpoint that it was read from.
         preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one. Where
             None, that of the checkpoint that the model was read from.
@@ -64,14 +64,14 @@ def save_model(
 
     Raises:
         ValueError: an argument does not fit the model, the model's config does not describe it, its output is not
-            finite, or the folder holds something else than a checkpoint.
-        OSError: the folder could not be written; one line that says so and what became of the previous one.
+            finite, or the folder holds something other than a checkpoint.
+        OSError: the folder could not be written; one line with the reason and the fate of the previous one.
     """
     target = Path(folder).expanduser().resolve()
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile
     family = family_of(model)
     if family is None or not isinstance(model, Model):
-        raise ValueError(f"save_model takes a model of the zoo, not a {type(model).__name__}; unwrap it first")
+        raise ValueError(f"save_model needs a model of the zoo, got a {type(model).__name__}; unwrap it first")
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             raise ValueError(f"'{name}' is compiled on its own; put {name}._orig_mod in its place before saving")
@@ -100,12 +100,14 @@ def save_model(
     twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
     tensors = twin.state_dict()
     if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:
-        raise ValueError(f"'{odd[0]}' is quantized, which checkpoints do not hold; save the model before quantizing it")
+        raise ValueError(
+            f"'{odd[0]}' is quantized, which checkpoints do not support; save the model before quantizing it"
+        )
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     inputs = inputs_for(config, preprocess)
     outputs = outputs_of(twin.float(), preprocess, inputs)
     if not all(bool(output.isfinite().all()) for output in outputs.values()):
-        raise ValueError(f"the model's output is not finite, so it is not saved to {target}")
+        raise ValueError(f"the model's output is NaN or infinite, so it is not saved to {target}")
     _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": pack(inputs, outputs)})
     return target
 
@@ -113,24 +115,24 @@ def save_model(
 def _check_texts(
     preset: object, source: object, card: object, license: object, metrics: Mapping[str, object] | None
 ) -> None:
-    """ValueError where what is to be told about a model is not text, or the preset is unknown."""
+    """ValueError if a description is not text or the preset is unknown."""
     if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
         raise ValueError(unknown("preset", str(preset), PRESETS))
     for name, value in {"source": source, "card": card or "", "license": license}.items():
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, not {type(value).__name__}")
+            raise ValueError(f"{name} must be a string, got {type(value).__name__}")
     if metrics is not None and not (isinstance(metrics, Mapping) and all(isinstance(key, str) for key in metrics)):
         raise ValueError("metrics must map names to numbers or strings")
 
 
 def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Writes all files aside, loads and probes what was written, and puts it in the place of target."""
+    """Writes all files aside, loads and probes them, and renames them to target."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
-    stands = target.exists() or previous_of(target).exists()
-    fate = "the previous one is untouched" if stands else "nothing was left behind"
+    exists = target.exists() or previous_of(target).exists()
+    fate = "the previous one is untouched" if exists else "nothing was left behind"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target)
@@ -157,7 +159,7 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
 
 
 def _clear(target: Path) -> None:
-    """Refuses to replace what is not a checkpoint, and removes what saves that were killed long ago left behind."""
+    """Refuses to replace anything but a checkpoint, and removes leftovers of saves killed long ago."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, so no checkpoint can be written there")
     found = {entry.name for entry in target.iterdir()} if target.exists() else set()

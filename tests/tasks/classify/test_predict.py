@@ -108,7 +108,7 @@ def test_answers_are_the_model_s(model: str, pictures: list[str], capsys: pytest
     for entry, line in zip(entries, said.out.splitlines(), strict=True):
         assert line.split() == [*entry["path"].split(), *entry["label"].split(), f"{entry['probability']:.1%}"]
     wrote = "wrote predictions.json, predictions.csv, predictions.png to runs/predict"
-    assert said.err == f"zoo: 4 of 4 images answered; {wrote}\n"
+    assert said.err == f"zoo: 4 of 4 images done; {wrote}\n"
 
 
 def test_csv_says_what_json_says(model: str, pictures: list[str]):
@@ -277,7 +277,7 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
     before = predict(model, "pictures")
     broken = break_pictures()
     text = failure(capsys, model, *broken)
-    assert text.endswith("error: none of 2 images could be answered; nothing was written to runs/predict")
+    assert text.endswith("error: none of 2 images; nothing was written to runs/predict")
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
     failure(capsys, model, *broken, "--output", "fresh")
     assert os.listdir("fresh") == []
@@ -289,12 +289,12 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
         (["MODEL", "nowhere"], "file or folder not found: 'nowhere'"),
         (["MODEL", ""], "file or folder not found: ''"),
         (["MODEL", "pictures", "empty"], "no image in folder 'empty' (.jpg .jpeg"),
-        (["nowhere", "pictures"], "there is no checkpoint 'nowhere'"),
-        (["plain", "pictures"], "plain does not say how to prepare its input"),
+        (["nowhere", "pictures"], "checkpoint 'nowhere' not found"),
+        (["plain", "pictures"], "plain has no preprocess in its config.json"),
         (["backbone", "pictures"], "backbone is a backbone without a head"),
         (
             ["MODEL", "pictures", "--output", "pictures/deep.png"],
-            "--output pictures/deep.png is a file; a folder",
+            "--output must be a folder; pictures/deep.png is a file",
         ),
         (["MODEL", "pictures", "--top", "0"], "must be an integer from 1 to 999999999, got '0'"),
         (["MODEL", "pictures", "--batch", "1.5"], "must be an integer from 1 to 999999999, got '1.5'"),
@@ -379,7 +379,7 @@ def test_answers_that_are_all_nan(pictures: list[str], capsys: pytest.CaptureFix
     monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded)
     text = failure(capsys, "broken", "pictures")
     assert text.count("the model's output is NaN or infinite") == 4
-    assert text.endswith("none of 4 images could be answered; nothing was written to runs/predict")
+    assert text.endswith("none of 4 images; nothing was written to runs/predict")
     assert os.listdir("runs/predict") == []
 
 
@@ -405,7 +405,7 @@ def test_nobody_reads_on(
     for stream, said in ((os.fdopen(writing, "w"), ""), (open("/dev/full", "w"), full), (None, "")):  # noqa: SIM115
         monkeypatch.setattr(sys, "stdout", stream)
         entries = predict(model, "pictures", "--batch", 1)
-        end = "zoo: 4 of 4 images answered; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
+        end = "zoo: 4 of 4 images predicted; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
         assert len(entries) == 4 and capsys.readouterr().err == said + end
         Path("runs/predict/predictions.json").unlink()
         if stream is not None:
@@ -421,7 +421,7 @@ def test_a_pipe_into_head(model: str, pictures: list[str]):
         f"{sys.executable} -m zoo classify predict {model} pictures --batch 1 | head -c 1; exit ${{PIPESTATUS[0]}}"
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0 and done.stderr.splitlines()[0].startswith("zoo: 4 of 4 images answered")
+    assert done.returncode == 0 and done.stderr.splitlines()[0].startswith("zoo: 4 of 4 images done")
     assert len(json.loads(Path("runs/predict/predictions.json").read_text())) == 4
 
 

@@ -155,7 +155,7 @@ def test_texts_in_the_order_given(ear: Ear, capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"{'sounds/' + name:17}  {TEXTS[name]}" for name in names]
     wrote = "wrote transcripts.json, transcripts.csv, transcripts.png to runs/predict"
-    assert said.err == f"zoo: 4 of 4 files answered; {wrote}\n"
+    assert said.err == f"zoo: 4 of 4 files done; {wrote}\n"
     assert sorted(os.listdir("runs/predict")) == sorted(command.FILES)
 
 
@@ -417,8 +417,8 @@ def test_unreadable_files_stop_no_other(ear: Ear, capsys: pytest.CaptureFixture[
     entries = json.loads(Path("runs/predict/transcripts.json").read_text())
     assert [entry for entry in entries if "error" not in entry] == good
     cut, text = (entry for entry in entries if "error" in entry)
-    assert cut["error"].startswith("it is truncated, after 0.9") and cut["text"] == "cab"  # what was there is heard
-    assert text.keys() == {"path", "error"} and text["error"].startswith("no readable sound")
+    assert cut["error"].startswith("truncated after 0.9") and cut["text"] == "cab"  # what was there is heard
+    assert text.keys() == {"path", "error"} and text["error"].startswith("cannot be read as audio")
     assert [f"zoo: {entry['path']}: {entry['error']}" for entry in (cut, text)] == said[:2]
     with open("runs/predict/transcripts.csv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
@@ -427,7 +427,7 @@ def test_unreadable_files_stop_no_other(ear: Ear, capsys: pytest.CaptureFixture[
 
 def test_nothing_readable_writes_nothing(ear: Ear):
     Path("empty.wav").write_bytes(b"")
-    with pytest.raises(ValueError, match="^none of 1 files could be answered; nothing was written to runs/predict$"):
+    with pytest.raises(ValueError, match="^no transcripts for any of 1 files; nothing was written to runs/predict$"):
         predict("ear", "empty.wav")
     assert os.listdir("runs/predict") == []
 
@@ -467,7 +467,7 @@ def test_a_fault_of_one_file_ends_no_other(
 
 def test_answers_that_are_all_nan(ear: Ear):
     ear.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="^none of 4 files could be answered"):
+    with pytest.raises(ValueError, match="^no transcripts for any of 4 files"):
         predict("ear", "sounds")
     assert os.listdir("runs/predict") == []
 
@@ -477,10 +477,10 @@ def test_answers_that_are_all_nan(ear: Ear):
     [
         (["ear", "nowhere"], "file or folder not found: 'nowhere'"),
         (["ear", "sounds", "empty"], "no sound file in folder 'empty' (.wav "),
-        (["vision", "sounds"], "vision is not a model for `zoo transcribe`; use `zoo classify predict`"),
+        (["vision", "sounds"], "`zoo transcribe` cannot use vision; use `zoo classify predict`"),
         (["encoder", "sounds"], "encoder is a backbone without a head"),
-        (["ear", "sounds", "--output", "sounds/z.wav"], "--output sounds/z.wav is a file"),
-        (["transducer", "sounds", "--decode", "beam"], "transducer is a transducer, which takes greedy alone"),
+        (["ear", "sounds", "--output", "sounds/z.wav"], "--output must be a folder; sounds/z.wav is a file"),
+        (["transducer", "sounds", "--decode", "beam"], "transducer is a transducer, which supports only greedy"),
         (["ear", "sounds", "--beam", "4"], "--beam needs --decode beam or flashlight"),
         (["ear", "sounds", "--lm", "x"], "--lm needs --decode beam or flashlight"),
         (["ear", "sounds", "--decode", "beam", "--beta", "1"], "--beta needs --lm FILE"),

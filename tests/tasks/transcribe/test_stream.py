@@ -353,10 +353,10 @@ def changed(ctc: Path, folder: Path, recipe: str = "streaming", **choices: Any) 
     [
         (
             {"chunk": None, "left": 70},
-            "cannot stream: its config has no chunk, so it needs the whole sound; use `zoo tr",
+            "cannot stream: its config has no chunk, so it needs the whole recording; use `zoo tr",
         ),
         ({"recipe": "nemo"}, "cannot stream: normalize='bin' needs the whole utterance"),
-        ({"vocabulary": 0}, "is a backbone without a head, so it has no answer"),
+        ({"vocabulary": 0}, "is a backbone without a head, so it predicts nothing"),
     ],
     ids=str,
 )
@@ -375,9 +375,9 @@ def given(monkeypatch: pytest.MonkeyPatch, content: bytes, *arguments: object) -
 @pytest.mark.parametrize(
     ("content", "options", "reason"),
     [
-        (b"", [], "standard input ended without a sample"),
-        (b"\0", [], "standard input ended without a sample"),
-        (b"\0\0\0", ["--channels=2"], "standard input ended without a sample"),
+        (b"", [], "standard input is empty"),
+        (b"\0", [], "standard input is empty"),
+        (b"\0\0\0", ["--channels=2"], "standard input is empty"),
         (b"RIFF" + bytes(400), [], "standard input is a wav file; - takes raw samples"),
         (b"ID3" + bytes(400), [], "standard input is a mp3 file; - takes raw samples"),
         (bytes(400), ["--look-ahead=-1"], "--look-ahead must be >= 0, got -1"),
@@ -394,7 +394,7 @@ def test_standard_input_that_is_wrong(content: bytes, options: list[str], reason
 
 def test_a_terminal_is_no_sound(ctc: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Pipe, "isatty", lambda self: True)
-    assert given(monkeypatch, b"", ctc, "-").startswith("standard input is not a pipe; send raw sound into it")
+    assert given(monkeypatch, b"", ctc, "-").startswith("standard input is not a pipe; pipe raw audio into it")
 
 
 def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -403,20 +403,20 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
 
     good, short = tmp_path / "good.wav", tmp_path / "short.wav"
     soundfile.write(good, sound(2.0).numpy(), RATE, subtype="PCM_16")
-    assert "--rate is for raw sound" in said(good, "--rate=16000")
-    assert "--channels is for raw sound" in said(good, "--channels=1")
+    assert "--rate is for raw audio" in said(good, "--rate=16000")
+    assert "--channels is for raw audio" in said(good, "--channels=1")
     assert said(tmp_path / "none.wav") == f"{tmp_path}/none.wav: No such file or directory"
     (tmp_path / "text.wav").write_text("no sound")
-    assert "no readable sound" in said(tmp_path / "text.wav")
+    assert "cannot be read as audio" in said(tmp_path / "text.wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
     assert said(tmp_path / "empty.wav") == f"{tmp_path}/empty.wav: it has no samples"
     values = sound(1.0).numpy()
     values[-1] = np.nan
     soundfile.write(tmp_path / "nan.wav", values, RATE, subtype="FLOAT")
-    assert said(tmp_path / "nan.wav").endswith("it has samples that are not finite numbers below 1e+06")
+    assert said(tmp_path / "nan.wav").endswith("it has samples that are NaN, infinite or above 1e+06")
     capsys.readouterr()
     short.write_bytes(good.read_bytes()[: 44 + 32000])
-    assert said(short) == f"{short}: it is truncated, after 1.00 s"
+    assert said(short) == f"{short}: truncated after 1.00 s"
     text = capsys.readouterr().out  # what is there is heard, and the error stands on its own line
     assert text.endswith("\n") and len(text) > 10 and whole(ctc, sound(2.0)).startswith(text.strip())
 
@@ -425,7 +425,7 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
     ("options", "words"),
     [
         ({"look_ahead": -1}, "look_ahead must be >= 0"),
-        ({"tokenizer": PIECES}, r"\(18, 80\) tokens and mel bands, but the model \(11, 80\)"),
+        ({"tokenizer": PIECES}, r"\(18, 80\) tokens and mel bands, but the model has \(11, 80\)"),
         ({}, "no chunk"),
     ],
     ids=str,

@@ -436,19 +436,19 @@ def test_transducer(transducer: Path):
     ("options", "words"),
     [
         ({"backbone": {"vocabulary": 0}}, "a speech model with a vocabulary"),
-        ({"schedule": "linear"}, "there is no 'linear'; choose from: cosine, noam, noam_hold"),
-        ({"hold": 2.0}, "model.hold is at least 0, and for noam_hold alone; not 2.0 with cosine"),
-        ({"intermediate_weight": 1.0}, "model.intermediate_weight lies in 0..1"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'; choose from: cosine, noam, noam_hold"),
+        ({"hold": 2.0}, "model.hold must be >= 0, and 0 unless schedule is noam_hold, got 2.0 with cosine"),
+        ({"intermediate_weight": 1.0}, "model.intermediate_weight must be from 0 to 1"),
         ({"consistency": -1.0}, "model.consistency is at least 0"),
-        ({"intermediate": [1]}, "model.intermediate lists blocks below the last, 0..0"),
+        ({"intermediate": [1]}, "model.intermediate must list blocks before the last, from 0 to 0"),
         ({"intermediate": [0], "backbone": RNNT}, "need a CTC head; this model has a transducer"),
-        ({"intermediate": [1], "backbone": STAGES}, "model.intermediate: the head reads the width of blocks from 2 on"),
+        ({"intermediate": [1], "backbone": STAGES}, "model.intermediate: the head needs the width of blocks 2 on"),
         ({"consistency": 0.1, "backbone": RNNT}, "need a CTC head; this model has a transducer"),
-        ({"chunks": [4]}, "model.chunks lists sizes of at least 1, for a model whose config has a chunk"),
+        ({"chunks": [4]}, "model.chunks must list sizes >= 1, for a model whose config has a chunk"),
         ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks lists sizes of at least 1"),
-        ({"warp": 1.0}, "model.warp is at least 0 and less than 1"),
-        ({"filter": -1.0}, "model.filter is a number of at least 0, not -1.0"),
-        ({"time_share": 2.0}, "time_share between 0 and 1"),
+        ({"warp": 1.0}, "model.warp is must be >= 0 and < 1"),
+        ({"filter": -1.0}, "model.filter must be a finite number >= 0, got -1.0"),
+        ({"time_share": 2.0}, "time_share from 0 to 1"),
         ({"frequency_masks": -1}, "must be at least 0"),
         ({"rate": 0.0}, "model.rate"),
     ],
@@ -461,9 +461,9 @@ def test_options_that_cannot_be(options: dict[str, Any], words: str):
 
 
 def test_a_model_of_pictures_is_refused():
-    with pytest.raises(ValueError, match="model.backbone is trained by `zoo classify`, not by `zoo transcribe`"):
+    with pytest.raises(ValueError, match="`zoo transcribe` cannot train this model.backbone; use `zoo classify`"):
         Transcribe({"name": "vit_micro"})
-    with pytest.raises(ValueError, match="model.backbone is trained by `zoo transcribe`, not by `zoo classify`"):
+    with pytest.raises(ValueError, match="`zoo classify` cannot train this model.backbone; use `zoo transcribe`"):
         Classify(TINY)
 
 
@@ -499,7 +499,7 @@ def test_the_tokenizer_of_a_checkpoint_stays(transducer: Path, monkeypatch: pyte
     (tmp_path / "same.model").write_bytes(train_pieces(["AB CD", "EF"] * 3, 9).model)
     flags = [f"--model.weights={transducer}/last", f"--trainer.default_root_dir={tmp_path}/run", *SHORT]
     message = refused("fit", *flags, f"--data.tokenizer={tmp_path}/same.model")
-    assert message == "data.tokenizer does not match that of model.weights; omit one of the two"
+    assert message == "data.tokenizer differs from the tokenizer of model.weights; omit one of the two"
     monkeypatch.setattr(Speech, "tokenizer", property(lambda self: pytest.fail("it is not needed")))
     command("validate", *flags[:2], "--data.limit=4")
 
@@ -568,12 +568,12 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys:
         "no loss of 1-2-0002: the vocabulary has no 'R', 'Z', which is in 'A ZEBRA'",
         "fewer frames than its transcript needs, 400",
         "1-2-0001.flac: ",
-        "1-2-0006.flac: no readable sound",
+        "1-2-0006.flac: cannot be read as audio",
     ):
         assert sum(words in message for message in named) == 1, (words, named)
     counts = {"training": {UNREADABLE: 1, LONG: 2}, "validation": {UNREADABLE: 1, LONG: 1, UNKNOWN: 1, EMPTY: 1}}
     wanted = [
-        f"{number} {kind} were {'skipped' if stage == 'training' or kind == UNREADABLE else 'left out of a loss'} "
+        f"{number} {kind} were {'skipped' if stage == 'training' or kind == UNREADABLE else 'omitted from a loss'} "
         f"in the {stage} of epoch {epoch}"
         for stage, kinds in counts.items()
         for kind, number in kinds.items()
@@ -605,7 +605,7 @@ def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
             "--data.workers=0",
         )
     said = [str(each.message) for each in seen]
-    assert "1-2-0000 is silent, though it has a transcript" in said
+    assert "1-2-0000 is silent but has a transcript" in said
     assert "1-2-0001 is clipped: it was recorded too loud" in said
     for kind in ("silent files with a transcript", "clipped files"):
         assert f"1 {kind} were used in the training of epoch 0" in said
@@ -651,7 +651,7 @@ def test_a_checkpoint_is_measured_on_its_own_features(
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == second == third and first.startswith("word error rate ")
     fit(tmp_path / "on", weights, "--data.mels=40", "--data.recipe=nemo")
-    assert "inputs are prepared as for the checkpoint, but for " in lines[1]
+    assert "inputs are preprocessed as in the checkpoint, except for " in lines[1]
     assert "normalize bin (was utterance)" in lines[1] and "mels" not in lines[1]
     assert load_checkpoint(tmp_path / "on/last").preprocess == replace(RECIPES["nemo"], mels=40)
 
@@ -723,14 +723,14 @@ def test_a_checkpoint_of_speech(choices: dict[str, Any], labels: Tokenizer | Non
 def test_what_does_not_fit_a_speech_model_is_refused(tmp_path: Path):
     for options, words in (
         ({"labels": train_characters(["ABC"])}, "the tokenizer has 4 pieces with the blank, but the model 10"),
-        ({"labels": list("ABCDEFGHIJ")}, "labels must be a tokenizer, not list"),
-        ({"preprocess": ImagePreprocess()}, "this model takes AudioPreprocess, not ImagePreprocess"),
+        ({"labels": list("ABCDEFGHIJ")}, "labels must be a tokenizer, got list"),
+        ({"preprocess": ImagePreprocess()}, "preprocess must be AudioPreprocess, got ImagePreprocess"),
         ({"preprocess": RECIPES["nemo"].from_dict({"mels": 64})}, "preprocess makes 64 mels, but the model takes 80"),
     ):
         with pytest.raises(ValueError) as error:
             save_model(made(), tmp_path / "kept", **options)
         assert words in str(error.value) and not (tmp_path / "kept").exists()
-    with pytest.raises(ValueError, match="labels must be a list of names, one for each class, not Characters"):
+    with pytest.raises(ValueError, match="labels must be a list of names, one for each class, got Characters"):
         save_model(zoo.create_model("vit_micro", classes=10), tmp_path / "kept", labels=LETTERS)
 
 
@@ -759,7 +759,7 @@ def test_a_broken_tokenizer_is_one_line(tmp_path: Path):
     for tokenizer, words in (
         ({"kind": "letters"}, "unknown kind of tokenizer 'letters'"),
         ({"kind": "characters", "pieces": ["A", "B"]}, "the tokenizer has 3 pieces with the blank, but the model 10"),
-        ({"kind": "pieces", "model": "????"}, "not in base64"),
+        ({"kind": "pieces", "model": "????"}, "not valid base64"),
     ):
         path.write_text(json.dumps(config | {"labels": tokenizer}))
         with pytest.raises(ValueError, match="config.json") as error:

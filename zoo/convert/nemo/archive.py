@@ -25,7 +25,7 @@ from zoo.weights.names import read_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
-# What changes nothing at inference, or only how much memory it takes.
+# Keys that change nothing at inference, or only the memory used.
 _TRAINING = (
     "dropout",
     "dropout_pre_encoder",
@@ -53,30 +53,30 @@ def from_nemo(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> Converted:
-    """A model that gives for features [B, T, mels] and lengths the logits that NeMo's model gives in eval mode.
+    """Converts a NeMo model: for features [B, T, mels] and lengths the logits equal NeMo's in eval mode.
 
     ConformerEncoder (Conformer-CTC, FastConformer-CTC, with full, local or chunked attention) and SqueezeformerEncoder
-    with ConvASRDecoder are taken. NeMo gives the logarithms of probabilities, this model logits. What acts in training
-    alone is not taken over; biases that NeMo ties between blocks are no longer tied. Of several att_context_size, the
-    first is the model's own, and others are given to the model as `visible`.
+    with ConvASRDecoder are supported. NeMo gives log-probabilities, this model logits. What acts only in training
+    is not copied; biases that NeMo ties between blocks are no longer tied. Of several att_context_size, the
+    first is the model's default, and others are given to the model as `visible`.
 
-    Nothing of the archive is written to disk, and no code of it is run: weights are read as tensors alone.
+    Nothing of the archive is written to disk, and none of its code is run: weights are read as plain tensors.
 
     Args:
         source: a `.nemo` archive; or, with `config`, a safetensors file or a state dict with NeMo's names.
-        config: what `model_config.yaml` of an archive holds, or the path of such a file.
+        config: the content of `model_config.yaml` of an archive, or the path of such a file.
 
     Returns:
-        The model in eval mode; how its features are made, where the config says so; and its tokenizer, where that is
-        one of sentencepiece in the archive, or the config lists single characters.
+        The model in eval mode; its preprocessing, if it is in the config; and its tokenizer, if the archive has
+        a sentencepiece model or the config lists single characters.
 
     Raises:
-        ValueError: in one line that names the file: it cannot be read, a key of the config cannot be honoured or is
-            not known, or a tensor is missing, left over or of a wrong shape.
+        ValueError: in one line with the file: it cannot be read, a key of the config is not supported or
+            unknown, or a tensor is missing, unused or of a wrong shape.
     """
     if config is None:
         if isinstance(source, Mapping):
-            raise ValueError("a state dict does not tell all about its model; give config=")
+            raise ValueError("a state dict does not describe its model fully; give config=")
         return _from_archive(Path(source).expanduser())
     where = "the config"
     if not isinstance(config, Mapping):
@@ -124,7 +124,7 @@ def _tokenizer(config: Mapping[str, Any], pieces: bytes | None, outputs: int, wh
     except ValueError as error:
         raise ValueError(f"{where}: the tokenizer: {error}") from error
     if tokenizer is not None and tokenizer.vocabulary != outputs:
-        found = f"{len(tokenizer.pieces)} pieces, and the model has {outputs} outputs, the blank among them"
+        found = f"{len(tokenizer.pieces)} pieces, but the model has {outputs} outputs, including the blank"
         raise ValueError(f"{where}: the tokenizer has {found}")
     return tokenizer
 
@@ -132,7 +132,7 @@ def _tokenizer(config: Mapping[str, Any], pieces: bytes | None, outputs: int, wh
 def _class_of(section: Section, *allowed: str) -> str:
     name = section.take("_target_", str).rpartition(".")[2]
     if name not in allowed:
-        raise section.refused("_target_", f"the zoo takes {' or '.join(allowed)}, not {name}")
+        raise section.refused("_target_", f"the zoo supports {' or '.join(allowed)}, not {name}")
     return name
 
 
@@ -173,7 +173,7 @@ def _facts(config: Mapping[str, Any], where: str) -> Facts:
         **_seen(encoder, kernel),
     )
     if facts.chunk is not None and not facts.causal:
-        raise encoder.refused("causal_downsampling", "the zoo takes models with chunks only where this is true")
+        raise encoder.refused("causal_downsampling", "for models with chunks the zoo supports only true")
     encoder.finish(*_TRAINING)
     return facts
 
@@ -185,14 +185,14 @@ def _outputs(decoder: Section) -> int:
     listed = decoder.left.pop("vocabulary", None)
     if classes < 1:
         if not isinstance(listed, list) or not listed:
-            raise decoder.refused("num_classes", "neither it nor the vocabulary tells the number of tokens")
+            raise decoder.refused("num_classes", "neither it nor the vocabulary gives the number of tokens")
         classes = len(listed)
     decoder.finish("feat_in", "init_mode")
     return classes + 1
 
 
 def _reduced(encoder: Section, depth: int) -> int | None:
-    """The block in front of which the frame rate is halved."""
+    """The block before which the frame rate is halved."""
     if encoder.left.get("time_reduce_idx") is None:
         encoder.left.pop("time_reduce_idx", None)
         encoder.left.pop("time_recovery_idx", None)
@@ -202,39 +202,39 @@ def _reduced(encoder: Section, depth: int) -> int | None:
 
 
 def _seen(encoder: Section, kernel: int) -> dict[str, Any]:
-    """What a token sees: the window, chunk and left of the facts."""
+    """The tokens that a token attends to: window, chunk and left."""
     model = encoder.fixed("self_attention_model", "rel_pos", "rel_pos_local_attn")
     if (number := encoder.take("global_tokens", int, 0)) != 0:
         raise encoder.refused(
-            "global_tokens", f"models with global tokens are not supported; it must be 0, not {number}"
+            "global_tokens", f"models with global tokens are not supported; it must be 0, got {number}"
         )
     style = encoder.fixed("att_context_style", "regular", "chunked_limited")
     size = encoder.left.pop("att_context_size", None) or [-1, -1]  # null means unlimited
     sides = size[0] if isinstance(size, list) and isinstance(size[0], list) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(type(s) is int and -1 <= s <= LARGEST for s in sides):
-        raise encoder.refused("att_context_size", f"it must be two integers, at least -1, not {size!r}")
+        raise encoder.refused("att_context_size", f"it must be two integers >= -1, got {size!r}")
     context, half = encoder.left.pop("conv_context_size", None), (kernel - 1) // 2
     causal = context in ("causal", [kernel - 1, 0]) and context != [half, half]
     if not causal and context not in (None, [half, half], half):
-        raise encoder.refused("conv_context_size", f"the zoo takes 'causal' or null, not {context!r}")
+        raise encoder.refused("conv_context_size", f"the zoo supports 'causal' or null, not {context!r}")
     found: dict[str, Any] = {}
     if model == "rel_pos_local_attn":
         if sides[0] != sides[1] or sides[0] < 1 or style != "regular":
-            raise encoder.refused("att_context_size", f"local attention takes as much on either side, not {size!r}")
+            raise encoder.refused("att_context_size", f"local attention must be as wide on either side, got {size!r}")
         found = {"window": sides[0]}
     elif style == "chunked_limited" and sides != [-1, -1]:
         if min(sides) < 0:
-            raise encoder.refused("att_context_size", f"only chunks with a limited context are supported, not {size!r}")
+            raise encoder.refused("att_context_size", f"only chunks with a limited context are supported, got {size!r}")
         found = {"chunk": sides[1] + 1, "left": sides[0]}
     elif sides != [-1, -1]:
         raise encoder.refused("att_context_size", f"{size!r} needs att_context_style 'chunked_limited'")
     if causal != ("chunk" in found):
-        raise encoder.refused("conv_context_size", "the zoo takes 'causal' with chunks, and only with chunks")
+        raise encoder.refused("conv_context_size", "the zoo supports 'causal' with chunks, and only with chunks")
     return found
 
 
 def _features(values: Any, where: str) -> AudioPreprocess:
-    """The features that NeMo's preprocessor makes; ValueError where ours cannot say them."""
+    """NeMo's preprocessing; ValueError if ours cannot express it."""
     given = Section(values, "preprocessor", where)
     _class_of(given, "AudioToMelSpectrogramPreprocessor")
     rate = given.whole("sample_rate", 16000)

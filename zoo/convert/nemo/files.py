@@ -1,5 +1,5 @@
-"""The files inside a `.nemo` archive, read within bounds: a small archive cannot ask for much memory or time, nothing
-is written to disk, and no code is run."""
+"""The files inside a `.nemo` archive, read with limits: a small archive cannot cause large use of memory or time,
+nothing is written to disk, and no code is run."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ EXPANDED, SPARE = 50, 2**26
 
 
 class _Bounded(io.BufferedIOBase):
-    """A file that refuses to read more than `most` bytes at once: headers of an archive may ask for any number."""
+    """A file that refuses to read more than `most` bytes at once, as headers of an archive may request any number."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.most = file, HEADER
@@ -54,7 +54,7 @@ class Archive:
             total += member.size
             if total > allowed or number == MEMBERS:
                 raise ValueError(
-                    f"{path} is not read: it expands to far more than its own size, or holds too many files"
+                    f"{path} is refused: it expands to far more than its own size, or holds too many files"
                 )
             parts = [part for part in member.name.replace("\\", "/").split("/") if part != "."]
             if not parts or parts[0] == "" or ".." in parts or not (member.isfile() or member.isdir()):
@@ -65,7 +65,7 @@ class Archive:
                 self.members["/".join(parts)] = member
 
     def content(self, name: str, most: int | None = None) -> bytes:
-        """The bytes of a file; ValueError where there are more than `most`."""
+        """The bytes of a file; ValueError if there are more than `most`."""
         if name not in self.members:
             raise ValueError(f"{self.path} is not a NeMo model: it has no {name}")
         member = self.members[name]
@@ -92,7 +92,7 @@ def opened(path: Path) -> Iterator[Archive]:
 
 
 def config_of(text: bytes, where: str) -> Mapping[str, Any]:
-    """A config in YAML; ValueError where it is none, repeats a key, or grows too large with its aliases written out."""
+    """A config in YAML; ValueError if it is not one, repeats a key, or grows too large with its aliases written out."""
     import yaml
 
     if len(text) > CONFIG:
@@ -105,7 +105,7 @@ def config_of(text: bytes, where: str) -> Mapping[str, Any]:
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(one_line(f"{where} cannot be read as YAML: {error}")) from error
-    except ValueError as error:  # of our own, or of a number or a date that Python does not take
+    except ValueError as error:  # our own, or from a number or date that Python rejects
         message = str(error)
         raise ValueError(
             message if message.startswith(where) else one_line(f"{where} cannot be read as YAML: {error}")
@@ -116,7 +116,7 @@ def config_of(text: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _count(node: Any, known: dict[int, int], where: str) -> int:
-    """How many values a node has with its aliases written out; ValueError where there are too many."""
+    """How many values a node has with its aliases written out; ValueError if there are too many."""
     if id(node) in known:
         if known[id(node)] == 0:
             raise ValueError(f"{where}: a value contains itself")
@@ -129,37 +129,37 @@ def _count(node: Any, known: dict[int, int], where: str) -> int:
     elif node.id == "mapping":
         keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
         if keys and max(keys.values()) > 1:
-            raise ValueError(one_line(f"{where}: the key {keys.most_common(1)[0][0]!r} is there twice"))
+            raise ValueError(one_line(f"{where}: the key {keys.most_common(1)[0][0]!r} appears twice"))
         total = 1 + sum(_count(each, known, where) for pair in node.value for each in pair)
     else:
         total = 1 + sum(_count(each, known, where) for each in node.value)
     if total > NODES:
-        raise ValueError(f"{where} has more than {NODES:,} values; repeated aliases are not read")
+        raise ValueError(f"{where} has more than {NODES:,} values; repeated aliases are not supported")
     known[id(node)] = total
     return total
 
 
 def tensors_of(content: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors by name that torch.save wrote; ValueError where there is anything else, or more than is stored."""
+    """The tensors by name that torch.save wrote; ValueError if there is anything else, or more than is stored."""
     stream = io.BytesIO(content)
     try:
         if zipfile.is_zipfile(stream):
             with zipfile.ZipFile(stream) as packed:
                 entries = packed.infolist()
             if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > len(content):
-                raise ValueError("its parts are compressed or overlap, unlike those that torch.save writes")
+                raise ValueError("its parts are compressed or overlap, which torch.save never writes")
         stream.seek(0)
         loaded = torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling what is no pickle of tensors ends in errors of many kinds
-        raise ValueError(one_line(f"{where} is not a whole file of plain tensors: {error}")) from error
+    except Exception as error:  # unpickling other data raises errors of many kinds
+        raise ValueError(one_line(f"{where} is not a complete file of plain tensors: {error}")) from error
     tensors = named(loaded, where)
     if sum(each.numel() * each.element_size() for each in tensors.values()) > 4 * len(content):
-        raise ValueError(f"{where}: its tensors claim far more numbers than it stores")
+        raise ValueError(f"{where}: its tensors claim far more values than it stores")
     return tensors
 
 
 def named(loaded: Any, where: str) -> dict[str, Tensor]:
-    """A state dict as a plain dict; ValueError where it holds anything but tensors by name."""
+    """A state dict as a plain dict; ValueError if it holds anything but tensors by name."""
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(f"{where} holds no tensors by name")
     for name, value in loaded.items():

@@ -19,9 +19,9 @@ SUPPORTED = (
 
 
 def one(what: str, values: list[Any]) -> Any:
-    """The value that all have in common; ValueError where they differ."""
+    """The value that all have in common; ValueError if they differ."""
     if len(set(values)) != 1:
-        raise ValueError(f"from_timm takes models with one {what} throughout, not {sorted(set(values))}")
+        raise ValueError(f"from_timm needs a model with one {what} throughout, got {sorted(set(values))}")
     return values[0]
 
 
@@ -32,7 +32,7 @@ def spelled(name: str, options: Iterable[str]) -> str:
 
 
 def norm_of(layer: Any, *options: str) -> str:
-    """A norm of timm as a row of our table with its options, `options` first; "none" for no norm."""
+    """A timm norm as a row of our table with its options, `options` first; "none" for no norm."""
     if type(layer) is nn.Identity:
         return "none"
     kinds = {nn.GroupNorm: "groupnorm", nn.LayerNorm: "layernorm"}
@@ -42,7 +42,7 @@ def norm_of(layer: Any, *options: str) -> str:
 
 
 def activation_of(layer: nn.Module) -> str:
-    """The name under which our feed-forward layers know an activation of timm."""
+    """The name of a timm activation in our feed-forward layers."""
     if isinstance(layer, nn.GELU) and layer.approximate == "tanh":
         return "gelu_tanh"
     names = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "StarReLU": "star_relu"}
@@ -52,8 +52,8 @@ def activation_of(layer: nn.Module) -> str:
 def with_width(
     table: Mapping[str, type], name: str, usual: float, hidden: int, options: list[str], *arguments: Any
 ) -> str:
-    """The name of a row of the table with the ratio that makes it `hidden` wide inside, and options; ValueError where
-    there is no such ratio. `usual` is the ratio without an option; arguments are the row's, its dim first."""
+    """The name of a row of the table with the ratio that makes it `hidden` wide inside, and options; ValueError if
+    no ratio gives it. `usual` is the ratio without an option; arguments are the row's, its dim first."""
     ratio = hidden / arguments[0]
     for choice in (
         usual,
@@ -66,25 +66,27 @@ def with_width(
         with torch.device("meta"):
             if make(table, spec, *arguments).out.in_features == hidden:
                 return spec
-    raise ValueError(f"from_timm takes SwiGLU layers whose width 8 divides, not {hidden}")  # no other row rounds
+    raise ValueError(
+        f"from_timm needs SwiGLU layers whose width is a multiple of 8, got {hidden}"
+    )  # no other row rounds
 
 
 def tensors_of(state: Any) -> dict[str, Tensor]:
-    """A state dict as a plain dict; ValueError where it is none of a timm model."""
+    """A state dict as a plain dict; ValueError if it is not one of a timm model."""
     if not isinstance(state, Mapping):
         raise ValueError(f"{SUPPORTED}, not {type(state).__name__}")
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{SUPPORTED}: floating-point tensors by name; '{name}' is {kind}")
+            raise ValueError(f"{SUPPORTED}, with floating-point tensors by name; '{name}' is {kind}")
     return dict(state)
 
 
 def check_axes(tensors: Mapping[str, Tensor], name: str, *axes: int) -> None:
-    """ValueError where the tensor has another number of axes than one of those, or nothing in it."""
+    """ValueError if the tensor has another number of axes than one of those, or nothing in it."""
     if tensors[name].ndim not in axes or 0 in tensors[name].shape:
         wanted, shape = " or ".join(map(str, axes)), list(tensors[name].shape)
-        raise ValueError(f"'{name}' has {wanted} axes in timm's models, not the shape {shape}")
+        raise ValueError(f"'{name}' must have {wanted} axes, as in timm's models, got shape {shape}")
 
 
 def fill(
@@ -96,8 +98,8 @@ def fill(
     """The model, built on the meta device, with timm's tensors: each is used, and each of ours is filled.
 
     find(our name, our tensor, take, like) gives timm's name and the value, which it gets by take(timm's name, like);
-    `like` is the weight to which a bias belongs, if any. A bias that no tensor has of the names that a pattern of
-    `biases` matches is zeros. ValueError, in one line, where a tensor is missing, left over or of a wrong shape.
+    `like` is the weight to which a bias belongs, if any. A missing bias whose name matches a pattern of `biases` is
+    zeros. ValueError, in one line, where a tensor is missing, unused or of a wrong shape.
     """
     absent = [pattern for pattern in biases if not any(re.fullmatch(pattern, name) for name in tensors)]
     left, state = dict(tensors), {}
@@ -112,7 +114,9 @@ def fill(
     for key, slot in model.state_dict().items():
         name, value = find(key, slot, take, state.get(key.removesuffix("bias") + "weight"))
         if value.shape != slot.shape:
-            raise ValueError(f"'{name}' is {list(value.shape)}; a model of these choices has {list(slot.shape)} there")
+            raise ValueError(
+                f"'{name}' has shape {list(value.shape)}, but a model of these choices needs {list(slot.shape)}"
+            )
         state[key] = value.clone(memory_format=torch.contiguous_format)
     if left:
         raise ValueError(f"'{one_line(next(iter(left)), 100)}' has no counterpart; {SUPPORTED}, of plain blocks")

@@ -1,4 +1,4 @@
-"""Which modules of timm may stand where in the models that become ours."""
+"""The modules that are allowed at each place of a timm model."""
 
 import re
 from importlib import import_module
@@ -14,7 +14,7 @@ _NONE, _DROP, _LINEAR, _CONV = (nn.Identity,), (nn.Dropout,), (nn.Linear,), (nn.
 
 
 def check_parts(model: nn.Module) -> None:
-    """Every module of the model has to be one of those that we know at its place."""
+    """Checks that every module of the model is one that is known at its place."""
     name = type(model).__name__
     file, places = _FAMILIES.get(name, ("", None))
     if places is None or type(model) is not getattr(import_module(f"timm.models.{file}"), name):
@@ -94,7 +94,7 @@ def _davit(layers: Any) -> Places:
 
 
 def _pyramid(layers: Any) -> Places:
-    """What MetaFormer and DaVit have in common around their blocks."""
+    """The parts that MetaFormer and DaVit share around their blocks."""
     places = {"stem.conv": _CONV, "stages": (nn.Sequential,), "stages.*.downsample.conv": _CONV}
     places |= {"stages.*.blocks": (nn.Sequential,), "head.global_pool": (layers.SelectAdaptivePool2d,)}
     places |= {"head.global_pool.pool": (nn.AdaptiveAvgPool2d,), "head.drop": _DROP}

@@ -1,4 +1,4 @@
-"""timm's MetaFormer and DaVit as pyramids of ours. Tensors are copied or reshaped, and never computed anew."""
+"""timm's MetaFormer and DaVit as pyramids of ours. Tensors are copied or reshaped, never recomputed."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -70,9 +70,9 @@ _BIASES = (
 
 
 class _Facts(NamedTuple):
-    """What the shapes of the tensors do not say, most of it for each stage."""
+    """The facts that the shapes of the tensors do not show, mostly per stage."""
 
-    mixers: list[tuple[str, ...]]  # what a stage's blocks take in turns
+    mixers: list[tuple[str, ...]]  # the mixers that a stage's blocks take in turn
     heads: list[int]  # 0 where the mixer has none
     norms: list[str]
     final_norm: str
@@ -80,13 +80,13 @@ class _Facts(NamedTuple):
 
 
 def from_model(model: Any) -> Pyramid:
-    """The Pyramid that a MetaFormer or DaVit of timm, of known parts, becomes; ValueError where ours cannot say it."""
+    """The Pyramid of a MetaFormer or DaVit of timm with known parts; ValueError if the zoo does not support it."""
     davit = type(model).__name__ == "DaVit"
     return _fill(dict(model.state_dict()), _read_davit(model) if davit else _read_metaformer(model), davit)
 
 
 def from_state(tensors: Mapping[str, Tensor]) -> Pyramid:
-    """The Pyramid that the state dict of a MetaFormer or DaVit of timm becomes, the usual where tensors do not tell."""
+    """The Pyramid of the state dict of a MetaFormer or DaVit of timm, the usual where tensors are unclear."""
     davit = "stages.0.blocks.0.0.norm1.weight" in tensors
     if not davit and "stages.0.blocks.0.norm1.weight" not in tensors:
         raise ValueError(f"{SUPPORTED}; this one has no 'stages.0.blocks.0.norm1.weight'")
@@ -95,8 +95,8 @@ def from_state(tensors: Mapping[str, Tensor]) -> Pyramid:
 
 def _read_metaformer(model: Any) -> _Facts:
     stages = [list(stage.blocks) for stage in model.stages]
-    mixers = [(one("token mixer a stage", [_mixer(block.token_mixer) for block in blocks]),) for blocks in stages]
-    heads = [one("number of heads a stage", [_heads(block.token_mixer) for block in blocks]) for blocks in stages]
+    mixers = [(one("token mixer per stage", [_mixer(block.token_mixer) for block in blocks]),) for blocks in stages]
+    heads = [one("number of heads per stage", [_heads(block.token_mixer) for block in blocks]) for blocks in stages]
     norms, activation = _read_both(model, stages)
     ends = [model.head.norm, *([model.head.fc.norm] if hasattr(model.head.fc, "norm") else [])]
     return _Facts(mixers, heads, norms, one("norm in the head", [_norm(norm) for norm in ends]), activation)
@@ -105,34 +105,34 @@ def _read_metaformer(model: Any) -> _Facts:
 def _read_davit(model: Any) -> _Facts:
     stages = [[block for turn in stage.blocks for block in turn] for stage in model.stages]
     if any(block.mlp is None for blocks in stages for block in blocks):
-        raise ValueError("from_timm takes a DaVit with feed-forward layers, not with ffn=False")
+        raise ValueError("from_timm needs a DaVit with feed-forward layers, not one with ffn=False")
     turns = [[tuple(_mixer(block.attn) for block in turn) for turn in stage.blocks] for stage in model.stages]
-    mixers = [one("order of attention a stage", each) for each in turns]
-    heads = [one("number of heads a stage", [_heads(block.attn) for block in blocks]) for blocks in stages]
+    mixers = [one("order of attention per stage", each) for each in turns]
+    heads = [one("number of heads per stage", [_heads(block.attn) for block in blocks]) for blocks in stages]
     norms, activation = _read_both(model, stages)
     end = getattr(model.head, "norm", model.norm_pre) if type(model.norm_pre) is nn.Identity else model.norm_pre
     return _Facts(mixers, heads, norms, _norm(end), activation)
 
 
 def _read_both(model: Any, stages: list[list[Any]]) -> tuple[list[str], str]:
-    """The norm of each stage, which what leads to it has too if it has one, and the activation."""
+    """The norm of each stage, shared by the reduction before it if that has one, and the activation."""
     norms = []
     for front, blocks in zip([model.stem, *(stage.downsample for stage in model.stages[1:])], stages, strict=True):
         parts = [norm for block in blocks for norm in (block.norm1, block.norm2)]
         parts += [norm for norm in [getattr(front, "norm", None)] if isinstance(norm, nn.LayerNorm | nn.GroupNorm)]
-        norms.append(one("norm a stage, with what leads to it,", [_norm(norm) for norm in parts]))
+        norms.append(one("norm per stage, including the one before it,", [_norm(norm) for norm in parts]))
     return norms, one("activation", [activation_of(block.mlp.act) for blocks in stages for block in blocks])
 
 
 def _mixer(part: Any) -> str:
-    """Our mixer of the same kind; its widths are read off the tensors."""
+    """Our mixer of the same kind; its widths are read from the tensors."""
     name = type(part).__name__
     if name == "Pooling":
         return "pool" if part.pool.kernel_size == 3 else f"pool(size={part.pool.kernel_size})"
     if name == "WindowAttention":
         high, wide = part.window_size
         if high != wide:
-            raise ValueError(f"from_timm takes square windows, not {high} x {wide}")
+            raise ValueError(f"from_timm needs square windows, got {high} x {wide}")
         return f"window(size={high})"
     return {"Identity": "identity", "SepConv": "sepconv", "Attention": "softmax"}.get(name, "channel")
 
@@ -142,10 +142,10 @@ def _heads(part: Any) -> int:
 
 
 def _norm(layer: Any) -> str:
-    """As norm_of, for norms with a weight: without one, tensors would not tell that they are there."""
+    """As norm_of, for norms with a weight: without one, the tensors would not show them."""
     if getattr(layer, "weight", None) is None:
         raise ValueError(
-            "from_timm takes a MetaFormer or DaVit of norms with a weight, the last one in or before the head"
+            "from_timm needs a MetaFormer or DaVit whose norms have a weight, with the last norm in or before the head"
         )
     return norm_of(layer, *(["bias=False"] if layer.bias is None else []))
 
@@ -159,7 +159,7 @@ def _assume_metaformer(tensors: Mapping[str, Tensor]) -> _Facts:
         biased = f"{block}.norm1.bias" in tensors
         if mixer == "pool" and not biased:
             raise ValueError(
-                f"'{block}.norm1.bias' is missing: in PoolFormerV2, which has no counterpart, or give the model itself"
+                f"'{block}.norm1.bias' is missing: PoolFormerV2 is not supported; for others give the model itself"
             )
         mixers.append((mixer,))
         heads.append(_usual_heads(dim) if mixer == "softmax" else 0)
@@ -173,19 +173,21 @@ def _assume_davit(tensors: Mapping[str, Tensor]) -> _Facts:
     heads = [_usual_heads(dim) for dim in _dims(tensors)]
     parts = [re.match(r"stages\.\d+\.blocks\.\d+\.(\d+)\.", name) for name in tensors]
     if {part[1] for part in parts if part} != {"0", "1"}:
-        raise ValueError("a state dict is taken to have window and channel attention in turns; give the model itself")
+        raise ValueError("a state dict must have window and channel attention in turns; give the model itself")
     norm = "layernorm(eps=1e-05)"
     return _Facts([("window(size=7)", "channel")] * len(heads), heads, [norm] * len(heads), norm, "gelu")
 
 
 def _usual_heads(dim: int) -> int:
     if dim % 32:
-        raise ValueError(f"a state dict does not tell its heads, and at width {dim} none are usual; give the model")
+        raise ValueError(
+            f"a state dict does not hold its number of heads, and width {dim} has no usual one; give the model itself"
+        )
     return dim // 32
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, *axes: int) -> torch.Size:
-    """The shape of a tensor; ValueError where it is missing or has another number of axes than one of those."""
+    """The shape of a tensor; ValueError if it is missing or has another number of axes than one of those."""
     if name not in tensors:
         raise ValueError(f"'{name}' is missing; {SUPPORTED}")
     check_axes(tensors, name, *axes)
@@ -200,7 +202,7 @@ def _dims(tensors: Mapping[str, Tensor]) -> list[int]:
 
 
 def _configure(tensors: Mapping[str, Tensor], facts: _Facts, davit: bool) -> PyramidConfig:
-    """The config of a model with these tensors; ValueError where ours cannot say it."""
+    """The config of a model with these tensors; ValueError if the zoo does not support it."""
     dims, depth, heads, mixers, ffns, placements = _dims(tensors), [], [], [], [], []
     unit = r"\d+\.\d+" if davit else r"\d+"
     for stage, dim in enumerate(dims):
@@ -243,12 +245,12 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts, davit: bool) -> Pyr
 
 
 def _choice(names: list[Any]) -> Any:
-    """One name for all stages where they have the same."""
+    """One name for all stages if they have the same."""
     return names[0] if len(set(names)) == 1 and isinstance(names[0], str) else tuple(names)
 
 
 def _mixer_of(tensors: Mapping[str, Tensor], part: str, name: str, dim: int) -> str:
-    """The mixer with what the tensors tell of it."""
+    """The mixer with the options that the tensors show."""
     if name == "softmax" and not {f"{part}.qkv.bias", f"{part}.proj.bias"} & tensors.keys():
         return "softmax(bias=False)"
     if name != "sepconv":

@@ -1,4 +1,4 @@
-"""timm's models as ours. Tensors are copied, joined or padded with zeros, and never computed anew."""
+"""timm's models as ours. Tensors are copied, joined or padded with zeros, never recomputed."""
 
 import math
 import re
@@ -56,15 +56,15 @@ _AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "p
 
 
 class _Facts(NamedTuple):
-    """What the shapes of the tensors do not say."""
+    """The facts that the shapes of the tensors do not show."""
 
     heads: int
     pool: str  # timm's global_pool: token or avg
     norm: str
     activation: str
-    fc_norm: bool  # the final norm stands behind the pooling
+    fc_norm: bool  # the final norm comes after the pooling
     qk_norm: bool
-    inner: bool  # norms in front of both output linears
+    inner: bool  # norms before both output linears
     layer_scale: float | None
     image: int
 
@@ -77,25 +77,25 @@ def from_timm(
     norm: str | None = None,
     activation: str | None = None,
 ) -> ViT | Pyramid:
-    """A model in eval mode that gives for images [B, channels, H, W] what timm's model gives in eval mode.
+    """Converts a timm model: for images [B, channels, H, W] the outputs equal timm's in eval mode.
 
     `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
     become a Pyramid, or the state dict of one; it is not changed and shares no memory with the result, which has its
-    dtype and device. What acts only in training (dropout, stochastic depth) is not taken over.
+    dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
 
-    Taken over from vision transformers: class token, registers, distillation token and head, pooling by token or
+    Supported parts of vision transformers: class token, registers, distillation token and head, pooling by token or
     average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
     scale, norms of queries and keys, norms inside both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any
     width, missing biases (as zeros), any patch, depth, channels and classes. At sizes other than its own the position
-    table is resized in another way than timm does, so outputs differ a little there.
+    table is resized differently than in timm, so outputs differ a little there.
 
-    Taken over from MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
+    Supported parts of MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
     attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
     PoolFormerV2 has no counterpart. From DaViT: any order of window and channel attention, windows of any size, norm
     before or after pooling; Florence-2's has no counterpart. Sides of images that 4 divides give timm's outputs, and
     with windows those whose every grid the windows divide (224 for 7): timm attends to the padding of others.
 
-    A state dict does not tell everything. The keywords, only for vision transformers, say the rest:
+    A state dict does not hold everything. The keywords, only for vision transformers, give the rest:
 
     - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
       and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
@@ -105,7 +105,7 @@ def from_timm(
 
     The norms are taken to stand before the branches, attention to have no rotary positions, and the images to be
     square. State dicts of MetaFormer and DaVit are taken to be as in timm's presets: heads of width 32, pooling over
-    3 x 3, windows of 7 x 7 in turns with attention between channels, GELU where there is no StarReLU, the usual norms.
+    3 x 3, windows of 7 x 7 in turns with attention between channels, GELU unless it has StarReLU, the usual norms.
     Models that differ are given themselves.
 
     ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
@@ -115,7 +115,7 @@ def from_timm(
     given = (heads, pool, norm, activation) != (None,) * 4
     if isinstance(model, nn.Module):
         if given:
-            raise ValueError("heads, pool, norm and activation are for a state dict; a model tells them itself")
+            raise ValueError("heads, pool, norm and activation are for a state dict; omit them where a model is given")
         check_parts(model)
         if type(model).__name__ in ("MetaFormer", "DaVit"):
             return timm_pyramid.from_model(model)
@@ -133,22 +133,26 @@ def from_timm(
 
 
 def _read(model: Any) -> _Facts:
-    """The facts of a model of known parts; ValueError where they have no counterpart together."""
+    """The facts of a model of known parts; ValueError if their combination has no counterpart."""
     distilled = type(model).__name__ == "VisionTransformerDistilled"
     if model.global_pool not in ("token", "avg"):
-        raise ValueError(f"from_timm takes models that pool by 'token' or 'avg', not by {model.global_pool!r}")
+        raise ValueError(f"from_timm needs a model that pools by 'token' or 'avg', got {model.global_pool!r}")
     if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
-        raise ValueError("from_timm takes the average of the grid's tokens only, not pool_include_prefix=True")
+        raise ValueError("from_timm does not support pool_include_prefix=True, only the average of the grid's tokens")
     fc_norm = type(model.fc_norm) is not nn.Identity
     if fc_norm == (type(model.norm) is not nn.Identity):
-        raise ValueError("from_timm takes models with one final norm, 'norm' or 'fc_norm', not with none or both")
+        raise ValueError("from_timm needs a model with one final norm, 'norm' or 'fc_norm', not none or both")
     if distilled and (fc_norm or model.no_embed_class):
-        raise ValueError("from_timm takes distilled models without fc_norm and no_embed_class, which timm cannot run")
+        raise ValueError(
+            "from_timm does not support distilled models with fc_norm or no_embed_class, which timm cannot run"
+        )
     sides, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     if sides[0] != sides[1] and model.pos_embed is not None:
-        raise ValueError(f"from_timm takes position tables of square images, not of {sides[0]} x {sides[1]}")
+        raise ValueError(f"from_timm needs a position table of square images, got {sides[0]} x {sides[1]}")
     if sides[0] % patch[0] or sides[1] % patch[1]:
-        raise ValueError(f"from_timm takes images that the patch divides, not {sides[0]} x {sides[1]} by {patch[0]}")
+        raise ValueError(
+            f"from_timm needs an image size that the patch divides, got {sides[0]} x {sides[1]} and patch {patch[0]}"
+        )
     blocks = list(model.blocks)
     heads = one("number of heads", [block.attn.num_heads for block in blocks])
     norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
@@ -156,12 +160,12 @@ def _read(model: Any) -> _Facts:
     pairs = [one("norm of queries and keys", [norm_of(b.attn.q_norm), norm_of(b.attn.k_norm)]) for b in blocks]
     qk_norm = one("norm of queries and keys", pairs)
     if qk_norm not in ("none", "layernorm"):
-        raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{qk_norm}'")
+        raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{qk_norm}'")
     inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
     gated = one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
     activation = one("activation", [activation_of(block.mlp.act) for block in blocks])
     if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
-        raise ValueError("from_timm takes gated feed-forward layers with silu on the first half (SwiGLU), not others")
+        raise ValueError("from_timm supports gated feed-forward layers only with silu on the first half (SwiGLU)")
     scale = getattr(blocks[0].ls1, "init_values", None)
     return _Facts(
         heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", inner != "none", scale, sides[0]
@@ -169,7 +173,7 @@ def _read(model: Any) -> _Facts:
 
 
 def _check_state(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError where the names or axes that the config is read from are not those of timm's models."""
+    """ValueError if the names or axes that the config is read from are not those of timm's models."""
     if missing := [name for name in _NEEDED if name not in tensors]:
         raise ValueError(f"{SUPPORTED}; this one has no '{missing[0]}'")
     for name, axes in _AXES.items():
@@ -180,7 +184,7 @@ def _check_state(tensors: Mapping[str, Tensor]) -> None:
 def _assume(
     tensors: Mapping[str, Tensor], heads: int | None, pool: str | None, norm: str | None, activation: str | None
 ) -> _Facts:
-    """The facts of a state dict: what names tell, then what is given, then what is usual."""
+    """The facts of a state dict: from its names, then from the arguments, then the usual ones."""
     width, patch = len(tensors["blocks.0.attn.qkv.weight"]) // 3, tensors["patch_embed.proj.weight"].shape[-1]
     fc_norm, qk_norm = "fc_norm.weight" in tensors, "blocks.0.attn.q_norm.weight" in tensors
     if heads is None:
@@ -189,36 +193,38 @@ def _assume(
         elif width % 64 == 0 and 128 <= width <= 1024:
             heads = width // 64
         else:
-            raise ValueError(f"a state dict does not tell its heads, and at width {width} none are usual; give heads=")
+            raise ValueError(
+                f"a state dict does not hold its number of heads, and width {width} has no usual one; give heads="
+            )
     if heads < 1 or width % heads:
-        raise ValueError(f"{heads} heads do not divide the {width} channels of the queries; give heads= that do")
+        raise ValueError(f"heads must divide the {width} channels of the queries, got {heads}")
     if pool is None:
         pool = "token" if "cls_token" in tensors and not fc_norm else "avg"
     if pool not in ("token", "avg") or (pool == "avg" and "dist_token" in tensors):
-        raise ValueError(f"pool is 'token' or 'avg', and 'token' for a distilled model, not {pool!r}")
+        raise ValueError(f"pool must be 'token' or 'avg', and 'token' for a distilled model, got {pool!r}")
     if fc_norm == ("norm.weight" in tensors) or (fc_norm and "dist_token" in tensors):
-        raise ValueError("from_timm takes models with one final norm, 'norm' or, not distilled, 'fc_norm'")
+        raise ValueError("from_timm needs a model with one final norm: 'norm', or 'fc_norm' if it is not distilled")
     if norm is None and "blocks.0.norm1.bias" not in tensors:
-        raise ValueError("a norm without a bias has several meanings; give norm='rmsnorm' or 'layernorm', or the model")
+        raise ValueError("a norm without a bias is ambiguous; give norm='rmsnorm' or 'layernorm', or the model itself")
     norm = norm or "layernorm"
     if parse(norm)[0] not in ("layernorm", "rmsnorm"):
-        raise ValueError(f"norm is 'layernorm' or 'rmsnorm', with options or without, not {norm!r}")
+        raise ValueError(f"norm must be 'layernorm' or 'rmsnorm', with or without options, got {norm!r}")
     if qk_norm and norm != "layernorm":
-        raise ValueError(f"from_timm takes 'layernorm' of eps 1e-06 for queries and keys, not '{norm}'")
+        raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{norm}'")
     inner = one(
         "norm inside attention and mlp", [f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")]
     )
     gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
     if gated and activation not in (None, "silu"):
-        raise ValueError(f"from_timm takes gated feed-forward layers with silu (SwiGLU), not with {activation!r}")
+        raise ValueError(f"from_timm supports gated feed-forward layers only with silu (SwiGLU), got {activation!r}")
     if "pos_embed" not in tensors:
-        raise ValueError("without 'pos_embed' a state dict does not tell its positions; give the model itself")
+        raise ValueError("without 'pos_embed' the positions are unknown; give the model itself")
     prefix = sum(_count(tensors, name) for name in _PREFIX)
     rows = tensors["pos_embed"].shape[1]
     squares = [side for side in {rows, rows - prefix} if side > 0 and math.isqrt(side) ** 2 == side]
     if len(squares) != 1:
         raise ValueError(
-            f"'pos_embed' has {rows} rows, which tell no square grid with {prefix} tokens in front; give the model"
+            f"'pos_embed' has {rows} rows, not a square grid after {prefix} prefix tokens; give the model itself"
         )
     side = math.isqrt(squares[0]) * patch
     scale = 1e-5 if "blocks.0.ls1.gamma" in tensors else None
@@ -236,13 +242,13 @@ def _packed(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
-    """The config of a model with these tensors; ValueError where ours cannot say it."""
+    """The config of a model with these tensors; ValueError if the zoo does not support it."""
     stem = tensors["patch_embed.proj.weight"]
     dim, channels, patch, across = stem.shape
     if patch != across:
-        raise ValueError(f"from_timm takes square patches, not {patch} x {across}")
+        raise ValueError(f"from_timm needs square patches, got {patch} x {across}")
     if "reg_token" in tensors and "dist_token" in tensors:
-        raise ValueError("from_timm takes registers or a distillation token, not both; timm's model leaves one unread")
+        raise ValueError("from_timm needs either registers or a distillation token, not both")
     head_dim = len(tensors["blocks.0.attn.qkv.weight"]) // 3 // facts.heads
     options = ["qk_norm=True"] if facts.qk_norm else []
     options += [f"head_dim={head_dim}"] if head_dim * facts.heads != dim else []
@@ -268,15 +274,15 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:
-    """The number of blocks; ValueError where one between the first and the last has no tensor."""
+    """The number of blocks; ValueError if one between the first and the last has no tensor."""
     numbers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if missing := sorted({*range(len(numbers))} - numbers):
-        raise ValueError(f"'blocks.{missing[0]}' has no tensors, and 'blocks.{max(numbers)}' has some; {SUPPORTED}")
+        raise ValueError(f"'blocks.{missing[0]}' has no tensors, but 'blocks.{max(numbers)}' has; {SUPPORTED}")
     return len(numbers)
 
 
 def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:
-    """Our feed-forward with as many hidden channels."""
+    """Our feed-forward with this many hidden channels."""
     hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
     gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
     name, usual = ("swiglu", 8 / 3) if gated else ("mlp", 4.0)

@@ -36,7 +36,7 @@ _NAMES = (
     (".batch_norm.", ".norm."),
     ("decoder.decoder_layers.0.", "ctc_head."),
 )
-# What changes nothing at inference, and what every config of transformers may have.
+# Keys that change nothing at inference, and keys that every config of transformers may have.
 _HARMLESS = (
     "dropout",
     "dropout_positions",
@@ -71,22 +71,22 @@ _FEATURES = ("feature_extractor_type", "padding_side", "padding_value", "return_
 
 
 def from_transformers(name: str | Path) -> Converted:
-    """A model that gives for features [B, T, mels] and lengths what ParakeetForCTC gives in eval mode.
+    """Converts a ParakeetForCTC, with equal logits in eval mode for features [B, T, mels] and lengths.
 
-    ParakeetForCTC and the bare ParakeetEncoder are taken, as `save_pretrained` writes them; the blank, transformers'
+    Supported are ParakeetForCTC and the bare ParakeetEncoder as `save_pretrained` writes them; the blank, transformers'
     pad_token_id, becomes the last output. Only JSON and safetensors are read, and transformers is not imported. What
-    acts in training alone is not taken over.
+    acts only in training is not copied.
 
     Args:
         name: a folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
 
     Returns:
-        The model in eval mode, without a head for an encoder; how its features are made, NVIDIA's usual way where no
-        file says it; and its tokenizer, where tokenizer.json holds the pieces of sentencepiece.
+        The model in eval mode, without a head for an encoder; its preprocessing, NVIDIA's usual one
+        if no file gives it; and its tokenizer, if tokenizer.json holds the pieces of sentencepiece.
 
     Raises:
-        ValueError: in one line that names the file: it cannot be read, a field of the config cannot be honoured or is
-            not known, or a tensor is missing, left over or of a wrong shape.
+        ValueError: in one line with the file: it cannot be read, a field of the config is not supported or
+            unknown, or a tensor is missing, unused or of a wrong shape.
     """
     folder = _locate(str(name))
     where = str(folder / "config.json")
@@ -110,13 +110,15 @@ def _locate(name: str) -> Path:
         return folder
     repository, _, revision = name.partition("@")
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{name} is not a folder with config.json and model.safetensors, nor OWNER/NAME on the Hub")
+        raise ValueError(f"{name} is neither a folder with config.json and model.safetensors nor OWNER/NAME on the Hub")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
-        raise ValueError(one_line(f"no folder {name} here, and the Hub does not give it: {error}")) from error
+        raise ValueError(
+            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {error}")
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(one_line(f"{path} cannot be read as JSON: {reason(error)}")) from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no fields")
+        raise ValueError(f"{path} must hold a JSON object")
     return values
 
 
@@ -155,7 +157,7 @@ def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
     if ctc:
         outputs, blank = whole.whole("vocab_size", 1025), whole.left.pop("pad_token_id", 1024)
         if type(blank) is not int or not 0 <= blank < outputs:
-            raise whole.refused("pad_token_id", f"it must be in 0..{outputs - 1}, not {blank}")
+            raise whole.refused("pad_token_id", f"it must be from 0 to {outputs - 1}, got {blank}")
         encoder = Section(whole.left.pop("encoder_config", {}), "encoder_config", where)
         whole.finish(*_HARMLESS)
     dim, heads = encoder.whole("hidden_size", 1024), encoder.whole("num_attention_heads", 8)
@@ -217,7 +219,7 @@ def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _tokenizer(values: Mapping[str, Any], blank: int, outputs: int, where: Path) -> Tokenizer | None:
-    """The sentencepiece model that tokenizer.json was made of, without the blank; None where it is of another kind."""
+    """The sentencepiece model that tokenizer.json was made from, without the blank; None for another kind."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = values.get("model")
@@ -234,8 +236,8 @@ def _tokenizer(values: Mapping[str, Any], blank: int, outputs: int, where: Path)
         return None
     numbers = sorted({*scores, *added, blank})
     if numbers != list(range(outputs)):
-        found = f"numbers up to {numbers[-1]}, {len(numbers)} of them, the blank's among them"
-        raise ValueError(f"{where}: the pieces have {found}, and the model has {outputs} outputs")
+        found = f"{len(numbers)} numbers up to {numbers[-1]}, including the blank"
+        raise ValueError(f"{where}: the pieces have {found}, but the model has {outputs} outputs")
     proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     kinds, trainer, normalizer = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
     for id in numbers:
@@ -258,13 +260,13 @@ def _tokenizer(values: Mapping[str, Any], blank: int, outputs: int, where: Path)
 
 
 def _scores(model: Mapping[str, Any]) -> tuple[dict[int, tuple[str, float]], str]:
-    """Pieces and their scores by number, and the piece that stands for what is unknown."""
+    """Pieces and their scores by number, and the unknown piece."""
     if model["type"] == "Unigram":
         pieces = {id: (str(piece), float(score)) for id, (piece, score) in enumerate(model["vocab"])}
         return pieces, pieces[model["unk_id"]][0]
     if model["type"] != "BPE":
         raise ValueError("neither unigrams nor byte pairs")
-    # sentencepiece merges the pair whose sum has the highest score; here the order of the merges says the same.
+    # sentencepiece merges the pair whose sum has the highest score; here the order of the merges gives the same.
     ranks: dict[str, float] = {}
     for pair in model["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair

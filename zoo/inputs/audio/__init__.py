@@ -1,4 +1,4 @@
-"""From a sound file to the log-mel features that a model takes, whole or piece by piece."""
+"""From an audio file to the log-mel features that a model takes, whole or piece by piece."""
 
 from zoo.inputs.audio.features import (
     RECIPES,

@@ -1,17 +1,17 @@
-"""Where the containers of sound say how long their sound is, for headers that are wrong."""
+"""Finds the length field in the headers of audio containers, for files whose header is wrong."""
 
 import struct
 from typing import BinaryIO, NamedTuple
 
 CHUNKS = {b"RIFF": ("<I", b"data"), b"RIFX": (">I", b"data"), b"RF64": ("<I", b"data"), b"FORM": (">I", b"SSND")}
-UNKNOWN = 0x7FFF0000  # programs that write into a pipe promise at least so much
+UNKNOWN = 0x7FFF0000  # programs that write into a pipe claim at least this many
 MOST_CHUNKS = 1000
 OGG_PAGE = 65307  # bytes of the largest page
 
 
 class Length(NamedTuple):
-    """The bytes of sound that a header promises, None where it does not know, and those that are there. `place` and
-    `form` say where the number stands, and how `struct` packs it."""
+    """The bytes of audio that a header claims, None if unknown, and those that exist. `place` is the offset of the
+    number in the file, `form` its format for `struct`."""
 
     place: int
     form: str
@@ -20,7 +20,7 @@ class Length(NamedTuple):
 
     @property
     def wrong(self) -> bool:
-        """Whether the number is not the one of the file."""
+        """Whether the claimed number is not that of the file."""
         return self.promised is None or self.promised > self.found
 
     @property
@@ -29,7 +29,7 @@ class Length(NamedTuple):
 
 
 def length_of(file: BinaryIO, size: int) -> Length | None:
-    """What a WAV, RF64, AIFF, AU or CAF file of `size` bytes promises; None for other formats, and for broken ones."""
+    """The length that a WAV, RF64, AIFF, AU or CAF file of `size` bytes claims; None for other and broken formats."""
     file.seek(0)
     head = file.read(36)
     if head[:4] in CHUNKS:
@@ -71,7 +71,7 @@ def _length(file: BinaryIO, place: int, form: str, promised: int, start: int, si
 
 
 def _chunks_follow(file: BinaryIO, start: int, size: int) -> bool:
-    """Whether what follows a chunk without sound is another chunk, not sound."""
+    """Whether a chunk without audio is followed by another chunk, not by audio."""
     file.seek(start)
     head = file.read(8)
     if len(head) < 8 or not head[:4].isascii() or not head[:4].decode().isprintable():
@@ -80,7 +80,7 @@ def _chunks_follow(file: BinaryIO, start: int, size: int) -> bool:
 
 
 def ogg_ends(file: BinaryIO, size: int) -> bool:
-    """Whether the last page of an ogg file is whole and says that it is the last."""
+    """Whether the last page of an ogg file is complete and marked as the last."""
     file.seek(max(0, size - 2 * OGG_PAGE))
     end = file.read()
     last = end.rfind(b"OggS")

@@ -18,13 +18,13 @@ from zoo.inputs.audio.resampling import check_rate
 from zoo.inputs.base import Preprocess, check_integer, is_number
 from zoo.tensors import mask_of
 
-SILENCE = 2**-14  # what varies by less than this, two steps of 16 bits, is silence
-LONGEST = 30.0  # seconds that are computed at once, where nothing else is said
+SILENCE = 2**-14  # audio that varies by less than this, two steps of 16 bits, is silence
+LONGEST = 30.0  # default of the seconds computed at once
 
 
 class Part(NamedTuple):
-    """A stretch of a sound: where it starts and how long it is, in seconds, and its features [T, mels]; None where it
-    is digital silence."""
+    """A segment of audio: its start and length in seconds, and its features [T, mels], None for digital
+    silence."""
 
     start: float
     seconds: float
@@ -35,11 +35,11 @@ class Part(NamedTuple):
 class AudioPreprocess(Preprocess):
     """Log-mel features of a waveform; stored in a checkpoint's `config.json`. Named ones are in `RECIPES`.
 
-    Frame t is centred on sample t * hop; what lies outside the waveform is zero. A clip of S samples has
+    Frame t is centred on sample t * hop; samples outside the waveform are zero. A clip of S samples has
     S // hop frames, and one where S is smaller than that.
 
     Args:
-        rate: samples per second that are expected.
+        rate: expected sample rate in Hz.
         mels: mel bands.
         window: length of the Hann window, in samples.
         hop: samples from one frame to the next, at most `window`.
@@ -51,13 +51,13 @@ class AudioPreprocess(Preprocess):
         highest: their upper edge; null for half the rate.
         scale: `slaney` (linear to 1 kHz, bands of unit area) or `htk` (bands of unit height).
         log: `ln` for ln(x + floor), `db` for 10 * log10(max(x, floor)).
-        floor: what keeps the logarithm finite, in units of power.
+        floor: least value under the logarithm, in units of power.
         top_db: with `db`, values below the utterance's largest by more than this are raised; null for none.
         normalize: `bin` (zero mean and unit variance of each mel band over the utterance), `utterance` (one mean and
             one variance for all bands) or `none`.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     shared = ("mels",)
@@ -86,9 +86,9 @@ class AudioPreprocess(Preprocess):
         check_rate(self.rate)
         if not self.hop <= self.window <= self.fft:
             found = f"hop={self.hop}, window={self.window}, fft={self.fft}"
-            raise ValueError(f"hop must be at most window, and window at most fft, got {found}")
+            raise ValueError(f"hop must be <= window and window <= fft, got {found}")
         if self.fft > 64 * self.hop:
-            raise ValueError(f"fft must be at most 64 times hop, got fft={self.fft}, hop={self.hop}")
+            raise ValueError(f"fft must be <= 64 * hop, got fft={self.fft}, hop={self.hop}")
         for name in ("periodic", "peak"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -99,13 +99,13 @@ class AudioPreprocess(Preprocess):
             if not is_number(value) or not 0 <= value <= MOST:
                 raise ValueError(f"{name} must be a number from 0 to {MOST:g}, got {value!r}")
         if self.preemphasis >= 1:
-            raise ValueError(f"preemphasis must be below 1, got {self.preemphasis!r}")
+            raise ValueError(f"preemphasis must be < 1, got {self.preemphasis!r}")
         if self.floor < torch.finfo(torch.float32).tiny:
-            raise ValueError(f"floor must be at least {torch.finfo(torch.float32).tiny:.2g}, got {self.floor!r}")
+            raise ValueError(f"floor must be >= {torch.finfo(torch.float32).tiny:.2g}, got {self.floor!r}")
         highest = self.rate / 2 if self.highest is None else self.highest
         if not self.lowest < highest <= self.rate / 2:
             found = f"lowest={self.lowest}, highest={self.highest}"
-            raise ValueError(f"lowest must be below highest, and highest at most {self.rate / 2}, got {found}")
+            raise ValueError(f"lowest must be < highest, and highest <= {self.rate / 2}, got {found}")
         for name, allowed in (("scale", SCALES), ("log", LOGARITHMS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
@@ -137,11 +137,11 @@ class AudioPreprocess(Preprocess):
         return torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
 
     def frames(self, samples: int) -> int:
-        """Frames of a clip of so many samples."""
+        """The number of frames of a clip with this many samples."""
         return min(max(1, samples // self.hop), samples)
 
     def parts(self, raw: Raw, /, longest: float = LONGEST) -> Iterator[Part]:
-        """The features of a sound of any length, stretch by stretch; it is cut at silence, see `split_at_silence`."""
+        """The features of audio of any length, segment by segment; it is cut at silence, see `split_at_silence`."""
         pieces = stream_audio(raw, self.rate) if isinstance(raw, (str, os.PathLike)) else [_waveform(raw)]
         for start, waveform in split_at_silence(pieces, self.rate, longest):
             silent = bool(waveform.amax() - waveform.amin() <= SILENCE)
@@ -156,18 +156,18 @@ class AudioPreprocess(Preprocess):
     def __call__(
         self, waveforms: Raw, lengths: Tensor | None = None, *, dither: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Features of one waveform or sound file, or of a padded batch of waveforms.
+        """Features of one waveform or audio file, or of a padded batch of waveforms.
 
-        A clip's features are the same whatever shares its batch; frames beyond its length are zero.
+        A clip's features do not depend on the rest of its batch; frames beyond its length are zero.
 
         Args:
             waveforms: [S], or with `lengths` [B, S], in floating point, a tensor or an array of NumPy; or the path of a
-                sound file.
-            lengths: [B], real samples of each waveform; what lies beyond is ignored.
+                audio file.
+            lengths: [B], valid samples of each waveform; later samples are ignored.
             dither: standard deviation of white noise that is added to the waveform, for training.
 
         Returns:
-            float32 [T, mels]; or with `lengths` float32 [B, T, mels] and int64 [B], the real frames of each.
+            float32 [T, mels]; or with `lengths` float32 [B, T, mels] and int64 [B], the valid frames of each.
 
         Raises:
             ValueError: another type or shape, integers, a length that exceeds S, or an unreadable file.
@@ -243,11 +243,11 @@ def _mels_of(hertz: Tensor, scale: str) -> Tensor:
 class StreamingFeatures:
     """The features of a waveform that arrives in pieces, in memory that does not grow with it.
 
-    What `push` and `finish` return, one after the other, is what `preprocess` makes of the whole. A frame
-    comes out as soon as its window is full.
+    The results of `push` and `finish`, concatenated, equal those of `preprocess` on the whole. A frame
+    is returned as soon as its window is full.
 
     Args:
-        preprocess: one that looks at no more than a window: normalize "none", neither peak nor top_db.
+        preprocess: one that needs only a window at a time: normalize "none", without peak and top_db.
 
     Raises:
         ValueError: `preprocess` needs the whole utterance.
@@ -258,7 +258,7 @@ class StreamingFeatures:
         for name, needed in whole.items():
             if needed not in (False, None):
                 found = f"{name}={getattr(preprocess, name)!r}"
-                raise ValueError(f"{found} needs the whole utterance, which a stream has not; use recipe 'streaming'")
+                raise ValueError(f"{found} needs the whole utterance, so it cannot be streamed; use recipe 'streaming'")
         self.preprocess = preprocess
         self._restart()
 
@@ -275,17 +275,17 @@ class StreamingFeatures:
         from torchaudio.functional import preemphasis
 
         if samples.ndim != 1 or not samples.is_floating_point():
-            raise ValueError(f"samples must be [n] in floating point, not {samples.dtype} {list(samples.shape)}")
+            raise ValueError(f"samples must be [n] in floating point, got {samples.dtype} {list(samples.shape)}")
         made = self.preprocess
         joined = torch.cat([self.last, samples.float()])
         fresh = preemphasis(joined, made.preemphasis)[len(self.last) :]
         self.waiting, self.last = torch.cat([self.waiting, fresh]), joined[-1:].clone()
         self.samples += len(samples)
-        before = (made.fft - made.window) // 2  # the transform is longer than the window, which lies in its middle
+        before = (made.fft - made.window) // 2  # the transform is longer than the window, which is in its middle
         return self._take(max(0, (len(self.waiting) - before - made.window) // made.hop + 1))
 
     def finish(self) -> Tensor:
-        """The features [m, mels] of what is left; the next `push` begins another waveform."""
+        """The remaining features [m, mels]; the next `push` begins another waveform."""
         features = self._take(self.preprocess.frames(self.samples) - self.frames)
         self._restart()
         return features
@@ -306,8 +306,8 @@ class StreamingFeatures:
 def split_at_silence(pieces: Iterable[Tensor], rate: int, longest: float) -> Iterator[tuple[int, Tensor]]:
     """Cuts a waveform that comes in pieces [n] into parts of at most `longest` seconds.
 
-    Each cut is in the middle of the quietest 20 ms of the last third of its part. Where reading the pieces fails, all
-    that came before comes first.
+    Each cut is in the middle of the quietest 20 ms of the last third of its part. If reading the pieces fails, all
+    earlier parts come first.
 
     Returns:
         For each part, its start in samples and its waveform; together they are the whole.
@@ -316,7 +316,7 @@ def split_at_silence(pieces: Iterable[Tensor], rate: int, longest: float) -> Ite
         ValueError: `longest` is below 0.1 seconds.
     """
     if longest < 0.1:
-        raise ValueError(f"longest must be at least 0.1 seconds, got {longest!r}")
+        raise ValueError(f"longest must be >= 0.1 seconds, got {longest!r}")
     most, step = int(longest * rate), max(1, rate // 50)
     held, start = torch.zeros(0, dtype=torch.float32, device="cpu"), 0
     try:
@@ -343,10 +343,10 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _waveform(raw: object, shape: str = "[S]") -> Tensor:
-    """A tensor of that shape in floating point; ValueError where it is none."""
+    """A floating-point tensor of that shape; ValueError if it is not one."""
     found = torch.from_numpy(np.ascontiguousarray(raw)) if isinstance(raw, np.ndarray) else raw
     if not isinstance(found, Tensor):
-        raise ValueError(f"a sound must be a path or a waveform {shape}, got {type(raw).__name__}")
+        raise ValueError(f"audio must be a path or a waveform {shape}, got {type(raw).__name__}")
     if not found.is_floating_point():
         kind = str(found.dtype).removeprefix("torch.")
         scale = (
@@ -371,7 +371,7 @@ def _filters(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
     fall = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
     filters = rise.minimum(fall).clamp(min=0)
     if not bool(filters.any(0).all()):
-        raise ValueError(f"mels={made.mels} are too many for fft={made.fft}: some would see nothing")
+        raise ValueError(f"mels={made.mels} are too many for fft={made.fft}: some would be empty")
     if made.scale == "slaney":
         filters = filters * (2 / (edges[2:] - edges[:-2]))
     return filters.float().to(device)

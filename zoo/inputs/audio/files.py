@@ -1,4 +1,4 @@
-"""From a sound file to a waveform, whole or piece by piece."""
+"""From an audio file to a waveform, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ FORMATS = {
     "CAF": (".caf",),
     "NIST": (".sph",),
 }
-"""What is read, by libsndfile's name, and the endings that a search of a folder takes."""
+"""The formats that are read, by libsndfile's name, and the suffixes that a search of a folder accepts."""
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-LOUDEST = 1e6  # full scale is 1; the power of what is far beyond overflows
-BLOCK = 2**20  # samples of all channels that are read at once
+LOUDEST = 1e6  # full scale is 1; the power of much larger values overflows
+BLOCK = 2**20  # samples of all channels read at once
 LEAST = 4096  # frames of a block
 UNKNOWN = 2**36 - 1  # frames; FLAC's largest number
 
 
 class UnreadableAudio(ValueError):
-    """A file that holds no whole sound; the message names the file and says why."""
+    """A file that is not complete audio; the message has the file and the reason."""
 
 
 def read_audio(
     path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
 ) -> Tensor:
-    """Reads a sound file of one of `FORMATS`, or a part of one; channels are averaged.
+    """Reads an audio file of one of `FORMATS`, or a part of it; channels are averaged.
 
-    A length in the file's header is a hint: where it is missing or a little too large, what is there is read.
+    The length in the file's header is a hint: if it is missing or a little too large, all existing samples are read.
 
     Args:
         path: the file.
-        rate: samples per second of the result; sound of another rate is resampled (band-limited sinc interpolation).
+        rate: sample rate of the result in Hz; audio of another rate is resampled (band-limited sinc interpolation).
         start: where to begin, in seconds.
-        seconds: how much to read; None for all. Where the file ends earlier, the result is shorter.
+        seconds: how much to read; None for all. If the file ends earlier, the result is shorter.
 
     Returns:
         float32 [S] with S of at least 1, full scale being -1..1.
 
     Raises:
-        UnreadableAudio: the file is missing, empty, truncated or no sound, ends before `start`, or has samples that
-            are not numbers between -1e6 and 1e6.
+        UnreadableAudio: the file is missing, empty, truncated or not audio, ends before `start`, or has samples that
+            are NaN or not between -1e6 and 1e6.
     """
     return torch.cat(list(stream_audio(path, rate, start, seconds)))
 
@@ -74,7 +74,7 @@ def read_audio(
 def stream_audio(
     path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
 ) -> Iterator[Tensor]:
-    """`read_audio` in pieces, for files of any length. Where a file is broken or truncated, all before comes first."""
+    """`read_audio` in pieces, for files of any length; all samples before a fault come first."""
     with opened(path) as sound:
         resampler = Resampler(sound.rate, rate)
         for block in sound.blocks(start, seconds):
@@ -83,10 +83,10 @@ def stream_audio(
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:
-    """Duration of a sound file in seconds, from its header; where that does not say it, the file is read.
+    """Duration of an audio file in seconds, from its header; if it is missing there, the file is read.
 
     Raises:
-        UnreadableAudio: the file is missing, empty or no sound.
+        UnreadableAudio: the file is missing, empty or not audio.
     """
     with opened(path) as sound:
         frames = sound.file.frames
@@ -95,12 +95,12 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
 
 @dataclass
 class Sound:
-    """An open file. `promised` is how many frames its header says, or at least its stream."""
+    """An open file. `promised` is the number of frames in its header, or at least in its stream."""
 
     name: str
     file: SoundFile
     promised: float
-    ended: bool  # False where an ogg stream has no end
+    ended: bool  # False if an ogg stream has no end
     seekable: bool
 
     @property
@@ -113,7 +113,7 @@ class Sound:
         left = math.inf if seconds is None else max(1, round(seconds * self.rate))
         at = self._skip(first)
         while left and at >= first:
-            hint = max(LEAST, self.file.frames - at)  # what is asked for is filled with zeros, which takes time
+            hint = max(LEAST, self.file.frames - at)  # the requested frames are filled with zeros, which takes time
             samples = self.file.read(int(min(size, left, hint)), dtype="float32", always_2d=True)
             if not len(samples):
                 break
@@ -123,13 +123,13 @@ class Sound:
             return
         lasts, missing = at / self.rate, self.promised - at
         if missing > min(0.02 * self.promised, 0.1 * self.rate) or not self.ended:
-            raise UnreadableAudio(f"{self.name}: it is truncated, after {lasts:.2f} s")
+            raise UnreadableAudio(f"{self.name}: truncated after {lasts:.2f} s")
         if at <= first:
-            why = f"it ends at {lasts:.2f} s, before {start:.2f} s, where to start" if at else "it has no samples"
+            why = f"it ends at {lasts:.2f} s, before the start at {start:.2f} s" if at else "it has no samples"
             raise UnreadableAudio(f"{self.name}: {why}")
 
     def _skip(self, first: int) -> int:
-        """Goes to a frame, or to the end where the file is shorter; returns where it is then."""
+        """Seeks a frame, or the end if the file is shorter; returns the position."""
         if self.seekable and 0 < first < self.file.frames < UNKNOWN:
             return self.file.seek(first)
         at = 0
@@ -142,15 +142,15 @@ class Sound:
 
 
 def mixed(samples: np.ndarray, name: str) -> Tensor:
-    """The mean [n] of the channels of [n, channels]; UnreadableAudio where one is NaN, infinite or no sound."""
+    """The mean [n] of the channels of [n, channels]; UnreadableAudio if one is NaN, infinite or too large."""
     if not (np.abs(samples) < LOUDEST).all():
-        raise UnreadableAudio(f"{name}: it has samples that are not finite numbers below {LOUDEST:g}")
+        raise UnreadableAudio(f"{name}: it has samples that are NaN, infinite or above {LOUDEST:g}")
     return torch.from_numpy(samples).mean(1)
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Sound]:
-    """The file, open; UnreadableAudio where it, or what is read of it meanwhile, is no sound."""
+    """The open file; UnreadableAudio if it, or what is read from it meanwhile, is not audio."""
     import soundfile
 
     name = os.fspath(path)
@@ -169,12 +169,12 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Sound]:
         raise UnreadableAudio(f"{name}: {reason(error)}") from error
     except soundfile.SoundFileError as error:
         said = str(error).partition(": ")[2] if str(error).startswith("Error opening") else str(error)
-        raise UnreadableAudio(f"{name}: no readable sound ({one_line(said)})") from error
+        raise UnreadableAudio(f"{name}: cannot be read as audio ({one_line(said)})") from error
 
 
 def _checked(name: str, file: Any, share: float, ended: bool) -> Sound:
     if file.format not in FORMATS:
-        raise UnreadableAudio(f"{name}: {file.format} is not read; allowed: {', '.join(FORMATS)}")
+        raise UnreadableAudio(f"{name}: {file.format} is not supported; allowed: {', '.join(FORMATS)}")
     try:
         check_rate(file.samplerate)
     except ValueError as error:
@@ -187,7 +187,7 @@ def _checked(name: str, file: Any, share: float, ended: bool) -> Sound:
 
 
 class _Copy(mmap.mmap):
-    """Lets a broken header send a reader beyond the end, as a file does."""
+    """Lets a reader seek beyond the end, as a file does, for broken headers."""
 
     def seek(self, pos: int, whence: int = os.SEEK_SET) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: len(self)}[whence]
@@ -196,11 +196,11 @@ class _Copy(mmap.mmap):
 
 @contextmanager
 def _corrected(name: str, raw: BinaryIO, size: int) -> Iterator[tuple[Any, float]]:
-    """The file with the true length in its header, and how many times that the header promises."""
+    """The file with the true length in its header, and the ratio of the claimed length to it."""
     length = length_of(raw, size)
     if length is None or not length.wrong or not length.found:
         yield name, 1.0
         return
-    with _Copy(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory alone
+    with _Copy(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory only
         copy[length.place : length.place + len(length.corrected)] = length.corrected
         yield copy, 1.0 if length.promised is None else length.promised / length.found

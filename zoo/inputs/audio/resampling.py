@@ -1,4 +1,4 @@
-"""From one number of samples a second to another, for waveforms that are whole or come in pieces."""
+"""From one sample rate to another, for waveforms that are whole or come in pieces."""
 
 import math
 from fractions import Fraction
@@ -11,13 +11,13 @@ LARGEST = 2e6  # numerator times denominator of a ratio, which the filter's size
 
 
 def check_rate(rate: int) -> None:
-    """ValueError where a number of samples per second is none of sound."""
+    """ValueError if a sample rate is out of range."""
     if not LOWEST <= rate <= HIGHEST:
         raise ValueError(f"sample rate must be {LOWEST} to {HIGHEST} Hz, got {rate}")
 
 
 def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
-    """A waveform [S] of `rate` samples a second with `wanted` samples a second, as `Resampler` does it."""
+    """A waveform [S] resampled from `rate` to `wanted` Hz, as `Resampler` does it."""
     resampler = Resampler(rate, wanted)
     return torch.cat([resampler.push(waveform), resampler.finish()])
 
@@ -25,11 +25,11 @@ def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
 class Resampler:
     """`torchaudio.transforms.Resample` (band-limited sinc interpolation) of a waveform that comes in pieces.
 
-    The cost of its filter grows with the two rates divided by their greatest common divisor. Where their product is
-    beyond `LARGEST`, the closest ratio of smaller numbers is taken; time and pitch are then off by at most 0.04 %.
+    The cost of its filter grows with the two rates divided by their greatest common divisor. If their product
+    exceeds `LARGEST`, the closest ratio of smaller numbers is taken; time and pitch are then off by at most 0.04 %.
 
     Raises:
-        ValueError: a rate is out of its range.
+        ValueError: a rate is out of range.
     """
 
     def __init__(self, rate: int, wanted: int) -> None:
@@ -39,8 +39,8 @@ class Resampler:
         check_rate(wanted)
         ratio = Fraction(min(rate, wanted), max(rate, wanted))
         low, high = ratio.limit_denominator(int(math.sqrt(LARGEST / ratio))).as_integer_ratio()
-        self.old, self.new = (high, low) if rate > wanted else (low, high)  # so many samples become so many
-        # The filter reaches over 6 zeros of the sinc, at 0.99 of the lower rate, rounded up.
+        self.old, self.new = (high, low) if rate > wanted else (low, high)  # this many samples become this many
+        # The filter spans 6 zeros of the sinc, at 0.99 of the lower rate, rounded up.
         reach = 0 if self.old == self.new else math.ceil(6 * self.old / (0.99 * low))
         self.margin = math.ceil(reach / self.old)
         with torch.device("cpu"):
@@ -56,6 +56,6 @@ class Resampler:
         return made[self.margin * self.new :][: groups * self.new]
 
     def finish(self) -> Tensor:
-        """The rest."""
+        """The remaining samples."""
         made = self.resample(self.waiting) if len(self.waiting) else self.waiting
         return made[self.margin * self.new :]

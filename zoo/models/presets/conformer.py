@@ -55,7 +55,7 @@ ABOUT = {
     "efficient_conformer": "Efficient Conformer (Burchi and Vielzeuf 2021, arXiv:2109.01163)",
     "fastconformer": "Fast Conformer (Rekesh et al. 2023, arXiv:2305.05084)",
 }
-"""What a preset is, by the beginning of its name."""
+"""Descriptions of the presets, by the beginning of their names."""
 
 PRESETS: dict[str, ConformerConfig] = {
     "conformer_s": _transducer(144, 16, 4, 320),

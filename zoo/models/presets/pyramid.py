@@ -52,7 +52,7 @@ ABOUT = {
     "flash_internimage": "FlashInternImage (Xiong et al. 2024, arXiv:2401.06197)",
     "pvt_sla": "PVT (Wang et al. 2021, arXiv:2102.12122) with linear attention (Guo et al. 2024, arXiv:2405.11582)",
 }
-"""What a preset is, by the beginning of its name."""
+"""Descriptions of the presets, by the beginning of their names."""
 
 PRESETS: dict[str, PyramidConfig] = {
     "poolformer_s12": _POOLFORMER,

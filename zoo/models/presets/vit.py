@@ -11,7 +11,7 @@ ABOUT = {
     "vit": "Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)",
     "deit": "DeiT without distillation (Touvron et al. 2021, arXiv:2012.12877)",
 }
-"""What a preset is, by the beginning of its name."""
+"""Descriptions of the presets, by the beginning of their names."""
 
 PRESETS: dict[str, ViTConfig] = {
     "vit_micro": ViTConfig(dim=96, depth=6, heads=3, image=32, patch=4),

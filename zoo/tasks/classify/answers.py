@@ -1,4 +1,4 @@
-"""Images to answers, one batch after the other, and a figure of them."""
+"""Predicts images batch by batch, and draws a figure of the results."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SHOWN, SIDE = 36, 320  # images in predictions.png, and the pixels of each that 
 
 @dataclass
 class Classifier:
-    """A model with all that is around it; called with images [C, H, W], it gives for each its most probable classes, or
-    the error that it met."""
+    """A model with its pre- and postprocessing; called with images [C, H, W], it gives the most probable classes of
+    each, or its error."""
 
     model: nn.Module
     preprocess: Any
@@ -42,7 +42,7 @@ class Classifier:
             return []
         try:
             logits = self._logits(images)
-        except Exception as error:  # the fault of one image, or too many for the memory
+        except Exception as error:  # one image is faulty, or the batch is too large for the memory
             return [error] if len(images) == 1 else [answer for image in images for answer in self([image])]
         return [self._best(row) for row in logits]
 
@@ -64,9 +64,9 @@ class Classifier:
 def predict(
     paths: Sequence[str], answer: Classifier, batch: int
 ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Image]]]:
-    """Answers the images batch by batch and prints each answer; whatever goes wrong with one is reported.
+    """Predicts the images batch by batch and prints each prediction; errors of single images are reported.
 
-    Returns an entry of predictions.json for each path, and the first answered ones with their images, small.
+    Returns an entry of predictions.json for each path, and the first predicted ones with small images.
     """
     entries: list[dict[str, Any]] = []
     shown: list[tuple[dict[str, Any], Image]] = []
@@ -103,7 +103,7 @@ def predict(
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]]) -> Figure:
-    """The images in a grid, each with its answer and probability above and its file name below."""
+    """The images in a grid, each with its label and probability above and its file name below."""
     columns = min(6, math.ceil(math.sqrt(len(shown))))
     side, gap, between = (2.1 if columns > 1 else 3.6), 0.28, 0.62  # inches; `between` holds the texts
     failed = sum("error" in entry for entry in entries)

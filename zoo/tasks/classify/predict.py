@@ -1,4 +1,4 @@
-"""`zoo classify predict`: what a checkpoint sees in images, as lines, as JSON and CSV, and as an image."""
+"""`zoo classify predict`: classifies images; writes lines, JSON, CSV and an image."""
 
 from pathlib import Path
 
@@ -12,20 +12,20 @@ COLUMNS = ("path", "label", "probability", "index", "error")
 def parser() -> Parser:
     made = Parser(
         "zoo classify predict",
-        "Names what is in images: prints path, answer and probability of each,\nand writes "
+        "Classifies images: prints path, label and probability of each,\nand writes "
         f"{', '.join(FILES)}.\nAn image that cannot be read is reported, and the exit status is then 1.",
         "zoo classify predict vit_micro.digits photos/ scan.png",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
     made.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
     files.add_options(made)
-    made.add_argument("--top", metavar="N", type=count, default=5, help="answers per image in the JSON (default: 5)")
-    made.add_rare("--batch", metavar="N", type=count, default=32, help="images computed at once (default: 32)")
+    made.add_argument("--top", metavar="N", type=count, default=5, help="labels per image in the JSON (default: 5)")
+    made.add_rare("--batch", metavar="N", type=count, default=32, help="images per batch (default: 32)")
     return made
 
 
 def main(arguments: list[str]) -> None:
-    """Answers images as the arguments say. ValueError at the end where one had an error."""
+    """Classifies images as given by the arguments. ValueError at the end if one had an error."""
     given = parser().parse_intermixed_args(arguments)
     from zoo.inputs.images import EXTENSIONS
     from zoo.outputs.answers import class_names
@@ -34,12 +34,12 @@ def main(arguments: list[str]) -> None:
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
     paths = files.find_files(given.paths, EXTENSIONS, "image", output / FILES[2])
     model, preprocess, names, _ = files.load_for("classify", given.name)
-    files.make_output(output)  # before the work, so that a bad name costs none
+    files.make_output(output)  # before the work, so that a bad name fails early
 
     labels = class_names(names, model.config.labelled)  # pyright: ignore[reportArgumentType]
     answer = answers.Classifier(model.to(device), preprocess, labels, given.top, given.precision)
     entries, shown = answers.predict(paths, answer, given.batch)
     if not shown:
-        raise ValueError(f"none of {len(entries)} images could be answered; nothing was written to {output}")
+        raise ValueError(f"no predictions for any of {len(entries)} images; nothing was written to {output}")
     written = files.write(output, FILES, COLUMNS, entries, lambda: answers.draw(entries, shown))
     files.finish(output, written, entries, "images")

@@ -1,4 +1,4 @@
-"""Image classification: DeiT's recipe by timm's pieces (Touvron et al. 2021, arXiv:2012.12877)."""
+"""Image classification: DeiT's recipe with timm's parts (Touvron et al. 2021, arXiv:2012.12877)."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 from zoo.data.images import Batch
 from zoo.tasks.task import Task
 
-UNREADABLE = "skipped {}: it cannot be read as an image"
+UNREADABLE = "skipped {}: cannot be read as an image"
 
 
 class BalancedAccuracy(MulticlassStatScores):
-    """The mean over classes of the share of their images that is answered right; classes without any do not count."""
+    """The mean over classes of the accuracy on their images; classes without images do not count."""
 
     def compute(self) -> Tensor:
         right, _, _, missed = self._final_state()
@@ -28,7 +28,7 @@ class Classify(Task):
     """A classifier in training.
 
     Args:
-        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
         smoothing: label smoothing.
@@ -50,7 +50,7 @@ class Classify(Task):
     ) -> None:
         if min(mixup, cutmix) < 0 or not 0.0 <= smoothing < 1.0:
             raise ValueError(
-                f"mixup and cutmix are at least 0 and smoothing in 0..1, not {mixup}, {cutmix}, {smoothing}"
+                f"mixup and cutmix must be >= 0 and smoothing from 0 to 1, got {mixup}, {cutmix}, {smoothing}"
             )
         self.mixing, self.smoothing = (mixup, cutmix), smoothing
         super().__init__(backbone, **options)
@@ -61,7 +61,7 @@ class Classify(Task):
         super().complete()
         classes = self.config.labelled
         if classes < 2:
-            raise ValueError(f"a classifier needs at least 2 classes; model.backbone.classes is {classes}")
+            raise ValueError(f"model.backbone.classes must be >= 2, got {classes}")
         self.mix = None
         if any(self.mixing):
             self.mix = Mixup(*self.mixing, label_smoothing=self.smoothing, num_classes=classes)
@@ -80,7 +80,7 @@ class Classify(Task):
             apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
             where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"it has {len(labels)} classes"
             if stage != "fit":
-                raise ValueError(f"the classes of the checkpoint are not those of the data: {where}")
+                raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
             rank_zero_info(f"the checkpoint was trained on other classes: {where}")
 
     def inputs_of(self, batch: Batch) -> tuple[Tensor]:
@@ -94,7 +94,7 @@ class Classify(Task):
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, batch.labels
         if self.mix is not None and len(images) % 2:
-            images, labels = images[:-1], labels[:-1]  # mixing takes pairs
+            images, labels = images[:-1], labels[:-1]  # mixing needs pairs
         if len(images) == 0:
             return self.no_loss()
         if self.mix is not None:

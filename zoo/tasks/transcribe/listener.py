@@ -1,4 +1,4 @@
-"""From sound that comes in pieces to text, word for word as it is known."""
+"""From audio that comes in pieces to text, word by word."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from zoo.outputs.answers import checked
 from zoo.outputs.tokens import Tokenizer
 from zoo.outputs.transducer import transducer_search
 
-BLOCK = 0.1  # seconds of sound that are computed at once
+BLOCK = 0.1  # seconds of audio computed at once
 HEADERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3"}
-CUT = "\N{REPLACEMENT CHARACTER}"  # how a part of a character is decoded, where a token is one of its bytes
+CUT = "\N{REPLACEMENT CHARACTER}"  # a part of a character decodes to this, if a token is one of its bytes
 
 
 class Listener:
-    """Sound that comes in pieces to text, in memory that does not grow with it.
+    """From audio that comes in pieces to text, in constant memory.
 
-    What `push` and `finish` return, one after the other, is the text that greedy search finds in the sound as a whole.
+    The results of `push` and `finish`, concatenated, are the greedy transcript of the whole recording.
 
     Args:
         model: a speech model whose config has a chunk, in eval mode.
-        preprocess: how sound becomes its features; they may not wait for the end, so normalize is "none".
+        preprocess: from audio to features; it must not need the whole recording, so normalize is "none".
         tokenizer: its tokens.
-        rate: samples per second of the sound; None for those that `preprocess` expects.
-        look_ahead: tokens, of model.config.stride frames each, that a chunk's first token sees of what comes later;
-            None for the chunk of the config less one. Others are for a model that was trained with several chunks.
-        times: each word on a line of its own, behind the second at which it begins.
+        rate: sample rate in Hz; None for that of `preprocess`.
+        look_ahead: later tokens, of model.config.stride frames each, that a chunk's first token sees;
+            None for the chunk of the config minus one. Others are for a model that was trained with several chunks.
+        times: prints each word on its own line, after its start in seconds.
 
     Raises:
-        ValueError: the model does not stream, or one does not fit the other.
+        ValueError: the model does not stream, or the arguments do not fit each other.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Listener:
         config = self.model.config
         if config.chunk is None:
             raise ValueError(
-                "its config has no chunk, so it needs the whole sound; use `zoo transcribe predict`, "
+                "its config has no chunk, so it needs the whole recording; use `zoo transcribe predict`, "
                 "or train with model.backbone.chunk and data.recipe=streaming"
             )
         if (found := (tokenizer.vocabulary, preprocess.mels)) != (wanted := (config.vocabulary, config.mels)):
-            raise ValueError(f"tokenizer and preprocess have {found} tokens and mel bands, but the model {wanted}")
+            raise ValueError(f"tokenizer and preprocess have {found} tokens and mel bands, but the model has {wanted}")
         if look_ahead is not None and look_ahead < 0:
             raise ValueError(f"look_ahead must be >= 0, got {look_ahead}")
         chunk = config.chunk if look_ahead is None else look_ahead + 1
@@ -73,11 +73,11 @@ class Listener:
         self.between, self.begun = True, False
 
     def push(self, samples: Tensor) -> str:
-        """Takes the next samples [n], any number of them, full scale being -1..1; returns the text that they add."""
+        """Takes the next samples [n], any number of them, full scale being -1..1; returns the new text."""
         return self._hear(self.features.push(self.resample.push(samples)))
 
     def finish(self) -> str:
-        """The rest of the text; the listener has done its work then."""
+        """The rest of the text; the listener is then finished."""
         said = self._hear(self.features.push(self.resample.finish()))
         said += self._hear(self.features.finish())
         return said + self._read(self.stream.finish()) + self._spell()
@@ -109,7 +109,7 @@ class Listener:
         return said if waits else said + self._spell()
 
     def _spell(self) -> str:
-        """The text of the pending tokens: white space becomes what stands between words, none at either end."""
+        """The text of the pending tokens: white space becomes the word separator, without any at either end."""
         if not self.pending:
             return ""
         token, frame = self.pending[0]
@@ -147,7 +147,7 @@ def rate_of(path: str) -> int:
 
 
 def raw(rate: int, channels: int) -> Iterator[Tensor]:
-    """The samples [n] of standard input as they come; Ctrl-C is the end, and a sample that is cut off is left out."""
+    """The samples [n] of standard input as they come; Ctrl-C ends them, and an incomplete sample is dropped."""
     source: Any = sys.stdin.buffer
     size, left, empty = 2 * channels, b"", True
     while True:
@@ -167,4 +167,4 @@ def raw(rate: int, channels: int) -> Iterator[Tensor]:
         left, empty = left[whole:], False
         yield torch.from_numpy(samples).view(-1, channels).mean(1)
     if empty:
-        raise ValueError("standard input ended without a sample")
+        raise ValueError("standard input is empty")

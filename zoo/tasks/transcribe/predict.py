@@ -1,4 +1,4 @@
-"""`zoo transcribe predict`: what is said in sound files, as lines, as JSON and CSV, and as an image."""
+"""`zoo transcribe predict`: transcribes audio files to lines, JSON, CSV and an image."""
 
 import argparse
 import math
@@ -18,31 +18,31 @@ COLUMNS = ("path", "text", "seconds", "error")
 def parser() -> Parser:
     made = Parser(
         "zoo transcribe predict",
-        "Writes down what is said: prints path and text of each sound file, and writes\n"
+        "Transcribes speech: prints path and text of each audio file, and writes\n"
         f"{', '.join(FILES)}. A file that cannot be read\n"
-        "to its end is reported, and the exit status is then 1.",
+        "completely is reported, and the exit status is then 1.",
         "zoo transcribe predict squeezeformer_micro.spoken_digits recordings/",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
-    made.add_argument("paths", metavar="PATH", nargs="+", help="a sound file, or a folder to search for sound files")
+    made.add_argument("paths", metavar="PATH", nargs="+", help="an audio file, or a folder to search for audio files")
     files.add_options(made)
     searches = ("greedy", "beam", "flashlight")
     decode = "greedy (default), beam or flashlight"
     made.add_argument("--decode", metavar="SEARCH", choices=searches, default="greedy", help=decode)
-    made.add_argument("--lm", metavar="FILE", help="an n-gram for the beam, ARPA or KenLM's binary")
-    made.add_rare("--beam", type=count, metavar="N", help="hypotheses that a beam keeps (default: 16)")
-    made.add_rare("--unit", metavar="U", choices=("word", "token"), help="of the n-gram: word (default) or token")
+    made.add_argument("--lm", metavar="FILE", help="an n-gram language model for the beam, ARPA or KenLM binary")
+    made.add_rare("--beam", type=count, metavar="N", help="size of the beam (default: 16)")
+    made.add_rare("--unit", metavar="U", choices=("word", "token"), help="unit of the n-gram: word (default) or token")
     made.add_rare("--alpha", type=float, metavar="X", help="weight of the n-gram (default: 0.5)")
-    made.add_rare("--beta", type=float, metavar="X", help="bonus for each of its units (default: 1.5)")
-    longest = "longer files are cut at silence into parts of at most so many seconds (default: %(default)g)"
+    made.add_rare("--beta", type=float, metavar="X", help="bonus per unit of the n-gram (default: 1.5)")
+    longest = "longer files are cut at silence into parts of at most this many seconds (default: %(default)g)"
     made.add_rare("--longest", type=_seconds, default=30.0, metavar="SECONDS", help=longest)
-    batch = "padded seconds computed at once (default: %(default)g)"
+    batch = "seconds of audio per batch, with padding (default: %(default)g)"
     made.add_rare("--seconds", type=_seconds, default=120.0, metavar="SECONDS", help=batch)
     return made
 
 
 def main(arguments: list[str]) -> None:
-    """Transcribes sound files as the arguments say. ValueError at the end where one had an error."""
+    """Transcribes audio files as given by the arguments. ValueError at the end if one had an error."""
     given = parser().parse_intermixed_args(arguments)
     _check_options(given)
     from zoo.inputs.audio import EXTENSIONS
@@ -52,12 +52,12 @@ def main(arguments: list[str]) -> None:
     paths = files.find_files(given.paths, EXTENSIONS, "sound file")
     model, preprocess, tokenizer = files.load_recogniser(given.name)
     decode = transcripts.decoder(given, model, tokenizer)
-    files.make_output(output)  # before the work, so that a bad name costs none
+    files.make_output(output)  # before the work, so that a bad name fails early
 
     transcribe = transcripts.Transcriber(model.to(device), preprocess, tokenizer, decode, given.precision)
     entries = transcripts.predict(paths, transcribe, given.longest, given.seconds)
     if not any("text" in entry for entry in entries):
-        raise ValueError(f"none of {len(entries)} files could be answered; nothing was written to {output}")
+        raise ValueError(f"no transcripts for any of {len(entries)} files; nothing was written to {output}")
 
     def draw() -> "Figure":
         return transcripts.draw(entries, transcripts.shown(entries, preprocess))

@@ -1,4 +1,4 @@
-"""`zoo transcribe stream`: what is said in a sound that is still going on, word for word as it is known."""
+"""`zoo transcribe stream`: transcribes audio while it arrives, word by word."""
 
 import os
 import sys
@@ -11,30 +11,30 @@ from zoo.tasks.predicting import Parser, count
 def parser() -> Parser:
     made = Parser(
         "zoo transcribe stream",
-        "Writes down what is said while it is said, with a model whose config has a chunk.",
+        "Transcribes speech while it arrives, with a model whose config has a chunk.",
         "arecord -q -t raw -f S16_LE -r 16000 | zoo transcribe stream NAME -",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
-    raw = "a sound file, or - for raw sound from standard input: 16 bits a sample, little-endian"
+    raw = "an audio file, or - for raw audio from standard input: 16-bit samples, little-endian"
     made.add_argument("file", metavar="FILE|-", help=raw)
-    made.add_argument("--times", action="store_true", help="one line a word, with the second at which it begins")
-    made.add_argument("--rate", type=count, metavar="HZ", help="samples per second of raw sound (default: the model's)")
-    made.add_argument("--channels", type=count, metavar="N", help="channels of raw sound, averaged (default: 1)")
+    made.add_argument("--times", action="store_true", help="one line per word, with its start in seconds")
+    made.add_argument("--rate", type=count, metavar="HZ", help="sample rate of raw audio in Hz (default: the model's)")
+    made.add_argument("--channels", type=count, metavar="N", help="channels of raw audio, averaged (default: 1)")
     files.add_device(made)
-    ahead = "tokens to wait for, for a model trained with several chunks (default: its chunk less 1)"
+    ahead = "tokens to wait for, for a model trained with several chunks (default: its chunk minus 1)"
     made.add_rare("--look-ahead", type=int, metavar="N", help=ahead)
     return made
 
 
 def main(arguments: list[str]) -> None:
-    """Transcribes a file or standard input as the arguments say, printing each word as soon as it is known."""
+    """Transcribes a file or standard input, printing each word as soon as it is known."""
     given = parser().parse_args(arguments)
     live, path = given.file == "-", os.path.expanduser(given.file)
     for option in ("rate", "channels"):
         if not live and getattr(given, option) is not None:
-            raise ValueError(f"--{option} is for raw sound; a file says its own")
+            raise ValueError(f"--{option} is for raw audio; a file has its own")
     if live and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError("standard input is not a pipe; send raw sound into it, as --help shows")
+        raise ValueError("standard input is not a pipe; pipe raw audio into it, as --help shows")
     if given.look_ahead is not None and given.look_ahead < 0:
         raise ValueError(f"--look-ahead must be >= 0, got {given.look_ahead}")
     from zoo.tasks.transcribe import listener as sound
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _show(pieces: Iterable[str]) -> None:
-    """Prints a text as it grows, and a newline behind it, also where it is interrupted or nobody reads on."""
+    """Prints a text as it grows, then a newline, even if interrupted or if the reader closes the pipe."""
     begun = False
     try:
         try:

@@ -37,7 +37,7 @@ class Transcribe(Task):
     """A speech recogniser in training.
 
     Args:
-        backbone: the call of `zoo.create_model`: name, and any field of the model's config.
+        backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
         schedule: `cosine`; `noam` (Vaswani et al. 2017: falls with the root of the step); `noam_hold` (Kim et al. 2022:
             stays at the peak, then falls with the step).
         hold: epochs at the peak, for noam_hold.
@@ -88,37 +88,41 @@ class Transcribe(Task):
     ) -> None:
         super().__init__(backbone, weight_decay=weight_decay, **options)
         if not self.config.labelled:
-            raise ValueError("model.backbone is a speech model with a vocabulary, such as name=squeezeformer_xs")
+            raise ValueError("model.backbone must be a speech model with a vocabulary, such as name=squeezeformer_xs")
         config = self.model.config
         if schedule not in SCHEDULES:
-            raise ValueError(f"model.schedule: there is no '{schedule}'; choose from: {', '.join(SCHEDULES)}")
+            raise ValueError(f"model.schedule: unknown schedule '{schedule}'; choose from: {', '.join(SCHEDULES)}")
         if hold < 0 or (hold and schedule != "noam_hold"):
-            raise ValueError(f"model.hold is at least 0, and for noam_hold alone; not {hold} with {schedule}")
+            raise ValueError(f"model.hold must be >= 0, and 0 unless schedule is noam_hold, got {hold} with {schedule}")
         if not 0.0 <= intermediate_weight < 1.0 or consistency < 0:
-            raise ValueError("model.intermediate_weight lies in 0..1 and model.consistency is at least 0")
+            raise ValueError("model.intermediate_weight must be from 0 to 1 and model.consistency >= 0")
         self.transducer = config.transducer
         if self.transducer and (intermediate or consistency):
             raise ValueError("model.intermediate and model.consistency need a CTC head; this model has a transducer")
         if intermediate_weight != 0.3 and not intermediate:
             raise ValueError("model.intermediate_weight would be ignored: model.intermediate lists no block")
         if any(not 0 <= layer < config.depth - 1 for layer in intermediate or ()):
-            raise ValueError(f"model.intermediate lists blocks below the last, 0..{config.depth - 2}: {intermediate}")
+            raise ValueError(
+                f"model.intermediate must list blocks before the last, from 0 to {config.depth - 2}, got {intermediate}"
+            )
         if min(intermediate or (config.depth,)) < (first := max(config.strided, default=0)):
-            raise ValueError(f"model.intermediate: the head reads the width of blocks from {first} on: {intermediate}")
+            raise ValueError(
+                f"model.intermediate: the head needs the width of blocks {first} and later, got {intermediate}"
+            )
         if chunks and (config.chunk is None or min(chunks) < 1):
-            raise ValueError("model.chunks lists sizes of at least 1, for a model whose config has a chunk")
+            raise ValueError("model.chunks must list sizes >= 1, for a model whose config has a chunk")
         if not 0.0 <= warp < 1.0:
-            raise ValueError(f"model.warp is at least 0 and less than 1, not {warp}")
+            raise ValueError(f"model.warp must be >= 0 and < 1, got {warp}")
         if not 0.0 <= filter < math.inf:
-            raise ValueError(f"model.filter is a number of at least 0, not {filter}")
+            raise ValueError(f"model.filter must be a finite number >= 0, got {filter}")
         self.warp, self.filter = warp, filter
         self.masks = (frequency_masks, frequency_width, time_masks, time_share)
-        spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # refuses what cannot be
+        spec_augment(torch.zeros(1, 1, 1), torch.ones(1).long(), *self.masks)  # raises an error for impossible values
         self.schedule, self.hold, self.consistency = schedule, hold, consistency
         self.intermediate, self.intermediate_weight = tuple(intermediate or ()), intermediate_weight
         self.chunks = tuple(chunks or ())
         self.tokenizer: Tokenizer | None = None
-        self.learned = 0  # utterances that a loss was taken of, on this rank
+        self.learned = 0  # utterances with a loss, on this rank
         self.wer, self.cer = WordErrorRate(), CharErrorRate()
         self.mean_loss, self.with_loss = MeanMetric(), SumMetric()
         self.number, self.words = SumMetric(), SumMetric()
@@ -129,14 +133,14 @@ class Transcribe(Task):
         return self.tokenizer
 
     def outputs_wanted(self, data: Any) -> int:
-        """The size of the tokenizer's vocabulary: that of the checkpoint where its head is kept, or of the data."""
+        """The size of the tokenizer's vocabulary: that of the checkpoint if its head is kept, else of the data."""
         kept = None if self.start is None else self.start.labels
         if isinstance(kept, Tokenizer) and kept.vocabulary == self.config.labelled:
             self.tokenizer = kept
             if data.wanted_tokenizer.endswith(".model") and data.tokenizer != kept:
-                raise ValueError("data.tokenizer does not match that of model.weights; omit one of the two")
+                raise ValueError("data.tokenizer differs from the tokenizer of model.weights; omit one of the two")
             if self.trainer.state.fn == TrainerFn.FITTING:
-                rank_zero_info("the tokenizer is that of model.weights, whatever data.tokenizer says")
+                rank_zero_info("the tokenizer of model.weights is used; data.tokenizer is ignored")
         else:
             self.tokenizer = data.tokenizer
         return self.labels.vocabulary
@@ -146,12 +150,12 @@ class Transcribe(Task):
         data, config = self.data, self.model.config
         if stage == "fit" and self.filter and data.preprocess.normalize == "bin":
             raise ValueError(
-                "model.filter needs features that are not normalised band by band, which removes a microphone's curve; "
+                "model.filter needs features that are not normalised per band, which would undo it; "
                 "choose data.recipe=squeezeformer or streaming, or omit model.filter"
             )
         self.centres = data.preprocess.centres
         if config.chunk is not None:
-            StreamingFeatures(data.preprocess)  # refuses features that wait for the end of an utterance
+            StreamingFeatures(data.preprocess)  # raises an error for features that need the whole utterance
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = self.labels.to_dict()
@@ -159,7 +163,7 @@ class Transcribe(Task):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if (kept := checkpoint.get("tokenizer")) is not None and kept != self.labels.to_dict():
-            rank_zero_warn("the data would give another tokenizer than that of --ckpt_path, whose tokens are kept")
+            rank_zero_warn("the tokenizer of --ckpt_path is kept; the data would give another one")
             self.tokenizer = tokenizer_from_dict(kept)
 
     def factor(self, step: int, per_epoch: int, steps: int) -> float:
@@ -178,9 +182,9 @@ class Transcribe(Task):
         return batch.features, batch.lengths
 
     def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
-        """Which utterances a loss can be taken of, and their tokens; the others are noted."""
+        """The utterances that can have a loss, and their tokens; the others are noted."""
         self.note([f"skipped {fault}" for fault in batch.skipped], UNREADABLE, stage)
-        self.note([f"{name} is silent, though it has a transcript" for name in batch.silent], SILENT, stage)
+        self.note([f"{name} is silent but has a transcript" for name in batch.silent], SILENT, stage)
         self.note([f"{name} is clipped: it was recorded too loud" for name in batch.clipped], CLIPPED, stage)
         done = "skipped" if stage == "training" else "no loss of"
         frames = self.model.tokens(batch.lengths).tolist()
@@ -206,7 +210,7 @@ class Transcribe(Task):
         if kind in REMARKS:
             return "used in"
         measured = kind == BETWEEN or (kind != UNREADABLE and stage == "validation")
-        return "left out of a loss in" if measured else "skipped in"
+        return "omitted from a loss in" if measured else "skipped in"
 
     def losses(self, logits: Tensor, lengths: Tensor, tokens: list[list[int]]) -> Tensor:
         """The CTC loss, or that of RNN-T, of each utterance: [B]."""
@@ -219,7 +223,7 @@ class Transcribe(Task):
             return F.ctc_loss(scores, targets, lengths, sizes.to(device), blank, "none", zero_infinity=True)
         from torchaudio.functional import rnnt_loss
 
-        logits = logits[:, : int(lengths.max())]  # the longest clip of the batch may have been left out
+        logits = logits[:, : int(lengths.max())]  # the longest clip of the batch may have been omitted
         made = self.model.head(logits, targets).float()  # pyright: ignore[reportOptionalCall]
         return rnnt_loss(made, targets.int(), lengths.int(), sizes.to(device).int(), blank, reduction="none")
 
@@ -262,7 +266,7 @@ class Transcribe(Task):
         return fits.float()
 
     def nothing(self) -> Tensor:
-        """The loss of a batch without any utterance: 0, from all that ranks do together, so that none waits."""
+        """The loss of a batch without utterances: 0, after the same collective calls, so that no rank waits."""
         if self.trainer.world_size == 1:
             return self.no_loss()
         frames = torch.zeros(1, self.model.config.stride, self.model.config.mels, device=self.device)
@@ -271,7 +275,7 @@ class Transcribe(Task):
         return self.no_loss() + made.sum() * 0.0
 
     def share(self, number: int) -> Tensor | float:
-        """What this rank's mean counts, so that the mean over ranks is that over utterances."""
+        """The weight of this rank's mean, so that the mean over ranks is that over utterances."""
         if self.trainer.world_size == 1:
             return 1.0
         numbers = self.all_gather(torch.tensor(float(number), device=self.device))
@@ -289,13 +293,13 @@ class Transcribe(Task):
         self.check_learned()
 
     def check_learned(self) -> None:
-        """ValueError where no rank has used any utterance of the training set."""
+        """ValueError if no rank has used any utterance of the training set."""
         if not int(torch.as_tensor(self.all_gather(torch.tensor(self.learned, device=self.device))).sum()):
-            raise ValueError("no utterance of the training set could be used; what is wrong with each was said above")
+            raise ValueError("no utterance of the training set could be used; the reason for each is printed above")
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self.check_learned()  # before the model is kept
+            self.check_learned()  # before the model is saved
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kept, tokens = self.encoded(batch, "validation")
@@ -335,7 +339,7 @@ class Transcribe(Task):
 
 def divergence(logits: Tensor, lengths: Tensor) -> Tensor:
     """The symmetric Kullback-Leibler divergence between the two halves of a batch of logits [2 B, T, V], each against
-    the other held fixed: summed over the real frames of an utterance, the mean over utterances."""
+    the other held fixed: summed over the valid frames of an utterance, the mean over utterances."""
     scores = F.log_softmax(logits, -1, dtype=torch.float32)
     other = torch.cat(scores.detach().chunk(2)[::-1])
     apart = (other.exp() * (other - scores)).sum(-1)

@@ -1,4 +1,4 @@
-"""Sound files to text, in batches of parts of about one duration, and a figure of them."""
+"""Transcribes audio files in batches of parts of similar duration, and draws a figure of the results."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from zoo.outputs.tokens import Tokenizer
 from zoo.tasks.predicting import BAR, CARD, GREY, INK, fail, report, say, short
 from zoo.text import plain
 
-AHEAD = 4  # batches of sound that are read before they are sorted by duration
-MANY = 20  # files that a progress bar is shown for
-SHOWN, VIEW = 12, 10.0  # files in transcripts.png, and the seconds of each that are drawn
+AHEAD = 4  # batches of audio that are read before they are sorted by duration
+MANY = 20  # a progress bar is shown from this many files
+SHOWN, VIEW = 12, 10.0  # files in transcripts.png, and the drawn seconds of each
 COLOURS = LinearSegmentedColormap.from_list("sound", [CARD, "#cfdeee", "#7ba6d3", BAR, INK])
 
 Decode = Callable[[Tensor], list[int]]
@@ -34,11 +34,11 @@ Decode = Callable[[Tensor], list[int]]
 
 @dataclass
 class Part:
-    """A stretch of a file that is transcribed at once: where it starts, in seconds, and its features [T, mels]."""
+    """A segment of a file that is transcribed at once: its start in seconds and its features [T, mels]."""
 
     start: float
     seconds: float
-    features: Tensor | None  # None where there is silence, and once they are computed
+    features: Tensor | None  # None for silence, and once they are computed
     silent: bool = False
     text: str = ""
     words: list[dict[str, Any]] = field(default_factory=list)
@@ -55,11 +55,11 @@ class File:
 
 
 def decoder(given: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> Decode | None:
-    """From logits [T, V] to tokens; None for a transducer, which has a search of its own."""
+    """From logits [T, V] to tokens; None for a transducer, which has its own search."""
     config: Any = model.config
     if config.transducer:
         if given.decode != "greedy":
-            raise ValueError(f"--decode {given.decode}: {given.name} is a transducer, which takes greedy alone")
+            raise ValueError(f"--decode {given.decode}: {given.name} is a transducer, which supports only greedy")
         return None
     if given.decode == "greedy":
         return lambda logits: greedy(logits[None], torch.tensor([len(logits)]))[0]
@@ -69,14 +69,14 @@ def decoder(given: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -
         options["alpha"] = 0.5 if given.alpha is None else given.alpha
         options["beta"] = 1.5 if given.beta is None else given.beta
     search = partial(beam if given.decode == "beam" else flashlight, **options)
-    search(torch.zeros(1, tokenizer.vocabulary))  # what is not installed is said before the work
+    search(torch.zeros(1, tokenizer.vocabulary))  # reports missing packages before the work
     return lambda logits: search(logits)[0].tokens
 
 
 @dataclass
 class Transcriber:
-    """A model with all that is around it; called with parts of about one duration, it fills in their text and words, or
-    the error that it met."""
+    """A model with its pre- and postprocessing; called with parts of similar duration, it fills in their text and
+    words, or the error."""
 
     model: nn.Module
     preprocess: AudioPreprocess
@@ -87,7 +87,7 @@ class Transcriber:
     def __call__(self, parts: Sequence[Part]) -> None:
         try:
             rows, tokens = self._heard(parts)
-        except Exception as error:  # the fault of one part, or too many for the memory
+        except Exception as error:  # one part is faulty, or the batch is too large for the memory
             if len(parts) == 1:
                 parts[0].error, parts[0].features = error, None
             for part in parts if len(parts) > 1 else ():
@@ -102,7 +102,7 @@ class Transcriber:
 
     @torch.inference_mode()
     def _heard(self, parts: Sequence[Part]) -> tuple[list[Tensor], Sequence[list[int] | None]]:
-        """The output of each part, and its tokens where a transducer searches for them."""
+        """The output of each part, and its tokens for a transducer."""
         model: Any = self.model
         device = next(model.parameters()).device
         features, lengths = pad_features([part.features for part in parts if part.features is not None])
@@ -129,10 +129,10 @@ class Transcriber:
 
 
 def predict(paths: Sequence[str], transcribe: Transcriber, longest: float, seconds: float) -> list[dict[str, Any]]:
-    """Transcribes the files, `seconds` of padded sound at once, and prints each text in the order of the paths.
+    """Transcribes the files, `seconds` of padded audio at once, and prints each text in the order of the paths.
 
-    Files are read part by part, so that one of any length takes little memory. Whatever goes wrong with one is
-    reported; what was read of it before is transcribed.
+    Files are read part by part, so that one of any length takes little memory. Errors of single files are
+    reported; the part read before an error is transcribed.
 
     Returns an entry of transcripts.json for each path.
     """
@@ -187,7 +187,7 @@ def _tell(files: Sequence[File], timed: bool, width: int, bar: Any) -> None:
 
 
 def _batches(parts: Sequence[Part], most: float) -> Iterator[list[Part]]:
-    """The parts by duration, in batches of at most so many padded seconds, or of one part."""
+    """The parts by duration, in batches of at most this many padded seconds, or of one part."""
     batch: list[Part] = []
     for part in sorted(parts, key=lambda part: part.seconds):
         if batch and (len(batch) + 1) * part.seconds > most:
@@ -205,7 +205,7 @@ def shown(entries: Sequence[dict[str, Any]], preprocess: AudioPreprocess) -> lis
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor]]) -> Figure:
-    """The first seconds of the first files: log-mel features, and above them the words where they are heard."""
+    """The first seconds of the first files: log-mel features, and above them the words at their times."""
     failed = sum("error" in entry for entry in entries)
     more = len(entries) - failed - len(shown)
     notes = [f"and {more} more in transcripts.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
@@ -225,7 +225,7 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor
         _draw_sound(axes, features.numpy().T, seconds, span)
         over: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         for text, x, word, lane in placed:
-            y = 1.08 + (lane + 0.1) * line / sound  # in heights of the sound
+            y = 1.08 + (lane + 0.1) * line / sound  # in heights of the features
             colour = INK if entry["text"] and (word or entry["words"] is None) else GREY
             axes.text(x, y, text, color=colour, fontsize=8, va="bottom", parse_math=False, **over)
             if word is not None:
@@ -253,10 +253,10 @@ def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float, span: float) -> N
 
 
 def _labels(entry: dict[str, Any], span: float, inches: float) -> list[tuple[str, float, dict[str, Any] | None, int]]:
-    """What is written above the sound: text, place in seconds, the word it is of, and the lowest lane that is free."""
+    """The texts above the features: text, place in seconds, its word, and the lowest free lane."""
     if not entry["words"]:
         return [(short(entry["text"], 130) or "no words", 0.0, None, 0)]
-    free: list[float] = []  # where each lane is free from
+    free: list[float] = []  # the end of the used part of each lane
     placed = []
     for word in entry["words"]:
         if word["start"] >= min(VIEW, entry["seconds"]):
