@@ -158,8 +158,8 @@ def steps(options: argparse.Namespace) -> Iterator[Row]:
     ready = Ready(options.side)
     points = {
         "demo: 32 px digits, batch 64, data, validation and files": (
-            lambda: ours({"name": "vit_micro", **DEMO}, flags, EPOCHS, None),
-            lambda: bare(zoo.create_model("vit_micro", **DEMO), plain, EPOCHS, None, True),
+            lambda: ours({"name": "vit_micro", **DEMO}, flags, options.epochs, None),
+            lambda: bare(zoo.create_model("vit_micro", **DEMO), plain, options.epochs, None, True),
         ),
         f"deit_tiny, {options.side} px, batch {BATCH}, ready-made": (
             lambda: ours({"name": "deit_tiny"}, ready, 1, STEPS),
