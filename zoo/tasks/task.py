@@ -65,6 +65,7 @@ class Task(lightning.LightningModule):
     Attributes:
         start: the checkpoint that training starts from or that is measured, or None.
         said: what the last validation found, in a line.
+        began: whether training or measuring has begun, after a state was loaded.
     """
 
     command: ClassVar[str]
@@ -122,6 +123,7 @@ class Task(lightning.LightningModule):
         self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
+        self.began = False
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     def built(self, backbone: dict[str, Any]) -> Model:
@@ -225,9 +227,23 @@ class Task(lightning.LightningModule):
             raise ValueError("a fused model is for inference and cannot be trained; start from the unfused one")
 
     def on_train_start(self) -> None:
+        self.check_optimizer()
         self.resume_epoch()
+        self.began = True
         self.averaged_step = self.trainer.global_step
         self.advance()
+
+    def check_optimizer(self) -> None:
+        """TypeError where a loaded state does not fit its parameter, which PyTorch's fused step does not check."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                for name, usual in optimizer.defaults.items():
+                    if type(group.get(name)) is not type(usual):
+                        raise TypeError(f"the optimizer's {name} is {group.get(name)!r}")
+                for parameter, name in itertools.product(group["params"], ("exp_avg", "exp_avg_sq")):
+                    found = optimizer.state[parameter].get(name) if parameter in optimizer.state else parameter
+                    if not isinstance(found, Tensor) or found.shape != parameter.shape:
+                        raise TypeError(f"the optimizer's {name} does not fit its parameter")
 
     def resume_epoch(self) -> None:
         """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
@@ -290,9 +306,13 @@ class Task(lightning.LightningModule):
         self.raise_bad_weights()
 
     def on_validation_start(self) -> None:
+        self.began = not self.trainer.sanity_checking
         if self.fitting:
             self.raise_bad_weights()
             self.finish()
+
+    def on_test_start(self) -> None:
+        self.began = True
 
     def finish(self) -> None:
         """What is done to the model once, after the last step and before it is measured and kept."""
