@@ -146,6 +146,30 @@ def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
     assert f"{path} is truncated or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("loops",), "text"),
+        (("loops", "fit_loop", "epoch_progress"), {}),
+        (("state_dict", "model.head.weight"), None),
+        (("callbacks", "Keep", "best"), -1),
+        (("lr_schedulers",), 1),
+        (("optimizer_states", 0, "state", 4), 1e30),
+        (("optimizer_states", 0, "state", 4, "exp_avg"), torch.zeros(3)),  # PyTorch would read outside of it
+        (("optimizer_states", 0, "param_groups", 0, "lr"), []),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_is_one_line(place: tuple[Any, ...], value: Any, run: Path, tmp_path: Path):
+    content = part = torch.load(run / "resume/last.ckpt", weights_only=True)
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    torch.save(content, tmp_path / "odd.ckpt")
+    flags = [f"--ckpt_path={tmp_path}/odd.ckpt", f"--trainer.default_root_dir={tmp_path}/new", "--trainer.max_epochs=9"]
+    assert "odd.ckpt is not a state that this run can be resumed from" in refused(*TINY, *flags)
+
+
 def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without the line of code that warned."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is put back
@@ -448,6 +472,12 @@ def test_measuring_needs_no_training_images(tmp_path: Path):
         ("--model.warmup=-3", "warmup"),
         ("--model.refresh=3", "refresh"),
         ("--model.backbone.image=big", "image"),
+        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches must be above 0"),
+        ("--trainer.val_check_interval=0", "val_check_interval must be above 0"),
+        ("--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch must be above 0"),
+        ("--trainer.gradient_clip_val=-1", "gradient_clip_val must be at least 0"),
+        ("--trainer.devices=-1", "devices"),
+        ("--trainer.accelerator=tpu", "torch_xla"),
     ],
 )
 def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path):

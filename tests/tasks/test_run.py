@@ -83,7 +83,7 @@ def test_a_file_is_no_folder(tmp_path: Path):
 @pytest.mark.parametrize("name", ["best", "last", "resume/last.ckpt"])
 def test_a_run_is_not_written_over(name: str, tmp_path: Path):
     (tmp_path / name).mkdir(parents=True)
-    way = f"resume it with --ckpt_path {tmp_path}/resume/last.ckpt" if "resume" in name else "delete it"
+    way = f"resume it with --ckpt_path={tmp_path}/resume/last.ckpt" if "resume" in name else "delete it"
     with pytest.raises(ValueError, match=f"holds a run already, which would be lost; {way}, or choose another"):
         Run(tmp_path).open(resumed=False)
     Run(tmp_path).open(resumed=True)

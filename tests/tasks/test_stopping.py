@@ -82,7 +82,7 @@ def test_a_stopped_run_resumes_where_it_was(
     run = tmp_path / "a run"
     stopped(monkeypatch, number, step, call, lambda: fit(run, *FLAGS))
     said = capsys.readouterr().err
-    assert f"resume with: zoo classify fit --ckpt_path '{run}/resume/last.ckpt'" in said
+    assert f"resume with: zoo classify fit --ckpt_path='{run}/resume/last.ckpt'" in said
     assert state(run / "resume/last.ckpt")["global_step"] == steps
     fit(run, *FLAGS, f"--ckpt_path={run}/resume/last.ckpt")
     found = weights(run)

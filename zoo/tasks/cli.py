@@ -77,6 +77,17 @@ class Command(LightningCLI):
         more = {} if subcommand == "fit" else {"verbose": self.verbose}
         return super()._prepare_subcommand_kwargs(subcommand) | more
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if self.model.began or self.given.ckpt_path is None:
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.given.ckpt_path} is not a state that this run can be resumed from: {what}"
+            ) from error
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: the configuration is the requested one, not that of a checkpoint."""
 
@@ -93,6 +104,12 @@ class Command(LightningCLI):
             raise ValueError("trainer.precision must be 32-true, 16-mixed, bf16-mixed or bf16-true")
         if fit and given.trainer.limit_train_batches == 0:
             raise ValueError("trainer.limit_train_batches must be > 0 for training")
+        for option in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+            value = given.trainer[option]
+            if fit and isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"trainer.{option} must be above 0, not {value}")
+        if fit and (given.trainer.gradient_clip_val or 0) < 0:
+            raise ValueError(f"trainer.gradient_clip_val must be at least 0, not {given.trainer.gradient_clip_val}")
         if not fit and given.model.weights is None and given.ckpt_path is None:
             raise ValueError("nothing to measure: give --model.weights FOLDER/best or --ckpt_path")
         if not fit:
@@ -145,7 +162,10 @@ class Command(LightningCLI):
             kwargs["logger"] = settings.logger or False
         kwargs["enable_progress_bar"] = self.verbose or self.run is not None
         kwargs["plugins"] = [*(settings.plugins or []), States()]
-        return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
+        try:
+            return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
+        except (TypeError, ModuleNotFoundError) as error:  # devices that cannot be, a package that is not installed
+            raise ValueError(f"trainer: {error}") from error
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
@@ -192,7 +212,7 @@ def completed(arguments: list[str]) -> list[str]:
     if resumed is not None:
         path = Path(resumed).expanduser()
         path = path / STATE if path.is_dir() else path
-        rest += ["--ckpt_path", str(path)]
+        rest.append(f"--ckpt_path={path}")
         folder = path.parent.parent
     elif verb != "fit" and weights is not None:
         folder = Path(weights).expanduser().parent
@@ -200,7 +220,8 @@ def completed(arguments: list[str]) -> list[str]:
         return arguments
     config = folder / "config.yaml"
     if option(rest, "--config") is None and config.is_file():
-        rest = ["--config", str(config), "--trainer.default_root_dir", str(folder), *rest]
+        whole = [] if verb == "fit" else ["--trainer.limit_val_batches=1.0", "--trainer.limit_test_batches=1.0"]
+        rest = ["--config", str(config), f"--trainer.default_root_dir={folder}", *whole, *rest]
     return [verb, *rest]
 
 

@@ -137,14 +137,15 @@ class Output(ProgressBar):
         latest, best, now = self.keep.latest, self.keep.best, time.monotonic()
         done, total = trainer.global_step, pl_module.total
         left = (now - self.start) / max(1, done - self.first) * (total - done)
-        loss = float(pl_module.loss_sum) / max(1, pl_module.loss_number)
+        number = pl_module.loss_number
+        loss = f"{float(pl_module.loss_sum) / number:.4f}" if number else "-"
         score = f"{latest.value:.4f}" if latest and latest.step == done else "-"
         epochs = trainer.max_epochs
         place = f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
         if by_steps(trainer, pl_module):
             place = f"step {done:>{len(str(total))}}/{total}"
         self.say(
-            f"{place}  loss {loss:.4f}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
+            f"{place}  loss {loss}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
             f"{duration(now - self.began)}, {duration(left)} left"
         )
 
@@ -155,8 +156,7 @@ class Output(ProgressBar):
         assert isinstance(pl_module, Task)
         self.erase()
         if not self.start:
-            epochs = f"{trainer.current_epoch} epochs are done"
-            self.say(f"nothing left to train: {epochs}; raise --trainer.max_epochs or --trainer.max_steps")
+            self.say("nothing left to train: raise --trainer.max_epochs, --trainer.max_steps or --trainer.max_time")
             return
         folder, best = shlex.quote(str(self.folder)), self.keep.best
         if best:
@@ -167,8 +167,10 @@ class Output(ProgressBar):
             f"took      {duration(time.monotonic() - self.start)}; checkpoints, logs and state are in {self.folder}"
         )
         name, inputs = ("best" if best else "last"), {"classify": "IMAGES", "transcribe": "RECORDINGS"}[self.task]
+        if not self.keep.written:  # trainer.enable_checkpointing=false, or fast_dev_run
+            return
         self.say("next")
         self.say(f"  zoo {self.task} validate --model.weights {folder}/{name}")
         self.say(f"  zoo {self.task} predict {folder}/{name} {inputs}")
         limit = "max_steps" if by_steps(trainer, pl_module) else "max_epochs"
-        self.say(f"  zoo {self.task} fit --ckpt_path {folder}/{STATE} --trainer.{limit} MORE")
+        self.say(f"  zoo {self.task} fit --ckpt_path={folder}/{STATE} --trainer.{limit} MORE")

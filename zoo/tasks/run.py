@@ -60,7 +60,7 @@ class Run:
             ) from None
         kept = [name for name in (STATE, "last", "best") if (self.folder / name).exists()]
         if kept and not resumed and (STATE in kept or not self.begun.exists()):
-            way = f"resume it with --ckpt_path {self.state}" if STATE in kept else "delete it"
+            way = f"resume it with --ckpt_path={self.state}" if STATE in kept else "delete it"
             raise ValueError(f"{self.folder} already holds a run; {way}, or choose another --trainer.default_root_dir")
         if STATE not in kept:
             self.begun.parent.mkdir(exist_ok=True)

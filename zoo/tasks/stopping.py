@@ -93,7 +93,7 @@ class Stop(Checkpoint):
         place = (
             f"stopped by {signal.Signals(number).name} in epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         )
-        resume = f"zoo {pl_module.command} fit --ckpt_path {shlex.quote(str(self.keep.run.state))}"
+        resume = f"zoo {pl_module.command} fit --ckpt_path={shlex.quote(str(self.keep.run.state))}"
         raise Stopped(number, f"{place}; resume with: {resume}")
 
     def on_save_checkpoint(

@@ -65,6 +65,7 @@ class Task(lightning.LightningModule):
     Attributes:
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
+        began: whether training or measuring has begun, after a state was loaded.
     """
 
     command: ClassVar[str]
@@ -122,6 +123,7 @@ class Task(lightning.LightningModule):
         self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
+        self.began = False
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     def built(self, backbone: dict[str, Any]) -> Model:
@@ -225,11 +227,25 @@ class Task(lightning.LightningModule):
             raise ValueError("a fused model is for inference only; train the unfused one")
 
     def on_train_start(self) -> None:
+        self.check_optimizer()
         self.resume_epoch()
         trainer: Any = self.trainer  # a short epoch has its losses in the logs, too
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
+        self.began = True
         self.averaged_step = self.trainer.global_step
         self.advance()
+
+    def check_optimizer(self) -> None:
+        """TypeError where a loaded state does not fit its parameter, which PyTorch's fused step does not check."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                for name, usual in optimizer.defaults.items():
+                    if type(group.get(name)) is not type(usual):
+                        raise TypeError(f"the optimizer's {name} is {group.get(name)!r}")
+                for parameter, name in itertools.product(group["params"], ("exp_avg", "exp_avg_sq")):
+                    found = optimizer.state[parameter].get(name) if parameter in optimizer.state else parameter
+                    if not isinstance(found, Tensor) or found.shape != parameter.shape:
+                        raise TypeError(f"the optimizer's {name} does not fit its parameter")
 
     def resume_epoch(self) -> None:
         """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
@@ -292,9 +308,13 @@ class Task(lightning.LightningModule):
         self.raise_bad_weights()
 
     def on_validation_start(self) -> None:
+        self.began = not self.trainer.sanity_checking
         if self.fitting:
             self.raise_bad_weights()
             self.finish()
+
+    def on_test_start(self) -> None:
+        self.began = True
 
     def finish(self) -> None:
         """Changes the model once, after the last step and before it is evaluated and saved."""
