@@ -84,7 +84,7 @@ def test_a_file_is_no_folder(tmp_path: Path):
 def test_a_run_is_not_written_over(name: str, tmp_path: Path):
     (tmp_path / name).mkdir(parents=True)
     way = f"resume it with --ckpt_path {tmp_path}/resume/last.ckpt" if "resume" in name else "delete it"
-    with pytest.raises(ValueError, match=f"holds a run already, which would be lost; {way}, or choose another"):
+    with pytest.raises(ValueError, match=f"already holds a run; {way}, or choose another"):
         Run(tmp_path).open(resumed=False)
     Run(tmp_path).open(resumed=True)
 
@@ -96,7 +96,7 @@ def test_a_run_without_a_state_to_resume_may_start_again(tmp_path: Path):
         (tmp_path / name).mkdir()
         Run(tmp_path).open(resumed=False)
     fit(tmp_path, *SHORT)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         Run(tmp_path).open(resumed=False)
 
 
@@ -104,7 +104,7 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path: Path):
     fit(tmp_path, *SHORT)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     message = refused("classify", "fit", "--ckpt_path", tmp_path, "--model.backbone.dim=32", "--trainer.max_epochs=2")
-    assert "--ckpt_path is of another model" in message
+    assert "--ckpt_path belongs to another model" in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
