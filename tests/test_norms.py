@@ -43,7 +43,7 @@ def test_the_blend_follows_progress(options, progress, blend):
 def test_options_out_of_order_are_refused():
     with pytest.raises(ValueError, match="warmup"):
         PRepBN(8, until=0.2, warmup=0.3)
-    with pytest.raises(ValueError, match="0..1"):
+    with pytest.raises(ValueError, match="from 0 to 1, got"):
         advance(PRepBN(8), 1.5)
 
 

@@ -215,7 +215,7 @@ def test_manifest_faults_are_reported_in_one_line(tmp_path: Path):
         ("[1]", "must be a JSON object, got list"),
         ({"text": "A"}, "audio_filepath must be a path, got None"),
         ({"audio_filepath": "a.wav", "text": 3}, "text must be a string, got 3"),
-        ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be above 0, got 0"),
+        ({"audio_filepath": "a.wav", "text": "A", "duration": 0}, "duration must be > 0, got 0"),
         ({"audio_filepath": "a.wav", "text": "A", "duration": "1"}, "duration must be a number of seconds, got '1'"),
         ('{"audio_filepath": "a.wav", "text": "A", "duration": NaN}', "duration must be a number of seconds, got nan"),
         ({"audio_filepath": "a.wav", "text": "A", "duration": 1, "offset": -1}, "offset must be >= 0, got -1"),

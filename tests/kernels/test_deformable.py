@@ -480,7 +480,7 @@ def test_export_knows_no_operator_of_ours(grid):
         ({"kernel": 5}, "25"),
         ({"kernel": (3,)}, "kernel"),
         ({"kernel": (3, 3, 3)}, "kernel"),
-        ({"kernel": 0}, "at least 1"),
+        ({"kernel": 0}, ">= 1"),
         ({"padding": "valid"}, "padding"),
         ({"padding": 1.5}, "padding"),
         ({"padding": 0}, "offsets"),

@@ -291,7 +291,7 @@ STAGES = {"dim": 32, "widths": (32, 48), "strided": (0,), "mixer": ("relative", 
         ({"unet": True, "depth": 1}, ["reduce", "depth"]),
         ({"unet": True, "depth": 4, "reduce": 3}, ["reduce", "0..2"]),
         ({"unet": True, "depth": 4, "reduce": -1}, ["reduce", "0..2"]),
-        ({"unet": True, "reduce_left": 5}, ["reduce_left", "0..4"]),
+        ({"unet": True, "reduce_left": 5}, ["reduce_left", "from 0 to 4"]),
         ({"reduce": 1}, ["reduce", "unet"]),
         (CHUNKS | {"unet": True}, ["unet", "chunks"]),
         (CHUNKS | {"subsampling": "conv4"}, ["subsampling", "causal"]),
@@ -305,7 +305,7 @@ STAGES = {"dim": 32, "widths": (32, 48), "strided": (0,), "mixer": ("relative", 
         *((CHUNKS | {"mixer": mixer}, [f"mixer '{mixer}'", "chunks", "relative"]) for mixer in ALONG_TIME[2:]),
         *((CHUNKS | {"position": each, "mixer": "softmax"}, [each, "rope"]) for each in ("sincos", "learned", "cpe")),
         (CHUNKS | {"chunk": 3}, ["chunk=3", "left=4"]),
-        (CHUNKS | {"chunk": 0}, ["chunk=0", "at least 1"]),
+        (CHUNKS | {"chunk": 0}, ["chunk=0", ">= 1"]),
         (CHUNKS | {"left": -2}, ["left=-2"]),
         ({"position": "rope"}, ["relative", "rope", "softmax"]),
         ({"mixer": "deformable"}, ["mixer", "relative", "sla"]),
@@ -345,12 +345,12 @@ def test_wrong_features_lengths_and_layers_are_refused():
     model = tiny("conformer_ctc_s")
     features = torch.randn(2, 40, 20)
     for wrong in (torch.randn(2, 40, 21), torch.randn(40, 20), torch.randn(2, 1, 40, 20)):
-        with pytest.raises(ValueError, match=r"features \[B, T, 20\]"):
+        with pytest.raises(ValueError, match=r"features must be \[B, T, 20\]"):
             model(wrong)
-    with pytest.raises(ValueError, match="one number a clip"):
+    with pytest.raises(ValueError, match="one number per clip"):
         model(features, torch.tensor([40]))
     for layer in (4, -5):
-        with pytest.raises(ValueError, match=f"layers: unknown block {layer}; the model has 4"):
+        with pytest.raises(ValueError, match=f"layers: block {layer} does not exist; choose from 0 to 3"):
             model.encode(features, layers=[0, layer])
 
 

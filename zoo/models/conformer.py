@@ -188,7 +188,7 @@ class ConformerConfig(FlatConfig):
         if not 0 <= self.reduce_left <= 4:
             raise ValueError(f"reduce_left must be from 0 to 4, got {self.reduce_left}")
         if self.depth < 2:
-            raise ValueError(f"unet: depth must be >= 2, got {self.depth}")
+            raise ValueError(f"unet: reduce needs depth >= 2, got depth={self.depth}")
         if not 0 <= self.reduced < self.depth - 1:
             raise ValueError(
                 f"reduce: the rate is halved before block {self.reduced} and restored before the last of {self.depth}, "

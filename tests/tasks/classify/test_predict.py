@@ -277,7 +277,7 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
     before = predict(model, "pictures")
     broken = break_pictures()
     text = failure(capsys, model, *broken)
-    assert text.endswith("error: none of 2 images; nothing was written to runs/predict")
+    assert text.endswith("error: no predictions for any of 2 images; nothing was written to runs/predict")
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
     failure(capsys, model, *broken, "--output", "fresh")
     assert os.listdir("fresh") == []
@@ -379,7 +379,7 @@ def test_answers_that_are_all_nan(pictures: list[str], capsys: pytest.CaptureFix
     monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded)
     text = failure(capsys, "broken", "pictures")
     assert text.count("the model's output is NaN or infinite") == 4
-    assert text.endswith("none of 4 images; nothing was written to runs/predict")
+    assert text.endswith("no predictions for any of 4 images; nothing was written to runs/predict")
     assert os.listdir("runs/predict") == []
 
 
@@ -405,7 +405,7 @@ def test_nobody_reads_on(
     for stream, said in ((os.fdopen(writing, "w"), ""), (open("/dev/full", "w"), full), (None, "")):  # noqa: SIM115
         monkeypatch.setattr(sys, "stdout", stream)
         entries = predict(model, "pictures", "--batch", 1)
-        end = "zoo: 4 of 4 images predicted; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
+        end = "zoo: 4 of 4 images done; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
         assert len(entries) == 4 and capsys.readouterr().err == said + end
         Path("runs/predict/predictions.json").unlink()
         if stream is not None:

@@ -383,9 +383,9 @@ def test_fine_tuning_takes_classes_of_the_data_and_preprocessing_of_the_checkpoi
 
 def test_what_the_data_decides_may_be_stated_and_must_then_be_right(other: Path, tmp_path: Path):
     flags = ["classify", "fit", *TUNE, f"--trainer.default_root_dir={tmp_path}/run"]
-    words = "the checkpoint has 7 classes and the data 4"
+    words = "the checkpoint has 7 classes, but the data has 4"
     assert refused(*flags, f"--model.weights={other}", "--model.backbone.classes=7") == (
-        "the model has 7 classes and the data 4; omit model.backbone.classes or set it to 4"
+        "the model has 7 classes, but the data has 4; omit model.backbone.classes or set it to 4"
     )
     assert refused("classify", "validate", *TUNE, f"--model.weights={other}") == words
 

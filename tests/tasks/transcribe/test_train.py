@@ -246,7 +246,7 @@ def test_a_run_goes_on_with_its_own_tokens():
     before.on_save_checkpoint(saved)
     after.on_load_checkpoint(saved)
     after.tokenizer = Characters(tuple(reversed(LETTERS.pieces)))
-    with pytest.warns(UserWarning, match="whose tokens are kept"):
+    with pytest.warns(UserWarning, match="the tokenizer of --ckpt_path is kept"):
         after.on_load_checkpoint(saved)
     assert after.labels == LETTERS
 
@@ -439,17 +439,20 @@ def test_transducer(transducer: Path):
         ({"schedule": "linear"}, "unknown schedule 'linear'; choose from: cosine, noam, noam_hold"),
         ({"hold": 2.0}, "model.hold must be >= 0, and 0 unless schedule is noam_hold, got 2.0 with cosine"),
         ({"intermediate_weight": 1.0}, "model.intermediate_weight must be from 0 to 1"),
-        ({"consistency": -1.0}, "model.consistency is at least 0"),
+        ({"consistency": -1.0}, "model.consistency >= 0"),
         ({"intermediate": [1]}, "model.intermediate must list blocks before the last, from 0 to 0"),
         ({"intermediate": [0], "backbone": RNNT}, "need a CTC head; this model has a transducer"),
-        ({"intermediate": [1], "backbone": STAGES}, "model.intermediate: the head needs the width of blocks 2 on"),
+        (
+            {"intermediate": [1], "backbone": STAGES},
+            "model.intermediate: the head needs the width of blocks 2 and later",
+        ),
         ({"consistency": 0.1, "backbone": RNNT}, "need a CTC head; this model has a transducer"),
         ({"chunks": [4]}, "model.chunks must list sizes >= 1, for a model whose config has a chunk"),
-        ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks lists sizes of at least 1"),
-        ({"warp": 1.0}, "model.warp is must be >= 0 and < 1"),
+        ({"chunks": [4, 0], "backbone": STREAMS}, "model.chunks must list sizes >= 1"),
+        ({"warp": 1.0}, "model.warp must be >= 0 and < 1"),
         ({"filter": -1.0}, "model.filter must be a finite number >= 0, got -1.0"),
         ({"time_share": 2.0}, "time_share from 0 to 1"),
-        ({"frequency_masks": -1}, "must be at least 0"),
+        ({"frequency_masks": -1}, "must be >= 0"),
         ({"rate": 0.0}, "model.rate"),
     ],
     ids=str,
@@ -473,17 +476,17 @@ def test_a_model_of_pictures_is_refused():
         (
             {"vocabulary": 30},
             [],
-            "the model has 30 tokens with the blank and the data 10; omit model.backbone.vocabulary or set it to 10",
+            "the model has 30 tokens with the blank, but the data has 10; omit model.backbone.vocabulary or set it to 10",
         ),
         (
             {"mels": 80},
             ["--data.mels=64"],
-            "the model has 80 mel bands and the data 64; omit model.backbone.mels or set it to 64",
+            "the model has 80 mel bands, but the data has 64; omit model.backbone.mels or set it to 64",
         ),
-        ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised band by band"),
-        (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, which a stream has not"),
+        ({}, ["--model.filter=0.5"], "model.filter needs features that are not normalised per band"),
+        (STREAMS, ["--data.recipe=nemo"], "normalize='bin' needs the whole utterance, so it cannot be streamed"),
         ({}, ["--model.chunks=[4]"], "model.chunks"),
-        ({"mels": 4}, ["--data.mels=2"], "4 mel bands and the data 2"),
+        ({"mels": 4}, ["--data.mels=2"], "4 mel bands, but the data has 2"),
         ({}, ["--data.tokenizer=nowhere.model"], "nowhere.model: No such file"),
     ],
     ids=str,
