@@ -237,5 +237,5 @@ def test_groupnorm_is_torchs(groups, heads):
 def test_a_bias_can_be_left_away():
     norm = make(NORMS, "layernorm(bias=False)", 6)
     assert norm.bias is None and norm.weight is not None
-    with pytest.raises(ValueError, match="4 groups"):
+    with pytest.raises(ValueError, match="groups must divide 6 channels, got 4"):
         make(NORMS, "groupnorm(groups=4)", 6)

@@ -139,7 +139,7 @@ def processor() -> str:
 
 
 def conditions(options: argparse.Namespace) -> Row:
-    """What a number depends on; stands in every row of every CSV, but for what a row says otherwise."""
+    """The conditions of a measurement; in every row of every CSV, unless a row sets its own."""
     return {
         "torch": torch.__version__,
         "timm": version("timm"),
@@ -181,7 +181,7 @@ def crossed(
     column: Callable[[Row], str],
     cell: Callable[[Row], str],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table with a cell for each row of the CSV, "-" where there is none."""
+    """Header and lines of a table with a cell for each row of the CSV, "-" if it is missing."""
     cells = {(line(row), column(row)): cell(row) for row in rows}
     columns = list(dict.fromkeys(column(row) for row in rows))
     lines = [[name, *(cells.get((name, top), "-") for top in columns)] for name in dict.fromkeys(map(line, rows))]

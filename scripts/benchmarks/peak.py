@@ -54,7 +54,7 @@ def main(mixer: str, dim: str, heads: str, dtype: str, threads: str, *sides: str
     def run(side: int) -> None:
         layer(torch.randn(1, side * side, int(dim), dtype=DTYPES[dtype]), Context(grid=(side, side)))
 
-    run(7)  # what is loaded once is no part of it
+    run(7)  # excludes what is loaded once
     start = resident("VmRSS")
     for side in map(int, sides):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now

@@ -201,7 +201,7 @@ def main(name: str, dtype: str, threads: str, *lengths: str) -> None:
     torch.manual_seed(0)
     model = shaped(name, dtype)
     for call in parts(model, 2).values():
-        call()  # what is loaded once is no part of it
+        call()  # excludes what is loaded once
     for seconds in map(int, lengths):
         taken = []
         for call in parts(model, seconds).values():

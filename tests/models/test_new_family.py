@@ -148,7 +148,7 @@ def test_its_head_may_start_afresh_and_nothing_else(model, tmp_path):
     changed, fresh = adapted(start, {"name": "ranking_tiny", "classes": 5}, "kept")
     assert fresh == ["head.bias", "head.weight"] and isinstance(changed, Ranking)
     assert torch.equal(changed.stem.weight, model.stem.weight)
-    with pytest.raises(ValueError, match="do not fit what model.backbone asks for"):
+    with pytest.raises(ValueError, match="do not fit model.backbone"):
         adapted(start, {"dim": 32}, "kept")
 
 

@@ -123,7 +123,7 @@ def test_features_of_some_stages_are_what_the_head_reads():
     hidden = torch.relu(pooled @ model.head.expand.weight.T + model.head.expand.bias).square()
     hidden = torch.nn.functional.layer_norm(hidden, (192,), model.head.inner.weight, model.head.inner.bias, 1e-6)
     assert relative(model.head.out(hidden), model(images)) < 1e-5
-    with pytest.raises(ValueError, match="no stage 4"):
+    with pytest.raises(ValueError, match="stage 4 does not exist"):
         model.features(images, layers=[4])
 
 

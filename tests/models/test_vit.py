@@ -170,7 +170,7 @@ def test_features_and_the_bare_backbone():
     assert relative(model(images), pooled) < 1e-5
     x, context = model.embed(images, None)
     assert torch.equal(first.flatten(2).transpose(1, 2), model.blocks[0](x, context))
-    with pytest.raises(ValueError, match="no block 2"):
+    with pytest.raises(ValueError, match="block 2 does not exist"):
         model.features(images, layers=[2])
 
 

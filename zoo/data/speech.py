@@ -324,7 +324,7 @@ class Speech(DataModule):
         return self._loader(Clips(self.source("val"), self.preprocess), training=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every utterance of the test set once, the longest first; the validation set if there is none."""
+        """Every utterance of the test set once, the longest first; the validation set if there is no test set."""
         return self._loader(Clips(self.source("test"), self.preprocess), training=False)
 
     def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:

@@ -107,7 +107,7 @@ __attribute__((noinline)) void settle(const std::int32_t* __restrict size, const
   // In one loop compilers would see branches; these three they turn into vector code.
   for (Index i = 0; i < count; ++i) {
     const Real end = Real(size[i] + 1);
-    const Real above = position[i] > Real(-2) ? position[i] : Real(-2);  // NaN, too, lies outside
+    const Real above = position[i] > Real(-2) ? position[i] : Real(-2);  // NaN is outside too
     const Real clear = above < end ? above : end;
     const std::int32_t whole = std::int32_t(clear);
     const std::int32_t floor = whole - std::int32_t(Real(whole) > clear);
@@ -131,7 +131,7 @@ __attribute__((noinline)) void settle(const std::int32_t* __restrict size, const
 
 // Where the samples of one point lie. Numbers of an axis stand side by side, (y, x) on two axes, as offsets do: the
 // pixels below and above, their shares, and 1 where they lie on the grid. A pixel outside it has a share of zero and
-// stands at the nearest place inside.
+// is at the nearest place inside.
 template <class Stored, class Real, int AXES>
 struct Samples {
   std::vector<std::int32_t> size, low, high;
@@ -170,7 +170,7 @@ struct Samples {
   }
 };
 
-// The corners of all samples of one point: where each lies in an image, and weight times share.
+// The corners of all samples of one point: the place of each in an image, and weight times share.
 template <class Real, int AXES>
 struct Corners {
   static constexpr int count = AXES == 2 ? 4 : 2;

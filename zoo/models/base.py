@@ -63,7 +63,7 @@ class Model(nn.Module, Generic[Kind]):
     it was read from; set them to None to save it without them.
     """
 
-    renewable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start untrained in fine-tuning
+    replaceable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start untrained in fine-tuning
 
     config: Kind
     fusion: list[Fold] | None = None

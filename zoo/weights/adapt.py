@@ -46,7 +46,7 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
     assert isinstance(model, Model)
     state = start.model.state_dict()
     fresh = misfits(model.state_dict(), state)
-    if other := [key for key in fresh if not key.startswith(model.renewable)]:
+    if other := [key for key in fresh if not key.startswith(model.replaceable)]:
         raise ValueError(f"the weights of {name} do not fit model.backbone: '{other[0]}' differs")
     model.load_state_dict({key: value for key, value in state.items() if key not in fresh}, strict=False)
     return model, fresh
