@@ -723,7 +723,7 @@ UNSAID = {
     "preprocessor.normalize": ("all_features", "preprocessor.normalize: the zoo supports 'per_feature'"),
     "preprocessor.features": (20, "the features have 20 mel bands, but the model takes 16"),
     "preprocessor.window": ("hamming", "preprocessor.window: the zoo supports 'hann'"),
-    "preprocessor.window_size": (0.05, "preprocessor: .* window at most fft"),
+    "preprocessor.window_size": (0.05, "preprocessor: .* window <= fft"),
     "preprocessor.new": (1, "preprocessor.new: the zoo does not know this key"),
     "preprocessor.log_zero_guard_value": ("eps", "log_zero_guard_value: it must be a number"),
 }

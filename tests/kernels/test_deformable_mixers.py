@@ -118,7 +118,7 @@ def test_dcnv4_without_bias_starts_at_zero_and_has_none_behind_it():
 def test_options_that_do_not_fit_are_refused_in_one_line(table, options):
     heads = options.get("groups", HEADS)
     with pytest.raises(
-        ValueError, match="5 (groups|heads) do not divide dim 32|unknown weights 'tanh'; choose from: raw"
+        ValueError, match="(groups|heads) must divide dim 32, got 5|unknown weights 'tanh'; choose from: raw"
     ) as error:
         if table is MIXERS:
             MIXERS["dcnv4"](DIM, HEADS, **options)

@@ -115,7 +115,7 @@ def test_it_is_saved_loaded_and_carded(model, tmp_path):
     card = (folder / "README.md").read_text()
     for part in ("pipeline_tag: object-detection", "- ranking\n", "| mixer | softmax / sla |", "| best | 2 |"):
         assert part in card
-    assert "model, preprocess, labels, config = zoo.load_checkpoint('kept')" in card
+    assert "model, preprocess, labels, config = checkpoint\n" in card
     assert card.rstrip().endswith("found = model(x, time)\n```")
 
 

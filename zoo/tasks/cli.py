@@ -62,9 +62,10 @@ class Command(LightningCLI):
 
     def drop_empty_logs(self) -> None:
         """Removes the folders that the loggers made, where no training began that they could log."""
-        if self.keep is None or self.keep.began or not self.trainer.is_global_zero:
+        trainer = getattr(self, "trainer", None)  # there is none where its settings were refused
+        if trainer is None or self.keep is None or self.keep.began or not trainer.is_global_zero:
             return
-        for logger in self.trainer.loggers:
+        for logger in trainer.loggers:
             if isinstance(logger, CSVLogger | TensorBoardLogger):
                 shutil.rmtree(logger.log_dir, ignore_errors=True)
 
