@@ -85,8 +85,7 @@ def cpu_seconds(*command: str) -> float:
 
 @pytest.mark.slow
 def test_importing_zoo_costs_little_over_torch():
-    """The least of five interleaved CPU times each, which other work disturbs least; the models, not only the lazy names,
-    are imported."""
+    """The least of five interleaved CPU times each, which other work disturbs least; the models are imported, too."""
     pairs = [
         (cpu_seconds("-c", "import zoo; zoo.create_model; zoo.fuse"), cpu_seconds("-c", "import torch"))
         for _ in range(5)
