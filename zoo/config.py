@@ -274,7 +274,8 @@ class ModelConfig(Config):
         return f"blocks.{self.place(stage, index).index}"
 
     def missing(self, names: Iterable[str]) -> str | None:
-        """Blocks of the same kind have the same tensor names, each block as many as the next one of its kind."""
+        """The path of a block that the config has and the tensor names do not, or None. Only gaps are found: blocks
+        without any tensor have no names."""
         length = 1 + self.path(0, 0).count(".")
         paths = {".".join(name.split(".")[:length]) for name in names}
         for stage, size in enumerate(self.stages):

@@ -143,7 +143,7 @@ QUICK = {
     "memory_sides": (14, 56),
     "memory_mixers": ["sla"],
     "side": 32,
-    "epochs": 1,
+    "epochs": 2,
     "audio": [1],
     "speech": {"squeezeformer_xs": "conformer_ctc_s"},
     "depth": 1,

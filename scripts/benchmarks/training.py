@@ -3,11 +3,10 @@
 import argparse
 import contextlib
 import io
-import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import zoo
 from benchmarks.measure import Row, markdown, ratio_cell, timed
@@ -31,77 +29,102 @@ from zoo.tasks.classify.train import Classify
 
 DEMO: dict[str, Any] = {"dim": 64, "depth": 4, "heads": 4, "patch": 8, "classes": 10}
 DIGITS: dict[str, Any] = {"randaugment": None, "flip": 0.0, "scale": (1.0, 1.0), "erasing": 0.0, "crop": 1.0}
-EPOCHS = 5  # of the demo's model in a round
-STEPS, BATCH = 12, 8  # of deit_tiny in a round
+EPOCHS = 8  # of the demo's model
+STEPS, BATCH = 60, 8  # of deit_tiny
 
 
-class Clock(Callback):
-    """CPU time from the first training batch to the end of the last epoch, its validation and files included."""
+class Beside(Callback):
+    """Takes turns with bare loops, step by step, within one run: what each costs, in seconds of CPU time by unit.
 
-    start = seconds = 0.0
-    steps = 0
+    A turn of the run reaches from one batch to the next, with its validation and files at the end of an epoch.
+
+    Args:
+        loops: the bare loops, each of which does one step, or one validation, a turn.
+        unit: from the epoch and the step to the number of the unit that a turn belongs to.
+    """
+
+    def __init__(self, loops: Sequence[Iterator[None]], unit: Callable[[int, int], int]):
+        self.loops, self.unit = loops, unit
+        self.taken: dict[int, list[float]] = {}
+        self.mark, self.turns = 0.0, 0
+
+    def turn(self, trainer: Any) -> None:
+        unit = self.unit(trainer.current_epoch, trainer.global_step)
+        row = self.taken.setdefault(unit, [0.0] * (1 + len(self.loops)))
+        if self.mark:
+            self.taken[self.last][0] += time.process_time() - self.mark
+        self.last, self.turns = unit, self.turns + 1
+        for place in range(len(self.loops)):
+            which = (place + self.turns) % len(self.loops)
+            start = time.process_time()
+            with torch.enable_grad(), torch.inference_mode(False):
+                next(self.loops[which], None)
+            row[1 + which] += time.process_time() - start
+        self.mark = time.process_time()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if not self.start:
-            self.start = time.process_time()
+        self.turn(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.turn(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds, self.steps = time.process_time() - self.start, trainer.global_step
+        self.taken[self.last][0] += time.process_time() - self.mark
 
 
-def bare(model: nn.Module, data: Any, epochs: int, steps: int | None, validated: bool) -> float:
-    """CPU seconds a step of a plain loop: forward, loss, backward, clipping, AdamW, a schedule, and validation."""
+def bare(model: nn.Module, data: Any, epochs: int, validated: bool) -> Iterator[None]:
+    """A plain loop: forward, loss, backward, clipping, AdamW and a schedule; one step, or one validation, a turn."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     loader, measured = data.train_dataloader(), data.val_dataloader()
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
-    start, count = time.process_time(), 0
     for epoch in range(epochs):
         loader.batch_sampler.sampler.set_epoch(epoch)
         model.train()
-        for batch in itertools.islice(loader, steps):
+        batches = iter(loader)
+        while (batch := next(batches, None)) is not None:
             optimizer.zero_grad()
             F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            count += 1
+            yield
         if validated:
             model.eval()
-            with torch.inference_mode():
-                right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in measured)
-            assert right >= 0
-    return (time.process_time() - start) / count
+            with torch.no_grad():
+                sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in measured)
+            yield
 
 
-def ours(model: dict[str, Any], data: list[str] | DataModule, epochs: int, steps: int | None) -> float:
-    """CPU seconds a step of `zoo classify fit`, or of its Trainer on a data module, with all that a run writes."""
-    clock, quiet = Clock(), io.StringIO()
+def ours(beside: Beside, model: dict[str, Any], data: list[str] | DataModule, epochs: int) -> list[list[float]]:
+    """The turns of `zoo classify fit`, or of its task in a Trainer, and of the loops beside it: rows of a unit each."""
+    quiet = io.StringIO()
     backbone = [f"--model.backbone.{name}={value}" for name, value in model.items()]
     trained = ["--model.mixup=0", "--model.cutmix=0", "--trainer.gradient_clip_val=1.0", "--trainer.accelerator=cpu"]
     trained += ["--model.average=0.99"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         if isinstance(data, list):
-            with added(clock):
+            with added(beside):
                 flags = [f"--trainer.max_epochs={epochs}", f"--trainer.default_root_dir={folder}/run"]
                 command(["classify", "fit", *backbone, *trained, *data, *flags])
         else:
             trainer = lightning.Trainer(
-                accelerator="cpu", max_epochs=epochs, limit_train_batches=steps or 1.0, limit_val_batches=0,
-                gradient_clip_val=1.0, use_distributed_sampler=False, logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False, callbacks=[clock], default_root_dir=folder,
+                accelerator="cpu", max_epochs=epochs, limit_val_batches=0, gradient_clip_val=1.0,
+                use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, callbacks=[beside], default_root_dir=folder,
             )  # fmt: skip
             trainer.fit(Classify(model, mixup=0, cutmix=0), datamodule=data)
-    return clock.seconds / clock.steps
+    return [beside.taken[unit] for unit in sorted(beside.taken)]
 
 
 @contextlib.contextmanager
-def added(clock: Callback) -> Iterator[None]:
+def added(callback: Callback) -> Iterator[None]:
     """Within it every run of the command has this callback, too."""
     plain = cli.Command.instantiate_trainer
 
     def more(self: Any, **kwargs: Any) -> Any:
         trainer = plain(self, **kwargs)
-        trainer.callbacks.insert(0, clock)
+        trainer.callbacks.insert(0, callback)
         return trainer
 
     cli.Command.instantiate_trainer = more
@@ -149,31 +172,26 @@ class Ready(DataModule):
 
 
 def steps(options: argparse.Namespace) -> Iterator[Row]:
-    """A step of each training against a step of the bare loop, in turn."""
+    """A step of training against a step of the bare loop. A unit is an epoch of the demo or five steps of deit_tiny."""
     for name in ("rank_zero", "litlogger"):
         logging.getLogger(f"lightning.pytorch.utilities.{name}").setLevel(logging.ERROR)
     plain = Images(dataset="digits", size=32, **DIGITS)
     flags = ["--data.dataset=digits", "--data.size=32", "--data.crop=1.0", "--data.randaugment=null", "--data.flip=0"]
     flags += ["--data.scale=[1.0,1.0]", "--data.erasing=0"]
     ready = Ready(options.side)
-    points = {
-        "demo: 32 px digits, batch 64, data, validation and files": (
-            lambda: ours({"name": "vit_micro", **DEMO}, flags, options.epochs, None),
-            lambda: bare(zoo.create_model("vit_micro", **DEMO), plain, options.epochs, None, True),
-        ),
-        f"deit_tiny, {options.side} px, batch {BATCH}, ready-made": (
-            lambda: ours({"name": "deit_tiny"}, ready, 1, STEPS),
-            lambda: bare(zoo.create_model("deit_tiny"), ready, 1, STEPS, False),
-        ),
-    }
-    for name, (fit, loop) in points.items():
-        taken: list[tuple[float, float, float]] = []
-        for number in tqdm(range(max(2, options.pairs // 5)), desc=name[:20]):
-            calls = [(0, fit), (1, loop), (2, loop)] if number % 2 else [(2, loop), (1, loop), (0, fit)]
-            found = {place: call() for place, call in calls}
-            taken.append((found[0], found[1], found[2]))
-        above, below, again = (list(each) for each in zip(*taken[1:], strict=True))  # the first round warms up
-        times = {"ms": 1e3 * median(above), "base_ms": 1e3 * median(below), "pairs": len(above)}
+    demo, deit = {"name": "vit_micro", **DEMO}, {"name": "deit_tiny"}
+    per_epoch = len(plain.train_dataloader())
+    points: list[tuple[str, dict[str, Any], Any, Any, int, int, Callable[[int, int], int]]] = [
+        ("demo: 32 px digits, batch 64, data, validation and files", demo, flags, plain, options.epochs, per_epoch,
+         lambda epoch, step: epoch),
+        (f"deit_tiny, {options.side} px, batch {BATCH}, ready-made", deit, ready, ready, 1, 5,
+         lambda epoch, step: step // 5),
+    ]  # fmt: skip
+    for name, model, given, data, epochs, size, unit in points:
+        loops = [bare(zoo.create_model(**model), data, epochs, data is plain) for _ in range(2)]
+        taken = ours(Beside(loops, unit), model, given, epochs)[1:]  # the first unit warms up
+        above, below, again = (list(each) for each in zip(*taken, strict=True))
+        times = {"ms": 1e3 * median(above) / size, "base_ms": 1e3 * median(below) / size, "pairs": len(above)}
         yield {"training": name} | times | timed("ratio", above, below) | timed("noise", again, below)
 
 

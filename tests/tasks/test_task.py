@@ -94,6 +94,23 @@ def test_a_schedule_without_an_end_is_refused():
         optimizers(classifier(), type("Endless", (Schedule,), {"estimated_stepping_batches": float("inf")}))
 
 
+# Randomness
+
+
+def test_a_step_seeds_the_accelerator_too(monkeypatch: pytest.MonkeyPatch):
+    """With the same number in a resumed run, another in each step, and not at all where there is no accelerator."""
+    seeds: list[int] = []
+    task = classifier()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    task._trainer = SimpleNamespace(current_epoch=3, global_rank=0)
+    task.on_train_batch_start(None, 0)
+    assert seeds == []
+    monkeypatch.setattr(Classify, "device", torch.device("cuda"))
+    for batch_idx in (0, 1, 0):
+        task.on_train_batch_start(None, batch_idx)
+    assert len(seeds) == 3 and seeds[0] == seeds[2] != seeds[1]
+
+
 # The averaged copy
 
 

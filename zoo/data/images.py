@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -41,8 +40,8 @@ class ImageDataset(Dataset[Batch]):
 
     Args:
         source: the images.
-        transform: from a PIL image to the input of `finish`.
-        finish: from a list of transformed images to the batch [B, channels, size, size].
+        transform: from a PIL image to one of the size and mode that the model takes.
+        preprocess: normalises the transformed images.
         erase: changes each image [channels, size, size] of a batch at the end, in place; None for no change.
         seed: seed of random transforms; None if there are none.
     """
@@ -50,12 +49,13 @@ class ImageDataset(Dataset[Batch]):
     def __init__(
         self,
         source: Source,
-        transform: Callable[["Image"], Any],
-        finish: Callable[[list[Any]], Tensor],
+        transform: Callable[["Image"], "Image"],
+        preprocess: ImagePreprocess,
         erase: Callable[[Tensor], Any] | None = None,
         seed: int | None = None,
     ):
-        self.source, self.transform, self.finish, self.erase, self.seed = source, transform, finish, erase, seed
+        self.source, self.transform, self.preprocess = source, transform, preprocess
+        self.erase, self.seed = erase, seed
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -76,7 +76,7 @@ class ImageDataset(Dataset[Batch]):
                     reseed(self.seed, epoch, index)
                 images.append(self.transform(image))
                 read.append((epoch, index))
-            batch = self.finish(images)
+            batch = self.preprocess.normalized(images)
             for image, (epoch, index) in zip(batch if self.erase else (), read, strict=False):
                 reseed(self.seed or 0, epoch, index, 1)
                 assert self.erase is not None
@@ -88,22 +88,6 @@ class ImageDataset(Dataset[Batch]):
 def as_it_is(batch: Batch) -> Batch:
     """Returns the batch that `ImageDataset` has made; nothing is left to collate."""
     return batch
-
-
-def stack(images: list[Tensor], preprocess: ImagePreprocess) -> Tensor:
-    """Prepared images [channels, size, size] as a batch, which may be empty."""
-    size = preprocess.size
-    return torch.stack(images) if images else torch.empty(0, preprocess.channels, size, size)
-
-
-def normalized(images: list[np.ndarray], preprocess: ImagePreprocess) -> Tensor:
-    """Images of uint8 [size, size] or [size, size, channels] as a normalised batch [B, channels, size, size]."""
-    if not images:
-        return stack([], preprocess)
-    values = torch.from_numpy(np.stack(images)).reshape(len(images), preprocess.size, preprocess.size, -1)
-    scaled = values.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    mean, std = (torch.tensor(each)[:, None, None] for each in (preprocess.mean, preprocess.std))
-    return scaled.sub_(mean).div_(std)
 
 
 class Images(DataModule):
@@ -258,8 +242,7 @@ class Images(DataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented images in random order; a last batch that is not full is dropped."""
         transform, erase = training_transform(self)
-        finish = functools.partial(normalized, preprocess=self.preprocess)
-        dataset = ImageDataset(self.source("train"), transform, finish, erase, self.seed)
+        dataset = ImageDataset(self.source("train"), transform, self.preprocess, erase, self.seed)
         sampler = EpochSampler(len(dataset), training=True, seed=self.seed)
         drop_last = len(sampler) >= self.batch
         return make_loader(
@@ -278,23 +261,21 @@ class Images(DataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
-        dataset = ImageDataset(
-            self.source(split), self.preprocess, functools.partial(stack, preprocess=self.preprocess)
-        )
+        dataset = ImageDataset(self.source(split), self.preprocess.cut, self.preprocess)
         sampler = EpochSampler(len(dataset), training=False)
         return make_loader(
             dataset, EvenBatches(sampler, self.batch), as_it_is, self.processes(self.dataset == "imagefolder")
         )
 
 
-def training_transform(data: Images) -> tuple[Callable[["Image"], np.ndarray], Callable[[Tensor], Any] | None]:
+def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Callable[[Tensor], Any] | None]:
     """timm's training transform: random crop, flip, RandAugment and jitter; and erasing, if enabled.
 
     Grey images are augmented as RGB, because timm's operations need RGB, and are grey again afterwards.
 
     Returns:
-        From a PIL image to uint8 [size, size] or [size, size, 3]; and what erases a part of a normalised image
-        [channels, size, size] in place.
+        From a PIL image to one of `size` by `size` pixels; and what erases a part of a normalised image [channels,
+        size, size] in place.
 
     Raises:
         ValueError: timm cannot parse `randaugment`.
@@ -327,7 +308,7 @@ def training_transform(data: Images) -> tuple[Callable[["Image"], np.ndarray], C
     if wanted.channels == 1:
         steps = [Grayscale(3), *steps, Grayscale(1)]
     erase = RandomErasing(data.erasing, mode="pixel", device="cpu") if data.erasing else None
-    return Compose([*steps, np.asarray]), erase
+    return Compose(steps), erase
 
 
 class Square:

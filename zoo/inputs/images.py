@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,12 +106,24 @@ class ImagePreprocess(Preprocess):
             found = read_image(image, self.channels)
         else:
             found = convert_image(_from_array(image), self.channels)
-        values = np.asarray(_centre(found, self.size, int(self.size / self.crop), self.interpolation))
-        pixels = torch.from_numpy(values.reshape(self.size, self.size, -1).transpose(2, 0, 1).copy())
+        return self.normalized([self.cut(found)])[0]
+
+    def cut(self, image: Image) -> Image:
+        """The centre of an image, resized to `size` by `size` pixels."""
+        return _centre(image, self.size, int(self.size / self.crop), self.interpolation)
+
+    def normalized(self, images: Sequence[Image]) -> Tensor:
+        """PIL images of `size` by `size` pixels, in the mode that the model takes, as a batch: float32 [B, channels,
+        size, size]."""
+        shape = (len(images), self.size, self.size, self.channels)
+        values = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        if images:
+            values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).reshape(shape)
+        scaled = values.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         mean, std = (
             torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None] for each in (self.mean, self.std)
         )
-        return (pixels.to(torch.float32) / 255 - mean) / std
+        return scaled.sub_(mean).div_(std)
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

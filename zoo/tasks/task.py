@@ -93,7 +93,6 @@ class Task(lightning.LightningModule):
         self.start = None if weights is None else load_checkpoint(weights)
         if self.start is None and "name" not in backbone:
             raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
-        self.generators = torch.get_rng_state()
         self.model = self.built(self.backbone)
         if (trained := self.config.task) != self.command:
             other = f"use `zoo {trained}`" if trained else "no command trains it"
@@ -129,8 +128,7 @@ class Task(lightning.LightningModule):
     def built(self, backbone: dict[str, Any]) -> Model:
         """The model that backbone describes, with the weights of the checkpoint that training starts from."""
         if self.start is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self.generators)
+            with torch.random.fork_rng(devices=[]):  # built again, it starts from the same weights
                 model = create_model(**backbone)
             assert isinstance(model, Model)
             return model
@@ -264,6 +262,8 @@ class Task(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        if self.device.type != "cpu":
+            torch.manual_seed(torch.initial_seed())  # the accelerator's generator, too
 
     def advance(self) -> None:
         advance(self.model, self.progress)

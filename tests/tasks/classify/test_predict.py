@@ -30,7 +30,7 @@ def save(folder: Path, **more: Any) -> str:
     torch.manual_seed(0)  # a fixture of the session comes before the test's own seed
     model: Any = randomise(zoo.create_model("vit_micro", dim=32, depth=1, heads=2, image=16, patch=8, **small))
     for parameter in model.head.parameters() if small["classes"] else ():
-        parameter.data *= 3.0 if parameter.ndim == 2 else 0.0  # so that pictures differ in their answers
+        parameter.data *= 3.0 if parameter.ndim == 2 else 0.0  # so that images differ in their answers
     return str(save_model(model, folder, preset="vit_micro", **given))
 
 
@@ -51,10 +51,10 @@ def noise(path: Path, seed: int, mode: str = "RGB", size: tuple[int, int] = (24,
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Pictures of every kind below ./pictures, which is sorted; the test runs beside it."""
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pictures of every kind below ./images, which is sorted; the test runs beside it."""
     monkeypatch.chdir(tmp_path)
-    folder = Path("pictures")
+    folder = Path("images")
     made = [noise(folder / "b/deep/RGB.JPG", 0, size=(96, 80)), noise(folder / "b/grey.png", 1, "L")]
     made += [noise(folder / "deep.png", 2, "I;16"), noise(folder / "rgba.png", 3, "RGBA", (40, 9))]
     noise(folder / ".hidden.png", 4)
@@ -64,10 +64,10 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def break_pictures() -> list[str]:
-    whole = Path("pictures/b/deep/RGB.JPG").read_bytes()
-    Path("pictures/c.jpg").write_bytes(whole[: len(whole) // 2])
-    Path("pictures/text.jpg").write_text("text")
-    return ["pictures/c.jpg", "pictures/text.jpg"]
+    whole = Path("images/b/deep/RGB.JPG").read_bytes()
+    Path("images/c.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("images/text.jpg").write_text("text")
+    return ["images/c.jpg", "images/text.jpg"]
 
 
 def predict(*arguments: object) -> list[dict[str, Any]]:
@@ -93,9 +93,9 @@ def by_hand(model: str, path: str) -> torch.Tensor:
 # What is written
 
 
-def test_answers_are_the_model_s(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
-    entries = predict(model, "pictures", "--top", 3)
-    assert [entry["path"] for entry in entries] == pictures
+def test_answers_are_the_model_s(model: str, images: list[str], capsys: pytest.CaptureFixture[str]):
+    entries = predict(model, "images", "--top", 3)
+    assert [entry["path"] for entry in entries] == images
     for entry in entries:
         wanted = by_hand(model, entry["path"])
         assert [best["index"] for best in entry["top"]] == wanted.topk(3).indices.tolist()
@@ -111,9 +111,9 @@ def test_answers_are_the_model_s(model: str, pictures: list[str], capsys: pytest
     assert said.err == f"zoo: 4 of 4 images done; {wrote}\n"
 
 
-def test_csv_says_what_json_says(model: str, pictures: list[str]):
+def test_csv_says_what_json_says(model: str, images: list[str]):
     comma = noise(Path('a, "b".png'), 6)
-    entries = predict(model, comma, "pictures")
+    entries = predict(model, comma, "images")
     with open("runs/predict/predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["path", "label", "probability", "index", "error"]
@@ -123,19 +123,19 @@ def test_csv_says_what_json_says(model: str, pictures: list[str]):
 
 
 @pytest.mark.parametrize("top", [5, 99])
-def test_all_probabilities_sum_to_one(model: str, pictures: list[str], top: int):
-    for entry in predict(model, *pictures, "--top", top):
+def test_all_probabilities_sum_to_one(model: str, images: list[str], top: int):
+    for entry in predict(model, *images, "--top", top):
         values = [best["probability"] for best in entry["top"]]
         assert len(values) == 5 and sum(values) == pytest.approx(1, abs=1e-6)
         assert values == sorted(values, reverse=True)
 
 
-def test_batch_size_changes_nothing(model: str, pictures: list[str]):
+def test_batch_size_changes_nothing(model: str, images: list[str]):
     break_pictures()
     runs = []
     for batch in (1, 4, 32):
         with pytest.raises(SystemExit):
-            predict(model, "pictures", "--batch", batch, "--output", batch)
+            predict(model, "images", "--batch", batch, "--output", batch)
         runs.append(json.loads(Path(str(batch), "predictions.json").read_text()))
     for run in runs[1:]:
         for entry, wanted in zip(run, runs[0], strict=True):
@@ -145,9 +145,9 @@ def test_batch_size_changes_nothing(model: str, pictures: list[str]):
                 assert entry[key] == same
 
 
-def test_bf16_is_near(model: str, pictures: list[str]):
-    exact = predict(model, "pictures", "--top", 5)
-    near = predict(model, "pictures", "--top", 5, "--precision", "bf16", "--device", "cpu")
+def test_bf16_is_near(model: str, images: list[str]):
+    exact = predict(model, "images", "--top", 5)
+    near = predict(model, "images", "--top", 5, "--precision", "bf16", "--device", "cpu")
     apart = 0.0
     for one, other in zip(exact, near, strict=True):
         values = [{best["index"]: best["probability"] for best in entry["top"]} for entry in (one, other)]
@@ -155,10 +155,10 @@ def test_bf16_is_near(model: str, pictures: list[str]):
     assert 0 < apart < 0.03
 
 
-def test_grey_model_without_labels(pictures: list[str]):
+def test_grey_model_without_labels(images: list[str]):
     grey = ImagePreprocess(size=16, channels=1, mean=(0.5,), std=(0.5,))
     name = save(Path("checkpoints/grey"), channels=1, preprocess=grey, labels=None)
-    entries = predict("grey", "pictures")
+    entries = predict("grey", "images")
     assert len(entries) == 4 and Path(name).name == "grey"
     assert all(entry["label"] == f"class {entry['index']}" for entry in entries)
 
@@ -212,34 +212,34 @@ def test_only_small_pictures_are_kept(model: str, tmp_path: Path, monkeypatch: p
     assert sizes == [(320, 183)] * 3
 
 
-# Which pictures
+# Which images
 
 
-def test_named_files_are_tried_whatever_they_are_called(model: str, pictures: list[str]):
-    named = [noise(Path("pictures/.hidden.png"), 4), str(Path("odd.name"))]
-    Path(pictures[1]).rename(named[1])
-    entries = predict(model, *named, "--top", 1, "pictures/rgba.png", "pictures", named[0])
-    rest = ["pictures/b/deep/RGB.JPG", "pictures/deep.png"]
-    assert [entry["path"] for entry in entries] == [*named, "pictures/rgba.png", *rest]
+def test_named_files_are_tried_whatever_they_are_called(model: str, images: list[str]):
+    named = [noise(Path("images/.hidden.png"), 4), str(Path("odd.name"))]
+    Path(images[1]).rename(named[1])
+    entries = predict(model, *named, "--top", 1, "images/rgba.png", "images", named[0])
+    rest = ["images/b/deep/RGB.JPG", "images/deep.png"]
+    assert [entry["path"] for entry in entries] == [*named, "images/rgba.png", *rest]
 
 
-def test_its_own_picture_is_left_out(model: str, pictures: list[str]):
-    other = noise(Path("pictures/b/predictions.png"), 7)
-    first = predict(model, "pictures", "--output", "pictures")
-    assert [entry["path"] for entry in first] == sorted([*pictures, other])
-    assert predict(model, "pictures", "--output", "pictures/../pictures") == first
+def test_its_own_picture_is_left_out(model: str, images: list[str]):
+    other = noise(Path("images/b/predictions.png"), 7)
+    first = predict(model, "images", "--output", "images")
+    assert [entry["path"] for entry in first] == sorted([*images, other])
+    assert predict(model, "images", "--output", "images/../images") == first
 
 
-def test_links_are_followed_but_not_in_circles(model: str, pictures: list[str]):
+def test_links_are_followed_but_not_in_circles(model: str, images: list[str]):
     noise(Path("elsewhere/e.png"), 8)
-    os.symlink(Path("elsewhere").resolve(), "pictures/link")
-    os.symlink(Path("pictures").resolve(), "elsewhere/back")
-    found = [entry["path"] for entry in predict(model, "pictures")]
-    assert found == sorted([*pictures, "pictures/link/e.png"])
+    os.symlink(Path("elsewhere").resolve(), "images/link")
+    os.symlink(Path("images").resolve(), "elsewhere/back")
+    found = [entry["path"] for entry in predict(model, "images")]
+    assert found == sorted([*images, "images/link/e.png"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_odd_names_stay_in_one_line(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+def test_odd_names_stay_in_one_line(model: str, images: list[str], capsys: pytest.CaptureFixture[str]):
     odd = os.fsdecode(b"line\nbreak \x1b[31m \xff.png")
     os.rename(noise(Path("odd.png"), 9), odd)
     (entry,) = predict(model, odd)
@@ -253,15 +253,15 @@ def test_odd_names_stay_in_one_line(model: str, pictures: list[str], capsys: pyt
 # What is wrong
 
 
-def test_unreadable_pictures_stop_no_other(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
-    good = predict(model, "pictures", "--output", "good")
+def test_unreadable_pictures_stop_no_other(model: str, images: list[str], capsys: pytest.CaptureFixture[str]):
+    good = predict(model, "images", "--output", "good")
     broken = break_pictures()
     capsys.readouterr()
-    text = failure(capsys, model, "pictures").splitlines()
+    text = failure(capsys, model, "images").splitlines()
     assert [line.split(": ")[:2] for line in text[:2]] == [["zoo", path] for path in broken]
     assert text[-1] == "zoo: error: 2 of 6 images had an error" and len(text) == 4
     entries = json.loads(Path("runs/predict/predictions.json").read_text())
-    assert [entry["path"] for entry in entries] == sorted([*pictures, *broken])
+    assert [entry["path"] for entry in entries] == sorted([*images, *broken])
     failed = [entry for entry in entries if "error" in entry]
     assert [entry["path"] for entry in failed] == broken
     assert all(entry.keys() == {"path", "error"} for entry in failed)
@@ -273,8 +273,8 @@ def test_unreadable_pictures_stop_no_other(model: str, pictures: list[str], caps
     assert rows[broken[0]]["error"] == failed[0]["error"] and rows[broken[0]]["label"] == ""
 
 
-def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
-    before = predict(model, "pictures")
+def test_nothing_readable_writes_nothing(model: str, images: list[str], capsys: pytest.CaptureFixture[str]):
+    before = predict(model, "images")
     broken = break_pictures()
     text = failure(capsys, model, *broken)
     assert text.endswith("error: no predictions for any of 2 images; nothing was written to runs/predict")
@@ -288,26 +288,26 @@ def test_nothing_readable_writes_nothing(model: str, pictures: list[str], capsys
     [
         (["MODEL", "nowhere"], "file or folder not found: 'nowhere'"),
         (["MODEL", ""], "file or folder not found: ''"),
-        (["MODEL", "pictures", "empty"], "no image in folder 'empty' (.jpg .jpeg"),
-        (["nowhere", "pictures"], "checkpoint 'nowhere' not found"),
-        (["plain", "pictures"], "plain has no preprocess in its config.json"),
-        (["backbone", "pictures"], "backbone is a backbone without a head"),
+        (["MODEL", "images", "empty"], "no image in folder 'empty' (.jpg .jpeg"),
+        (["nowhere", "images"], "checkpoint 'nowhere' not found"),
+        (["plain", "images"], "plain has no preprocess in its config.json"),
+        (["backbone", "images"], "backbone is a backbone without a head"),
         (
-            ["MODEL", "pictures", "--output", "pictures/deep.png"],
-            "--output must be a folder; pictures/deep.png is a file",
+            ["MODEL", "images", "--output", "images/deep.png"],
+            "--output must be a folder; images/deep.png is a file",
         ),
-        (["MODEL", "pictures", "--top", "0"], "must be an integer from 1 to 999999999, got '0'"),
-        (["MODEL", "pictures", "--batch", "1.5"], "must be an integer from 1 to 999999999, got '1.5'"),
-        (["MODEL", "pictures", "--device", "tpu"], "invalid choice: 'tpu'"),
-        (["MODEL", "pictures", "--prec", "bf16"], "unrecognized arguments: --prec"),
+        (["MODEL", "images", "--top", "0"], "must be an integer from 1 to 999999999, got '0'"),
+        (["MODEL", "images", "--batch", "1.5"], "must be an integer from 1 to 999999999, got '1.5'"),
+        (["MODEL", "images", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["MODEL", "images", "--prec", "bf16"], "unrecognized arguments: --prec"),
         (["MODEL"], "required: PATH (see --help)"),
         ([], "required: NAME, PATH (see --help)"),
-        (["run", "pictures"], "run is a run, not a checkpoint; did you mean run/best?"),
+        (["run", "images"], "run is a run, not a checkpoint; did you mean run/best?"),
     ],
     ids=str,
 )
 def test_bad_arguments(
-    arguments: list[str], words: str, model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, model: str, images: list[str], capsys: pytest.CaptureFixture[str]
 ):
     Path("empty/.hidden").mkdir(parents=True)
     if "plain" in arguments:
@@ -323,8 +323,8 @@ def test_bad_arguments(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda(model: str, pictures: list[str], capsys: pytest.CaptureFixture[str]):
-    assert "no CUDA device found" in failure(capsys, model, "pictures", "--device", "cuda")
+def test_no_cuda(model: str, images: list[str], capsys: pytest.CaptureFixture[str]):
+    assert "no CUDA device found" in failure(capsys, model, "images", "--device", "cuda")
 
 
 class Odd(torch.nn.Module):
@@ -343,9 +343,9 @@ class Odd(torch.nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
 def test_a_fault_of_one_image_ends_no_other(
-    batch: int, model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    batch: int, model: str, images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ):
-    good = predict(model, *pictures)
+    good = predict(model, *images)
     for name, level in (("white", 255), ("black", 0)):
         Image.new("RGB", (9, 9), (level, level, level)).save(f"{name}.png")
     loaded = load_checkpoint(model)
@@ -361,7 +361,7 @@ def test_a_fault_of_one_image_ends_no_other(
     monkeypatch.setattr(ImagePreprocess, "__call__", strange)
     Image.new("RGB", (7, 5)).save("strange.png")
     capsys.readouterr()
-    text = failure(capsys, model, "white.png", pictures[0], "black.png", "strange.png", *pictures[1:], "--batch", batch)
+    text = failure(capsys, model, "white.png", images[0], "black.png", "strange.png", *images[1:], "--batch", batch)
     assert "zoo: white.png: the model's output is NaN or infinite" in text
     assert "zoo: black.png: RuntimeError: too dark for a model" in text
     assert "zoo: strange.png: KeyError: 'no such thing'" in text
@@ -372,31 +372,31 @@ def test_a_fault_of_one_image_ends_no_other(
     assert [entry["label"] for entry in answered] == [entry["label"] for entry in good]
 
 
-def test_answers_that_are_all_nan(pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+def test_answers_that_are_all_nan(images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any):
     broken = load_model(save(Path("broken")))
     list(broken.parameters())[-1].data.fill_(float("nan"))
     loaded = load_checkpoint("broken")._replace(model=broken)
     monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded)
-    text = failure(capsys, "broken", "pictures")
+    text = failure(capsys, "broken", "images")
     assert text.count("the model's output is NaN or infinite") == 4
     assert text.endswith("no predictions for any of 4 images; nothing was written to runs/predict")
     assert os.listdir("runs/predict") == []
 
 
 def test_a_figure_that_cannot_be_drawn_costs_no_answers(
-    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     def odd(*given: object) -> None:
         raise KeyError("a font")
 
     monkeypatch.setattr(answers, "draw", odd)
-    assert len(predict(model, "pictures")) == 4 and sorted(os.listdir("runs/predict")) == sorted(FILES[:2])
+    assert len(predict(model, "images")) == 4 and sorted(os.listdir("runs/predict")) == sorted(FILES[:2])
     assert "zoo: predictions.png could not be drawn: 'a font'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 def test_nobody_reads_on(
-    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Answers that are read no further, or cannot be printed at all, are written."""
     reading, writing = os.pipe()
@@ -404,7 +404,7 @@ def test_nobody_reads_on(
     full = "zoo: standard output: No space left on device\n"
     for stream, said in ((os.fdopen(writing, "w"), ""), (open("/dev/full", "w"), full), (None, "")):  # noqa: SIM115
         monkeypatch.setattr(sys, "stdout", stream)
-        entries = predict(model, "pictures", "--batch", 1)
+        entries = predict(model, "images", "--batch", 1)
         end = "zoo: 4 of 4 images done; wrote predictions.json, predictions.csv, predictions.png to runs/predict\n"
         assert len(entries) == 4 and capsys.readouterr().err == said + end
         Path("runs/predict/predictions.json").unlink()
@@ -415,11 +415,9 @@ def test_nobody_reads_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
-def test_a_pipe_into_head(model: str, pictures: list[str]):
+def test_a_pipe_into_head(model: str, images: list[str]):
     environment = os.environ | {"PYTHONPATH": str(Path(zoo.__file__).parents[1])}
-    command = (
-        f"{sys.executable} -m zoo classify predict {model} pictures --batch 1 | head -c 1; exit ${{PIPESTATUS[0]}}"
-    )
+    command = f"{sys.executable} -m zoo classify predict {model} images --batch 1 | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0 and done.stderr.splitlines()[0].startswith("zoo: 4 of 4 images done")
     assert len(json.loads(Path("runs/predict/predictions.json").read_text())) == 4
@@ -436,15 +434,15 @@ def test_help_needs_no_heavy_library():
 
 
 def test_full_disk_leaves_the_files_before_whole(
-    model: str, pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    before = predict(model, "pictures")
+    before = predict(model, "images")
 
     def full(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(answers, "draw", full)
-    text = failure(capsys, model, "pictures/b")
+    text = failure(capsys, model, "images/b")
     assert text.endswith("zoo: error: cannot write to runs/predict: No space left on device")
     assert sorted(os.listdir("runs/predict")) == sorted(FILES)
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before

@@ -30,7 +30,7 @@ from zoo.outputs import greedy
 from zoo.outputs.tokens import Characters, Tokenizer, train_characters, train_pieces
 from zoo.tasks.classify.train import Classify
 from zoo.tasks.task import Task
-from zoo.tasks.transcribe.train import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence
+from zoo.tasks.transcribe.train import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence, interval
 from zoo.weights import load_checkpoint, save_model
 
 LETTERS = Characters(" ABCDEFGH")
@@ -140,14 +140,14 @@ def test_what_is_kept_gives_the_logged_error(name: str, learned: Path, capsys: p
     words = sum(len(text.split()) for text in texts)
     shown = capsys.readouterr().out
     assert shown.startswith(f"word error rate {wanted:.4f}, character error rate 0.")
-    assert shown.endswith(f"(n = {words} words in 64 utterances)\n") and shown.count("\n") == 1
+    assert f"(n = {words} words in 64 utterances, 95 % interval 0." in shown and shown.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_the_test_set_is_another(learned: Path, capsys: pytest.CaptureFixture[str]):
     command("test", "--config", learned / "config.yaml", f"--model.weights={learned}/best")
     words, shown = sum(len(text.split()) for text in Tones("test", range(64)).texts), capsys.readouterr().out
-    assert f"(n = {words} words in 64 utterances)" in shown and float(shown.split()[3][:-1]) < 0.6
+    assert f"(n = {words} words in 64 utterances, 95 % interval" in shown and float(shown.split()[3][:-1]) < 0.6
 
 
 # Resuming
@@ -591,7 +591,7 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys:
             command(verb, *folder_flags(faulty), f"--model.weights={tmp_path}/last")
         assert f"1 unreadable files were skipped in the {run}" in [str(each.message) for each in seen]
     first, second = capsys.readouterr().out.splitlines()
-    assert first == second and first.endswith("words in 7 utterances)")
+    assert first == second and "words in 7 utterances, 95 % interval" in first
 
 
 def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
@@ -632,6 +632,24 @@ def test_training_on_nothing_is_an_error(tmp_path: Path):
     with pytest.warns(UserWarning, match="skipped"):
         assert "no utterance of the training set could be used" in refused("fit", *flags)
     assert not (tmp_path / "run/last").exists() and not (tmp_path / "run/best").exists()
+
+
+def test_the_interval_is_that_of_a_mean_over_utterances():
+    """For utterances of one word each, half of them wrong, near the normal approximation."""
+    errors, words = torch.arange(200) % 2, torch.ones(200)
+    low, high = interval(errors.float(), words) or (0.0, 0.0)
+    half = 1.96 * (0.25 / 200) ** 0.5
+    assert low == pytest.approx(0.5 - half, abs=0.015) and high == pytest.approx(0.5 + half, abs=0.015)
+    assert interval(errors.float(), words) == (low, high)
+
+
+def test_the_interval_weighs_utterances_by_their_words():
+    """One long utterance without an error among short ones that are wrong."""
+    errors, words = torch.tensor([0.0, *[1.0] * 20]), torch.tensor([100.0, *[1.0] * 20])
+    low, high = interval(errors, words) or (0.0, 0.0)
+    assert low < 20 / 120 < high == 1.0
+    assert interval(torch.tensor([1.0]), torch.tensor([3.0])) is None
+    assert interval(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0])) is None
 
 
 def test_a_checkpoint_is_measured_on_its_own_features(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import CatMetric, MeanMetric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from zoo.data.augment import filter_bands, spec_augment, warp_frequencies
@@ -124,6 +124,7 @@ class Transcribe(Task):
         self.tokenizer: Tokenizer | None = None
         self.learned = 0  # utterances with a loss, on this rank
         self.wer, self.cer = WordErrorRate(), CharErrorRate()
+        self.errors, self.spoken = CatMetric(), CatMetric()  # word errors and words of each utterance
         self.mean_loss, self.with_loss = MeanMetric(), SumMetric()
         self.number, self.words = SumMetric(), SumMetric()
 
@@ -308,7 +309,11 @@ class Transcribe(Task):
             head: Any = self.measured.head
             found = transducer_greedy(head, logits, lengths) if self.transducer else greedy(logits.float(), lengths)
             said = [self.labels.decode(each) for each in found]
-            self.wer.update(said, list(batch.texts))
+            for one, text in zip(said, batch.texts, strict=True):
+                before = self.wer.errors.clone()
+                self.wer.update(one, text)
+                self.errors.update(self.wer.errors - before)
+                self.spoken.update(len(text.split()))
             self.cer.update(said, list(batch.texts))
             self.number.update(len(said))
             self.words.update(sum(len(text.split()) for text in batch.texts))
@@ -329,12 +334,47 @@ class Transcribe(Task):
         if self.with_loss.compute():
             self.log(f"{part}/loss", self.mean_loss.compute())
         size = f"n = {words} words in {number} utterances"
+        if (found := interval(self.errors.compute(), self.spoken.compute())) is not None:
+            size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
         self.said = f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})"
-        for metric in (self.wer, self.cer, self.mean_loss, self.with_loss, self.number, self.words):
+        metrics = (
+            self.wer,
+            self.cer,
+            self.errors,
+            self.spoken,
+            self.mean_loss,
+            self.with_loss,
+            self.number,
+            self.words,
+        )
+        for metric in metrics:
             metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def interval(errors: Tensor, words: Tensor) -> tuple[float, float] | None:
+    """The 95 % interval of a word error rate by the bootstrap over utterances (Bisani and Ney 2004).
+
+    Args:
+        errors: word errors of each utterance.
+        words: words of each utterance.
+
+    Returns:
+        Its ends; None for fewer than two utterances with words.
+    """
+    from scipy.stats import bootstrap
+
+    pairs = torch.stack([errors, words]).double().cpu()[:, words.cpu() > 0].numpy()
+    if pairs.shape[1] < 2:
+        return None
+
+    def rate(wrong: Any, number: Any, axis: int) -> Any:
+        return wrong.sum(axis) / number.sum(axis)
+
+    found = bootstrap(pairs, rate, paired=True, n_resamples=999, batch=100, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def divergence(logits: Tensor, lengths: Tensor) -> Tensor:
