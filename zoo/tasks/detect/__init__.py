@@ -1,0 +1,1 @@
+"""Detection: training, matching, losses, prediction."""
