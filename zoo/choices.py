@@ -180,7 +180,7 @@ def _check_pairs(block: BlockConfig) -> None:
                     f"'{block.modulation}' treats differently; choose another {name} ({able})"
                 )
     tokens = writes & {"prefix", "mask", "visible"}
-    needs = {"mixer": writes - {"cond", "memory"}, "conv": tokens, "cross": tokens | writes & {"code"}}
+    needs = {"mixer": writes - {"cond", "memory"}, "conv": tokens, "cross": tokens - {"visible"} | writes & {"code"}}
     needs |= {"channel": tokens, "position": tokens, "norm": writes & {"visible"}}
     needs |= {"conv_norm": writes & {"visible"}} if "conv" in words else {}
     for name, needed in needs.items():

@@ -13,7 +13,8 @@ class Memory(NamedTuple):
     mask: Tensor | None = None  # [B, M], True on real tokens
     code: Tensor | None = None  # [1 or B, M, D], added to keys and not to values
     grids: tuple[tuple[int, ...], ...] = ()  # one per level; their products sum to M
-    reference: Tensor | None = None  # [B, N, 2 or 4], where each query looks, in 0..1
+    reference: Tensor | None = None  # [B, N, 2 or 4], where each query looks, in 0..1 of its sample's extent
+    extent: Tensor | None = None  # [B, levels, 2], the share (x, y) of each map that is real; None for all of it
 
 
 class Chunks(NamedTuple):
@@ -26,6 +27,19 @@ class Chunks(NamedTuple):
         """Whether the queries [N] see the keys [M], both given by their places: [N, M]."""
         behind = (queries // self.chunk)[:, None] - keys // self.chunk
         return (behind >= 0) & (behind <= self.left // self.chunk)
+
+
+class Groups(NamedTuple):
+    """Which queries see which in a detector: those of `number` groups of `size` come first, then all others. A query
+    of a group sees its group and the others, which see themselves alone (DN-DETR, Li et al. 2022, arXiv:2203.01305)."""
+
+    number: int
+    size: int
+
+    def allow(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether the queries [N] see the keys [M], both given by their places: [N, M]."""
+        own, seen = ((places // self.size).clamp(max=self.number) for places in (queries, keys))
+        return (seen == self.number) | (own[:, None] == seen)
 
 
 class Context(NamedTuple):
@@ -44,7 +58,7 @@ class Context(NamedTuple):
     cond: Tensor | None = None  # the condition that modulates the blocks, in the shape that the modulation states
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None
-    visible: Chunks | None = None
+    visible: Chunks | Groups | None = None
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
 
     @property
@@ -60,6 +74,7 @@ class Place:
     axes: int = 2  # 2: tokens form H x W; 1: along time
     grid: tuple[int, ...] = ()  # at the config's own size; weights that depend on the number of tokens start from it
     prefix: int = 0
+    levels: int = 1  # grids of the memory that cross-attention reads
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
 

@@ -184,10 +184,57 @@ class Conditional(Position):
         return x + F.pad(added, (0, 0, context.prefix, 0))
 
 
+class Sine(Position):
+    """Sines and cosines of each axis, added to queries and keys and not to values (DETR, Carion et al. 2020,
+    arXiv:2005.12872).
+
+    Positions run from 1 / n to 1 of the n tokens of each sample's extent, times 2 pi, sines and cosines alternating.
+    With extent=False they count tokens from 0 as in `sincos` (RT-DETR, Zhao et al. 2024, arXiv:2304.08069).
+    """
+
+    writes = frozenset({"code"})
+    reads = frozenset({"prefix", "mask"})
+    anchor: Tensor
+
+    def __init__(self, dim: int, head_dim: int, place: Place, *, extent: bool = True) -> None:
+        super().__init__(dim, head_dim, place)
+        if dim % (2 * place.axes):
+            raise ValueError(f"sine on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}")
+        self.extent = extent
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device and the dtype
+
+    def place(self, context: Context) -> Context:
+        grid, width = context.grid, self.dim // len(context.grid)
+        if self.extent:
+            code = self.normalized(context, width)
+        else:
+            code = _on_grid(_sincos, grid, width, device=self.anchor.device)[None]
+        code = F.pad(code, (0, 0, context.prefix, 0)) if context.prefix else code
+        return context._replace(code=code.to(self.anchor.dtype))
+
+    def normalized(self, context: Context, width: int) -> Tensor:
+        """[1 or B, N, dim], the first axis in the first channels."""
+        device, parts = self.anchor.device, []
+        rates = 10000.0 ** (-torch.arange(width // 2, device=device) / (width // 2))
+        if context.mask is None:
+            lengths = [torch.full((1,), size, device=device) for size in context.grid]
+        else:
+            lengths = extent(context)
+        for axis, (size, length) in enumerate(zip(context.grid, lengths, strict=True)):
+            place = torch.arange(1, size + 1, device=device) / (length[:, None] + 1e-6) * (2 * math.pi)
+            waves = place[..., None] * rates
+            row = torch.stack([waves.sin(), waves.cos()], -1).flatten(-2)  # [1 or B, size, width]
+            shape = [len(row), *[1] * len(context.grid), width]
+            shape[1 + axis] = size
+            parts.append(row.view(shape).expand(-1, *context.grid, -1))
+        return torch.cat(parts, -1).flatten(1, -2)
+
+
 POSITIONS: dict[str, type[Position]] = {
     "none": NoPosition,
     "learned": Learned,
     "sincos": SinCos,
+    "sine": Sine,
     "rope": Rotary,
     "cpe": Conditional,
 }

@@ -99,12 +99,12 @@ class DCNv4(Layer):
 
 
 class DeformableCross(Layer):
-    """Each head samples `points` points around the query's reference on each of the `levels` grids of the memory
-    (Deformable DETR, Zhu et al. 2021, arXiv:2010.04159).
+    """Each head samples `points` points around the query's reference on each grid of the memory (Deformable DETR, Zhu
+    et al. 2021, arXiv:2010.04159).
 
-    The reference is a point (x, y) or a box (x, y, w, h) in 0..1: offsets are pixels of their grid around a point, and
-    half boxes, divided by `points`, around a box's centre. weights: `softmax` over all samples; `sigmoid`; `raw`, used
-    as given. All three start as the mean of all samples.
+    The reference is a point (x, y) or a box (x, y, w, h) in 0..1 of the sample's extent: offsets are pixels of their
+    grid around a point, and half boxes, divided by `points`, around a box's centre. weights: `softmax` over all
+    samples; `sigmoid`; `raw`, used as given. All three start as the mean of all samples.
     """
 
     reads = frozenset({"prefix", "mask", "code", "memory"})
@@ -116,7 +116,6 @@ class DeformableCross(Layer):
         heads: int,
         place: Place = ANYWHERE,
         *,
-        levels: int = 4,
         points: int = 4,
         weights: str = "softmax",
     ) -> None:
@@ -124,7 +123,8 @@ class DeformableCross(Layer):
         _check_weights("deformable", weights)
         if dim % heads:
             raise ValueError(f"heads must divide dim {dim}, got {heads}")
-        self.heads, self.levels, self.points, self.weights = heads, levels, points, weights
+        self.heads, self.levels, self.points, self.weights = heads, place.levels, points, weights
+        levels = place.levels
         samples = levels * points
         self.values, self.out = linear(dim, dim), linear(dim, dim)
         self.offsets, self.scores = nn.Linear(dim, heads * samples * 2), nn.Linear(dim, heads * samples)
@@ -154,11 +154,12 @@ class DeformableCross(Layer):
         offsets = self.offsets(query).unflatten(-1, (*shape, 2))  # (x, y)
         weights = weigh(self.scores(query).unflatten(-1, (self.heads, -1)), self.weights).unflatten(-1, shape[1:])
         reference = memory.reference[:, :, None, None, None].to(torch.promote_types(offsets.dtype, torch.float32))
+        share = 1.0 if memory.extent is None else memory.extent[:, None, None, :, None]  # of the padded maps
         if reference.shape[-1] == 2:
             sizes = offsets.new_tensor([(columns, rows) for rows, columns in memory.grids], dtype=reference.dtype)
-            places = reference + offsets / sizes[:, None]
+            places = reference * share + offsets / sizes[:, None]
         else:
-            places = reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.points)
+            places = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.points)) * share
         value = zeroed(self.values(memory.tokens), memory.mask)
         grids = [(rows, columns) for rows, columns in memory.grids]
         y = multiscale(value, grids, places.flip(-1), weights)

@@ -1,12 +1,20 @@
-"""What detectors share: the predictions of queries."""
+"""What detectors share: the predictions of queries, padded images, heads and places of boxes.
+
+Boxes are (centre x, centre y, width, height) in 0..1 of each image's own extent.
+"""
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.stems.images import checked, padding_of
+from zoo.tensors import exporting, relu
 
 
 class Predicted(NamedTuple):
-    """Predictions of queries. Boxes are (centre x, centre y, width, height) in 0..1 of each image's own extent."""
+    """Predictions of queries."""
 
     logits: Tensor  # [..., B, Q, classes]
     boxes: Tensor  # [..., B, Q, 4]
@@ -31,3 +39,54 @@ class Trained(NamedTuple):
     layers: Predicted  # after each decoder layer: [L, B, Q, ...]
     proposals: Predicted | None  # of the tokens that the queries start from: [B, Q, ...]
     noised: Predicted | None  # of the denoising queries after each decoder layer: [L, B, groups * 2 G, ...]
+
+
+class BoxHead(nn.Module):
+    """Linear maps with ReLU between them: from `inputs` channels over `hidden` to `outputs`."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, depth: int) -> None:
+        super().__init__()
+        sizes = [inputs, *[hidden] * (depth - 1), outputs]
+        self.layers = nn.ModuleList(nn.Linear(one, other) for one, other in zip(sizes[:-1], sizes[1:], strict=True))
+        for layer in self.layers:
+            nn.init.xavier_uniform_(layer.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = relu(layer(x))
+        return self.layers[-1](x)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least single precision, for boxes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def logit(boxes: Tensor, eps: float = 1e-5) -> Tensor:
+    """The inverse of the sigmoid, of values clamped to eps from 0 and 1."""
+    boxes = boxes.clamp(0, 1)
+    return torch.log(boxes.clamp(min=eps) / (1 - boxes).clamp(min=eps))
+
+
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of x [1 or B, M, D] at index [B, Q]: [B, Q, D]."""
+    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def padded(images: Tensor, mask: Tensor | None, channels: int, stride: int) -> tuple[Tensor, Tensor | None]:
+    """The images and the mask with sides that the stride divides, zeros and False at the right and the bottom. The
+    mask is None if every pixel is real."""
+    images = checked(images, mask, channels)
+    padding = padding_of(images.shape[2:], stride)
+    if not exporting() and not any(padding):
+        return images, mask
+    if mask is None:
+        mask = torch.ones_like(images[:, 0], dtype=torch.bool)
+    return F.pad(images, padding), F.pad(mask, padding)
+
+
+def shares(mask: Tensor) -> Tensor:
+    """How much of the width and of the height of each mask [B, H, W] is real: [B, 2] in 0..1."""
+    real = torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], -1)
+    return real / torch.tensor([mask.shape[2], mask.shape[1]], device=mask.device)

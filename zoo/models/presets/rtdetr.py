@@ -1,0 +1,31 @@
+"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks."""
+
+from dataclasses import replace
+
+from zoo.models.rtdetr import RTDETRConfig
+
+_R50 = RTDETRConfig(trunk="timm:resnet50d")
+_SMALL = replace(_R50, depth=3, neck_ratio=0.5)
+
+ABOUT = {"rtdetr": "RT-DETR (Zhao et al. 2024, arXiv:2304.08069)"}
+
+PRESETS: dict[str, RTDETRConfig] = {
+    "rtdetr_r18": replace(_SMALL, trunk="timm:resnet18d"),
+    "rtdetr_r34": replace(_SMALL, trunk="timm:resnet34d", depth=4),
+    "rtdetr_r50": _R50,
+    "rtdetr_r101": replace(_R50, trunk="timm:resnet101d"),
+    "rtdetr_vit_tiny": replace(_SMALL, trunk="vit_tiny"),
+    "rtdetr_vit_small": replace(_SMALL, trunk="vit_small"),
+    "rtdetr_pool_s12": replace(_SMALL, trunk="poolformer_s12"),
+    "rtdetr_dcnv4_tiny": replace(_SMALL, trunk="flash_internimage_t"),
+    "rtdetr_micro": RTDETRConfig(
+        trunk="flash_internimage_t(dim=(32, 64, 128, 256), depth=(1, 1, 3, 1), heads=(2, 4, 8, 16))",
+        dim=128,
+        depth=3,
+        heads=8,
+        image=320,
+        queries=100,
+        neck_depth=1,
+        neck_ratio=0.5,
+    ),
+}

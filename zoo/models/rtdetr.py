@@ -1,0 +1,325 @@
+"""RT-DETR on any trunk: a hybrid encoder, queries from the best tokens, a decoder that refines their boxes (Zhao et al.
+2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.choices import BlockConfig
+from zoo.config import Choice, ModelConfig, Size
+from zoo.layer import Context, Groups, Memory
+from zoo.models.base import Model, drop_rates, make_block, make_position, run
+from zoo.models.detection import BoxHead, Noised, Predicted, Trained, gathered, logit, padded, shares, wide
+from zoo.models.neck import ConvNorm, Neck
+from zoo.models.trunk import STRIDES, Trunk
+from zoo.norms import NORMS, LayerNorm
+from zoo.spec import check, parse
+from zoo.tensors import linear
+
+OUTSIDE = -30.0  # logit of a query that an image has no token for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTDETRConfig(ModelConfig):
+    """A real-time detector. The choices of blocks that every family shares are those of the encoder; `cross` and the
+    `decoder_` fields are those of the decoder.
+
+    Args:
+        trunk: image model with maps at the strides 8, 16 and 32: a preset of the zoo with any of its fields, or
+            timm:NAME.
+        dim: channels of tokens and queries.
+        depth: number of decoder blocks.
+        heads: attention heads of a block.
+        image: side of the images in pixels, for weights that depend on it; any other size works too.
+        channels: channels of the images.
+        classes: number of classes.
+        queries: number of queries.
+        encoder_depth: number of encoder blocks, on the coarsest map.
+        neck_depth: RepVGG blocks in each layer of the neck.
+        neck_ratio: channels inside these layers, as a share of dim.
+        neck_norm: norm behind every convolution of the neck.
+        neck_channel: channel attention behind every layer of the neck.
+        decoder_mixer: self-attention of the queries.
+        decoder_ffn: feed-forward layer of the decoder.
+        decoder_norm: norm of the decoder.
+        denoising: whether the model has an embedding of classes for denoising queries in training.
+    """
+
+    task = "detect"
+    input = "boxes"
+    argument = "images"
+    labels = "categories"
+    provides = frozenset({"memory"})
+    shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
+
+    trunk: str
+    dim: int = 256
+    depth: int = 6
+    heads: int = 8
+    image: int = 640
+    channels: int = 3
+    classes: int = 80
+    queries: int = 300
+    encoder_depth: int = 1
+    neck_depth: int = 3
+    neck_ratio: float = 1.0
+    neck_norm: str = "batchnorm"
+    neck_channel: str = "none"
+    decoder_mixer: str = "softmax"
+    decoder_ffn: str = "mlp(activation='relu')"
+    decoder_norm: str = "layernorm(eps=1e-05)"
+    denoising: bool = True
+    cross: Choice = "deformable"
+    norm: Choice = "layernorm(eps=1e-05)"
+    placement: Choice = "post"
+    position: Choice = "sine(extent=False)"
+
+    def check_sizes(self) -> None:
+        for name in ("image", "channels", "classes", "queries", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if min(self.encoder_depth, self.neck_depth) < 0:
+            raise ValueError("encoder_depth and neck_depth must be >= 0")
+        if not 0.0 < self.neck_ratio <= 8.0:
+            raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
+        if not self.trunk.startswith("timm:"):
+            parse(self.trunk)
+        for name in ("neck_norm", "decoder_norm"):
+            try:
+                check(NORMS, getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if NORMS[parse(self.decoder_norm)[0]].batch_statistics:
+            able = ", ".join(other for other, row in NORMS.items() if not row.batch_statistics)
+            raise ValueError(
+                f"decoder_norm '{self.decoder_norm}' takes statistics over denoising queries, which inference does "
+                f"not have; choose another ({able})"
+            )
+
+    @property
+    def words(self) -> list[str]:
+        return [*super().words, "cross"]
+
+    @property
+    def stages(self) -> tuple[Size, ...]:
+        return Size(self.dim, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
+
+    def grid(self, stage: int) -> tuple[int, ...]:
+        side = -(-self.image // STRIDES[-1])
+        return (side, side) if stage == 0 else (self.queries,)
+
+    def path(self, stage: int, index: int) -> str:
+        return f"{('encoder', 'decoder')[stage]}.{index}"
+
+    def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
+        if stage == 0:
+            return super().block(stage, index)
+        place = replace(self.place(stage, index), axes=1, levels=len(STRIDES))
+        return BlockConfig(
+            dim=self.dim,
+            heads=self.heads,
+            place=place,
+            layout=("mixer", "cross", "ffn"),
+            mixer=self.decoder_mixer,
+            cross=self.chosen("cross", stage, index),
+            ffn=self.decoder_ffn,
+            norm=self.decoder_norm,
+            placement="post",
+            dropout=self.dropout,
+            writes=frozenset({"mask", "visible", "memory", "code"}),
+        )
+
+    @property
+    def labelled(self) -> int:
+        return self.classes
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "object-detection"
+
+    def call(self, prepared: str) -> str:
+        return f"found = model({prepared})  # logits [B, queries, classes] and boxes [B, queries, 4]"
+
+    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"images": torch.randn((1, self.channels, 96, 64), generator=generator, device="cpu")}
+
+    def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of all tokens, and what the decoder makes of a fixed choice of tokens."""
+        assert isinstance(model, RTDETR)
+        memory, anchors = model.encode(**inputs)
+        scores, tokens = model.rank(memory, anchors)
+        index = torch.linspace(0, scores.shape[1] - 1, min(self.queries, scores.shape[1])).long()[None]
+        found = model.decode(*model.start(tokens, anchors, index), memory)
+        return {"scores": scores, "logits": found.logits[-1], "boxes": found.boxes[-1]}
+
+    def build(self) -> "RTDETR":
+        return RTDETR(self)
+
+
+class RTDETR(Model[RTDETRConfig]):
+    """model(images [B, channels, H, W], mask [B, H, W] | None) -> {"logits": [B, Q, classes], "boxes": [B, Q, 4]}.
+
+    H and W are free; sides that 32 does not divide are padded. Boxes are (centre x, centre y, width, height) in 0..1
+    of each image's own extent: padding and the other images of a batch change nothing at inference. An image with fewer
+    tokens than queries has logits of -30 and boxes of 0 in the places of the missing ones.
+    """
+
+    replaceable = ("score", "scores", "noise")
+
+    def __init__(self, config: RTDETRConfig) -> None:
+        super().__init__(config)
+        from zoo.models import create_model
+
+        dim, first = config.dim, config.block().place
+        self.trunk = Trunk(config.trunk, config.channels, config.image, create_model)
+        self.inputs = nn.ModuleList(
+            ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
+        )
+        self.position = make_position(config)
+        rates = drop_rates(config.drop_path, config.encoder_depth)
+        self.encoder = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
+        hidden = max(1, round(dim * config.neck_ratio))
+        neck = (hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
+        self.neck = Neck(dim, len(STRIDES), *neck, place=first)
+        self.levels = nn.ModuleList(ConvNorm(dim, dim, config.neck_norm, place=first) for _ in STRIDES)
+
+        self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
+        self.score, self.box = linear(dim, config.classes), BoxHead(dim, dim, 4, 3)
+        self.code = BoxHead(4, 2 * dim, dim, 2)
+        self.decoder = nn.ModuleList(make_block(config, 1, index, 0.0) for index in range(config.depth))
+        self.scores = nn.ModuleList(linear(dim, config.classes) for _ in range(config.depth))
+        self.boxes = nn.ModuleList(BoxHead(dim, dim, 4, 3) for _ in range(config.depth))
+        self.noise = nn.Embedding(config.classes, dim) if config.denoising else None
+        for head in (self.score, *self.scores):
+            nn.init.xavier_uniform_(head.weight)
+            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))  # all start at a probability of 0.01
+        for head in (self.box, *self.boxes):
+            nn.init.zeros_(head.layers[-1].weight)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> logits [B, Q, classes], boxes [B, Q, 4]."""
+        found = self.predict(images, mask).layers
+        return {"logits": found.logits[-1], "boxes": found.boxes[-1]}
+
+    def predict(self, images: Tensor, mask: Tensor | None = None, noised: Noised | None = None) -> Trained:
+        """What the losses need: the predictions of every decoder layer, of the tokens that the queries start from, and
+        of denoising queries. In eval mode, only those of the last layer."""
+        memory, anchors = self.encode(images, mask)
+        scores, tokens = self.rank(memory, anchors)
+        index, real = self.best(scores, memory.mask)
+        proposals = None
+        if self.training:
+            chosen = gathered(tokens, index)
+            boxes = (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
+            proposals = Predicted(gathered(scores, index), boxes)
+        x, boxes = self.start(tokens, anchors, index)
+        if noised is None:
+            return Trained(self.decode(x, boxes, memory, real), proposals, None)
+        assert self.noise is not None
+        number = noised.labels.shape[1]
+        x = torch.cat([self.noise(noised.labels).to(x.dtype), x], 1)
+        boxes = torch.cat([noised.boxes.to(boxes.dtype), boxes], 1)
+        kept = torch.ones_like(index, dtype=torch.bool) if real is None else real
+        visible = Groups(noised.groups, number // noised.groups)
+        found = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
+        first, last = (
+            Predicted(*(each[:, :, part] for each in found)) for part in (slice(number), slice(number, None))
+        )
+        return Trained(last, proposals, first)
+
+    def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
+        """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
+        images, mask = padded(images, mask, self.config.channels, STRIDES[-1])
+        levels = self.trunk(images, mask)
+        levels = [(each(x, context), context) for each, (x, context) in zip(self.inputs, levels, strict=True)]
+        x, context = levels[-1]
+        inside = self.position.place(context)
+        x = run(self.encoder, self.position(x, inside), inside, self.checkpointing and self.training)
+        levels = self.neck([*levels[:-1], (x, context)])
+        tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
+        grids = tuple(place.grid for _, place in levels)
+        real, extent = None, None
+        if mask is not None:
+            real = torch.cat([place.mask for _, place in levels], 1)  # pyright: ignore
+            extent = shares(mask)
+        memory = Memory(tokens, real, None, grids, None, None if extent is None else extent[:, None].expand(-1, 3, -1))
+        return memory, anchors_of(grids, extent, tokens.device)
+
+    def rank(self, memory: Memory, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The class logits [B, M, classes] of every token, and what the queries start from [B, M, D]."""
+        usable = (anchors < INVALID).all(-1, keepdim=True)
+        tokens = self.select(memory.tokens * usable.to(memory.tokens.dtype))
+        tokens = self.select_norm(tokens, Context(grid=(tokens.shape[1],)))
+        return self.score(tokens), tokens
+
+    def best(self, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tokens with the highest scores [B, Q], and which of them are real [B, Q]; None if all are."""
+        ranks = scores.amax(-1)
+        if mask is not None:
+            ranks = ranks.masked_fill(~mask, -torch.inf)
+        missing = self.config.queries - ranks.shape[1]
+        if missing > 0:
+            ranks = F.pad(ranks, (0, missing), value=-torch.inf)
+        top = ranks.topk(self.config.queries, 1)
+        if mask is None and missing <= 0:
+            return top.indices, None
+        return top.indices.clamp(max=scores.shape[1] - 1), top.values > -torch.inf
+
+    def start(self, tokens: Tensor, anchors: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The first queries [B, Q, D] and their boxes [B, Q, 4] from the tokens at `index`, without a gradient."""
+        chosen = gathered(tokens, index)
+        with torch.no_grad():
+            boxes = (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
+        return chosen.detach(), boxes
+
+    def decode(
+        self, x: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None = None, visible: Groups | None = None
+    ) -> Predicted:
+        """The predictions after each decoder block, [layers, B, Q, ...], from queries and boxes; in eval mode only the
+        last ones. A box is refined from that of the block before, in its logits, as in DINO (arXiv:2203.03605)."""
+        found: list[Predicted] = []
+        if mask is not None:
+            boxes = torch.where(mask[..., None], boxes, 0.5)
+        for number, block in enumerate(self.decoder):
+            fixed = boxes.detach()
+            context = Context(
+                grid=(x.shape[1],),
+                mask=mask,
+                code=self.code(fixed.to(x.dtype)),
+                memory=memory._replace(reference=fixed),
+                visible=visible,
+            )
+            x = run((block,), x, context, self.checkpointing and self.training)
+            boxes = (wide(self.boxes[number](x)) + logit(boxes)).sigmoid()
+            if self.training or number + 1 == len(self.decoder):
+                found.append(Predicted(self.scores[number](x), boxes))
+        logits, places = (torch.stack(each) for each in zip(*found, strict=True))
+        if mask is not None:
+            logits = logits.masked_fill(~mask[..., None], OUTSIDE)
+            places = places.masked_fill(~mask[..., None], 0.0)
+        return Predicted(logits, places)
+
+
+INVALID = 1e4
+
+
+def anchors_of(grids: tuple[tuple[int, ...], ...], extent: Tensor | None, device: torch.device) -> Tensor:
+    """A box around each token as logits: its centre, and 0.05 times 2 to its level as width and height.
+
+    Boxes that reach within 0.01 of an edge of the image, or beyond, have logits of INVALID.
+    """
+    parts = []
+    for level, (rows, columns) in enumerate(grids):
+        down = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / rows
+        along = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) / columns
+        centre = torch.stack([along.expand(rows, -1), down[:, None].expand(-1, columns)], -1).flatten(0, 1)[None]
+        if extent is not None:
+            centre = centre / extent[:, None]
+        parts.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], -1))
+    anchors = torch.cat(parts, 1)
+    inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    return torch.where(inside, torch.special.logit(anchors.clamp(0.01, 0.99)), INVALID)
