@@ -2,6 +2,7 @@
 
 from zoo.inputs.audio import AudioPreprocess
 from zoo.inputs.base import Preprocess
+from zoo.inputs.boxes import BoxPreprocess
 from zoo.inputs.images import ImagePreprocess
 
-INPUTS: dict[str, type[Preprocess]] = {"image": ImagePreprocess, "audio": AudioPreprocess}
+INPUTS: dict[str, type[Preprocess]] = {"image": ImagePreprocess, "boxes": BoxPreprocess, "audio": AudioPreprocess}

@@ -29,20 +29,15 @@ class UnreadableImage(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePreprocess(Preprocess):
-    """Preprocessing of an image for a model; stored in a checkpoint's `config.json`.
-
-    As timm's evaluation transform: the short side is resized to `size / crop` (rounded down), the centre of `size` by
-    `size` pixels is cut out, values are scaled to 0..1 and normalised with `mean` and `std`. Of an image more than
-    eight times as long as wide, the middle is cut out before it is resized.
+class PixelPreprocess(Preprocess):
+    """What the preprocessings of images share: an image is read, cut to the model's size, and normalised.
 
     Args:
-        size: side of the square that the model takes, in pixels.
+        size: side of the model's input, in pixels.
         channels: 3 for RGB, 1 for grey.
         mean: mean to subtract, one value per channel, on the scale 0..1.
         std: standard deviation to divide by, one value per channel.
         interpolation: one of `INTERPOLATIONS`.
-        crop: share of the resized short side that is kept, in (0, 1].
 
     Raises:
         ValueError: a value is out of range, or `mean` or `std` does not have one value per channel.
@@ -57,7 +52,6 @@ class ImagePreprocess(Preprocess):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
-    crop: float = 0.875
 
     def __post_init__(self) -> None:
         _mode(self.channels)
@@ -75,11 +69,6 @@ class ImagePreprocess(Preprocess):
             raise ValueError(f"std must be >= 1e-6, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
-        if not is_number(self.crop) or not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be > 0 and <= 1, got {self.crop!r}")
-        if self.size / self.crop > LARGEST:
-            found = f"size={self.size}, crop={self.crop}"
-            raise ValueError(f"size / crop must be <= {LARGEST} pixels, got {found}")
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """A random image, uint8 [H, W, channels], larger than the model's input."""
@@ -97,33 +86,67 @@ class ImagePreprocess(Preprocess):
                 of type uint8, [H, W] or [H, W, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
 
         Returns:
-            float32 [channels, size, size].
+            float32 [channels, height, width], the sides that `cut` gives.
 
         Raises:
             ValueError: another type or shape, a mode that `convert_image` refuses, or an unreadable file.
         """
+        return self.normalized([self.cut(self.read(image))])[0]
+
+    def read(self, image: Image | Tensor | np.ndarray | str | os.PathLike[str], /) -> Image:
+        """One image of any kind that the call takes as a PIL image of the model's mode, at its own size."""
         if isinstance(image, (str, os.PathLike)):
-            found = read_image(image, self.channels)
-        else:
-            found = convert_image(_from_array(image), self.channels)
-        return self.normalized([self.cut(found)])[0]
+            return read_image(image, self.channels)
+        return convert_image(_from_array(image), self.channels)
 
     def cut(self, image: Image) -> Image:
-        """The centre of an image, resized to `size` by `size` pixels."""
-        return _centre(image, self.size, int(self.size / self.crop), self.interpolation)
+        """The image at the size that the model takes."""
+        raise TypeError(f"{type(self).__name__} has no cut")
 
     def normalized(self, images: Sequence[Image]) -> Tensor:
-        """PIL images of `size` by `size` pixels, in the mode that the model takes, as a batch: float32 [B, channels,
-        size, size]."""
-        shape = (len(images), self.size, self.size, self.channels)
+        """PIL images of one size, in the mode that the model takes, as a batch: float32 [B, channels, height, width].
+        Without images, the height and width are `size`."""
+        width, height = images[0].size if images else (self.size, self.size)
+        shape = (len(images), height, width, self.channels)
         values = torch.empty(shape, dtype=torch.uint8, device="cpu")
         if images:
             values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).reshape(shape)
-        scaled = values.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return self.scaled(values.permute(0, 3, 1, 2))
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values uint8 [..., channels, H, W] on the scale 0..1, without the mean, divided by the deviation: float32."""
+        scaled = values.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         mean, std = (
             torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None] for each in (self.mean, self.std)
         )
         return scaled.sub_(mean).div_(std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreprocess(PixelPreprocess):
+    """Preprocessing of an image for a model; stored in a checkpoint's `config.json`.
+
+    As timm's evaluation transform: the short side is resized to `size / crop` (rounded down), the centre of `size` by
+    `size` pixels is cut out, values are scaled to 0..1 and normalised with `mean` and `std`. Of an image more than
+    eight times as long as wide, the middle is cut out before it is resized.
+
+    Args:
+        crop: share of the resized short side that is kept, in (0, 1]. The others are those of `PixelPreprocess`.
+    """
+
+    crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.crop) or not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be > 0 and <= 1, got {self.crop!r}")
+        if self.size / self.crop > LARGEST:
+            found = f"size={self.size}, crop={self.crop}"
+            raise ValueError(f"size / crop must be <= {LARGEST} pixels, got {found}")
+
+    def cut(self, image: Image) -> Image:
+        """The centre of an image, resized to `size` by `size` pixels."""
+        return _centre(image, self.size, int(self.size / self.crop), self.interpolation)
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -167,13 +190,36 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
         raise UnreadableImage(f"{name}: {_why(name, error)}") from error
 
 
-def _read(file: str | io.BytesIO, channels: int) -> Image:
-    from PIL import Image, ImageOps
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """The height and width that `read_image` gives, from the file's header alone; UnreadableImage as there."""
+    from PIL import Image
+
+    name = os.fspath(path)
+    try:
+        check_regular(name)
+        with warnings.catch_warnings(), _opened(name) as image:
+            warnings.simplefilter("ignore")
+            width, height = image.size
+            turned = False
+            with suppress(Exception):  # of broken metadata
+                turned = Image.Image.getexif(image).get(ORIENTATION) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except Exception as error:
+        raise UnreadableImage(f"{name}: {_why(name, error)}") from error
+
+
+def _opened(file: str | io.BytesIO) -> Image:
+    from PIL import Image
 
     Image.init()
     # An explicit list keeps out formats that run programs, such as PostScript.
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    with Image.open(file, formats=formats) as image:
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _read(file: str | io.BytesIO, channels: int) -> Image:
+    from PIL import ImageOps
+
+    with _opened(file) as image:
         image.load()
         with suppress(Exception):  # of broken metadata: the pixels are complete
             image = ImageOps.exif_transpose(image)
@@ -309,6 +355,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+ORIENTATION = 0x0112  # EXIF's number of this entry
 LARGEST = 8192  # pixels of the resized short side
 STRIP = 2**20  # pixels converted at once
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.outputs.boxes import best
 from zoo.outputs.ctc import greedy
+from zoo.outputs.label_map import LabelMap
 from zoo.outputs.tokens import Tokenizer
 from zoo.outputs.transducer import transducer_greedy
 
@@ -16,6 +18,14 @@ class Guess(NamedTuple):
 
     label: str
     probability: float
+
+
+class Detection(NamedTuple):
+    """An object: its class, its score in 0..1, and its box, (left, top, right, bottom) in pixels of the image."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
 
 
 @torch.inference_mode()
@@ -54,6 +64,26 @@ def best_text(model: Any, parts: Iterable[Any], tokenizer: Tokenizer | None) -> 
         (tokens,) = transducer_greedy(model.head, made, lengths) if transducer else greedy(made, lengths)
         texts += tokenizer.decode(tokens).split()
     return " ".join(texts)
+
+
+@torch.inference_mode()
+def best_boxes(model: Any, parts: Iterable[Any], labels: LabelMap | None) -> list[Detection]:
+    """The objects of one image, at most 100, the highest score first; without labels the classes are called "class 0"
+    and so on.
+
+    `parts` has one part, with `image` [C, H, W] and the `size` (height, width) of the original image.
+
+    Raises:
+        ValueError: the model's output is NaN or infinite.
+    """
+    (part,) = parts
+    device = next(model.parameters()).device
+    output = model(part.image[None].to(device))
+    classes = model.config.labelled
+    found = best(output["logits"], output["boxes"], torch.tensor([part.size], device=device), classes)
+    names = class_names(None if labels is None else labels.names, classes)
+    columns = (found.labels[0].tolist(), found.scores[0].tolist(), found.boxes[0].tolist())
+    return [Detection(names[label], score, tuple(box)) for label, score, box in zip(*columns, strict=True)]
 
 
 def checked(output: Tensor) -> Tensor:

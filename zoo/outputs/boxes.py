@@ -1,7 +1,8 @@
-"""Objects of images: what a detector is trained on."""
+"""Objects of images: what a detector is trained on, and from its output to the best boxes in pixels."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +15,53 @@ class Truth(NamedTuple):
     labels: Tensor  # [B, G] int64, the index of a class
     boxes: Tensor  # [B, G, 4] float32
     valid: Tensor  # [B, G], True on real objects
+
+
+class Found(NamedTuple):
+    """The best boxes of each image of a batch, the highest score first. N is at most the number asked for."""
+
+    labels: Tensor  # [B, N] int64, the index of a class
+    scores: Tensor  # [B, N] float32, 0..1
+    boxes: Tensor  # [B, N, 4] float32, (left, top, right, bottom) in pixels of the original image
+
+
+def to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """From relative boxes to pixels of the original image, clipped to it.
+
+    Args:
+        boxes: [B, N, 4], (centre x, centre y, width, height) in 0..1 of each image.
+        sizes: [B, 2], the height and width of each original image in pixels.
+
+    Returns:
+        [B, N, 4], (left, top, right, bottom).
+    """
+    scale = sizes.to(boxes).flip(-1)[:, None]
+    centre, half = boxes[..., :2] * scale, boxes[..., 2:] * scale / 2
+    low, high = (centre - half).clamp(min=0), (centre + half).clamp(min=0)
+    return torch.cat([torch.minimum(low, scale), torch.minimum(high, scale)], -1)
+
+
+def best(logits: Tensor, boxes: Tensor, sizes: Tensor, classes: int, most: int = 100) -> Found:
+    """The best pairs of a query and a class; a query may stand for several classes.
+
+    Args:
+        logits: [B, Q, classes], whose scores are sigmoids; or [B, Q, classes + 1], where the last one means no object
+            and scores are softmax probabilities.
+        boxes: [B, Q, 4], relative, as in `to_pixels`.
+        sizes: [B, 2], the height and width of each original image in pixels.
+        classes: number of classes.
+        most: most boxes of an image.
+
+    Raises:
+        ValueError: logits do not fit the number of classes, or logits or boxes are NaN or infinite.
+    """
+    if logits.shape[-1] not in (classes, classes + 1):
+        raise ValueError(f"logits for {classes} classes must have {classes} or {classes + 1}, got {logits.shape[-1]}")
+    if not bool(logits.isfinite().all()) or not bool(boxes.isfinite().all()):
+        raise ValueError("the model's output is NaN or infinite")
+    logits = logits.float()
+    scores = logits.sigmoid() if logits.shape[-1] == classes else logits.softmax(-1)[..., :classes]
+    ranked, places = scores.flatten(1).sort(dim=1, descending=True, stable=True)
+    ranked, places = ranked[:, :most], places[:, :most]
+    queries = (places // classes)[..., None].expand(-1, -1, 4)
+    return Found(places % classes, ranked, to_pixels(boxes.float().gather(1, queries), sizes))

@@ -1,9 +1,10 @@
-"""Labels of a model's outputs: the names of classes, or the pieces of a tokenizer."""
+"""Labels of a model's outputs: the names of classes, the pieces of a tokenizer, or the categories of objects."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
-from zoo.outputs.answers import best_classes, best_text
+from zoo.outputs.answers import best_boxes, best_classes, best_text
+from zoo.outputs.label_map import LabelMap
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
 
 
@@ -52,5 +53,15 @@ LABELS: dict[str, LabelKind] = {
         lambda tokenizer: tokenizer.vocabulary,
         "tokenizer",
         best_text,
+    ),
+    "categories": LabelKind(
+        "a LabelMap",
+        "labels has {given} categories, but the model has {wanted} classes",
+        lambda labels: isinstance(labels, LabelMap),
+        lambda labels: labels.to_dict(),
+        LabelMap.from_dict,
+        len,
+        "labels",
+        best_boxes,
     ),
 }

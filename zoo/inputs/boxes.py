@@ -1,0 +1,66 @@
+"""From an image file to the tensor that a detector takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from zoo.inputs.images import PixelPreprocess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FITS = ("stretch", "pad")
+
+
+class Prepared(NamedTuple):
+    """An image prepared for a detector, and the height and width in pixels of the image that it was."""
+
+    image: Tensor  # float32 [channels, height, width]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxPreprocess(PixelPreprocess):
+    """Preprocessing of an image for a detector; stored in a checkpoint's `config.json`.
+
+    The whole image is resized and normalised. Boxes are relative to the image, so that they stay as they are.
+
+    Args:
+        fit: "stretch" resizes to `size` by `size` pixels; "pad" resizes so that the longest side is `size`, keeps the
+            aspect ratio, and leaves padding to the batch. The other fields are those of `PixelPreprocess`.
+    """
+
+    size: int = 640
+    interpolation: str = "bilinear"
+    fit: str = "stretch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit not in FITS:
+            raise ValueError(f"unknown fit {self.fit!r}; allowed: {', '.join(FITS)}")
+
+    def cut(self, image: Image) -> Image:
+        """The whole image, resized."""
+        from PIL import Image as images
+
+        height, width = self.sides(image.height, image.width)
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), images.Resampling[self.interpolation.upper()])
+
+    def sides(self, height: int, width: int, size: int | None = None) -> tuple[int, int]:
+        """The height and width of an image after `cut`; with `size` in place of the field, if given."""
+        size = self.size if size is None else size
+        if self.fit == "stretch":
+            return size, size
+        longest = max(height, width)
+        return max(1, round(height * size / longest)), max(1, round(width * size / longest))
+
+    def parts(self, raw: Any, /) -> Iterator[Prepared]:
+        """The prepared image, with its original size."""
+        image = self.read(raw)
+        yield Prepared(self.normalized([self.cut(image)])[0], (image.height, image.width))
