@@ -20,6 +20,11 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
         "zoo.data.images:Images",
         {"predict": "zoo.tasks.classify.predict:main"},
     ),
+    "detect": (
+        "zoo.tasks.detect.train:Detect",
+        "zoo.data.boxes:Boxes",
+        {"predict": "zoo.tasks.detect.predict:main"},
+    ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",
         "zoo.data.speech:Speech",

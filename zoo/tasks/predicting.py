@@ -160,10 +160,12 @@ def write(
     output: Path,
     names: Sequence[str],
     columns: Sequence[str],
-    entries: list[dict[str, Any]],
+    entries: Any,
     draw: Callable[[], Figure] | None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Writes the entries as JSON, these columns of them as CSV, and an image; `names` are the three file names.
+    """Writes the entries as JSON, these columns of the rows (by default, of the entries) as CSV, and an image; `names`
+    are the three file names.
 
     All are written aside and renamed into place. An image that cannot be drawn is reported, and the others are written.
 
@@ -181,7 +183,7 @@ def write(
                 json.dump(entries, file, indent=2, ensure_ascii=False, allow_nan=False)
             with open(aside[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 table = csv.writer(file, lineterminator="\n")
-                table.writerows([columns, *([entry.get(column) for column in columns] for entry in entries)])
+                table.writerows([columns, *([row.get(column) for column in columns] for row in rows or entries)])
             if draw is None or not _drawn(draw, aside[2]):
                 aside.pop()
             for path in aside:

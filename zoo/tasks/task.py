@@ -190,15 +190,18 @@ class Task(lightning.LightningModule):
         """The finished share of training."""
         return min(1.0, self.trainer.global_step / self.total) if self.total else 0.0
 
-    def configure_optimizers(self) -> Any:
-        """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters by weight decay and share `lr_scale` of the learning rate."""
         excluded = self.model.no_weight_decay()
         if self.layer_decay < 1.0:
-            groups = param_groups_layer_decay(
+            return param_groups_layer_decay(
                 self.model, self.weight_decay, no_weight_decay_list=excluded, layer_decay=self.layer_decay
             )
-        else:
-            groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=excluded)
+        return param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=excluded)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""
+        groups = self.groups()
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
         # Gradient scaling in float16 clips gradients itself, which the fused form would not let it do.

@@ -1,0 +1,150 @@
+"""Training a detector: `zoo detect fit|validate|test`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from zoo.data.boxes import Batch
+from zoo.outputs.boxes import best
+from zoo.tasks.detect.denoise import denoising_queries
+from zoo.tasks.detect.losses import CLASS_LOSSES, detection_loss
+from zoo.tasks.detect.matcher import ASSIGNERS
+from zoo.tasks.task import Task
+from zoo.text import unknown
+
+UNREADABLE = "unreadable image {}"
+MOST = 100  # detections of an image, as COCO counts them
+
+
+class Detections(Metric):
+    """The detections of all images, over all ranks: rows of image id, class, score, and left, top, right and bottom in
+    pixels; and the ids of the images."""
+
+    rows: list[Tensor]
+    images: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.add_state("images", [], dist_reduce_fx="cat")
+
+    def update(self, ids: Tensor, labels: Tensor, scores: Tensor, boxes: Tensor) -> None:
+        """ids [B], labels and scores [B, N], boxes [B, N, 4]."""
+        columns = [ids[:, None].expand_as(labels)[..., None], labels[..., None], scores[..., None], boxes]
+        self.rows.append(torch.cat([each.double() for each in columns], -1).flatten(0, 1))
+        self.images.append(ids)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The rows [n, 7] in fp64 and the ids."""
+        found = self.rows if isinstance(self.rows, Tensor) else torch.cat([*self.rows, torch.empty(0, 7).double()])
+        ids = self.images if isinstance(self.images, Tensor) else torch.cat([*self.images, torch.empty(0).long()])
+        return found, ids
+
+
+class Detect(Task):
+    """Training and evaluation of a detector.
+
+    Args:
+        backbone: arguments of `zoo.create_model`: name, trunk, and any field of the model's config.
+        trunk_weights: an image classifier whose weights the trunk starts from: a checkpoint of the zoo, or
+            `pretrained` for a timm trunk's own.
+        trunk_rate: learning rate of the trunk, as a share of `rate`.
+        loss: classification loss: vfl, mal, focal or ia_bce.
+        assigner: hungarian, or iou for one object to several queries.
+        denoising: number of denoising queries of an image, about; 0 for none.
+        label_noise: share of their labels that are noised; half of these are replaced.
+        box_noise: how far their boxes are moved; 1 for published models.
+        flat: share of training after which the learning rate begins to fall.
+        options: those of every task.
+    """
+
+    command = "detect"
+    score = ("val/ap", "max")
+    counted = "classes"
+    faulty = ("unreadable images",)
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
+        trunk_weights: str | None = None,
+        trunk_rate: float = 0.1,
+        loss: str = "vfl",
+        assigner: str = "hungarian",
+        denoising: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+        flat: float = 0.5,
+        **options: Any,
+    ) -> None:
+        for name, value, table in (("loss", loss, CLASS_LOSSES), ("assigner", assigner, ASSIGNERS)):
+            if value not in table:
+                raise ValueError(f"model.{name}: {unknown('name', value, table)}")
+        if not 0.0 <= trunk_rate <= 1.0 or not 0.0 <= flat <= 1.0:
+            raise ValueError(f"model.trunk_rate and model.flat must be from 0 to 1, got {trunk_rate} and {flat}")
+        if denoising < 0 or not 0.0 <= label_noise <= 2.0 or box_noise < 0.0:
+            raise ValueError("model.denoising and box_noise must be >= 0, label_noise from 0 to 2")
+        self.trunk_weights, self.trunk_rate, self.flat = trunk_weights, trunk_rate, flat
+        self.loss, self.assigner = loss, assigner
+        self.denoising, self.noise = denoising, (label_noise, box_noise)
+        super().__init__({"denoising": denoising > 0} | backbone, **options)
+        self.found, self.mean_loss = Detections(), MeanMetric()
+
+    def groups(self) -> list[dict[str, Any]]:
+        trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
+        groups = []
+        for group in super().groups():
+            for inside in (False, True):
+                if chosen := [each for each in group["params"] if (id(each) in trunk) is inside]:
+                    scale = group.get("lr_scale", 1.0) * (self.trunk_rate if inside else 1.0)
+                    groups.append(group | {"params": chosen, "lr_scale": scale})
+        return groups
+
+    def factor(self, step: int, per_epoch: int, steps: int) -> float:
+        """A linear warm-up, a flat part, then half a cosine (D-FINE, Peng et al. 2024, arXiv:2410.13842)."""
+        warmup, low = round(self.warmup * per_epoch), self.final_rate / self.rate
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        begin = max(warmup, self.flat * steps)
+        share = (step - begin) / max(1, steps - begin)
+        return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
+
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        return batch.images, batch.mask
+
+    @property
+    def labels(self) -> Any:
+        return self.data.labels
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of a batch; with denoising queries in training."""
+        noised = None
+        if self.denoising and self.training:
+            noised = denoising_queries(batch.truth, self.config.labelled, self.denoising, *self.noise)
+        predicted = self.model.predict(batch.images, batch.mask, noised)  # pyright: ignore
+        return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
+        if len(batch.images) == 0:
+            return self.no_loss()
+        losses = self.losses(batch)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items() if name != "total"})
+        self.log("train/loss", self.checked(losses["total"]))
+        return losses["total"]
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.report("training")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
+        if len(batch.images) == 0:
+            return
+        predicted = self.measured.predict(batch.images, batch.mask)  # pyright: ignore
+        loss = detection_loss(predicted, None, batch.truth, loss=self.loss, assigner=self.assigner)["total"]
+        self.mean_loss.update(loss, len(batch.images))
+        logits, boxes = (each[-1] for each in predicted.layers)
+        self.found.update(batch.ids, *best(logits, boxes, batch.sizes, self.config.labelled, MOST))
