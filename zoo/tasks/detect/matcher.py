@@ -1,0 +1,197 @@
+"""Which query answers for which object, for all layers of a decoder at once."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from zoo.models.detection import Predicted
+from zoo.outputs.boxes import Truth
+
+PAIRS = 2**16  # of queries and objects that are computed at a time; more would not fit a cache, and take memory
+
+Rule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Matches(NamedTuple):
+    """Pairs of a query and an object: four index tensors [M] int64."""
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    object: Tensor
+
+
+class Assigned(NamedTuple):
+    """What an assigner finds."""
+
+    layers: Matches
+    proposals: Matches | None  # their layer is 0
+    objects: Tensor  # [2, N] int64, the image of each real object and its place there
+
+
+def overlaps(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (Rezatofighi et al. 2019, arXiv:1902.09630) of boxes [..., 4] that broadcast.
+
+    Boxes are (centre x, centre y, width, height). Both are NaN where two boxes have no area in the same place.
+    """
+    intersection = hull = areas = None
+    for axis in (0, 1):
+        (centre, size), (at, extent) = ((each[..., axis], each[..., axis + 2]) for each in (boxes, others))
+        low = torch.maximum(centre - size / 2, at - extent / 2)
+        shared = torch.minimum(centre + size / 2, at + extent / 2) - low
+        total = size + extent
+        spanned = total - shared
+        shared = shared.clamp(min=0)
+        intersection = shared if intersection is None else intersection * shared
+        hull = spanned if hull is None else hull * spanned
+    assert intersection is not None and hull is not None
+    areas = boxes[..., 2] * boxes[..., 3] + others[..., 2] * others[..., 3]
+    union = areas - intersection
+    iou = intersection / union
+    return iou, iou + union / hull - 1.0
+
+
+def distances(boxes: Tensor, others: Tensor) -> Tensor:
+    """The sum of absolute differences of boxes [..., 4] that broadcast."""
+    result = (boxes[..., 0] - others[..., 0]).abs()
+    for number in (1, 2, 3):
+        result = result + (boxes[..., number] - others[..., number]).abs()
+    return result
+
+
+def pairwise(predicted: Predicted, truth: Truth, measure: Callable[[Predicted, Truth], Tensor]) -> Tensor:
+    """What `measure` gives for each object and query of the same image: [L, B, G, Q].
+
+    It gets predictions [l, B, 1, Q, 4] and objects [B, G, 1, 4] whose four planes are contiguous; few enough layers l
+    at a time to be quick on a CPU and to bound the memory.
+    """
+    layers, images, queries = predicted.boxes.shape[:3]
+    most = truth.labels.shape[1]
+    step = max(1, PAIRS // max(1, images * queries * most))
+    found = truth._replace(boxes=_planes(truth.boxes)[:, :, None])
+    parts = []
+    for start in range(0, layers, step):
+        logits, boxes = (each[start : start + step] for each in predicted)
+        parts.append(measure(Predicted(logits, _planes(boxes)[:, :, None]), found))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _planes(boxes: Tensor) -> Tensor:
+    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def cost(predicted: Predicted, truth: Truth, softmax: bool = False) -> Tensor:
+    """The cost of each pair [L, B, G, Q]: 5 L1 - 2 GIoU, and what the class adds.
+
+    That is 2 (focal(positive) - focal(negative)) with alpha 0.25 and gamma 2 (Deformable DETR, Zhu et al. 2021,
+    arXiv:2010.04159); with softmax, minus the probability (DETR, Carion et al. 2020, arXiv:2005.12872).
+    """
+    layers, queries = predicted.boxes.shape[0], predicted.boxes.shape[3]
+    logits = predicted.logits.softmax(-1) if softmax else predicted.logits
+    index = truth.labels[None, :, :, None].expand(layers, -1, -1, queries)
+    logits = logits.mT.gather(2, index)
+    if softmax:
+        classes = -logits
+    else:
+        score, negative = logits.sigmoid(), softplus(logits)
+        positive = negative - logits
+        classes = 2.0 * (0.25 * (1.0 - score).square() * positive - 0.75 * score.square() * negative)
+    _, giou = overlaps(predicted.boxes, truth.boxes)
+    return classes + 5.0 * distances(predicted.boxes, truth.boxes) - 2.0 * giou
+
+
+def cheapest(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Objects and queries of the assignment of least total cost (the Hungarian method), for costs [G, Q].
+
+    Costs that are NaN or infinite count as more than all others together, so they are chosen only where nothing else is
+    left.
+    """
+    bad = ~np.isfinite(costs)
+    if bad.any():
+        finite = costs[~bad].astype(np.float64)
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        costs = np.where(bad, high + (high - low + 1.0) * min(costs.shape), costs)
+    return linear_sum_assignment(costs)
+
+
+def overlapping(iou: np.ndarray, threshold: float = 0.6, most: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Objects and queries of the assignment by overlap (DETA, Ouyang-Zhang et al. 2022, arXiv:2212.06137), for the IoU
+    [G, Q].
+
+    A query takes the object that it overlaps most, if by the threshold or more, or if no query overlaps some object
+    more. Of the queries of an object the `most` best remain.
+    """
+    iou = np.nan_to_num(iou)
+    if not iou.size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    objects, best = iou.argmax(0), iou.max(0)
+    closest = ((iou == iou.max(1, keepdims=True)) & (iou > 0)).any(0)
+    (queries,) = np.nonzero((best >= threshold) | closest)
+    queries = queries[np.lexsort((-best[queries], objects[queries]))]
+    objects = objects[queries]
+    place = np.arange(len(objects)) - np.searchsorted(objects, objects)
+    return objects[place < most], queries[place < most]
+
+
+def _assign(scores: Sequence[Tensor], truth: Truth, rule: Rule) -> tuple[list[Matches], Tensor]:
+    """Applies a rule to the [G, Q] of each layer and image; one copy to the host, and one back."""
+    valid = truth.valid
+    copied = torch.cat([*(each.flatten() for each in scores), valid.flatten().to(scores[0])]).cpu().numpy()
+    *flat, known = np.split(copied, np.cumsum([each.numel() for each in scores]))
+    real = known.reshape(valid.shape) > 0
+    places = [np.flatnonzero(row) for row in real]
+    pairs = [np.stack(np.nonzero(real))]
+    for each, values in zip(scores, flat, strict=True):
+        matrices = values.reshape(each.shape)
+        found = [np.zeros((4, 0), np.int64)]
+        for layer, of_layer in enumerate(matrices):
+            for image, place in enumerate(places):
+                if len(place):
+                    objects, queries = rule(of_layer[image, place])
+                    constant = np.full_like(queries, layer), np.full_like(queries, image)
+                    found.append(np.stack([*constant, queries, place[objects]]))
+        pairs.append(np.concatenate(found, 1))
+    joined = torch.from_numpy(np.concatenate([each.ravel() for each in pairs])).to(valid.device, non_blocking=True)
+    objects, *matched = (
+        part.view(each.shape) for part, each in zip(joined.split([e.size for e in pairs]), pairs, strict=True)
+    )
+    return [Matches(*each) for each in matched], objects
+
+
+@torch.no_grad()
+def hungarian(layers: Predicted, proposals: Predicted | None, truth: Truth, softmax: bool = False) -> Assigned:
+    """One query for each object, of least total cost; the layers, and the proposals, each on their own.
+
+    Where there are more objects than queries, some remain without.
+    """
+    parts = [layers, *([proposals] if proposals is not None else [])]
+    scores = [pairwise(part, truth, lambda predicted, truth: cost(predicted, truth, softmax)) for part in parts]
+    matched, objects = _assign(scores, truth, cheapest)
+    return Assigned(matched[0], matched[1] if proposals is not None else None, objects)
+
+
+@torch.no_grad()
+def iou(layers: Predicted, proposals: Predicted | None, truth: Truth, softmax: bool = False) -> Assigned:
+    """Up to 4 queries for each object, those whose proposals overlap it (see `overlapping`); the same in all layers.
+
+    ValueError for a model without proposals.
+    """
+    if proposals is None:
+        raise ValueError("the iou assigner needs a model with proposals; use hungarian")
+    scores = pairwise(proposals, truth, lambda predicted, truth: overlaps(predicted.boxes, truth.boxes)[0])
+    (matched,), objects = _assign([scores], truth, overlapping)
+    number = len(layers.boxes)
+    repeated = [each.repeat(number) for each in matched[1:]]
+    layer = torch.arange(number, device=matched.layer.device).repeat_interleave(len(matched.layer))
+    return Assigned(Matches(layer, *repeated), matched, objects)
+
+
+ASSIGNERS: dict[str, Callable[[Predicted, Predicted | None, Truth, bool], Assigned]] = {
+    "hungarian": hungarian,
+    "iou": iou,
+}
