@@ -1,12 +1,9 @@
 """Sources of utterances: LibriSpeech's folders, NeMo's manifests, generated tones."""
 
-import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,15 +11,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from tqdm import tqdm
 
+from zoo.data.headers import measured
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
 from zoo.inputs.folders import files_below
-from zoo.kernels.native import cache_folder
 from zoo.text import from_json, plain, reason
-
-SMALL = 1000
-"""The headers of fewer files are read each time; those of more are kept in the cache folder."""
 
 
 class Corpus(Protocol):
@@ -77,7 +70,7 @@ class Files:
         if self._durations is None:
             unknown = np.flatnonzero(np.isnan(self.given)).tolist()
             self._durations = self.given.copy()
-            self._durations[unknown] = _measured([self.paths[index] for index in unknown])
+            self._durations[unknown] = measured([self.paths[index] for index in unknown], _seconds, "durations")
         return self._durations
 
     def text(self, index: int) -> str:
@@ -109,43 +102,12 @@ class _Strings:
         return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode(errors="surrogatepass")
 
 
-def _measured(paths: list[str]) -> np.ndarray:
-    """Seconds of each file, NaN for unreadable files; kept in the cache folder if there are many."""
-
-    def stamp(path: str) -> str:
-        try:
-            found = os.stat(path)
-            return f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\n"
-        except OSError:
-            return f"{os.path.abspath(path)}\n"
-
-    def seconds(path: str) -> float:
-        try:
-            return audio_seconds(path) or math.nan
-        except UnreadableAudio:
-            return math.nan
-
-    with ThreadPoolExecutor(16) as pool:
-        if len(paths) < SMALL:
-            return np.array(list(pool.map(seconds, paths)), dtype=np.float64)
-        digest = hashlib.sha256("".join(pool.map(stamp, paths)).encode(errors="surrogatepass")).hexdigest()
-        place = cache_folder() / f"durations-{digest[:32]}.npy"
-        try:
-            kept = np.load(place, allow_pickle=False)
-            if kept.shape == (len(paths),) and kept.dtype == np.float64:
-                return kept
-        except (OSError, ValueError, EOFError):
-            pass
-        found = list(tqdm(pool.map(seconds, paths), "reading durations", len(paths), unit="file", disable=None))
-    durations = np.array(found, dtype=np.float64)
+def _seconds(path: str) -> float:
+    """Seconds of a file, NaN if it is unreadable."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, durations)
-        os.replace(file.name, place)
-    except OSError:  # a home that cannot be written: they are read again the next time
-        pass
-    return durations
+        return audio_seconds(path) or math.nan
+    except UnreadableAudio:
+        return math.nan
 
 
 def _librispeech(split: str, names: list[str], root: str | None, training: bool, limit: int | None) -> Corpus:

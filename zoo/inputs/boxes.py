@@ -52,13 +52,12 @@ class BoxPreprocess(PixelPreprocess):
             return image
         return image.resize((width, height), images.Resampling[self.interpolation.upper()])
 
-    def sides(self, height: int, width: int, size: int | None = None) -> tuple[int, int]:
-        """The height and width of an image after `cut`; with `size` in place of the field, if given."""
-        size = self.size if size is None else size
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width of an image after `cut`."""
         if self.fit == "stretch":
-            return size, size
+            return self.size, self.size
         longest = max(height, width)
-        return max(1, round(height * size / longest)), max(1, round(width * size / longest))
+        return max(1, round(height * self.size / longest)), max(1, round(width * self.size / longest))
 
     def parts(self, raw: Any, /) -> Iterator[Prepared]:
         """The prepared image, with its original size."""

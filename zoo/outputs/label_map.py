@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from zoo.text import one_line, unknown
 
@@ -38,7 +38,7 @@ class LabelMap:
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"the name of a category must be a string that is not blank, got {_shown(name)}")
         for id in self.ids:
-            if not _is_id(id):
+            if not is_id(id):
                 raise ValueError(f"the id of a category must be an integer >= 0, got {_shown(id)}")
         for what, values in (("name", self.names), ("id", self.ids)):
             value, times = Counter(values).most_common(1)[0]
@@ -67,7 +67,7 @@ class LabelMap:
         for each in categories:
             if lacking := [key for key in ("id", "name") if key not in each]:
                 raise ValueError(f"a category lacks its {lacking[0]}: {one_line(dict(each), 100)}")
-            if not _is_id(each["id"]):
+            if not is_id(each["id"]):
                 raise ValueError(f"the id of a category must be an integer >= 0, got {_shown(each['id'])}")
             if each["id"] in used or not isinstance(each["name"], str) or each["name"] not in parents:
                 kept.append(each)
@@ -78,7 +78,7 @@ class LabelMap:
     def from_names(cls, names: object, first: int = 0) -> LabelMap:
         """Categories from their names in order, with ids from `first` on; or from a mapping of ids to names, by id."""
         if isinstance(names, Mapping):
-            if odd := [id for id in names if not _is_id(id)]:
+            if odd := [id for id in names if not is_id(id)]:
                 raise ValueError(f"the id of a category must be an integer >= 0, got {_shown(odd[0])}")
             ids = sorted(names)
             return cls(tuple(names[id] for id in ids), tuple(ids))
@@ -89,7 +89,7 @@ class LabelMap:
 
     def index_of_id(self, id: int) -> int:
         """The index of the category with this id in the data set; ValueError if there is none."""
-        if not _is_id(id) or id not in self._by_id:
+        if not is_id(id) or id not in self._by_id:
             raise ValueError(f"unknown category id {_shown(id)}; known: {_few(self.ids)}")
         return self._by_id[id]
 
@@ -130,7 +130,8 @@ class LabelMap:
         return {name: index for index, name in enumerate(self.names)}
 
 
-def _is_id(value: object) -> bool:
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether a value from a file can be an id: an integer >= 0 that fits in int64."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
