@@ -18,6 +18,7 @@ from zoo.ffns import FFNS
 from zoo.layer import Context, Layer, Memory, Place, advance
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.norms import NORMS
+from zoo.outputs.boxes import Truth
 from zoo.positions import POSITIONS, Position
 from zoo.spec import make, parse
 
@@ -238,3 +239,22 @@ def longest_size(model: nn.Module, *inputs: Tensor) -> int:
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def random_boxes(*shape: int) -> Tensor:
+    """Boxes [*shape, 4] (centre, size) within an image."""
+    size = 0.05 + 0.4 * torch.rand(*shape, 2)
+    return torch.cat([size / 2 + (1 - size) * torch.rand(*shape, 2), size], -1)
+
+
+def random_truth(counts: list[int], classes: int) -> Truth:
+    """So many objects in each image."""
+    most, images = max(counts), len(counts)
+    valid = torch.arange(most) < torch.tensor(counts)[:, None]
+    boxes = random_boxes(images, most) * valid[..., None]
+    return Truth(torch.randint(classes, (images, most)) * valid, boxes, valid)
+
+
+def listed(truth: Truth) -> list[dict[str, Tensor]]:
+    """The objects of each image, as transformers takes them."""
+    return [{"class_labels": labels[valid], "boxes": boxes[valid]} for labels, boxes, valid in zip(*truth, strict=True)]

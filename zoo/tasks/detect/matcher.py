@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from zoo.models.detection import Predicted
 from zoo.outputs.boxes import Truth
@@ -98,8 +98,10 @@ def cost(predicted: Predicted, truth: Truth, softmax: bool = False) -> Tensor:
     if softmax:
         classes = -logits
     else:
-        score, negative = logits.sigmoid(), softplus(logits)
+        # On a CPU softplus and sigmoid round the last numbers of a tensor differently, logsigmoid and exp do not.
+        negative = -logsigmoid(-logits)
         positive = negative - logits
+        score = (-positive).exp()
         classes = 2.0 * (0.25 * (1.0 - score).square() * positive - 0.75 * score.square() * negative)
     _, giou = overlaps(predicted.boxes, truth.boxes)
     return classes + 5.0 * distances(predicted.boxes, truth.boxes) - 2.0 * giou

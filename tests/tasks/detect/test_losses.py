@@ -1,0 +1,354 @@
+"""Losses: those of transformers on the same predictions, without objects, on two ranks, in half precision."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import listed, random_boxes, random_truth, relative
+from zoo.models.detection import Noised, Predicted, Trained
+from zoo.outputs.boxes import Truth
+from zoo.tasks.detect.denoise import denoising_queries
+from zoo.tasks.detect.losses import CLASS_LOSSES, Weights, detection_loss, distillation_loss, interpolation_loss
+from zoo.tasks.detect.matcher import ASSIGNERS, overlaps
+
+CLASSES, QUERIES, LAYERS = 5, 9, 3
+
+
+def predictions(*shape: int, classes: int = CLASSES) -> Predicted:
+    return Predicted((2 * torch.randn(*shape, classes) - 1).requires_grad_(), random_boxes(*shape).requires_grad_())
+
+
+def trained(truth: Truth, noised: Noised | None) -> Trained:
+    """Predictions of every part, in which gradients end."""
+    images = len(truth.labels)
+    return Trained(
+        predictions(LAYERS, images, QUERIES),
+        predictions(images, QUERIES),
+        None if noised is None else predictions(LAYERS, *noised.labels.shape),
+    )
+
+
+def leaves(given: Trained) -> list[Tensor]:
+    return [each for part in given if part is not None for each in part]
+
+
+def gradients(loss: Tensor, given: Trained) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves(given)))
+
+
+def published(given: Trained, noised: Noised, truth: Truth) -> Tensor:
+    """The loss of transformers' RT-DETRv2."""
+    from transformers import RTDetrV2Config
+    from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+    assert given.proposals is not None and given.noised is not None
+    most = truth.labels.shape[1]
+    first = 2 * most * torch.arange(noised.groups)[:, None]
+    positive = [(first + valid.nonzero()[:, 0]).flatten() for valid in truth.valid]
+    number = noised.labels.shape[1]
+    meta = {"dn_positive_idx": positive, "dn_num_group": noised.groups, "dn_num_split": [number, QUERIES]}
+    # Ours leaves queries out that stand for no object, theirs cannot.
+    silent = given.noised.logits.where(noised.valid[..., None], -60.0)
+    logits = torch.cat([silent, given.layers.logits], 2).transpose(0, 1)
+    boxes = torch.cat([given.noised.boxes, given.layers.boxes], 2).transpose(0, 1)
+    config = RTDetrV2Config(num_labels=CLASSES)
+    last = (logits[:, -1], listed(truth), "cpu", boxes[:, -1], config)
+    return RTDetrForObjectDetectionLoss(*last, logits, boxes, *given.proposals, meta)[0]
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [1, 12, 4], [2]])
+def test_the_loss_and_its_gradients_are_those_of_rt_detr(counts):
+    truth = random_truth(counts, CLASSES)
+    noised = denoising_queries(truth, CLASSES, number=20)
+    given = trained(truth, noised)
+    ours, theirs = detection_loss(given, noised, truth)["total"], published(given, noised, truth)
+    assert relative(ours, theirs) < 1e-6
+    for one, other in zip(gradients(ours, given), gradients(theirs, given), strict=True):
+        assert relative(one, other) < 1e-5
+
+
+def test_terms_are_named_by_part_and_add_up():
+    truth = random_truth([3, 1], CLASSES)
+    noised = denoising_queries(truth, CLASSES, number=6)
+    given = trained(truth, noised)
+    terms = detection_loss(given, noised, truth, weights=Weights(1.0, 1.0, 1.0))
+    total = terms.pop("total")
+    parts, kinds = ("layers", "proposals", "noised"), ("class", "l1", "giou")
+    assert list(terms) == [f"{part}_{kind}" for part in parts for kind in kinds]
+    assert relative(sum(terms.values()), total) < 1e-6
+    weighted = detection_loss(given, noised, truth, weights=Weights(3.0, 5.0, 7.0))
+    for part in parts:
+        for kind, weight in zip(kinds, (3.0, 5.0, 7.0), strict=True):
+            assert relative(weighted[f"{part}_{kind}"], weight * terms[f"{part}_{kind}"]) < 1e-6
+
+
+@pytest.mark.parametrize("loss", CLASS_LOSSES)
+def test_layers_add_up(loss):
+    truth = random_truth([3, 0, 2], CLASSES)
+    given = trained(truth, None).layers
+    whole = detection_loss(Trained(given, None, None), None, truth, loss=loss)["total"]
+    layers = [Predicted(*(each[layer : layer + 1] for each in given)) for layer in range(LAYERS)]
+    parts = [detection_loss(Trained(each, None, None), None, truth, loss=loss)["total"] for each in layers]
+    assert relative(sum(parts), whole) < 1e-6
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0], [4]])
+def test_the_loss_and_its_gradients_are_those_of_detr(counts):
+    from transformers import DetrConfig
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+    truth = random_truth(counts, CLASSES)
+    given = Trained(predictions(LAYERS, len(counts), QUERIES, classes=CLASSES + 1), None, None)
+    config = DetrConfig(num_labels=CLASSES, auxiliary_loss=True, decoder_layers=LAYERS)
+    logits, boxes = given.layers
+    last = (logits[-1], listed(truth), "cpu", boxes[-1], config)
+    theirs: Any = ForObjectDetectionLoss(*last, logits, boxes)[0]
+    ours = detection_loss(given, None, truth, loss="softmax")["total"]
+    assert relative(ours, theirs) < 1e-6
+    for one, other in zip(gradients(ours, given), gradients(theirs, given), strict=True):
+        assert (one - other).abs().max() < 1e-6
+
+
+def class_loss(name: str, given: Predicted, truth: Truth, found: Any) -> Tensor:
+    """A row of CLASS_LOSSES as transformers has it, over the layers."""
+    from transformers import Deimv2Config, LwDetrConfig, RTDetrV2Config
+    from transformers.loss.loss_deimv2 import Deimv2Loss
+    from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
+    from transformers.loss.loss_lw_detr import LwDetrImageLoss
+    from transformers.loss.loss_rt_detr import RTDetrLoss
+
+    config: Any = RTDetrV2Config(num_labels=CLASSES)
+    kind: Any = RTDetrLoss(config)
+    if name == "mal":
+        kind = Deimv2Loss(Deimv2Config(num_labels=CLASSES))
+        kind.gamma = 1.5  # as published
+    if name == "ia_bce":
+        kind = LwDetrImageLoss(None, CLASSES, LwDetrConfig().focal_alpha, ["labels"], 1)
+    targets, number = listed(truth), truth.valid.sum().item()
+    label = {"ia_bce": "labels"}.get(name, name)
+    total = torch.zeros(())
+    for layer, (logits, boxes) in enumerate(zip(*given, strict=True)):
+        at = found.layer == layer
+        pairs = [
+            tuple(each[at & (found.image == image)] for each in (found.query, found.object))
+            for image in range(len(targets))
+        ]
+        if name == "focal":  # theirs for the whole batch does not run
+            target = torch.zeros_like(logits)
+            image, query, place = (each[at] for each in found[1:])
+            target[image, query, truth.labels[image, place]] = 1.0
+            total = total + sigmoid_focal_loss(logits, target, number) * QUERIES
+            continue
+        (term,) = kind.get_loss(label, {"logits": logits, "pred_boxes": boxes}, targets, pairs, number).values()
+        total = total + term
+    return total
+
+
+@pytest.mark.parametrize("name", ["focal", "vfl", "mal", "ia_bce"])
+@pytest.mark.parametrize("assigner", ASSIGNERS)
+def test_losses_of_classes_are_those_of_transformers(name, assigner):
+    truth = random_truth([3, 0, 2], CLASSES)
+    given = trained(truth, None)
+    assert given.proposals is not None
+    with torch.no_grad():
+        given.proposals.boxes[:, :3] = truth.boxes[:, :3] + 0.01
+    proposals = Predicted(*(each[None] for each in given.proposals))
+    found = ASSIGNERS[assigner](given.layers, proposals, truth, False)
+    ours = detection_loss(given, None, truth, loss=name, assigner=assigner)["layers_class"]
+    theirs = class_loss(name, given.layers, truth, found.layers)
+    assert len(found.layers.query) and relative(ours, theirs) < 1e-5
+    (one,), (other,) = (torch.autograd.grad(each, [given.layers.logits]) for each in (ours, theirs))
+    assert relative(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("loss", CLASS_LOSSES)
+@pytest.mark.parametrize("counts", [[0, 0], [2, 0]])
+def test_without_objects_gradients_are_finite_and_reach_every_prediction(loss, counts):
+    truth = random_truth(counts, CLASSES)
+    noised = denoising_queries(truth, CLASSES, number=4)
+    given = trained(truth, noised)
+    terms = detection_loss(given, noised, truth, loss=loss)
+    for gradient in gradients(terms["total"], given):  # which is an error where one is missing
+        assert gradient.isfinite().all()
+    empty = [value.item() for name, value in terms.items() if name.endswith(("l1", "giou"))]
+    assert (max(empty) == 0.0) == (sum(counts) == 0)
+
+
+@pytest.mark.parametrize("loss", CLASS_LOSSES)
+def test_denoising_queries_of_no_object_do_not_count(loss):
+    """Nor does an image's loss depend on how many objects another one has."""
+    truth = random_truth([1, 4], CLASSES)
+    noised = denoising_queries(truth, CLASSES, number=8)
+    given = trained(truth, noised)
+    assert given.noised is not None and not noised.valid.all()
+    total = detection_loss(given, noised, truth, loss=loss)["total"]
+    logits, boxes = torch.autograd.grad(total, list(given.noised))
+    assert not logits[:, ~noised.valid].any() and not boxes[:, ~noised.valid].any()
+    assert logits[:, noised.valid].any(-1).all()
+    changed = Predicted(given.noised.logits.where(noised.valid[..., None], 50.0), given.noised.boxes)
+    again = detection_loss(given._replace(noised=changed), noised, truth, loss=loss)["total"]
+    assert torch.equal(again, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", CLASS_LOSSES)
+def test_half_precision_is_exact_from_the_predictions_on(dtype, loss):
+    truth = random_truth([3, 0], CLASSES)
+    noised = denoising_queries(truth, CLASSES, number=6)
+    given = trained(truth, noised)
+    halves = Trained(*(part and Predicted(*(each.detach().to(dtype) for each in part)) for part in given))
+    wide = Trained(*(part and Predicted(*(each.float() for each in part)) for part in halves))
+    with torch.autocast("cpu", dtype=dtype):
+        got = detection_loss(halves, noised, truth, loss=loss)
+    for name, value in detection_loss(wide, noised, truth, loss=loss).items():
+        assert got[name].dtype == torch.float32 and torch.equal(got[name], value)
+
+
+def test_a_prediction_that_is_nan_makes_the_loss_nan_and_raises_no_error():
+    truth = random_truth([3, 1], CLASSES)
+    given = trained(truth, None)
+    with torch.no_grad():
+        given.layers.boxes[0] = float("nan")
+        given.layers.logits[1, 0, 0] = float("nan")
+    terms = detection_loss(given, None, truth)
+    assert terms["layers_l1"].isnan() and terms["layers_class"].isnan() and terms["proposals_l1"].isfinite()
+
+
+def test_confident_predictions_have_finite_gradients():
+    """Also boxes without any area, and logits whose score rounds to 0 or 1."""
+    truth = random_truth([3, 1], CLASSES)
+    for loss in CLASS_LOSSES:
+        given = trained(truth, None)
+        with torch.no_grad():
+            given.layers.logits.mul_(1e3)
+            given.layers.boxes[..., 2:] = 0.0
+        for gradient in gradients(detection_loss(given, None, truth, loss=loss)["total"], given):
+            assert gradient.isfinite().all()
+
+
+def test_unknown_names_and_missing_queries_are_one_clear_error():
+    truth = random_truth([1], CLASSES)
+    given = trained(truth, None)
+    with pytest.raises(ValueError, match="^unknown loss 'vlf'; did you mean vfl"):
+        detection_loss(given, None, truth, loss="vlf")
+    with pytest.raises(ValueError, match="^unknown assigner 'greedy'; choose from: hungarian, iou$"):
+        detection_loss(given, None, truth, assigner="greedy")
+    with pytest.raises(ValueError, match="must be given together$"):
+        detection_loss(given, denoising_queries(truth, CLASSES), truth)
+
+
+def distributions() -> SimpleNamespace:
+    """Two layers of D-FINE's bins, and what its loss of transformers needs."""
+    from transformers import DFineConfig
+    from transformers.loss.loss_d_fine import DFineLoss, weighting_function
+
+    config: Any = DFineConfig(num_labels=CLASSES)
+    truth = random_truth([3, 0, 2], CLASSES)
+    with torch.no_grad():
+        layers = predictions(2, 3, QUERIES)
+        layers.boxes[0, :, :2] = truth.boxes[:, :2] * 1.1
+    references = random_boxes(3, QUERIES)
+    references[0, :4] = torch.cat([truth.boxes[0, :3], truth.boxes[0, :1]])
+    references[2, :2, 2:] = 0.01  # far too small: beyond the last bin
+    bins = torch.randn(2, 3, QUERIES, 4 * 33)
+    pairs = [(torch.tensor([2, 0, 3]), torch.tensor([1, 0, 2])), (torch.zeros(0).long(),) * 2]
+    pairs += [(torch.tensor([0, 5]), torch.tensor([0, 1]))]
+    offsets = weighting_function(config.max_num_bins, torch.tensor([config.up]), config.reg_scale)
+    outputs = {"logits": layers.logits[0], "pred_boxes": layers.boxes[0], "pred_corners": bins[0].requires_grad_()}
+    outputs |= {"ref_points": references, "teacher_corners": bins[1], "teacher_logits": layers.logits[1]}
+    theirs: Any = DFineLoss(config).loss_local(outputs, listed(truth), pairs, 5.0)
+    image = torch.cat([torch.full_like(queries, number) for number, (queries, _) in enumerate(pairs)])
+    query, place = (torch.cat(each) for each in zip(*pairs, strict=True))
+    return SimpleNamespace(**locals())
+
+
+def test_interpolation_between_bins_is_that_of_d_fine():
+    at = distributions()
+    logits = at.bins[0].detach().unflatten(-1, (4, 33)).requires_grad_()
+    boxes = at.truth.boxes[at.image, at.place]
+    quality = overlaps(at.layers.boxes[0][at.image, at.query], boxes)[0]
+    chosen = logits[at.image, at.query]
+    loss = interpolation_loss(chosen, at.references[at.image, at.query], boxes, quality, at.offsets) / 5.0
+    assert quality.max() > 0 and relative(loss, at.theirs["loss_fgl"]) < 1e-5
+    (wanted,) = torch.autograd.grad(at.theirs["loss_fgl"], [at.outputs["pred_corners"]], retain_graph=True)
+    assert relative(torch.autograd.grad(loss, [logits])[0].flatten(-2), wanted) < 1e-5
+
+
+def test_a_distance_between_two_bins_is_shared_by_how_near_they_are():
+    """By hand: a box twice as wide as its reference has its sides 1 width from the centre, which is 4 - 2 = 2 units."""
+    offsets = torch.tensor([-4.0, 0.0, 1.0, 5.0])
+    reference, box = torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([[0.5, 0.5, 0.4, 0.2]])
+    logits = torch.zeros(1, 4, 4, requires_grad=True)
+    loss = interpolation_loss(logits, reference, box, torch.tensor([0.5]), offsets)
+    assert loss.item() == pytest.approx(0.5 * 4 * torch.tensor(4.0).log().item())
+    loss.backward()
+    assert logits.grad is not None
+    wide, high = logits.grad[0, 0], logits.grad[0, 1]
+    assert (0.25 - wide / 0.5).tolist() == pytest.approx([0.0, 0.0, 0.75, 0.25], abs=1e-5)  # 2 of 1 .. 5
+    assert (0.25 - high / 0.5).tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0], abs=1e-5)  # 0
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_distillation_of_bins_is_that_of_d_fine(some):
+    at = distributions()
+    matched = torch.zeros(3, QUERIES).bool()
+    weight = at.layers.logits[1].sigmoid().amax(-1)
+    logits, teacher = (each.detach().unflatten(-1, (4, 33)) for each in at.bins)
+    if some:
+        matched[at.image, at.query] = True
+        weight[matched] = 0.0
+        quality = overlaps(at.layers.boxes[0][at.image, at.query], at.truth.boxes[at.image, at.place])[0]
+        weight[at.image, at.query] = quality
+        wanted = at.theirs["loss_ddf"]
+    else:
+        from transformers.loss.loss_d_fine import DFineLoss
+
+        nothing: Any = [(torch.zeros(0).long(),) * 2] * 3
+        objects: Any = [{"boxes": torch.zeros(0, 4)}] * 3
+        wanted = DFineLoss(at.config).loss_local(at.outputs, objects, nothing, 1.0)["loss_ddf"]
+    logits.requires_grad_()
+    loss = distillation_loss(logits, teacher, weight, matched)
+    assert loss > 0 and relative(loss, wanted) < 1e-5
+    (theirs,) = torch.autograd.grad(wanted, [at.outputs["pred_corners"]])
+    assert relative(torch.autograd.grad(loss, [logits])[0].flatten(-2), theirs) < 1e-5
+    assert distillation_loss(teacher, teacher, weight, matched).abs() < 1e-6
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    given, truth = torch.load(f"{folder}/rank{rank}.pt", weights_only=False)
+    noised = denoising_queries(truth, CLASSES, number=4)
+    own = given._replace(noised=predictions(LAYERS, *noised.labels.shape))
+    terms = detection_loss(own, noised, truth)
+    torch.save((terms, gradients(terms["total"], own)), f"{folder}/result{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort an interpreter that shuts down, after all is computed and written
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_no_object_equal_one_process(tmp_path):
+    truth = random_truth([3, 2, 0, 0], CLASSES)
+    given = trained(truth, None)
+    halves = [slice(0, 2), slice(2, 4)]
+    for rank, half in enumerate(halves):
+        layers = Predicted(*(each.detach()[:, half].requires_grad_() for each in given.layers))
+        assert given.proposals is not None
+        proposals = Predicted(*(each.detach()[half].requires_grad_() for each in given.proposals))
+        own = Truth(*(each[half, : 3 * (1 - rank)] for each in truth))
+        torch.save((Trained(layers, proposals, None), own), tmp_path / f"rank{rank}.pt")
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    results = [torch.load(tmp_path / f"result{rank}.pt", weights_only=True) for rank in (0, 1)]
+    whole = detection_loss(given, None, truth)
+    for name in set(whole) - {"total"}:
+        assert relative(sum(terms[name] for terms, _ in results) / 2, whole[name]) < 1e-5
+    for number, wanted in enumerate(gradients(whole["total"], given)):
+        parts = [each[number] / 2 for _, each in results]  # as DistributedDataParallel averages
+        assert relative(torch.cat(parts, 1 if number < 2 else 0), wanted) < 1e-5
+    for _, found in results:
+        assert len(found) == 6 and all(each.isfinite().all() for each in found)
+    assert not results[1][1][4].any() and results[0][1][4].any()

@@ -1,0 +1,220 @@
+"""Matching: costs as in the full matrix of a batch, assignments as transformers finds them or a naive loop, and inputs
+that are empty, NaN or many."""
+
+import itertools
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from helpers import listed, random_boxes, random_truth
+from zoo.models.detection import Predicted
+from zoo.outputs.boxes import Truth
+from zoo.tasks.detect import matcher
+from zoo.tasks.detect.matcher import Matches, cheapest, hungarian, iou, overlapping, overlaps, pairwise
+
+CLASSES = 5
+
+
+def predictions(*shape: int, classes: int = CLASSES) -> Predicted:
+    return Predicted(2 * torch.randn(*shape, classes), random_boxes(*shape))
+
+
+def pairs_of(matches: Matches) -> set[tuple[int, ...]]:
+    found = list(zip(*(each.tolist() for each in matches), strict=True))
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+def published(predicted: Predicted, truth: Truth, softmax: bool = False) -> set[tuple[int, ...]]:
+    """What transformers' matcher finds, layer by layer."""
+    from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
+
+    options = {"matcher_class_cost": 1.0 if softmax else 2.0, "matcher_bbox_cost": 5.0, "matcher_giou_cost": 2.0}
+    options |= {"use_focal_loss": not softmax, "matcher_alpha": 0.25, "matcher_gamma": 2.0}
+    theirs = RTDetrHungarianMatcher(SimpleNamespace(**options))
+    places = [valid.nonzero()[:, 0] for valid in truth.valid]
+    found = set()
+    for layer, (logits, boxes) in enumerate(zip(*predicted, strict=True)):
+        answer = theirs({"logits": logits, "pred_boxes": boxes}, listed(truth))
+        for image, (queries, objects) in enumerate(answer):
+            known = places[image][objects].tolist()
+            found |= {(layer, image, *pair) for pair in zip(queries.tolist(), known, strict=True)}
+    return found
+
+
+def test_overlaps_are_those_of_torchvision():
+    one, other = random_boxes(40).double(), random_boxes(40).double()
+    other[:3] = one[:3]
+    corners = [torchvision.ops.box_convert(each, "cxcywh", "xyxy") for each in (one, other)]
+    ours = overlaps(one[:, None], other[None])
+    theirs = torchvision.ops.box_iou(*corners), torchvision.ops.generalized_box_iou(*corners)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert (got - wanted).abs().max() < 1e-12
+    assert (ours[1] < 0).any() and (ours[0] == 0).any()
+
+
+def full_matrix(predicted: Predicted, truth: Truth, softmax: bool) -> Tensor:
+    """The costs of each layer for all queries of the batch [B Q] and all its objects, those of other images too."""
+    logits, boxes = (each.flatten(1, 2) for each in predicted)
+    labels, objects = truth.labels.flatten(), truth.boxes.flatten(0, 1)
+    if softmax:
+        classes = -logits.softmax(-1)[..., labels]
+    else:
+        chosen = logits[..., labels]
+        negative = -logsigmoid(-chosen)
+        score = (chosen - negative).exp()
+        classes = 2.0 * (0.25 * (1.0 - score) ** 2 * (negative - chosen) - 0.75 * score**2 * negative)
+    l1 = torch.cdist(boxes, objects, p=1)
+    return classes + 5.0 * l1 - 2.0 * overlaps(boxes[:, :, None], objects)[1]
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2**16])
+def test_costs_are_bit_for_bit_those_of_the_full_matrix(softmax, chunk, monkeypatch):
+    monkeypatch.setattr(matcher, "PAIRS", chunk)  # one layer at a time, or all
+    images, queries, most = 3, 37, 6
+    predicted, truth = predictions(4, images, queries), random_truth([6, 2, 4], CLASSES)
+    got = pairwise(predicted, truth, lambda predicted, truth: matcher.cost(predicted, truth, softmax))
+    full = full_matrix(predicted, truth, softmax).view(4, images, queries, images, most)
+    for image in range(images):
+        assert torch.equal(got[:, image], full[:, image, :, image].mT)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("counts", [[5, 0, 2], [1, 9, 3]])
+def test_layers_and_proposals_are_matched_as_by_transformers(softmax, counts):
+    """More objects than queries, images without objects, and places that are not valid before some that are."""
+    layers, proposals, truth = predictions(3, 3, 7), predictions(1, 3, 8), random_truth(counts, CLASSES)
+    truth = Truth(*(each.flip(1) for each in truth))
+    found = hungarian(layers, proposals, truth, softmax)
+    assert found.proposals is not None
+    assert pairs_of(found.layers) == published(layers, truth, softmax)
+    assert pairs_of(found.proposals) == published(proposals, truth, softmax)
+    assert found.objects.T.tolist() == truth.valid.nonzero().tolist()
+    assert len(found.layers.query) == 3 * sum(min(7, count) for count in counts)
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_batch_without_objects_matches_nothing(most):
+    truth = Truth(torch.zeros(2, most).long(), torch.zeros(2, most, 4), torch.zeros(2, most).bool())
+    for assigner in (hungarian, iou):
+        found = assigner(predictions(2, 2, 6), predictions(1, 2, 6), truth)
+        assert found.proposals is not None and found.objects.shape == (2, 0)
+        assert all(each.shape == (0,) and each.dtype == torch.long for each in (*found.layers, *found.proposals))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_predictions_that_are_not_finite_are_matched_only_where_nothing_else_is_left(value):
+    predicted, truth = predictions(1, 2, 6), random_truth([4, 3], CLASSES)
+    predicted.boxes[0, 0, :2] = value  # four other queries for four objects
+    predicted.logits[0, 1, :4] = float("nan")  # two others for three
+    predicted.logits[0, 1, 4:] *= 100
+    found = hungarian(predicted, None, truth).layers
+    assert sorted(found.query[found.image == 0].tolist()) == [2, 3, 4, 5]
+    queries = found.query[found.image == 1].tolist()
+    assert {4, 5} < set(queries) and len(queries) == 3
+    predicted.boxes[:] = value
+    assert len(hungarian(predicted, None, truth).layers.query) == 7
+
+
+def test_the_least_cost_is_found_beside_costs_that_are_not_finite():
+    """The best of all permutations, a cost that is not finite being worse than any number of finite ones."""
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        costs = 10.0 ** generator.uniform(-3, 30, (3, 4)).astype(np.float32)
+        costs[generator.random((3, 4)) < 0.3] = generator.choice([np.nan, np.inf, -np.inf])
+        objects, queries = cheapest(costs)
+
+        def judged(order: tuple[int, ...], costs: np.ndarray = costs) -> tuple[int, float]:
+            chosen = costs[range(3), order].astype(np.float64)
+            return int((~np.isfinite(chosen)).sum()), float(chosen[np.isfinite(chosen)].sum())
+
+        best = min(judged(order) for order in itertools.permutations(range(4), 3))
+        assert objects.tolist() == [0, 1, 2]
+        assert judged(tuple(queries)) == pytest.approx(best)
+
+
+def naive_overlapping(one: Tensor, other: Tensor) -> set[tuple[int, int]]:
+    """The assignment by overlap of predictions [Q, 4] and objects [G, 4], pair by pair in fp64."""
+    table = [[overlaps(query.double(), each.double())[0].item() for query in one] for each in other]
+    found: dict[int, list[tuple[float, int]]] = {number: [] for number in range(len(other))}
+    for query in range(len(one)):
+        column = [row[query] for row in table]
+        favourite = max(range(len(other)), key=lambda number: column[number])
+        closest = any(row[query] == max(row) > 0 for row in table)
+        if column[favourite] >= 0.6 or closest:
+            found[favourite].append((-column[favourite], query))
+    return {(number, query) for number, each in found.items() for _, query in sorted(each)[:4]}
+
+
+def test_queries_are_assigned_by_overlap_as_by_a_naive_loop():
+    truth = random_truth([4, 0, 2], CLASSES)
+    near = truth.boxes[:, torch.arange(30) % 4] * (1 + 0.15 * torch.randn(3, 30, 4))
+    proposals = Predicted(torch.randn(1, 3, 30, CLASSES), torch.cat([near, random_boxes(3, 5)], 1)[None, :, :30])
+    found = iou(predictions(2, 3, 30), proposals, truth)
+    wanted = set()
+    for image, count in enumerate((4, 0, 2)):
+        if count:
+            naive = naive_overlapping(proposals.boxes[0, image], truth.boxes[image, :count])
+            wanted |= {(image, query, number) for number, query in naive}
+    assert found.proposals is not None
+    assert pairs_of(found.proposals) == {(0, *each) for each in wanted}
+    assert pairs_of(found.layers) == {(layer, *each) for layer in (0, 1) for each in wanted}
+    counts = torch.bincount(found.proposals.image * 4 + found.proposals.object)
+    assert counts.max() == 4 and (counts == 0).sum() >= 1
+
+
+def test_an_object_that_nothing_overlaps_well_has_its_closest_query():
+    objects, queries = overlapping(np.array([[0.1, 0.3, 0.2], [0.0, 0.0, 0.0], [0.7, np.nan, 0.0]]))
+    assert set(zip(objects.tolist(), queries.tolist(), strict=True)) == {(0, 1), (2, 0)}
+
+
+def test_assignment_by_overlap_needs_proposals():
+    with pytest.raises(ValueError, match="^the iou assigner needs a model with proposals; use hungarian$"):
+        iou(predictions(1, 1, 3), None, random_truth([1], CLASSES))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in one tensor that is computed."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self.number = max(self.number, each.untyped_storage().nbytes() // each.element_size())
+        return result
+
+
+def test_memory_is_linear_in_boxes_and_in_images():
+    """The costs themselves, 500 objects an image, are the largest tensor; other tensors hold a few layers of them."""
+    for images, most in ((1, 250), (1, 500), (2, 500)):
+        predicted, truth = predictions(2, images, 40), random_truth([most] * images, CLASSES)
+        with Largest() as largest:
+            hungarian(predicted, None, truth)
+        assert largest.number == 2 * images * 40 * most + images * most
+
+
+@pytest.mark.slow
+def test_matching_is_five_times_as_fast_as_by_the_full_matrix():
+    predicted, truth = predictions(6, 8, 300, classes=80), random_truth([7] * 8, 80)
+
+    def seconds(call) -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    ours, theirs = ([], [])
+    for _ in range(8):
+        ours.append(seconds(lambda: hungarian(predicted, None, truth)))
+        theirs.append(seconds(lambda: published(predicted, truth)))
+    assert min(theirs) >= 5 * min(ours)
