@@ -25,6 +25,7 @@ VERBS = {
 }
 EXAMPLES = {
     "classify": ["--config configs/classify/vit_micro_digits.yaml"],
+    "detect": ["--config configs/detect/rtdetr_micro_bccd.yaml", "--data.root DIR"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
 # The options in short help, if the task has them; "" for the text from the code.

@@ -148,3 +148,32 @@ class Detect(Task):
         self.mean_loss.update(loss, len(batch.images))
         logits, boxes = (each[-1] for each in predicted.layers)
         self.found.update(batch.ids, *best(logits, boxes, batch.sizes, self.config.labelled, MOST))
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("validation")
+        rows, ids = self.found.compute()
+        source = self.data.source("test" if self.trainer.testing else "val")
+        if len(ids) == 0:
+            if self.trainer.sanity_checking:
+                return
+            raise ValueError("no image of the validation set could be read")
+        from torchmetrics.detection import MeanAveragePrecision
+        metric = MeanAveragePrecision(backend="faster_coco_eval")
+        index = {int(i): n for n, i in enumerate(source.ids)}
+        preds, target = [], []
+        for i in ids.tolist():
+            part = rows[rows[:, 0] == i]
+            preds.append({"boxes": part[:, 3:].float(), "scores": part[:, 2].float(), "labels": part[:, 1].long()})
+            o = source.objects(index[i])
+            target.append({"boxes": torch.from_numpy(o.boxes).float(), "labels": torch.from_numpy(o.labels)})
+        metric.update(preds, target)
+        values = metric.compute()
+        part = "test" if self.trainer.testing else "val"
+        self.log_dict({f"{part}/ap": values["map"], f"{part}/ap50": values["map_50"]})
+        self.log(f"{part}/loss", self.mean_loss.compute())
+        self.said = f"AP {values['map']:.4f}, AP50 {values['map_50']:.4f} (n = {len(ids)})"
+        self.found.reset()
+        self.mean_loss.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
