@@ -166,11 +166,11 @@ class Output(ProgressBar):
         self.say(
             f"took      {duration(time.monotonic() - self.start)}; checkpoints, logs and state are in {self.folder}"
         )
-        name, inputs = ("best" if best else "last"), {"classify": "IMAGES", "transcribe": "RECORDINGS"}[self.task]
+        name = "best" if best else "last"
         if not self.keep.written:  # trainer.enable_checkpointing=false, or fast_dev_run
             return
         self.say("next")
         self.say(f"  zoo {self.task} validate --model.weights {folder}/{name}")
-        self.say(f"  zoo {self.task} predict {folder}/{name} {inputs}")
+        self.say(f"  zoo {self.task} predict {folder}/{name} {pl_module.files}")
         limit = "max_steps" if by_steps(trainer, pl_module) else "max_epochs"
         self.say(f"  zoo {self.task} fit --ckpt_path={folder}/{STATE} --trainer.{limit} MORE")

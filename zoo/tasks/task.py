@@ -40,8 +40,8 @@ class Task(lightning.LightningModule):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
-    `max` or `min`; `counted` is the field of the model's config with the number of outputs; `faulty` lists possible
-    faults of samples.
+    `max` or `min`; `counted` is the field of the model's config with the number of outputs; `files` names what a
+    trained model predicts on, in a line of a command; `faulty` lists possible faults of samples.
 
     Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
@@ -71,6 +71,7 @@ class Task(lightning.LightningModule):
     command: ClassVar[str]
     score: ClassVar[tuple[str, str]]
     counted: ClassVar[str]
+    files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 

@@ -38,6 +38,7 @@ class Classify(Task):
     command = "classify"
     score = ("val/accuracy", "max")
     counted = "classes"
+    files = "IMAGES"
     faulty = ("unreadable images",)
 
     def __init__(

@@ -64,6 +64,7 @@ class Detect(Task):
     command = "detect"
     score = ("val/ap", "max")
     counted = "classes"
+    files = "IMAGES"
     faulty = ("unreadable images",)
 
     def __init__(
