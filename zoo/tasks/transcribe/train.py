@@ -64,6 +64,7 @@ class Transcribe(Task):
     command = "transcribe"
     score = ("val/wer", "min")
     counted = "vocabulary"
+    files = "RECORDINGS"
     faulty = FAULTS + REMARKS
     betas = (0.9, 0.98)
     model: Conformer  # pyright: ignore[reportIncompatibleVariableOverride]
