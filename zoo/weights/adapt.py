@@ -9,8 +9,9 @@ from torch import Tensor
 
 from zoo.config import field_names
 from zoo.models.base import Model
+from zoo.models.trunk import TIMM, Trunk, convolutional
 from zoo.text import unknown
-from zoo.weights.load import Checkpoint
+from zoo.weights.load import Checkpoint, load_checkpoint
 
 
 def misfits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
@@ -50,3 +51,27 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
         raise ValueError(f"the weights of {name} do not fit model.backbone: '{other[0]}' differs")
     model.load_state_dict({key: value for key, value in state.items() if key not in fresh}, strict=False)
     return model, fresh
+
+
+def load_trunk(trunk: Trunk, name: str, channels: int) -> None:
+    """Gives a detector's trunk the weights of an image classifier.
+
+    Args:
+        trunk: the trunk.
+        name: a checkpoint of the zoo with the trunk's model; for a trunk of timm, `pretrained` for timm's weights, or a
+            file of them.
+        channels: channels of the images.
+
+    Raises:
+        ValueError: the weights are those of another model.
+    """
+    if trunk.name.startswith(TIMM):
+        options = {} if name == "pretrained" else {"pretrained_cfg_overlay": {"file": name}}
+        source = convolutional(trunk.name.removeprefix(TIMM), channels, pretrained=True, **options)
+        trunk.model.net.load_state_dict(source.state_dict())
+        return
+    found = load_checkpoint(name).model.state_dict()
+    wanted = trunk.model.state_dict()
+    if wrong := [key for key in misfits(wanted, found) if key in wanted]:
+        raise ValueError(f"the weights of {name} do not fit trunk '{trunk.name}': '{wrong[0]}' differs")
+    trunk.model.load_state_dict({key: found[key] for key in wanted})

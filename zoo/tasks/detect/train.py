@@ -8,12 +8,14 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
+from zoo.models.base import Model
 from zoo.outputs.boxes import best
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import CLASS_LOSSES, detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
 from zoo.tasks.task import Task
 from zoo.text import unknown
+from zoo.weights.adapt import load_trunk
 
 UNREADABLE = "unreadable image {}"
 MOST = 100  # detections of an image, as COCO counts them
@@ -50,7 +52,7 @@ class Detect(Task):
     Args:
         backbone: arguments of `zoo.create_model`: name, trunk, and any field of the model's config.
         trunk_weights: an image classifier whose weights the trunk starts from: a checkpoint of the zoo, or
-            `pretrained` for a timm trunk's own.
+            for a trunk of timm, `pretrained` or a file.
         trunk_rate: learning rate of the trunk, as a share of `rate`.
         loss: classification loss: vfl, mal, focal or ia_bce.
         assigner: hungarian, or iou for one object to several queries.
@@ -92,6 +94,12 @@ class Detect(Task):
         self.denoising, self.noise = denoising, (label_noise, box_noise)
         super().__init__({"denoising": denoising > 0} | backbone, **options)
         self.found, self.mean_loss = Detections(), MeanMetric()
+
+    def built(self, backbone: dict[str, Any]) -> Model:
+        model = super().built(backbone)
+        if self.trunk_weights is not None:
+            load_trunk(model.trunk, self.trunk_weights, model.config.channels)  # pyright: ignore
+        return model
 
     def groups(self) -> list[dict[str, Any]]:
         trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
@@ -159,6 +167,7 @@ class Detect(Task):
                 return
             raise ValueError("no image of the validation set could be read")
         from torchmetrics.detection import MeanAveragePrecision
+
         metric = MeanAveragePrecision(backend="faster_coco_eval")
         index = {int(i): n for n, i in enumerate(source.ids)}
         preds, target = [], []
