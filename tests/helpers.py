@@ -23,6 +23,7 @@ from zoo.positions import POSITIONS, Position
 from zoo.spec import make, parse
 
 DIM, HEADS = 32, 2
+MAPS = ((3, 4), (2, 3), (2, 2), (1, 2))  # of a memory
 ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
@@ -96,7 +97,7 @@ def _rows() -> dict[str, Callable[[int], Layer]]:
         for norm in ("batchnorm", "layernorm"):
             rows[f"conv-{name}-{norm}"] = functools.partial(_conv, row, norm)
     for name, row in CROSSES.items():
-        rows[f"cross-{name}"] = functools.partial(lambda row, axes: row(DIM, HEADS), row)
+        rows[f"cross-{name}"] = functools.partial(lambda row, axes: row(DIM, HEADS, Place(axes, levels=len(MAPS))), row)
     for name, row in NORMS.items():
         rows[f"norm-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
     for name, row in CHANNELS.items():
@@ -174,16 +175,17 @@ def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: li
 def memory_for(context: Context, batch: int) -> Memory:
     """Four maps, padded, and for each query a place to look at, which depends on where the query stands alone."""
     generator = torch.Generator().manual_seed(7)
-    grids = ((3, 4), (2, 3), (2, 2), (1, 2))
-    size = sum(math.prod(grid) for grid in grids)
+    size = sum(math.prod(grid) for grid in MAPS)
     tokens = torch.randn(1, size, DIM, generator=generator).expand(batch, -1, -1)
     code = torch.randn(1, size, DIM, generator=generator)
-    real = torch.cat([rectangle(grid, (max(1, grid[0] - 1), grid[1] - 1)) for grid in grids])
+    sides = [(max(1, rows - 1), columns - 1) for rows, columns in MAPS]
+    real = torch.cat([rectangle(grid, side) for grid, side in zip(MAPS, sides, strict=True)])
+    share = torch.tensor([(x / columns, y / rows) for (y, x), (rows, columns) in zip(sides, MAPS, strict=True)])
     lines = [0.1 + 0.07 * torch.arange(length) for length in context.grid]
     where = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)
     where = torch.cat([torch.full((context.prefix, where.shape[1]), 0.5), where])
     reference = where[None, :, [0, -1]].expand(batch, -1, -1)
-    return Memory(tokens, real.expand(batch, -1), code=code, grids=grids, reference=reference)
+    return Memory(tokens, real.expand(batch, -1), code, MAPS, reference, share.expand(batch, -1, -1))
 
 
 def rectangle(grid: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:

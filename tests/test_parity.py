@@ -576,7 +576,7 @@ def test_deformable_cross_attention_is_transformers(boxes, masked, points):
     config = DeformableDetrConfig(d_model=DIM, num_feature_levels=len(MAPS), use_timm_backbone=False)
     theirs = scattered(DeformableDetrMultiscaleDeformableAttention(config, HEADS, points))
     ours = copied(
-        CROSSES["deformable"](DIM, HEADS, levels=len(MAPS), points=points),
+        CROSSES["deformable"](DIM, HEADS, Place(levels=len(MAPS)), points=points),
         renamed(theirs, sampling_offsets="offsets", attention_weights="scores", value_proj="values", output_proj="out"),
     )
     real = torch.cat(

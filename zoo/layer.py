@@ -74,9 +74,9 @@ class Place:
     axes: int = 2  # 2: tokens form H x W; 1: along time
     grid: tuple[int, ...] = ()  # at the config's own size; weights that depend on the number of tokens start from it
     prefix: int = 0
-    levels: int = 1  # grids of the memory that cross-attention reads
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
+    levels: int = 1  # grids of the memory that cross-attention reads
 
 
 ANYWHERE = Place()

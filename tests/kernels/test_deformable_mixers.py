@@ -181,7 +181,7 @@ def looking(batch=2, queries=5, boxes=False, grids=((6, 8), (3, 4)), kind=torch.
 
 def cross(weights, levels=2, points=3):
     torch.manual_seed(3)
-    return CROSSES["deformable"](DIM, HEADS, levels=levels, points=points, weights=weights)
+    return CROSSES["deformable"](DIM, HEADS, Place(levels=levels), points=points, weights=weights)
 
 
 @pytest.mark.parametrize("boxes", [False, True])
