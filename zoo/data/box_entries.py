@@ -142,7 +142,7 @@ class BoxSource:
         limits = np.tile(self.sizes[rows][:, ::-1], 2).astype(np.float64)  # width, height, width, height
         if table.relative:
             boxes = boxes * limits
-        finite = np.isfinite(boxes).all(1)
+        finite = np.all(np.isfinite(boxes), axis=1)
         boxes = np.where(finite[:, None], boxes, 0.0)
         empty = finite & (boxes[:, 2:] <= boxes[:, :2]).any(1)
         clipped = boxes.clip(0.0, limits)

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from zoo.data.box_entries import BoxSource
 from zoo.data.box_sources import SOURCES, recognised
-from zoo.data.box_transforms import Augmentation, Made, Sample, augmented, resized
+from zoo.data.box_transforms import Augmentation, Made, Sample, augmented, resized, shrunk
 from zoo.data.images import as_it_is
 from zoo.data.loading import DataModule, make_loader
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, hashed, kept_generators, rank_and_world, reseed
@@ -66,7 +66,7 @@ class BoxDataset(Dataset[Batch]):
     ) -> None:
         self.source, self.preprocess, self.augmentation = source, preprocess, augmentation
         self.seed, self.plain_from, self.largest = seed, plain_from, largest
-        self.cache, self.free = dict[int, np.ndarray](), cache
+        self.cache, self.free = dict[int, Sample](), cache
 
     def __len__(self) -> int:
         return len(self.source)
@@ -105,25 +105,20 @@ class BoxDataset(Dataset[Batch]):
             return None
 
     def sample(self, index: int) -> Sample:
-        """An image with its objects, crowds excluded, before augmentation; raises UnreadableImage."""
-        image = self.cache.get(index)
-        if image is None:
-            image = self.decoded(index)
-            if image.nbytes <= self.free:
-                self.free -= image.nbytes
-                self.cache[index] = image
+        """An image with its objects, crowds excluded, before augmentation; in training not much larger than the
+        model's input. Raises UnreadableImage."""
+        if index in self.cache:
+            return self.cache[index]
+        image = np.array(self.source.image(index, self.preprocess.channels))
         objects = self.source.objects(index)
-        height, width = self.source.sizes[index].tolist()
-        scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
-        kept = ~objects.crowd
-        return Sample(image, (objects.boxes[kept] * scale).astype(np.float32), objects.labels[kept])
-
-    def decoded(self, index: int) -> np.ndarray:
-        """uint8 [H, W, channels]; in training not much larger than the model's input."""
-        image, most = self.source.image(index, self.preprocess.channels), 2 * self.largest
-        if most and max(image.size) > most:
-            image = dataclasses.replace(self.preprocess, size=most, fit="pad").cut(image)
-        return np.array(image).reshape(image.height, image.width, -1)
+        boxes, labels = objects.boxes[~objects.crowd], objects.labels[~objects.crowd]
+        sample = Sample(image.reshape(*image.shape[:2], -1), boxes.astype(np.float32), labels)
+        if self.largest:
+            sample = shrunk(sample, 2 * self.largest, self.preprocess)
+        if sample.image.nbytes <= self.free:
+            self.free -= sample.image.nbytes
+            self.cache[index] = sample
+        return sample
 
     def batched(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Normalised images on one canvas, and the mask."""
