@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,15 +53,19 @@ def coco_json(results: Iterable[Result], labels: LabelMap) -> list[dict[str, Any
 
 
 def average_precision(
-    results: Iterable[Result], truth: BoxSource | str | os.PathLike[str], labels: LabelMap
+    results: Iterable[Result],
+    truth: BoxSource | str | os.PathLike[str],
+    labels: LabelMap,
+    images: Collection[int] | None = None,
 ) -> Precision:
-    """COCO's average precision of results on all images of a set; 0 if there are no results.
+    """COCO's average precision of results on images of a set; 0 if there are no results.
 
     Args:
         results: the predicted objects of the whole set, in any order.
         truth: the objects to find: a source, or the path of a COCO json, whose images and annotations are taken as
             they are.
         labels: the categories that the results' labels stand for; others in the truth are not counted.
+        images: ids of the images that count; None for all.
 
     Raises:
         ValueError: there are no objects to find, a result is of an image that the truth lacks, or see `coco_json`.
@@ -71,6 +75,10 @@ def average_precision(
     place = truth.place if isinstance(truth, BoxSource) else os.fspath(truth)
     known = _from_source(truth) if isinstance(truth, BoxSource) else _from_json(Path(truth))
     known["annotations"] = [each for each in known["annotations"] if each["category_id"] in labels.ids]
+    if images is not None:
+        seen = set(images)
+        known["images"] = [each for each in known["images"] if each["id"] in seen]
+        known["annotations"] = [each for each in known["annotations"] if each["image_id"] in seen]
     known["categories"] = [{"id": id, "name": name} for name, id in labels]
     objects = sum(not each["iscrowd"] for each in known["annotations"])
     if not objects:

@@ -4,17 +4,19 @@ import math
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
+from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.models.base import Model
 from zoo.outputs.boxes import best
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import CLASS_LOSSES, detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
 from zoo.tasks.task import Task
-from zoo.text import unknown
+from zoo.text import plain, unknown
 from zoo.weights.adapt import load_trunk
 
 UNREADABLE = "unreadable image {}"
@@ -161,29 +163,35 @@ class Detect(Task):
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
         rows, ids = self.found.compute()
-        source = self.data.source("test" if self.trainer.testing else "val")
-        if len(ids) == 0:
-            if self.trainer.sanity_checking:
-                return
+        if len(ids) == 0 and not self.trainer.sanity_checking:
             raise ValueError("no image of the validation set could be read")
-        from torchmetrics.detection import MeanAveragePrecision
-
-        metric = MeanAveragePrecision(backend="faster_coco_eval")
-        index = {int(i): n for n, i in enumerate(source.ids)}
-        preds, target = [], []
-        for i in ids.tolist():
-            part = rows[rows[:, 0] == i]
-            preds.append({"boxes": part[:, 3:].float(), "scores": part[:, 2].float(), "labels": part[:, 1].long()})
-            o = source.objects(index[i])
-            target.append({"boxes": torch.from_numpy(o.boxes).float(), "labels": torch.from_numpy(o.labels)})
-        metric.update(preds, target)
-        values = metric.compute()
-        part = "test" if self.trainer.testing else "val"
-        self.log_dict({f"{part}/ap": values["map"], f"{part}/ap50": values["map_50"]})
-        self.log(f"{part}/loss", self.mean_loss.compute())
-        self.said = f"AP {values['map']:.4f}, AP50 {values['map_50']:.4f} (n = {len(ids)})"
+        if not self.trainer.sanity_checking:
+            self.conclude(rows, ids)
         self.found.reset()
         self.mean_loss.reset()
 
+    def conclude(self, rows: Tensor, ids: Tensor) -> None:
+        """Logs the average precision of all ranks' detections, and says it."""
+        part = "test" if self.trainer.testing else "val"
+        source = self.data.source(part)
+        results = (Result(int(row[0]), int(row[1]), row[2], row[3:]) for row in rows.tolist())
+        found = average_precision(results, source, source.labels, ids.tolist())
+        self.log_dict({f"{part}/{name}": getattr(found, name) for name in ("ap", "ap50", "ap75")})
+        self.log(f"{part}/loss", self.mean_loss.compute())
+        self.said = f"AP {found.ap:.4f}, AP50 {found.ap50:.4f} (n = {found.objects} objects in {len(ids)} images)"
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.print(by_category(found))
+
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def by_category(found: Precision) -> str:
+    """A line for each category, with its AP and AP50, and one for each range of sizes."""
+    width = max(len(plain(name)) for name in (*found.classes, "medium"))
+    lines = [f"{'':{width}}      AP    AP50"]
+    for name, pair in found.classes.items():
+        lines.append(f"{plain(name):{width}}  " + ("no objects" if pair is None else f"{pair[0]:.4f}  {pair[1]:.4f}"))
+    sizes = {"small": found.small, "medium": found.medium, "large": found.large}
+    lines += [f"{name:{width}}  {ap:.4f}" for name, ap in sizes.items() if ap is not None]
+    return "\n".join(lines)
