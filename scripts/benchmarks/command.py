@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import layers, models, operators, plots, speech, training
+from benchmarks import layers, losses, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.text import one_line
 
@@ -80,6 +80,15 @@ CHOICES: dict[str, dict[str, Table]] = {
             form="eager",
         )
     },
+    "losses": {
+        "losses": Table(
+            f"Losses of a detector with {losses.CLASSES} classes, matching included, against transformers'",
+            losses.losses,
+            losses.loss_table,
+            form="eager",
+            dtype="float32",
+        )
+    },
     "memory": {
         "memory": Table(
             f"Peak memory of one mixer layer, its input and output counted, dim {layers.DIM}, {layers.HEADS} heads, "
@@ -126,6 +135,7 @@ SHAPES = {
     "memory_mixers": layers.ON_PICTURES,
     "side": models.SIDE,
     "epochs": training.EPOCHS,
+    "detectors": losses.DETECTORS,
     "speech": speech.RIVALS,
     "depth": speech.DEPTH,
     "encoders": speech.ENCODERS,
@@ -144,6 +154,7 @@ QUICK = {
     "memory_mixers": ["sla"],
     "side": 32,
     "epochs": 2,
+    "detectors": ((2, 2, 9, 3),),
     "audio": [1],
     "speech": {"squeezeformer_xs": "conformer_ctc_s"},
     "depth": 1,

@@ -37,6 +37,7 @@ TIMED = {
     "rtf": ("rtf", "noise"),
     "long": ("ratio", "noise"),
     "training": ("ratio", "noise"),
+    "losses": ("ratio", "noise"),
 }
 LINUX = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 
@@ -111,6 +112,20 @@ def test_norms_have_a_row_for_each_form_shape_and_mode(measured):
     forms = ["layernorm", "batchnorm", "repbn", "prepbn, finished", "folded", "torch's BatchNorm1d"]
     wanted = [pair for pair in itertools.product(MODES, forms) if pair != ("forward+backward", "folded")]
     assert [(row["mode"], row["norm"]) for row in rows] == wanted
+
+
+def test_losses_have_a_row_for_matching_and_one_for_all(measured):
+    rows = rows_of(measured[1], "losses")
+    assert [row["what"] for row in rows] == ["matching", "losses, forward+backward"]
+    assert all(row["base"].startswith("transformers ") for row in rows)
+
+
+def test_another_matching_is_not_timed(command, monkeypatch):
+    losses = module("losses")
+    found = losses.hungarian
+    monkeypatch.setattr(losses, "hungarian", lambda own, *others: found(own._replace(boxes=own.boxes / 2), *others))
+    with pytest.raises(ValueError, match="^matching differs from transformers .*; neither was timed"):
+        losses.calls(2, 2, 9, 3)
 
 
 def test_memory_is_that_of_a_process_of_its_own(measured):

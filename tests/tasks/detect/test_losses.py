@@ -252,7 +252,8 @@ def distributions() -> SimpleNamespace:
         layers = predictions(2, 3, QUERIES)
         layers.boxes[0, :, :2] = truth.boxes[:, :2] * 1.1
     references = random_boxes(3, QUERIES)
-    references[0, :4] = torch.cat([truth.boxes[0, :3], truth.boxes[0, :1]])
+    references[0, :4] = truth.boxes[0, [0, 0, 1, 2]] * (1 + 0.1 * torch.randn(4, 4))
+    references[0, 0] = truth.boxes[0, 0]  # sides in the middle of a bin
     references[2, :2, 2:] = 0.01  # far too small: beyond the last bin
     bins = torch.randn(2, 3, QUERIES, 4 * 33)
     pairs = [(torch.tensor([2, 0, 3]), torch.tensor([1, 0, 2])), (torch.zeros(0).long(),) * 2]
@@ -280,16 +281,16 @@ def test_interpolation_between_bins_is_that_of_d_fine():
 
 def test_a_distance_between_two_bins_is_shared_by_how_near_they_are():
     """By hand: a box twice as wide as its reference has its sides 1 width from the centre, which is 4 - 2 = 2 units."""
-    offsets = torch.tensor([-4.0, 0.0, 1.0, 5.0])
+    offsets = torch.tensor([-4.0, 0.0, 1.0, 5.0, 9.0])
     reference, box = torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([[0.5, 0.5, 0.4, 0.2]])
-    logits = torch.zeros(1, 4, 4, requires_grad=True)
+    logits = torch.zeros(1, 4, 5, requires_grad=True)
     loss = interpolation_loss(logits, reference, box, torch.tensor([0.5]), offsets)
-    assert loss.item() == pytest.approx(0.5 * 4 * torch.tensor(4.0).log().item())
+    assert loss.item() == pytest.approx(0.5 * 4 * torch.tensor(5.0).log().item())
     loss.backward()
     assert logits.grad is not None
     wide, high = logits.grad[0, 0], logits.grad[0, 1]
-    assert (0.25 - wide / 0.5).tolist() == pytest.approx([0.0, 0.0, 0.75, 0.25], abs=1e-5)  # 2 of 1 .. 5
-    assert (0.25 - high / 0.5).tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0], abs=1e-5)  # 0
+    assert (0.2 - wide / 0.5).tolist() == pytest.approx([0.0, 0.0, 0.75, 0.25, 0.0], abs=1e-5)  # 2 of 1 .. 5
+    assert (0.2 - high / 0.5).tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0, 0.0], abs=1e-5)  # 0
 
 
 @pytest.mark.parametrize("some", [True, False])

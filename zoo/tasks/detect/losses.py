@@ -135,9 +135,9 @@ def detection_loss(
     """The weighted losses of each part of what a detector predicts, and their sum as `total`.
 
     The parts are `layers`, `proposals` and `noised`; each has the terms `class`, `l1` and `giou`, as in `layers_class`.
-    All are computed in float32 at least, summed over layers and divided by the number of objects (the mean over ranks,
-    at least 1); those of the denoising queries also by the number of their groups. Without objects, boxes have losses
-    of 0 that still reach every prediction.
+    All are computed in float32 at least, also under autocast; they are summed over layers and divided by the number of
+    objects (the mean over ranks, at least 1), those of the denoising queries also by that of their groups. Without
+    objects, boxes have losses of 0 that still reach every prediction.
 
     Args:
         trained: what the model predicts.
@@ -152,33 +152,32 @@ def detection_loss(
             raise ValueError(unknown("loss" if table is CLASS_LOSSES else "assigner", name, table))
     if (trained.noised is None) != (noised is None):
         raise ValueError("the predictions of denoising queries and the queries themselves must be given together")
-    with torch.autocast(trained.layers.boxes.device.type, enabled=False):
-        layers, proposals, denoised = map(_exact, (trained.layers, trained.proposals, trained.noised))
-        assert layers is not None
-        if proposals is not None:
-            proposals = Predicted(*(each[None] for each in proposals))
-        truth = truth._replace(boxes=truth.boxes.to(layers.boxes.dtype))
-        assigned = ASSIGNERS[assigner](layers, proposals, truth, loss == "softmax")
-        number = objects_of(truth).to(layers.boxes.dtype)
-        parts: dict[str, tuple[Predicted, Matches, Tensor | None, Tensor]] = {
-            "layers": (layers, assigned.layers, None, number)
-        }
-        if proposals is not None and assigned.proposals is not None:
-            parts["proposals"] = (proposals, assigned.proposals, None, number)
-        if denoised is not None and noised is not None:
-            matches = positives(noised, assigned.objects, len(denoised.boxes))
-            parts["noised"] = (denoised, matches, noised.valid, number * noised.groups)
-        terms: dict[str, Tensor] = {}
-        for part, (predicted, matches, real, share) in parts.items():
-            boxes = predicted.boxes[matches.layer, matches.image, matches.query]
-            objects = truth.boxes[matches.image, matches.object]
-            labels = truth.labels[matches.image, matches.object]
-            iou, giou = overlaps(boxes, objects)
-            matched = Matched((matches.layer, matches.image, matches.query), labels, iou.detach())
-            terms[f"{part}_class"] = weights.classes * CLASS_LOSSES[loss](predicted.logits, real, matched, share)
-            terms[f"{part}_l1"] = weights.l1 * distances(boxes, objects).sum() / share
-            terms[f"{part}_giou"] = weights.giou * (1.0 - giou).sum() / share
-        return terms | {"total": torch.stack(list(terms.values())).sum()}
+    layers, proposals, denoised = map(_exact, (trained.layers, trained.proposals, trained.noised))
+    assert layers is not None
+    if proposals is not None:
+        proposals = Predicted(*(each[None] for each in proposals))
+    truth = truth._replace(boxes=truth.boxes.to(layers.boxes.dtype))
+    assigned = ASSIGNERS[assigner](layers, proposals, truth, loss == "softmax")
+    number = objects_of(truth).to(layers.boxes.dtype)
+    parts: dict[str, tuple[Predicted, Matches, Tensor | None, Tensor]] = {
+        "layers": (layers, assigned.layers, None, number)
+    }
+    if proposals is not None and assigned.proposals is not None:
+        parts["proposals"] = (proposals, assigned.proposals, None, number)
+    if denoised is not None and noised is not None:
+        matches = positives(noised, assigned.objects, len(denoised.boxes))
+        parts["noised"] = (denoised, matches, noised.valid, number * noised.groups)
+    terms: dict[str, Tensor] = {}
+    for part, (predicted, matches, real, share) in parts.items():
+        boxes = predicted.boxes[matches.layer, matches.image, matches.query]
+        objects = truth.boxes[matches.image, matches.object]
+        labels = truth.labels[matches.image, matches.object]
+        iou, giou = overlaps(boxes, objects)
+        matched = Matched((matches.layer, matches.image, matches.query), labels, iou.detach())
+        terms[f"{part}_class"] = weights.classes * CLASS_LOSSES[loss](predicted.logits, real, matched, share)
+        terms[f"{part}_l1"] = weights.l1 * distances(boxes, objects).sum() / share
+        terms[f"{part}_giou"] = weights.giou * (1.0 - giou).sum() / share
+    return terms | {"total": torch.stack(list(terms.values())).sum()}
 
 
 def _exact(predicted: Predicted | None) -> Predicted | None:
@@ -233,7 +232,7 @@ def interpolation_loss(
     sign = corners.new_tensor([-1.0, -1.0, 1.0, 1.0])
     wanted = sign * (corners - centre.repeat(1, 2)) / (size.repeat(1, 2) / scale + 1e-16) - scale / 2
     wanted = wanted.clamp(offsets[0], offsets[-1]).contiguous()
-    below = (torch.searchsorted(offsets, wanted, right=True) - 1).clamp(0, len(offsets) - 2)
+    below = (torch.searchsorted(offsets, wanted) - 1).clamp(0, len(offsets) - 2)
     low, high = offsets[below], offsets[below + 1]
     share = (wanted - low) / (high - low)
     chosen = logits.log_softmax(-1).gather(-1, torch.stack([below, below + 1], -1))
