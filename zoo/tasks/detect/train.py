@@ -94,7 +94,7 @@ class Detect(Task):
         self.trunk_weights, self.trunk_rate, self.flat = trunk_weights, trunk_rate, flat
         self.loss, self.assigner = loss, assigner
         self.denoising, self.noise = denoising, (label_noise, box_noise)
-        super().__init__({"denoising": denoising > 0} | backbone, **options)
+        super().__init__(backbone, **options)
         self.found, self.mean_loss = Detections(), MeanMetric()
 
     def built(self, backbone: dict[str, Any]) -> Model:
@@ -102,6 +102,11 @@ class Detect(Task):
         if self.trunk_weights is not None:
             load_trunk(model.trunk, self.trunk_weights, model.config.channels)  # pyright: ignore
         return model
+
+    def complete(self) -> None:
+        super().complete()
+        if not self.denoising and (noise := getattr(self.model, "noise", None)) is not None:
+            noise.requires_grad_(False)
 
     def groups(self) -> list[dict[str, Any]]:
         trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
@@ -163,6 +168,7 @@ class Detect(Task):
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
         rows, ids = self.found.compute()
+        rows, ids = rows.view(-1, 7), ids.view(-1)  # the metric drops axes of length 1
         if len(ids) == 0 and not self.trainer.sanity_checking:
             raise ValueError("no image of the validation set could be read")
         if not self.trainer.sanity_checking:
