@@ -15,6 +15,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from zoo.data import headers
 from zoo.data import speech_sources as corpora
 from zoo.data.augment import add_noise, change_speed
 from zoo.data.speech import Batch, Clips, Speech, collate
@@ -262,7 +263,7 @@ def test_durations_are_kept_and_read_again_when_files_change(root: Path, monkeyp
     original = corpora.audio_seconds
     monkeypatch.setenv("ZOO_CACHE", str(root / "cache"))
     monkeypatch.setattr(corpora, "audio_seconds", counted)
-    monkeypatch.setattr(corpora, "SMALL", 0)
+    monkeypatch.setattr(headers, "SMALL", 0)
     first = libri(root).source("train").durations
     assert len(calls) == 6
     (kept,) = (root / "cache").iterdir()

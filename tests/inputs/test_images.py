@@ -23,6 +23,7 @@ from zoo.inputs.images import (
     _centre,
     convert_image,
     default_statistics,
+    image_size,
     read_image,
 )
 
@@ -458,3 +459,28 @@ def png(width: int, height: int, depth: int, colour: int, scanlines: bytes) -> b
         checksum = struct.pack(">I", zlib.crc32(kind + data))
         result += struct.pack(">I", len(data)) + kind + data + checksum
     return result
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_the_size_of_the_header_is_that_of_the_image(orientation: int | None, extension: str, tmp_path: Path):
+    path, exif = tmp_path / f"a.{extension}", Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    picture(20, 30).save(path, exif=exif)
+    image = read_image(path)
+    assert image_size(path) == (image.height, image.width)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_the_size_next_to_broken_metadata(tmp_path: Path):
+    picture(20, 30).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0broken")
+    assert image_size(tmp_path / "a.jpg") == (20, 30)
+
+
+def test_the_size_of_what_is_no_image(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="a.png: the file is empty"):
+        image_size(tmp_path / "a.png")
+    with pytest.raises(UnreadableImage, match="b.png: No such file"):
+        image_size(tmp_path / "b.png")

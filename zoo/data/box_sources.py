@@ -1,6 +1,7 @@
 """Sources of images with objects: a class for each format of files, and generated shapes. `SOURCES` lists them."""
 
 import contextlib
+import functools
 import math
 import os
 from collections import Counter
@@ -26,7 +27,7 @@ class Yolo(BoxSource):
     them, or several. The labels of `images/a.jpg` are in `labels/a.txt`, or beside the image.
 
     A line of labels is a category and the relative centre x, centre y, width and height of its box; or a category and
-    the corners of a polygon, whose box is taken. An image without a file of labels has no objects. The ids of images
+    the corners of a polygon, whose box is taken. An image without a label file has no objects. The ids of images
     count them from 1.
     """
 
@@ -48,7 +49,7 @@ class Yolo(BoxSource):
         for row, image in enumerate(images):
             text = _labels_of(image)
             if text is None:
-                faults.add("taken as without objects", "images without a file of labels", image)
+                faults.add("kept as background", "images without a label file", image)
                 continue
             texts.add(text)
             for number, line in enumerate(read_text(text).splitlines(), 1):
@@ -67,10 +68,10 @@ class Yolo(BoxSource):
             for name in sorted(os.listdir(folder)):
                 orphan = os.path.join(folder, name)
                 if name.endswith(".txt") and name != "classes.txt" and orphan not in texts and not _image_of(orphan):
-                    faults.add("omitted", "files of labels without an image", orphan)
+                    faults.add("omitted", "label files without an image", orphan)
         if images and not texts:
             looked = " or ".join(_label_paths(images[0]))
-            raise ValueError(f"{path}: no image of {split!r} has a file of labels; looked for {looked}, for example")
+            raise ValueError(f"{path}: no image of {split!r} has a label file; looked for {looked}, for example")
         super().__init__(f"{path} ({split})", labels, entries, table, faults)
 
 
@@ -127,10 +128,13 @@ class Shapes(BoxSource):
 
     def __init__(self, root: str, split: str) -> None:
         self.place, self.labels = f"shapes ({split})", LabelMap.from_names(("rectangle", "ellipse", "triangle"), 1)
-        self.split, self.images, table = split, [], Table("object")
-        for row in range(self.counts[split]):
-            values, objects = _drawn(np.random.default_rng([list(self.counts).index(split), row]))
-            self.images.append(values)
+        self.split, drawn, table = (
+            split,
+            _all_drawn(list(self.counts).index(split), self.counts[split]),
+            Table("object"),
+        )
+        self.images = [values for values, _ in drawn]
+        for row, (_, objects) in enumerate(drawn):
             for number, (label, box) in enumerate(objects, 1):
                 table.add(row, label, box, number)
         self.ids = np.arange(1, len(self.images) + 1)
@@ -215,7 +219,7 @@ def _labels_of(image: str) -> str | None:
 
 
 def _image_of(text: str) -> bool:
-    """Whether a file of labels has an image, in this split or another."""
+    """Whether a label file has an image, in this split or another."""
     stem = os.path.splitext(text)[0]
     head, found, tail = stem.rpartition(f"{os.sep}labels{os.sep}")
     stems = [stem, f"{head}{os.sep}images{os.sep}{tail}"] if found else [stem]
@@ -297,7 +301,15 @@ def _voc_object(element: Any) -> tuple[str, list[float], bool]:
     return name, [left - 1, top - 1, right, bottom], _text(element, "difficult") == "1"
 
 
-def _drawn(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
+Drawing = tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]
+
+
+@functools.cache
+def _all_drawn(seed: int, count: int) -> list[Drawing]:
+    return [_drawn(np.random.default_rng([seed, row])) for row in range(count)]
+
+
+def _drawn(generator: np.random.Generator) -> Drawing:
     """An image uint8 [H, W, 3], and the label and box of each object."""
     from PIL import Image, ImageDraw
 

@@ -191,18 +191,21 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """The height and width that `read_image` gives, from the file's header alone; UnreadableImage as there."""
+    """The height and width that `read_image` gives, from the file's header alone; UnreadableImage as there.
+
+    Pillow may warn of broken metadata. A PNG whose EXIF follows its pixels is not turned.
+    """
     from PIL import Image
 
     name = os.fspath(path)
     try:
         check_regular(name)
-        with warnings.catch_warnings(), _opened(name) as image:
-            warnings.simplefilter("ignore")
+        with _opened(name) as image:
             width, height = image.size
             turned = False
-            with suppress(Exception):  # of broken metadata
-                turned = Image.Image.getexif(image).get(ORIENTATION) in (5, 6, 7, 8)
+            if image.format != "TIFF":  # Pillow turns its size by itself
+                with suppress(Exception):  # of broken metadata
+                    turned = Image.Image.getexif(image).get(ORIENTATION) in (5, 6, 7, 8)
             return (width, height) if turned else (height, width)
     except Exception as error:
         raise UnreadableImage(f"{name}: {_why(name, error)}") from error

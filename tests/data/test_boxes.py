@@ -1,0 +1,444 @@
+import inspect
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from box_cases import coco, write_coco, write_voc, write_yolo
+from zoo.data.boxes import Batch, BoxDataset, Boxes
+from zoo.inputs.boxes import BoxPreprocess
+
+OFF: dict[str, Any] = {"flip": 0.0, "photometric": 0.0, "zoom": 0.0, "iou_crop": 0.0}
+ALL: dict[str, Any] = {"flip": 0.5, "turn": 0.5, "mosaic": 0.5, "mixup": 0.5}
+UNIT: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("set")
+    for split in ("train", "val"):
+        write_coco(place, split=split)
+    return place
+
+
+def files(root: Path, **options: Any) -> Boxes:
+    return Boxes(**{"dataset": "coco", "root": str(root), "size": 32, "workers": 0, **options})
+
+
+def same(one: Batch, other: Batch) -> bool:
+    masks = (one.mask is None and other.mask is None) or bool((one.mask == other.mask).all())  # pyright: ignore
+    pairs = zip((one.images, *one.truth, one.ids), (other.images, *other.truth, other.ids), strict=True)
+    return masks and all(torch.equal(a, b) for a, b in pairs)
+
+
+def drawn(dataset: BoxDataset, epoch: int, index: int) -> tuple[Tensor, Tensor, list[int]]:
+    """The image, boxes and labels of one sample."""
+    batch = dataset[epoch, index]
+    assert batch.truth.valid.all()
+    return batch.images[0], batch.truth.boxes[0], batch.truth.labels[0].tolist()
+
+
+def shapes(**options: Any) -> Any:
+    return Boxes(**({"size": 64} | UNIT | OFF | options)).train_dataloader().dataset
+
+
+# Batches
+
+
+def test_evaluation_is_the_preprocess_and_boxes_are_relative(root: Path):
+    data = files(root, batch=3)
+    (batch,) = data.val_dataloader()
+    source = data.source("val")
+    assert batch.images.shape == (3, 3, 32, 32) and batch.mask is None and batch.skipped == ()
+    for index in range(3):
+        assert torch.equal(batch.images[index], data.preprocess(source.image(index)))
+    assert batch.ids.tolist() == [10, 20, 30] and batch.sizes.tolist() == [[20, 40], [30, 24], [16, 16]]
+    truth = batch.truth
+    assert truth.labels.tolist() == [[0, 2], [1, 0], [0, 0]]
+    assert truth.valid.tolist() == [[True, True], [True, False], [False, False]]  # without the crowd
+    wanted = torch.tensor([[9 / 40, 7 / 20, 10 / 40, 10 / 20], [0.75, 0.5, 0.5, 1.0]])
+    torch.testing.assert_close(truth.boxes[0], wanted)
+    torch.testing.assert_close(truth.boxes[1, 0], torch.tensor([6 / 24, 3 / 30, 12 / 24, 6 / 30]))
+    assert not truth.boxes[~truth.valid].any()
+    assert (truth.labels.dtype, truth.boxes.dtype, batch.ids.dtype) == (torch.int64, torch.float32, torch.int64)
+
+
+def test_padding_keeps_the_aspect_and_is_zero(root: Path):
+    data = files(root, fit="pad", size=40, batch=3)
+    (batch,) = data.val_dataloader()
+    assert batch.images.shape == (3, 3, 64, 64)
+    for index, (height, width) in enumerate([(20, 40), (40, 32), (40, 40)]):
+        real = torch.zeros(64, 64, dtype=torch.bool)
+        real[:height, :width] = True
+        assert torch.equal(batch.mask[index], real) and not batch.images[index][:, ~real].any()
+        alone = data.preprocess(data.source("val").image(index))
+        assert torch.equal(batch.images[index, :, :height, :width], alone) and alone.shape == (3, height, width)
+    stretched = next(iter(files(root, batch=3).val_dataloader()))
+    assert torch.equal(batch.truth.boxes, stretched.truth.boxes)  # relative to the image, not to the canvas
+
+
+def test_the_canvas_is_the_least_that_holds_the_images(root: Path):
+    widths = [batch.images.shape[2:] for batch in files(root, fit="pad", batch=1).val_dataloader()]
+    assert widths == [(32, 32), (32, 32), (32, 32)]
+    dataset: Any = files(root, fit="pad", size=70).val_dataloader().dataset
+    assert dataset[0, 0].images.shape == (1, 3, 64, 96) and dataset[0, 2].images.shape == (1, 3, 96, 96)
+
+
+def test_a_batch_is_what_its_images_are_alone():
+    dataset = shapes(**ALL, photometric=0.5, zoom=0.5, iou_crop=0.5)
+    keys = [(1, 5), (1, 0), (1, 7)]
+    batch = dataset.__getitems__(keys)
+    for row, key in enumerate(keys):
+        image, boxes, labels = drawn(dataset, *key)
+        valid = batch.truth.valid[row]
+        assert torch.equal(batch.images[row], image) and torch.equal(batch.truth.boxes[row][valid], boxes)
+        assert batch.truth.labels[row][valid].tolist() == labels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_depend_on_seed_epoch_and_index_alone(channels: int):
+    options = ALL | {"photometric": 0.5, "zoom": 0.5, "iou_crop": 0.5, "channels": channels, "mean": None, "std": None}
+    one, cached = shapes(**options, cache=0), shapes(**options)
+    first = [one[0, index] for index in range(6)]
+    random.seed(5)
+    torch.manual_seed(5)
+    states = random.getstate(), torch.get_rng_state()
+    for _ in range(2):  # the second time from memory
+        assert all(same(cached[0, index], first[index]) for index in reversed(range(6)))
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert not same(one[1, 0], first[0]) and not same(shapes(**options, seed=1)[0, 0], first[0])
+    for batch in first:
+        boxes, valid = batch.truth.boxes, batch.truth.valid
+        corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+        assert valid.all() and corners.min() >= -1e-5 and corners.max() <= 1 + 1e-5 and (boxes[..., 2:] > 0).all()
+        assert batch.images.shape == (1, channels, 64, 64) and batch.images.isfinite().all()
+
+
+def test_workers_change_nothing(root: Path):
+    options = ALL | {"batch": 2, "scales": [32, 64]}
+    one, two = (list(files(root, **options, workers=workers).train_dataloader()) for workers in (0, 2))
+    assert len(one) == len(two) == 1 and same(one[0], two[0])
+
+
+def test_nothing_is_kept_beyond_the_memory(root: Path):
+    dataset: Any = files(root, cache=0).val_dataloader().dataset
+    _ = dataset[0, 0]
+    assert not dataset.cache
+    dataset.free = 2400 + 100
+    _ = dataset.__getitems__([(0, 0), (0, 1)])
+    assert list(dataset.cache) == [0] and dataset.free == 100
+
+
+# Augmentation
+
+
+def test_flips_and_turns_move_boxes_with_pixels():
+    """The image and the boxes are one of eight symmetries of those of evaluation, and all eight occur."""
+    plain, moved = shapes(), shapes(flip=0.5, turn=0.75)
+    index = next(index for index in range(20) if len(plain.source.objects(index).labels) >= 2)
+    image, (x, y, width, height) = drawn(plain, 0, index)[0], drawn(plain, 0, index)[1].unbind(1)
+    ways: list[tuple[Tensor, Tensor]] = []
+    for mirrored in (False, True):
+        pixels, place = (image.flip(2), (1 - x, y)) if mirrored else (image, (x, y))
+        size = (width, height)
+        for _ in range(4):
+            ways.append((pixels, torch.stack([*place, *size], 1)))
+            pixels, place, size = pixels.rot90(1, (1, 2)), (place[1], 1 - place[0]), (size[1], size[0])
+    found = set()
+    for epoch in range(60):
+        pixels, boxes, _ = drawn(moved, epoch, index)
+        (way,) = (number for number, (each, _) in enumerate(ways) if torch.equal(each, pixels))
+        torch.testing.assert_close(boxes, ways[way][1])
+        found.add(way)
+    assert found == set(range(8))
+
+
+def test_boxes_turn_with_their_objects():
+    """The pixels in the box of the only object of an image stay the same ones."""
+    plain, turned = shapes(), shapes(turn=1.0)
+    index = next(index for index in range(20) if len(plain.source.objects(index).labels) == 1)
+
+    def inside(dataset: BoxDataset, epoch: int) -> float:
+        image, boxes, _ = drawn(dataset, epoch, index)
+        x, y, width, height = (64 * boxes[0]).tolist()
+        rows, columns = (slice(round(c - e / 2), round(c + e / 2)) for c, e in ((y, height), (x, width)))
+        return float(image[:, rows, columns].mean())
+
+    for epoch in range(8):
+        assert abs(inside(turned, epoch) - inside(plain, 0)) < 0.01
+
+
+def test_photometric_changes_pixels_alone():
+    one, other = shapes(), shapes(photometric=1.0)
+    for index in range(4):
+        before, after = drawn(one, 0, index), drawn(other, 0, index)
+        assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and before[2] == after[2]
+
+
+def test_zoom_out_makes_objects_smaller_on_the_mean_colour():
+    mean = [0.2, 0.4, 0.6]
+    one, other = shapes(), shapes(zoom=1.0, mean=mean)
+    for index in range(8):
+        (_, before, labels), (image, after, kept) = drawn(one, 0, index), drawn(other, 0, index)
+        if len(kept) == len(labels) > 0:
+            ratio = after[:, 2:] / before[:, 2:]
+            assert ratio.max() <= 1 and ratio.max() - ratio.min() < 0.03  # one factor, but for whole pixels
+        corners = torch.stack([image[:, 0, 0], image[:, 0, -1], image[:, -1, 0], image[:, -1, -1]])
+        assert (corners.abs().amax(1) < 0.01).sum() >= 1
+
+
+def test_a_crop_keeps_an_object():
+    one, other = shapes(), shapes(iou_crop=1.0)
+    larger = 0
+    for index in range(24):
+        (_, before, labels), (_, after, kept) = drawn(one, 0, index), drawn(other, 0, index)
+        assert len(kept) <= len(labels) and bool(kept) == bool(labels)
+        larger += len(kept) > 0 and bool(after[:, 2:].max() > before[:, 2:].max() + 1e-3)
+    assert larger >= 8
+
+
+def test_crops_are_distributed_as_torchvisions():
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    from zoo.data.box_transforms import IoUCrop
+
+    boxes = tv_tensors.BoundingBoxes(
+        torch.tensor([[10.0, 10, 40, 50], [60, 20, 90, 80], [5, 60, 30, 90]]), format="XYXY", canvas_size=(100, 120)
+    )  # pyright: ignore[reportCallIssue]
+    random.seed(0)
+    means = []
+    for crop in (v2.RandomIoUCrop(), IoUCrop()):
+        found = [crop.make_params([boxes]) for _ in range(300)]
+        real = [each for each in found if each]
+        rows = [
+            [each["top"], each["left"], each["height"], each["width"], 25 * sum(each["is_within_crop_area"])]
+            for each in real
+        ]
+        means.append([*np.mean(rows, axis=0), 60 * len(real) / len(found)])
+    np.testing.assert_allclose(*means, atol=5)
+
+
+def test_a_mosaic_shows_four_images():
+    dataset = shapes(mosaic=1.0)
+    counts, sizes = [], []
+    for index in range(12):
+        image, boxes, labels = drawn(dataset, 0, index)
+        assert image.shape == (3, 64, 64)
+        counts.append(len(labels))
+        sizes += boxes[:, 2:].flatten().tolist()
+    plain = [len(dataset.source.objects(index).labels) for index in range(12)]
+    ordinary = (dataset.source.boxes[:, 2:] - dataset.source.boxes[:, :2]).mean() / dataset.source.sizes.mean()
+    assert sum(counts) > 1.5 * sum(plain) and np.mean(sizes) < ordinary
+
+
+def test_boxes_of_a_mosaic_stay_on_their_objects():
+    """Images of one colour, each with its only object in another colour."""
+    from zoo.data.box_transforms import Sample, mosaic
+
+    samples = []
+    for number in range(4):
+        image = np.full((40, 60, 3), 10 * number, dtype=np.uint8)
+        image[8:30, 12:50] = 100 + number
+        samples.append(Sample(image, np.array([[12, 8, 50, 30]], dtype=np.float32), np.array([number])))
+    for seed in range(20):
+        random.seed(seed)
+        made = mosaic(samples, BoxPreprocess(size=32, interpolation="nearest"))
+        assert made.image.shape == (64, 64, 3) and made.image[0, 0, 0] in (0, 100)
+        for (left, top, right, bottom), label in zip(made.boxes.round().astype(int), made.labels, strict=True):
+            rows, columns = (made.image[..., 0] == 100 + label).nonzero()
+            found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert np.abs(np.array(found) - (left, top, right, bottom)).max() <= 1
+
+
+def test_mixup_is_the_mean_of_two_images_with_the_objects_of_both():
+    from zoo.data.box_transforms import Made, mixup
+
+    one = Made(torch.full((3, 4, 8), 100, dtype=torch.uint8), torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([1]))
+    two = Made(torch.full((3, 8, 4), 200, dtype=torch.uint8), torch.tensor([[0.5, 0.5, 0.4, 0.4]]), torch.tensor([2]))
+    made = mixup(one, two, 0.25, (0, 0, 0))
+    assert made.image[0, :, [0, 7]].T.tolist() == [[175] * 4 + [150] * 4, [25] * 4 + [0] * 4]
+    torch.testing.assert_close(made.boxes, torch.tensor([[0.5, 0.25, 0.2, 0.1], [0.25, 0.5, 0.2, 0.4]]))
+    assert made.labels.tolist() == [1, 2]
+    plain, mixed = shapes(), shapes(mixup=1.0)
+    assert sum(len(drawn(mixed, 0, i)[2]) for i in range(8)) > sum(len(drawn(plain, 0, i)[2]) for i in range(8))
+
+
+def test_large_images_are_shrunk_in_training_only(root: Path):
+    data = files(root, size=8, **OFF)
+    train: Any = data.train_dataloader().dataset
+    val: Any = data.val_dataloader().dataset
+    assert train.sample(0).image.shape == (8, 16, 3) and val.sample(0).image.shape == (20, 40, 3)
+    torch.testing.assert_close(train[0, 0].truth.boxes, val[0, 0].truth.boxes)
+
+
+# Scales and epochs
+
+
+def test_a_batch_has_one_of_the_scales_and_epochs_differ(root: Path):
+    data = Boxes(size=64, scales=[32, 48, 64], batch=64, **OFF)
+    loader: Any = data.train_dataloader()
+    sides = []
+    for epoch in range(6):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        sides.append([{side for _, _, side in keys} for keys in loader.batch_sampler])
+    assert all(len(each) == 1 for epoch in sides for each in epoch)
+    assert {side for epoch in sides for each in epoch for side in each} == {32, 48, 64}
+    assert len({str(epoch) for epoch in sides}) == 6
+    batch = loader.dataset.__getitems__([(0, 0, 48), (0, 1, 48)])
+    assert batch.images.shape == (2, 3, 64, 64) and batch.mask.sum() == 2 * 48 * 48
+
+
+def test_a_resumed_epoch_has_the_same_scales():
+    loader: Any = Boxes(size=64, scales=[32, 48, 64], batch=32).train_dataloader()
+    whole = list(loader.batch_sampler)
+    loader.batch_sampler.skip = 3
+    assert list(loader.batch_sampler) == whole[3:]
+
+
+def test_ranks_draw_the_same_scales(monkeypatch: pytest.MonkeyPatch):
+    import zoo.data.sampling as sampling
+
+    sides = []
+    for rank in (0, 1):
+        monkeypatch.setattr(sampling, "rank_and_world", lambda rank=rank: (rank, 2))
+        loader: Any = Boxes(size=64, scales=[32, 48, 64], batch=16).train_dataloader()
+        keys = [keys[0] for keys in loader.batch_sampler]
+        sides.append(([side for _, _, side in keys], [index for _, index, _ in keys]))
+    assert sides[0][0] == sides[1][0] and sides[0][1] != sides[1][1]
+
+
+def test_the_last_epochs_are_plain():
+    data = Boxes(size=64, scales=[32], plain_epochs=2, mosaic=1.0, mixup=1.0, **(OFF | {"photometric": 1.0}))
+    data.trainer = lightning.Trainer(max_epochs=5, logger=False, enable_checkpointing=False, accelerator="cpu")
+    loader: Any = data.train_dataloader()
+    evaluated: Any = data.val_dataloader().dataset
+    evaluated.source = data.source("train")
+    for epoch, side in ((2, 32), (3, 64), (4, 64)):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        key = next(iter(loader.batch_sampler))[0]
+        assert key[2] == side
+        assert same(loader.dataset[key], evaluated[0, key[1]]) == (epoch >= 3)
+    data.trainer.fit_loop.max_epochs = -1
+    with pytest.raises(ValueError, match="plain_epochs needs trainer.max_epochs"):
+        data.train_dataloader()
+
+
+# Faults
+
+
+def test_unreadable_images_are_omitted_and_listed(tmp_path: Path):
+    write_coco(tmp_path)
+    data = files(tmp_path, batch=3, **ALL)
+    loader = data.train_dataloader()
+    (tmp_path / "images/train/b.png").write_bytes(b"")
+    (batch,) = loader
+    assert batch.skipped == (str(tmp_path / "images/train/b.png"),) and sorted(batch.ids.tolist()) == [10, 30]
+    assert len(batch.images) == len(batch.truth.labels) == len(batch.sizes) == 2
+    for name in "ac":
+        (tmp_path / f"images/train/{name}.png").write_bytes(b"")
+    (batch,) = data.train_dataloader()
+    assert len(batch.skipped) == 3 and batch.images.shape == (0, 3, 32, 32) and batch.truth.boxes.shape == (0, 0, 4)
+    assert batch.ids.shape == (0,) and batch.sizes.shape == (0, 2)
+
+
+def test_a_batch_without_objects(root: Path):
+    dataset: Any = files(root).val_dataloader().dataset
+    truth = dataset[0, 2].truth
+    assert truth.labels.shape == (1, 0) and truth.boxes.shape == (1, 0, 4) and truth.valid.shape == (1, 0)
+    everything: Any = files(root, **ALL, photometric=1.0, zoom=1.0, iou_crop=1.0).train_dataloader().dataset
+    assert everything[0, 2].images.isfinite().all()
+
+
+def test_splits_must_have_the_same_categories(tmp_path: Path):
+    write_coco(tmp_path)
+    write_coco(tmp_path, coco((1, 2, 4)), split="val")
+    data = files(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"categories of .*val.json differ .*: without 'dog' \(id 3\), with 'dog' \(id 4\)"
+    ):
+        data.find("fit")
+    assert files(tmp_path).labels.ids == (1, 2, 4)  # validation alone needs no training set
+
+
+def test_a_training_set_needs_objects(tmp_path: Path):
+    for split in ("train", "val"):
+        write_coco(tmp_path, coco() | {"annotations": []}, split=split)
+    with pytest.raises(ValueError, match=r"instances_train.json has no objects to train on"):
+        files(tmp_path).find("fit")
+
+
+# Options
+
+
+def test_what_it_says_of_itself(root: Path, tmp_path: Path):
+    data = files(root)
+    assert (
+        data.described()
+        == "coco: 3 images with 4 objects to train on, 3 images with 4 objects to validate, 3 categories"
+    )
+    assert data.labels.names == ("bird", "cat", "dog") and data.labelled == 3
+    (image,), text = data.example()
+    assert image.shape == (1, 3, 32, 32) and text == "an image of 3 x 32 x 32"
+    write_voc(tmp_path / "voc")
+    write_yolo(tmp_path / "yolo")
+    for name in ("voc", "yolo"):
+        assert Boxes.measuring(root=str(tmp_path / name)).dataset == name
+    assert Boxes.measuring().dataset == "shapes" and Boxes.measuring(root=str(root)).labelled == 3
+    with pytest.raises(ValueError, match="--splits is for speech"):
+        Boxes.measuring(splits=["test"])
+
+
+def test_the_preprocessing_of_a_checkpoint_is_taken():
+    base = BoxPreprocess(size=96, fit="pad", mean=(0.1, 0.2, 0.3), interpolation="bicubic")
+    assert Boxes().prepared(base) == base and Boxes(size=64).prepared(base) == BoxPreprocess.from_dict(
+        base.to_dict() | {"size": 64}
+    )
+    assert Boxes(channels=1).prepared(base).mean == (0.449,) and Boxes().preprocess == BoxPreprocess()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dataset": "voc2012"}, "unknown dataset 'voc2012'; allowed: auto, coco, coco_export, yolo, voc, shapes"),
+        ({"dataset": "coco"}, "'coco' needs root"),
+        ({"root": "somewhere"}, "'shapes' takes no root"),
+        ({"dataset": "auto"}, "'auto' needs root"),
+        ({"dataset": "auto", "root": "nowhere"}, "nowhere is not a folder of objects"),
+        ({"batch": 0}, "batch must be >= 1"),
+        ({"workers": -1}, "workers must be >= 0"),
+        ({"cache": -1}, "cache must be >= 0"),
+        ({"plain_epochs": -1}, "plain_epochs must be >= 0"),
+        ({"flip": 1.5}, "flip must be a probability"),
+        ({"mosaic": -0.5}, "mosaic must be a probability"),
+        ({"zoom": float("nan")}, "zoom must be a probability"),
+        ({"size": 0}, "size must be"),
+        ({"fit": "crop"}, "unknown fit 'crop'; allowed: stretch, pad"),
+        ({"scales": []}, "scales must have at least one"),
+        ({"scales": [0]}, "size must be an integer"),
+        ({"mean": [0.5]}, "mean has 1 values"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words) as error:
+        Boxes(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_are_documented_flags():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(Boxes, "data")
+    text = parser.format_help()
+    for name in inspect.signature(Boxes).parameters:
+        (action,) = (a for a in parser._actions if a.dest == f"data.{name}")
+        assert action.help and len(action.help) > 20, name
+        assert f"--data.{name}" in text
+    data = parser.instantiate_classes(parser.parse_args(["--data.scales=[32,64]", "--data.mean=[0.1,0.2,0.3]"])).data
+    assert data.scales == [32, 64] and data.preprocess.mean == (0.1, 0.2, 0.3)
