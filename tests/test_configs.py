@@ -25,17 +25,21 @@ from torch import nn
 
 import zoo
 from zoo.__main__ import run
+from zoo.data.boxes import Boxes
 from zoo.data.images import Images
 from zoo.data.speech import Speech
+from zoo.outputs.label_map import LabelMap
 from zoo.tasks.cli import Command
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LABELS = ["command", "hardware", "time", "result"]
-HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10}  # classes of the data that a file is named after
+# Classes of the data that a file is named after.
+HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "coco": 80, "bccd": 3, "aquarium": 7}
 OWN = 7  # classes in a user's own folder
 PLACEHOLDERS = {"DIR": "data", "N": str(OWN), "CHECKPOINT": str(ROOT / "checkpoints/vit_micro.digits")}
-INITIALISERS = ("kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_", "zeros_")
+INITIALISERS = ("constant_", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_")
+INITIALISERS += ("xavier_uniform_", "zeros_")
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 
 
@@ -175,6 +179,9 @@ def construct(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/data.yaml").touch()  # of YOLO, for dataset auto
+    monkeypatch.setattr("zoo.tasks.detect.train.load_trunk", lambda *given: None)
     precision = torch.get_float32_matmul_precision()
     yield construct
     torch.set_float32_matmul_precision(precision)
@@ -192,8 +199,11 @@ def test_a_command_of_a_header_builds_all_that_it_needs(case: Case, construct, m
     module, data, trainer = built.model, built.datamodule, built.trainer
 
     # The data fit the model, as far as that can be known without reading them.
-    if isinstance(data, Images):
-        number = HELD.get(case.path.stem.rpartition("_")[2], OWN)
+    number = HELD.get(case.path.stem.rpartition("_")[2], OWN)
+    if isinstance(data, Boxes):
+        names = LabelMap.from_names([f"category {index}" for index in range(number)])
+        monkeypatch.setattr(Boxes, "labels", names)
+    elif isinstance(data, Images):
         monkeypatch.setattr(Images, "classes", [f"class {index}" for index in range(number)])
     else:
         assert isinstance(data, Speech)

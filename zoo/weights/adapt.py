@@ -10,7 +10,7 @@ from torch import Tensor
 from zoo.config import field_names
 from zoo.models.base import Model
 from zoo.models.trunk import TIMM, Trunk, convolutional
-from zoo.text import unknown
+from zoo.text import reason, unknown
 from zoo.weights.load import Checkpoint, load_checkpoint
 
 
@@ -67,8 +67,12 @@ def load_trunk(trunk: Trunk, name: str, channels: int) -> None:
     """
     if trunk.name.startswith(TIMM):
         options = {} if name == "pretrained" else {"pretrained_cfg_overlay": {"file": name}}
-        source = convolutional(trunk.name.removeprefix(TIMM), channels, pretrained=True, **options)
-        trunk.model.net.load_state_dict(source.state_dict())
+        try:
+            source = convolutional(trunk.name.removeprefix(TIMM), channels, pretrained=True, **options)
+            trunk.model.net.load_state_dict(source.state_dict())
+        except Exception as error:  # of the Hub, the file or the weights
+            why = f"cannot be read from {name}: {reason(error)}"
+            raise ValueError(f"the weights of trunk '{trunk.name}' {why}") from error
         return
     found = load_checkpoint(name).model.state_dict()
     wanted = trunk.model.state_dict()
