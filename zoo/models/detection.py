@@ -3,6 +3,7 @@
 Boxes are (centre x, centre y, width, height) in 0..1 of each image's own extent.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,16 +42,28 @@ class Trained(NamedTuple):
     noised: Predicted | None  # of the denoising queries after each decoder layer: [L, B, groups * 2 G, ...]
 
 
-class BoxHead(nn.Module):
-    """Linear maps with ReLU between them: from `inputs` channels over `hidden` to `outputs`."""
+def xavier(inputs: int, outputs: int, bias: float = 0.0) -> nn.Linear:
+    """A linear map with Xavier's uniform weights, and this bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.constant_(layer.bias, bias)
+    return layer
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, depth: int) -> None:
+
+def class_head(dim: int, classes: int) -> nn.Linear:
+    """From a query to its class logits, all of which start near a probability of 0.01."""
+    return xavier(dim, classes, -math.log((1 - 0.01) / 0.01))
+
+
+class MLP(nn.Module):
+    """`depth` linear maps with ReLU between them, `hidden` channels wide; with zero=True the result is 0 at first."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, depth: int, zero: bool = False) -> None:
         super().__init__()
         sizes = [inputs, *[hidden] * (depth - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(one, other) for one, other in zip(sizes[:-1], sizes[1:], strict=True))
-        for layer in self.layers:
-            nn.init.xavier_uniform_(layer.weight)  # pyright: ignore[reportArgumentType]
-            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+        self.layers = nn.ModuleList(xavier(one, other) for one, other in zip(sizes[:-1], sizes[1:], strict=True))
+        if zero:
+            nn.init.zeros_(self.layers[-1].weight)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

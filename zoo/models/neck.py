@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.ffns import activation_of
-from zoo.fusion import fold_site
+from zoo.fusion import ensure_bias, fold_site
 from zoo.layer import ANYWHERE, Context, Fold, Layer, Place
 from zoo.norms import NORMS
 from zoo.spec import make, parse
@@ -73,7 +73,7 @@ class RepBlock(Layer):
         wide, narrow = self.wide.conv, self.narrow.conv
         with torch.no_grad():
             wide.weight[:, :, 1, 1] += narrow.weight
-            wide.bias += narrow.bias
+            ensure_bias(wide).add_(ensure_bias(narrow))
         self.narrow = None
         return [*report, Fold("narrow", "the centre of the convolution beside it")]
 

@@ -1,7 +1,6 @@
 """RT-DETR on any trunk: a hybrid encoder, queries from the best tokens, a decoder that refines their boxes (Zhao et al.
 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from zoo.choices import BlockConfig
 from zoo.config import Choice, ModelConfig, Size
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, drop_rates, make_block, make_position, run
-from zoo.models.detection import BoxHead, Noised, Predicted, Trained, gathered, logit, padded, shares, wide
+from zoo.models.detection import MLP, Noised, Predicted, Trained, class_head, gathered, logit, padded, shares, wide
 from zoo.models.neck import ConvNorm, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
@@ -188,17 +187,12 @@ class RTDETR(Model[RTDETRConfig]):
         self.levels = nn.ModuleList(ConvNorm(dim, dim, config.neck_norm, place=first) for _ in STRIDES)
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
-        self.score, self.box = linear(dim, config.classes), BoxHead(dim, dim, 4, 3)
-        self.code = BoxHead(4, 2 * dim, dim, 2)
+        self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
+        self.code = MLP(4, 2 * dim, dim, 2)
         self.decoder = nn.ModuleList(make_block(config, 1, index, 0.0) for index in range(config.depth))
-        self.scores = nn.ModuleList(linear(dim, config.classes) for _ in range(config.depth))
-        self.boxes = nn.ModuleList(BoxHead(dim, dim, 4, 3) for _ in range(config.depth))
+        self.scores = nn.ModuleList(class_head(dim, config.classes) for _ in range(config.depth))
+        self.boxes = nn.ModuleList(MLP(dim, dim, 4, 3, zero=True) for _ in range(config.depth))
         self.noise = nn.Embedding(config.classes, dim) if config.denoising else None
-        for head in (self.score, *self.scores):
-            nn.init.xavier_uniform_(head.weight)
-            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))  # all start at a probability of 0.01
-        for head in (self.box, *self.boxes):
-            nn.init.zeros_(head.layers[-1].weight)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> logits [B, Q, classes], boxes [B, Q, 4]."""

@@ -27,7 +27,7 @@ class Trunk(nn.Module):
 
     def __init__(self, name: str, channels: int, image: int, make: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.layers: list[int] = []
+        self.name, self.layers = name, list[int]()
         self.adapter: Adapter | None = None
         if name.startswith(TIMM):
             self.model: Any = Convolutional(name.removeprefix(TIMM), channels)
@@ -61,6 +61,16 @@ class Trunk(nn.Module):
         if self.adapter is not None:
             maps = self.adapter(maps, mask)
         return [(to_tokens(each), context) for each, context in zip(maps, contexts, strict=True)]
+
+
+def convolutional(name: str, channels: int, **options: Any) -> nn.Module:
+    """A model of timm that gives maps; ValueError if there is none of that name."""
+    import timm
+
+    try:
+        return timm.create_model(name, features_only=True, in_chans=channels, **options)
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        raise ValueError(f"timm has no trunk '{name}' with maps: {str(error).splitlines()[0]}") from None
 
 
 class Adapter(nn.Module):
@@ -98,12 +108,7 @@ class Convolutional(nn.Module):
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
-        import timm
-
-        try:
-            self.net: Any = timm.create_model(name, features_only=True, in_chans=channels)
-        except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-            raise ValueError(f"timm has no trunk '{name}' with maps: {str(error).splitlines()[0]}") from None
+        self.net: Any = convolutional(name, channels)
         info = self.net.feature_info
         self.strides, self.channels = list(info.reduction()), list(info.channels())
         windows = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
