@@ -319,8 +319,9 @@ class PRepBN(RepBN):
         return torch.lerp(y, self.layernorm(x, context).to(y.dtype), self.blend.to(y.dtype))
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
-        if self.blend.item() > 0:
-            share = f"{self.blend.item():.3g}"
+        blend = self.share if self.blend.is_meta else self.blend.item()
+        if blend > 0:
+            share = f"{blend:.3g}"
             raise ValueError(
                 f"prepbn still blends LayerNorm in at {share}; finish training, or drop it with zoo.advance(model, 1.0)"
             )

@@ -67,6 +67,7 @@ class Model(nn.Module, Generic[Kind]):
 
     config: Kind
     fusion: list[Fold] | None = None
+    _checkpointing: bool = False
     # Facts from the model's checkpoint, which `zoo.save_model` keeps.
     preset: str | None = None
     preprocess: Any = None
@@ -76,6 +77,18 @@ class Model(nn.Module, Generic[Kind]):
         super().__init__()
         self.config = config
         self.checkpointing = False
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether this model, and the models that it contains, recompute activations."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        self._checkpointing = value
+        for part in self.modules():
+            if part is not self and hasattr(part, "checkpointing"):
+                part.checkpointing = value  # pyright: ignore[reportArgumentType]
 
     @property
     def strides(self) -> list[int]:

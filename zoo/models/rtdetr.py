@@ -1,23 +1,24 @@
 """RT-DETR on any trunk: a hybrid encoder, queries from the best tokens, a decoder that refines their boxes (Zhao et al.
 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
 from zoo.config import Choice, ModelConfig, Size
 from zoo.layer import Context, Groups, Memory
-from zoo.models.base import Model, drop_rates, make_block, make_position, run
+from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import MLP, Noised, Predicted, Trained, class_head, gathered, logit, padded, shares, wide
-from zoo.models.neck import ConvNorm, Neck
+from zoo.models.neck import ConvNorm, Level, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
 from zoo.spec import check, parse
-from zoo.tensors import linear
+from zoo.tensors import linear, to_map
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
 
@@ -72,7 +73,7 @@ class RTDETRConfig(ModelConfig):
     decoder_ffn: str = "mlp(activation='relu')"
     decoder_norm: str = "layernorm(eps=1e-05)"
     denoising: bool = True
-    cross: Choice = "deformable"
+    cross: str = "deformable"
     norm: Choice = "layernorm(eps=1e-05)"
     placement: Choice = "post"
     position: Choice = "sine(extent=False)"
@@ -87,9 +88,9 @@ class RTDETRConfig(ModelConfig):
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
         if not self.trunk.startswith("timm:"):
             parse(self.trunk)
-        for name in ("neck_norm", "decoder_norm"):
+        for name, table in (("neck_norm", NORMS), ("neck_channel", CHANNELS), ("decoder_norm", NORMS)):
             try:
-                check(NORMS, getattr(self, name))
+                check(table, getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if NORMS[parse(self.decoder_norm)[0]].batch_statistics:
@@ -118,19 +119,22 @@ class RTDETRConfig(ModelConfig):
         if stage == 0:
             return super().block(stage, index)
         place = replace(self.place(stage, index), axes=1, levels=len(STRIDES))
-        return BlockConfig(
-            dim=self.dim,
-            heads=self.heads,
-            place=place,
-            layout=("mixer", "cross", "ffn"),
-            mixer=self.decoder_mixer,
-            cross=self.chosen("cross", stage, index),
-            ffn=self.decoder_ffn,
-            norm=self.decoder_norm,
-            placement="post",
-            dropout=self.dropout,
-            writes=frozenset({"mask", "visible", "memory", "code"}),
-        )
+        try:
+            return BlockConfig(
+                dim=self.dim,
+                heads=self.heads,
+                place=place,
+                layout=("mixer", "cross", "ffn"),
+                mixer=self.decoder_mixer,
+                cross=self.cross,
+                ffn=self.decoder_ffn,
+                norm=self.decoder_norm,
+                placement="post",
+                dropout=self.dropout,
+                writes=frozenset({"mask", "visible", "memory", "code"}),
+            )
+        except ValueError as error:
+            raise ValueError(f"decoder: {error}") from None
 
     @property
     def labelled(self) -> int:
@@ -171,10 +175,8 @@ class RTDETR(Model[RTDETRConfig]):
 
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
-        from zoo.models import create_model
-
         dim, first = config.dim, config.block().place
-        self.trunk = Trunk(config.trunk, config.channels, config.image, create_model)
+        self.trunk = Trunk(config.trunk, config.channels, config.image)
         self.inputs = nn.ModuleList(
             ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
         )
@@ -188,11 +190,26 @@ class RTDETR(Model[RTDETRConfig]):
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
         self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
-        self.code = MLP(4, 2 * dim, dim, 2)
+        self.query_code = MLP(4, 2 * dim, dim, 2)
         self.decoder = nn.ModuleList(make_block(config, 1, index, 0.0) for index in range(config.depth))
         self.scores = nn.ModuleList(class_head(dim, config.classes) for _ in range(config.depth))
         self.boxes = nn.ModuleList(MLP(dim, dim, 4, 3, zero=True) for _ in range(config.depth))
         self.noise = nn.Embedding(config.classes, dim) if config.denoising else None
+
+    @property
+    def strides(self) -> list[int]:
+        return [*STRIDES]
+
+    @property
+    def channels(self) -> list[int]:
+        return [self.config.dim] * len(STRIDES)
+
+    def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
+        """The maps behind the neck [B, dim, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
+        those of the padded images, divided by `strides`."""
+        wanted = chosen_layers(layers, len(STRIDES), "level")
+        levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, STRIDES[-1])))
+        return [to_map(levels[layer][0], levels[layer][1].grid) for layer in wanted]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> logits [B, Q, classes], boxes [B, Q, 4]."""
@@ -228,12 +245,7 @@ class RTDETR(Model[RTDETRConfig]):
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
         images, mask = padded(images, mask, self.config.channels, STRIDES[-1])
-        levels = self.trunk(images, mask)
-        levels = [(each(x, context), context) for each, (x, context) in zip(self.inputs, levels, strict=True)]
-        x, context = levels[-1]
-        inside = self.position.place(context)
-        x = run(self.encoder, self.position(x, inside), inside, self.checkpointing and self.training)
-        levels = self.neck([*levels[:-1], (x, context)])
+        levels = self.neck(self.mixed(images, mask))
         tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
         grids = tuple(place.grid for _, place in levels)
         real, extent = None, None
@@ -242,6 +254,14 @@ class RTDETR(Model[RTDETRConfig]):
             extent = shares(mask)
         memory = Memory(tokens, real, None, grids, None, None if extent is None else extent[:, None].expand(-1, 3, -1))
         return memory, anchors_of(grids, extent, tokens.device)
+
+    def mixed(self, images: Tensor, mask: Tensor | None) -> list[Level]:
+        """The levels of padded images in front of the neck, the coarsest one behind the encoder."""
+        levels = self.trunk(images, mask)
+        levels = [(each(x, context), context) for each, (x, context) in zip(self.inputs, levels, strict=True)]
+        x, context = levels[-1]
+        inside = self.position.place(context)
+        return [*levels[:-1], (self.run(self.encoder, self.position(x, inside), inside), context)]
 
     def rank(self, memory: Memory, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The class logits [B, M, classes] of every token, and what the queries start from [B, M, D]."""
@@ -283,11 +303,11 @@ class RTDETR(Model[RTDETRConfig]):
             context = Context(
                 grid=(x.shape[1],),
                 mask=mask,
-                code=self.code(fixed.to(x.dtype)),
+                code=self.query_code(fixed.to(x.dtype)),
                 memory=memory._replace(reference=fixed),
                 visible=visible,
             )
-            x = run((block,), x, context, self.checkpointing and self.training)
+            x = self.run((block,), x, context)
             boxes = (wide(self.boxes[number](x)) + logit(boxes)).sigmoid()
             if self.training or number + 1 == len(self.decoder):
                 found.append(Predicted(self.scores[number](x), boxes))

@@ -1,18 +1,24 @@
 """Image models as trunks of detectors: maps at the strides 8, 16 and 32, without norm and head behind them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from zoo.layer import Context
-from zoo.models.base import Model
-from zoo.models.pyramid import Pyramid
-from zoo.models.vit import ViT
+from zoo.fusion import fold_out
+from zoo.layer import Context, Fold
+from zoo.models.pyramid import Pyramid, PyramidConfig
+from zoo.models.vit import ViT, ViTConfig
 from zoo.spec import parse
 from zoo.stems.images import coarsened
-from zoo.tensors import to_tokens
+from zoo.tensors import compiling, to_tokens
+from zoo.text import one_line
 
 STRIDES = (8, 16, 32)
 TIMM = "timm:"
@@ -25,15 +31,22 @@ class Trunk(nn.Module):
     images are multiples of 32, and masked pixels are 0.
     """
 
-    def __init__(self, name: str, channels: int, image: int, make: Callable[..., nn.Module]) -> None:
+    def __init__(self, name: str, channels: int, image: int) -> None:
         super().__init__()
+        from zoo.models import PRESETS, create_model
+
         self.name, self.layers = name, list[int]()
         self.adapter: Adapter | None = None
         if name.startswith(TIMM):
             self.model: Any = Convolutional(name.removeprefix(TIMM), channels)
         else:
             word, options = parse(name)
-            self.model = make(word, **{"channels": channels, "image": image, "classes": 0} | dict(options))
+            if word in PRESETS and not isinstance(PRESETS[word], ViTConfig | PyramidConfig):
+                raise ValueError(f"trunk '{name}' is not an image model with maps; choose a ViT or a pyramid")
+            try:
+                self.model = create_model(word, **{"channels": channels, "image": image, "classes": 0} | dict(options))
+            except ValueError as error:
+                raise ValueError(f"trunk: {error}") from None
         self.channels: list[int] = []
         if isinstance(self.model, ViT):
             self.model.norm = self.model.head = self.model.head_distilled = None
@@ -44,8 +57,6 @@ class Trunk(nn.Module):
             return
         if isinstance(self.model, Pyramid):
             self.model.head = None  # pyright: ignore[reportAttributeAccessIssue]
-        elif isinstance(self.model, Model):
-            raise ValueError(f"trunk '{name}' is not an image model with maps; choose a ViT or a pyramid")
         strides = list(self.model.strides)
         if missing := [stride for stride in STRIDES if stride not in strides]:
             raise ValueError(f"trunk '{name}' has the strides {strides}, but a detector needs stride {missing[0]}")
@@ -67,10 +78,12 @@ def convolutional(name: str, channels: int, **options: Any) -> nn.Module:
     """A model of timm that gives maps; ValueError if there is none of that name."""
     import timm
 
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model '{name}'; timm.list_models() lists the names")
     try:
         return timm.create_model(name, features_only=True, in_chans=channels, **options)
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise ValueError(f"timm has no trunk '{name}' with maps: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"timm gives no maps of '{name}': {one_line(error)}") from None
 
 
 class Adapter(nn.Module):
@@ -103,37 +116,145 @@ class Adapter(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """A convolutional model of timm. With a mask, the input of each of its convolutions and pools is zero outside the
-    images, so that padding changes nothing at inference."""
+    """A convolutional model of timm. With a mask, all that reads windows of a map reads zeros outside the images, so
+    that padding changes nothing at inference. `checkpointing` recomputes all activations in the backward pass."""
+
+    checkpointing = False
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
         self.net: Any = convolutional(name, channels)
         info = self.net.feature_info
         self.strides, self.channels = list(info.reduction()), list(info.channels())
-        windows = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+        self.outside: dict[int, Tensor] | None = None
+        try:
+            strides = self._trial(channels)
+        except (ValueError, RuntimeError, AssertionError, IndexError):
+            raise ValueError(
+                f"trunk 'timm:{name}' does not keep padding away from the image, as attention, squeeze-excite and norms"
+                " over whole maps do not; choose a plain convolutional one, such as resnet18d or convnext_tiny"
+            ) from None
+        for module, stride in strides.items():
+            if isinstance(module, nn.MaxPool2d):
+                module.register_forward_pre_hook(partial(self._lowest, stride))
+                step = module.stride if isinstance(module.stride, int) else module.stride[0]
+                module.register_forward_hook(partial(self._zero_behind, stride * step))
+            else:
+                module.register_forward_pre_hook(partial(self._zero, stride))
+
+    @torch.no_grad()
+    def _trial(self, channels: int) -> dict[nn.Module, int]:
+        """The stride of the map that each convolution or pool reads. ValueError if anything else reads more than one
+        place of a map: NaN outside an image, put back behind each of them, would get into it."""
+        sides, real, strides = (64, 96), (20, 30), {}
+
+        def masked(x: Tensor, value: float) -> Tensor:
+            stride = sides[0] // max(1, x.shape[2])
+            if x.ndim != 4 or (x.shape[2] * stride, x.shape[3] * stride) != sides:
+                raise ValueError("the sides of a map are not those of the image divided by a stride")
+            x = x.clone()
+            x[:, :, -(-real[0] // stride) :] = value
+            x[:, :, :, -(-real[1] // stride) :] = value
+            return x
+
+        def before(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            stride = sides[0] // max(1, inputs[0].shape[2])
+            if strides.setdefault(module, stride) != stride:
+                raise ValueError("a module reads maps of several strides")
+            return (masked(inputs[0], 0.0),)
+
+        def behind(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return masked(output, math.nan)
+
+        hooks = []
         for module in self.net.modules():
             kernel = getattr(module, "kernel_size", 1)
-            if isinstance(module, windows) and kernel not in (1, (1, 1)):
-                module.register_forward_pre_hook(self._zero)
-        self.masks: dict[tuple[int, int], Tensor] | None = None
+            if not isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) or kernel in (1, (1, 1)):
+                continue
+            if isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0)) and not module.count_include_pad:
+                raise ValueError("the mean at an edge is of fewer places")
+            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
+        was, some = self.net.training, next(self.net.parameters())
+        maps = self.net.eval()(masked(some.new_ones(1, channels, *sides), math.nan))
+        self.net.train(was)
+        for hook in hooks:
+            hook.remove()
+        for each, stride, width in zip(maps, self.strides, self.channels, strict=True):
+            if each.shape != (1, width, sides[0] // stride, sides[1] // stride):
+                raise ValueError("a map has another shape than timm states")
+            if not each.is_meta and not masked(each, 0.0).isfinite().all():
+                raise ValueError("the image sees what is outside of it")
+        return strides
+
+    def fold(self) -> list[Fold]:
+        """Folds batch norms into convolutions, where timm's code is known to put the one right behind the other."""
+        report = []
+        for path, norm, conv in list(self._pairs()):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            fold_out(conv, scale, norm.bias - norm.running_mean * scale)
+            self.net.set_submodule(path, nn.Identity())
+            report.append(Fold(f"net.{path}", "the convolution in front of it"))
+        return report
+
+    def _pairs(self) -> Iterator[tuple[str, Any, nn.Conv2d]]:
+        """Batch norms, and the convolutions that only they read."""
+        from timm.models.resnet import BasicBlock, Bottleneck
+
+        resnet = any(isinstance(module, BasicBlock | Bottleneck) for module in self.net.modules())
+        for path, parent in self.net.named_modules():
+            parts = list(parent.named_children())
+            if isinstance(parent, nn.Sequential):
+                pairs = list(pairwise(parts))
+            elif isinstance(parent, BasicBlock | Bottleneck) or (parent is self.net and resnet):
+                found = dict(parts)
+                pairs = [((f"conv{n}", found.get(f"conv{n}")), (f"bn{n}", found.get(f"bn{n}"))) for n in (1, 2, 3)]
+            else:
+                continue
+            for (_, conv), (name, norm) in pairs:
+                conv = conv[-1] if isinstance(conv, nn.Sequential) else conv
+                if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+                    yield f"{path}.{name}".removeprefix("."), norm, conv
 
     def features(self, images: Tensor, layers: Sequence[int], mask: Tensor | None) -> list[Tensor]:
         """The maps of the given layers."""
-        if mask is not None:
-            self.masks = {}
-            for stride in (2, 4, 8, 16, 32):
-                grid = (images.shape[2] // stride, images.shape[3] // stride)
-                real = coarsened(mask, stride)
-                assert real is not None
-                self.masks[grid] = ~real.view(len(real), 1, *grid)
-        try:
-            maps = self.net(images)
-        finally:
-            self.masks = None
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            watch = {} if compiling() else {"context_fn": lambda: (nullcontext(), self._recomputing())}
+            maps: Any = checkpoint(self._maps, images, mask, use_reentrant=False, **watch)  # pyright: ignore
+        else:
+            maps = self._maps(images, mask)
         return [maps[layer] for layer in layers]
 
-    def _zero(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        if self.masks is None or (outside := self.masks.get((inputs[0].shape[2], inputs[0].shape[3]))) is None:
-            return None
-        return (inputs[0].masked_fill(outside, 0.0),)
+    def _maps(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+        if mask is not None:
+            self.outside = {}
+            for stride in (1, 2, 4, 8, 16, 32):
+                real = coarsened(mask, stride)
+                assert real is not None
+                self.outside[stride] = ~real.view(len(real), 1, mask.shape[1] // stride, mask.shape[2] // stride)
+        try:
+            return self.net(images)
+        finally:
+            self.outside = None
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """While the net runs a second time, running statistics do not change."""
+        norms: Any = [each for each in self.net.modules() if isinstance(each, nn.BatchNorm2d)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, number) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, number
+
+    def _zero(self, stride: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        return None if self.outside is None else (inputs[0].masked_fill(self.outside[stride], 0.0),)
+
+    def _lowest(self, stride: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        lowest = torch.finfo(inputs[0].dtype).min
+        return None if self.outside is None else (inputs[0].masked_fill(self.outside[stride], lowest),)
+
+    def _zero_behind(self, stride: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        return None if self.outside is None else output.masked_fill(self.outside[stride], 0.0)

@@ -128,31 +128,32 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
     """The model with the given weights. The caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
-            model = config.build()
-        kinds = _match(model, tensors, path, before_fusion=fused)
+            model = _built(config, fused)
+        kinds = _match(model, tensors, path)
         if not fused and {name for name, _ in model.named_buffers()} <= kinds.keys():
             own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
             model.load_state_dict(own, assign=True)
             return _checked(model)
         with torch.device("cpu"):  # buffers outside the state dict have to be made
-            model = config.build()
-            if fused:
-                advance(model, 1.0)
-                model = fuse(model)
-        _match(model, tensors, path)
+            model = _built(config, fused)
         model.load_state_dict(tensors)
         return _checked(model)
 
 
-def _match(
-    model: nn.Module, tensors: dict[str, Tensor], path: Path, before_fusion: bool = False
-) -> dict[str, torch.dtype]:
-    """The dtypes of the model's tensors by name; CheckpointError if those of the file differ. Fusion removes or
-    adds only tensors of one axis."""
+def _built(config: Config, fused: bool) -> nn.Module:
+    model = config.build()
+    if fused:
+        advance(model, 1.0)
+        model = fuse(model)
+    return model
+
+
+def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, torch.dtype]:
+    """The dtypes of the model's tensors by name; CheckpointError if those of the file differ."""
     wanted = model.state_dict()
     missing = wanted.keys() - tensors.keys()
-    wrong = [f"{name!r} is missing" for name in missing if not before_fusion or wanted[name].ndim > 1]
-    wrong += [] if before_fusion else [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
+    wrong = [f"{name!r} is missing" for name in missing]
+    wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         got, want = tensors[name], wanted[name]
         if got.shape != want.shape:
