@@ -38,8 +38,7 @@ LABELS = ["command", "hardware", "time", "result"]
 HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "coco": 80, "bccd": 3, "aquarium": 7}
 OWN = 7  # classes in a user's own folder
 PLACEHOLDERS = {"DIR": "data", "N": str(OWN), "CHECKPOINT": str(ROOT / "checkpoints/vit_micro.digits")}
-INITIALISERS = ("constant_", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_")
-INITIALISERS += ("xavier_uniform_", "zeros_")
+INITIALISERS = ("kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_", "zeros_")
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 
 
@@ -172,7 +171,7 @@ def construct(
             patch.setattr(Command, "setup_parser", setup_parser)
             patch.setattr(Command, "_run_subcommand", lambda self, verb: reached.append(self))
             patch.setattr(inspect, "stack", lambda: [(sys._getframe(1),), (sys._getframe(2),)])
-            for name in INITIALISERS:
+            for name in INITIALISERS if arguments[0] != "detect" else ():  # a trunk of timm is tried when it is made
                 patch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
             run([*arguments, *HERE])
         return reached[-1]
