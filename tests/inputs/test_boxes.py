@@ -26,7 +26,8 @@ def test_the_whole_image_is_stretched(interpolation: str):
 
 
 @pytest.mark.parametrize(
-    ("shape", "wanted"), [((30, 50), (24, 40)), ((50, 30), (40, 24)), ((40, 40), (40, 40)), ((7, 900), (1, 40))]
+    ("shape", "wanted"),
+    [((30, 50), (24, 40)), ((50, 30), (40, 24)), ((40, 40), (40, 40)), ((31, 50), (25, 40)), ((7, 900), (1, 40))],
 )
 def test_the_longest_side_gets_the_size(shape: tuple[int, int], wanted: tuple[int, int]):
     prepare = BoxPreprocess(size=40, fit="pad")

@@ -15,7 +15,13 @@ import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-IMPORTED_AS = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+IMPORTED_AS = {
+    "faster-coco-eval": "faster_coco_eval",
+    "scikit-learn": "sklearn",
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "huggingface-hub": "huggingface_hub",
+}
 INDIRECT = {"tensorboard"}  # Lightning's logger needs it
 OPTIONAL = {"triton", "kenlm", "flashlight"}  # comes with PyTorch for CUDA; extras
 PINS = dict(line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines())
