@@ -21,6 +21,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
 )
+from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
+from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2SinePositionEmbedding
 
 from helpers import position as position_of
 from zoo.block import Block
@@ -628,6 +630,30 @@ def test_sincos_is_timm_table(prefix):
     table = build_sincos2d_pos_embed([5, 9], DIM).unflatten(1, (2, 2, -1))  # sine or cosine, axis, rate
     check(got[prefix:], table.transpose(1, 2).flatten(1), tolerance=SINGLE)
     assert not got[:prefix].any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_sine_is_detr_position_embedding(prefix, padded):
+    theirs = DetrSinePositionEmbedding(DIM // 2, normalize=True)
+    real = torch.ones(2, 5, 9, dtype=torch.bool)
+    if padded:
+        real[0, 3:], real[0, :, 7:], real[1, 4:] = False, False, False
+    wanted = to_tokens(theirs(torch.Size((2, DIM, 5, 9)), "cpu", torch.float64, mask=real))
+    mask = torch.cat([real.new_ones(2, prefix), real.flatten(1)], 1) if padded else None
+    context = position_of("sine", DIM, 8, (3, 3), prefix).place(Context(grid=(5, 9), prefix=prefix, mask=mask))
+    code = context.code.expand(2, -1, -1)
+    inside = real.flatten(1)
+    check(code[:, prefix:][inside], wanted[inside], tolerance=SINGLE)
+    assert not code[:, :prefix].any()
+
+
+def test_sine_without_extent_is_the_table_of_rt_detr():
+    place = position_of("sine", DIM, 8, (3, 3), extent=False).place
+    wanted = RTDetrV2SinePositionEmbedding(DIM)(9, 5, torch.device("cpu"), torch.float64)
+    check(place(Context(grid=(5, 9))).code, wanted, tolerance=SINGLE)
+    mask = torch.arange(45)[None] < 20
+    assert torch.equal(place(Context(grid=(5, 9), mask=mask)).code, place(Context(grid=(5, 9))).code)
 
 
 def test_sincos_on_a_line_is_its_formula():
