@@ -205,7 +205,7 @@ def shown(entries: Sequence[dict[str, Any]], preprocess: AudioPreprocess) -> lis
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor]]) -> Figure:
-    """The first files, each at the full width: log-mel features of its first seconds, the words above at their times."""
+    """The first files, each at full width: log-mel features of its first seconds, and above them the words."""
     failed = sum("error" in entry for entry in entries)
     more = len(entries) - failed - len(shown)
     notes = [f"and {more} more in transcripts.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
