@@ -26,7 +26,7 @@ The header of the config has the details: data, hardware, and how the score deve
 """
 RECIPES = """## Recipes
 
-These configs follow published recipes and have not been run here. Their headers give published scores, if there are any.
+These configs follow published recipes and have not been run here. Their headers give published scores, if any.
 """
 STARTS = """## Starting points
 
