@@ -491,7 +491,7 @@ def test_answers_that_are_all_nan(ear: Ear):
     ("arguments", "words"),
     [
         (["ear", "nowhere"], "file or folder not found: 'nowhere'"),
-        (["ear", "sounds", "empty"], "no sound file in folder 'empty' (.wav "),
+        (["ear", "sounds", "empty"], "no audio file in folder 'empty' (.wav "),
         (["vision", "sounds"], "`zoo transcribe` cannot use vision; use `zoo classify predict`"),
         (["encoder", "sounds"], "encoder is a backbone without a head"),
         (["ear", "sounds", "--output", "sounds/z.wav"], "--output must be a folder; sounds/z.wav is a file"),
