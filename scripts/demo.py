@@ -1,12 +1,15 @@
 """Trains small vision transformers on handwritten digits, compares them, and shows predictions of one of them."""
 
 import argparse
+import contextlib
 import csv
+import re
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -26,6 +29,23 @@ VARIANTS = {
 }
 
 
+class Console:
+    """Standard error without the commands that a single run proposes, because the demo itself is what to call next."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.dropped = stream, False
+
+    def write(self, text: str) -> None:
+        if text == "next" or text.startswith("  zoo ") or (text == "\n" and self.dropped):
+            self.dropped = text != "\n"
+            return
+        self.dropped = False
+        self.stream.write(re.sub("; resume with: zoo .*", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def train(name: str, folder: Path, epochs: int) -> None:
     """Trains one variant, or resumes it where an earlier call was stopped."""
     state = folder / "resume/last.ckpt"
@@ -40,7 +60,8 @@ def train(name: str, folder: Path, epochs: int) -> None:
     if resumed:
         arguments.append(f"--ckpt_path={state}")
     print(f"\n{name}: {', '.join(f'{field}={value}' for field, value in choices.items())}", file=sys.stderr)
-    command(arguments)
+    with contextlib.redirect_stderr(Console(sys.stderr)):
+        command(arguments)
     (folder / "finished").touch()
 
 
@@ -116,9 +137,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     given = parser.parse_args()
-    output: Path = given.output
+    try:
+        show(given.output, given.epochs)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in (130, 143):
+            print("scripts/demo was stopped; run the same command again to continue", file=sys.stderr)
+        sys.exit(code)
+
+
+def show(output: Path, epochs: int) -> None:
+    """Trains, compares and draws everything below the folder `output`; ends the process if a score is too low."""
+    print("About 3 minutes on an idle machine with two cores, and longer on a busy one.", file=sys.stderr)
     for name in VARIANTS:
-        train(name, output / name, given.epochs)
+        train(name, output / name, epochs)
 
     data = Images(dataset="digits", size=32, crop=1.0)
     rows = [measure(output / name, data) for name in VARIANTS]
@@ -129,14 +161,15 @@ def main() -> None:
     draw({name: curve(output / name) for name in VARIANTS}, output / "accuracy.png")
 
     samples = output / "digits"
-    samples.mkdir(exist_ok=True)
-    source = data.source("val")
-    for index in range(24):
-        source.image(index).save(samples / f"digit_{index:02}.png")
+    shutil.rmtree(samples, ignore_errors=True)
+    samples.mkdir()
+    source = Images(dataset="digits", size=8, crop=1.0).source("val")  # as they are stored, 8 x 8
+    for index, label in enumerate(source.labels[:24]):
+        source.image(index).save(samples / f"digit_{index:02}_is_{source.classes[label]}.png")
     command(["classify", "predict", str(output / "sla_prepbn/last"), str(samples), f"--output={output}"])
 
     print(f"\n{table}\n\n{note}\nimages: {output}/accuracy.png, {output}/predictions.png")
-    if low := [row["variant"] for row in rows if given.epochs >= 30 and float(row["accuracy"]) < 0.95]:
+    if low := [row["variant"] for row in rows if epochs >= 30 and float(row["accuracy"]) < 0.95]:
         sys.exit(f"below the expected accuracy of 0.95: {', '.join(low)}")
 
 

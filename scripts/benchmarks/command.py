@@ -132,7 +132,7 @@ SHAPES = {
     "attention_sides": operators.SIDES,
     "norm_shapes": layers.NORM_SHAPES,
     "memory_sides": layers.MEMORY_SIDES,
-    "memory_mixers": layers.ON_PICTURES,
+    "memory_mixers": layers.ON_IMAGES,
     "side": models.SIDE,
     "epochs": training.EPOCHS,
     "detectors": losses.DETECTORS,

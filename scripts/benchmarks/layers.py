@@ -31,7 +31,7 @@ from zoo.norms import NORMS, PRepBN
 from zoo.spec import make
 
 DIM, HEADS = 192, 3  # of a mixer
-ON_PICTURES = [name for name, row in zoo.MIXERS.items() if 2 in row.dimensions]
+ON_IMAGES = [name for name, row in zoo.MIXERS.items() if 2 in row.dimensions]
 NORM_SHAPES = ((3136, 64), (3136, 96), (784, 192), (196, 384))  # tokens, channels
 MEMORY_SIDES = (28, 56, 112)
 
@@ -42,9 +42,7 @@ def mixers(options: argparse.Namespace) -> Iterator[Row]:
     A mixer that took longer than the limit at one size is left out of it and of all larger ones.
     """
     dtype = DTYPES[options.dtype]
-    layers = {
-        name: randomise(make(zoo.MIXERS, name, DIM, HEADS, Place(axes=2))).to(dtype).eval() for name in ON_PICTURES
-    }
+    layers = {name: randomise(make(zoo.MIXERS, name, DIM, HEADS, Place(axes=2))).to(dtype).eval() for name in ON_IMAGES}
     layers["again"] = copy.deepcopy(layers["softmax"])
     sides: list[int] = sorted({*options.sizes} | ({112} if options.large else set()))
     with tqdm(total=len(sides), desc="mixers") as bar, torch.inference_mode():

@@ -90,7 +90,7 @@ def test_librispeech(root: Path):
     (root / "train-clean-100/.old").mkdir()
     data = libri(root)
     train = data.source("train")
-    assert texts(train) == TRAIN and texts(data.source("val")) == VAL == texts(data.source("test"))
+    assert texts(train) == TRAIN and texts(data.source("val")) == VAL
     assert [train.name(index) for index in (0, 5)] == ["1-7-0000", "2-7-0001"]
     np.testing.assert_allclose(train.durations, [0.5, 0.6, 0.7, 0.8, 0.5, 0.6])
     found = by_name(data.val_dataloader())
@@ -125,8 +125,10 @@ def test_missing_folders(root: Path, tmp_path: Path):
         libri(root / "nowhere").setup("fit")
     with pytest.raises(ValueError, match=r"^data.train is not given; it must list folders below root"):
         libri(root, train=None).setup("fit")
-    with pytest.raises(ValueError, match=r"^data.val is not given"):
-        libri(root, val=None).setup("test")
+    with pytest.raises(ValueError, match=r"^data.val is not given; it must list folders below root$"):
+        libri(root, val=None).setup("validate")
+    with pytest.raises(ValueError, match=r"^data.test is not given; .* below root; `validate` measures data.val$"):
+        libri(root).setup("test")
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match=r"void has no transcribed utterances; the layout is speaker/chapter/"):
         libri(root, val=["void"]).setup("validate")

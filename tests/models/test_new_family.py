@@ -116,6 +116,8 @@ def test_it_is_saved_loaded_and_carded(model, tmp_path):
     for part in ("pipeline_tag: object-detection", "- ranking\n", "| mixer | softmax / sla |", "| best | 2 |"):
         assert part in card
     assert "model, preprocess, labels, config = checkpoint\n" in card
+    assert "it has no preprocess, so prepare the model's inputs yourself" in card
+    assert "A `ranking_tiny` model built with zoo." in card
     assert card.rstrip().endswith("found = model(x, time)\n```")
 
 

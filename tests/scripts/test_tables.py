@@ -75,6 +75,15 @@ def test_every_measured_recipe_has_its_score(made: Any):
     assert measured >= 10
 
 
+def test_only_configs_with_a_published_score_or_recipe_are_called_published(facts: dict[str, Any], made: Any):
+    page = made[1].page(facts, ROOT)
+    published, starts = page.split("\n## Recipes\n")[1].split("\n## Starting points\n")
+    listed = [set(re.findall(r"^\| \[(\w+)\]", part.split("\n## ")[0], re.MULTILINE)) for part in (published, starts)]
+    assert {"finetune", "own_images", "conformer_micro_streaming_fsdd"} <= listed[1] and not listed[0] & listed[1]
+    assert {"deit_tiny_imagenet", "vit_tiny_dcnv4_imagenet", "squeezeformer_librispeech960"} <= listed[0]
+    assert all(name.endswith(("_imagenet", "_librispeech100", "_librispeech960")) for name in listed[0])
+
+
 def test_every_option_is_explained(made: Any, facts: dict[str, Any]):
     """In the docstring of its row, or of a class that it derives from."""
     for kind, table in facts["tables"].items():

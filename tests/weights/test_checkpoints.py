@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
+from PIL import Image
 
 import zoo
 from zoo.data.images import Images
@@ -34,6 +37,19 @@ def test_each_meets_its_probe_and_its_row(name):
     assert preprocess is not None and labels is not None and config["source"]
     assert f"{sum(p.numel() for p in model.parameters()):,}" in INDEX[name]
     assert "license: unknown" not in (FOLDER / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_on_each_card_runs(name, tmp_path, monkeypatch):
+    card = (FOLDER / name / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "checkpoints").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("image.jpg")
+    soundfile.write("recording.wav", 0.1 * np.sin(np.arange(8000) * 0.2), 8000)
+    names = {}
+    exec(code, names)
+    assert names["answer"] and torch.isfinite(names["logits"]).all()
 
 
 def test_digits_are_read_as_the_card_says():

@@ -219,10 +219,9 @@ def test_card(folder, monkeypatch):
         assert part in card.text
     assert "Source: zoo classify fit" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    assert len(code.strip().splitlines()) == 5
     monkeypatch.chdir(folder.parent)
     Image.new("RGB", (40, 30), "red").save("image.jpg")
-    names: dict[str, Any] = {"image": torch.zeros(30, 40, 3, dtype=torch.uint8)}
+    names: dict[str, Any] = {}
     exec(code, names)
     assert names["logits"].shape == (1, 5)
     assert {guess.label for guess in names["answer"]} == {*LABELS} and len(names["answer"]) == 5

@@ -27,7 +27,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         padding: largest share of a batch that is padding, from 0 to below 1.
         batch: most utterances in a batch; null for no limit.
         training: shuffle, and make the ranks equal.
-        seed: seed of the order, besides the epoch.
+        seed: seed of the order, together with the epoch.
 
     Raises:
         ValueError: a value is out of range, or a duration is not a positive number.

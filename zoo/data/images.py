@@ -106,7 +106,7 @@ class Images(DataModule):
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
         batch: images in a batch, per device.
         workers: processes that read images; 0 reads in the main process; null for one per core if images are files.
-        seed: seed of order and augmentation, besides epoch and index; null for that of seed_everything.
+        seed: seed of order and augmentation, together with epoch and index; null for that of seed_everything.
         fraction: share of the digits that is held out for validation and test.
         randaugment: timm's description of RandAugment or AutoAugment; null for none.
         flip: probability of mirroring left and right.

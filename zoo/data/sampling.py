@@ -53,7 +53,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         count: images in the set.
         training: shuffle, and make the ranks equal.
-        seed: seed of the order, besides the epoch.
+        seed: seed of the order, together with the epoch.
     """
 
     def __init__(self, count: int, *, training: bool, seed: int = 0):

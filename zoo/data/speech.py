@@ -128,7 +128,7 @@ class Speech(DataModule):
         train: folders, such as train-clean-100, or manifests to train on, one or a list of them; a tokenizer is trained
             on their texts.
         val: folders, such as dev-clean, or manifests for validation.
-        test: folders or manifests for testing; null for those of val.
+        test: folders or manifests for testing.
         recipe: how features are made: nemo, squeezeformer or streaming; null for that of the checkpoint, or nemo.
         mels: mel bands; null for those of the checkpoint, or 80.
         tokenizer: `pieces`, `words` or `characters`, trained on the training texts, or the path of a sentencepiece
@@ -145,7 +145,8 @@ class Speech(DataModule):
         dither: standard deviation of white noise on training waveforms, full scale being 1.
         workers: processes that read files; 0 reads in the main process; null for one per core if audio is in files.
         limit: most utterances of each split, taken at even distances; null for all.
-        seed: seed of order, speed, noise and dither, besides epoch and index; null for that of seed_everything.
+        seed: seed of order, speed, noise and dither, together with epoch and index; null for that of
+            seed_everything.
 
     Attributes:
         preprocess: from a waveform to features.
@@ -212,7 +213,7 @@ class Speech(DataModule):
         self.preprocess = self.prepared(None)
         self.dataset, self.root, self.batch = dataset, root, batch
         self.workers = workers
-        given = {"train": train, "val": val, "test": test or val}
+        given = {"train": train, "val": val, "test": test}
         self.splits = {split: [names] if isinstance(names, str) else names for split, names in given.items()}
         self.wanted_tokenizer, self.pieces = tokenizer, pieces
         self.seconds, self.padding, self.shortest, self.longest = seconds, padding, shortest, longest
@@ -289,8 +290,8 @@ class Speech(DataModule):
             names = self.splits[split] or []
             if not names and self.dataset != "synthetic":
                 kind = "manifests" if self.dataset == "manifest" else "folders below root"
-                missing = "val" if split == "test" else split
-                raise ValueError(f"data.{missing} is not given; it must list {kind}")
+                other = "; `validate` measures data.val" if split == "test" and self.splits["val"] else ""
+                raise ValueError(f"data.{split} is not given; it must list {kind}{other}")
             build = CORPORA[self.dataset]
             self._sources[split] = build(split, names, self.root, split == "train", self.limit)
         return self._sources[split]
@@ -324,7 +325,7 @@ class Speech(DataModule):
         return self._loader(Clips(self.source("val"), self.preprocess), training=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every utterance of the test set once, the longest first; the validation set if there is no test set."""
+        """Every utterance of the test set once, the longest first."""
         return self._loader(Clips(self.source("test"), self.preprocess), training=False)
 
     def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:

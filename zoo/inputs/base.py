@@ -15,7 +15,7 @@ class Preprocess:
 
     Called on one raw input it gives that input prepared, without a batch axis. `shared` names the fields that the
     config of the model has too, with the same value. `raw` is the name of a raw input in a line of code, and
-    `file` that of a file that holds one.
+    `file` that of a file that holds one; the path of such a file is a raw input too.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()

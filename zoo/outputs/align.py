@@ -56,15 +56,15 @@ def words(logits: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, seconds_p
         raise ValueError(f"{len(tokens)} tokens need at least {needed} frames, got {frames}")
     rows = torch.from_numpy(log_probabilities(logits)).float()
     path, scores = forced_align(rows[None], torch.tensor([tokens]), blank=blank)
-    heard: list[list[Any]] = []
+    grouped: list[list[Any]] = []
     merged = merge_tokens(path[0], scores[0], blank=blank)
     following = {span.start: after.start for span, after in itertools.pairwise(merged)}
     for span in merged:
-        if tokenizer.starts_word(span.token) or not heard:
-            heard.append([])
-        heard[-1].append(span)
+        if tokenizer.starts_word(span.token) or not grouped:
+            grouped.append([])
+        grouped[-1].append(span)
     found = []
-    for spans in heard:
+    for spans in grouped:
         text = tokenizer.decode([span.token for span in spans]).strip()
         spans = [span for span in spans if tokenizer.decode([span.token]).strip()]  # a space is not part of a word
         if text and spans:

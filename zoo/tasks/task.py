@@ -59,7 +59,7 @@ class Task(lightning.LightningModule):
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
         refresh: training batches on which batch statistics are recomputed before the last validation.
-        seed: seed of dropout, dropped paths, mixing and masks, besides epoch and batch; null for that of
+        seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
             seed_everything.
 
     Attributes:

@@ -26,7 +26,10 @@ Source: {source}. Written by zoo {version}.
 
 ```python
 import zoo
-checkpoint = zoo.load_checkpoint({name!r})  # this folder; on the Hub OWNER/{title}
+
+# this folder; on the Hub OWNER/{title}
+checkpoint = zoo.load_checkpoint({name!r})
+{given}
 {answer}model, preprocess, {labels}, config = checkpoint
 {call}
 ```
@@ -71,17 +74,21 @@ def model_card(
     shown = config.shown or field_names(config)
     rows: dict[str, object] = {field: config.described(field) for field in shown}
     rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
-    prepared = config.argument if preprocess is None else f"preprocess({preprocess.raw})[None]"
+    if preprocess is None:
+        given, prepared = "# it has no preprocess, so prepare the model's inputs yourself", config.argument
+    else:
+        given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
     answered = preprocess is not None and config.labels is not None and config.labelled
     return CARD.format(
         front=front.to_yaml(),
         title=plain(name),
         name=name,
-        text=text or f"A `{written['preset'] or written['family']}` of the zoo.",
+        text=text or f"A `{written['preset'] or written['family']}` model built with zoo.",
         rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
         source=one_line(written["source"]) if written["source"] else "not stated",
         version=zoo.__version__,
         labels="labels" if config.labels is None else LABELS[config.labels].variable,
-        answer=f"answer = checkpoint({preprocess.file!r})\n" if preprocess is not None and answered else "",
+        given=given,
+        answer=f"answer = checkpoint({preprocess.raw})\n" if preprocess is not None and answered else "",
         call=config.call(prepared),
     )

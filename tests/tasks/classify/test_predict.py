@@ -189,11 +189,23 @@ def texts(entries: list[dict[str, Any]], shown: int) -> list[str]:
 
 def test_picture_says_answer_and_what_is_left_out():
     entry = {"path": "a/b/" + "x" * 50 + "1.jpeg", "label": "a label that\nis long " * 3, "probability": 0.1234}
+    entry["top"] = [{"label": label, "probability": p} for label, p in (("$a$", 0.1234), ("b", 0.1), ("c" * 20, 0.05))]
     label, probability, name, note = texts([entry] * 7 + [{"path": "c", "error": "broken"}] * 2, 3)
     assert label == "a label that\\nis …" and probability == "12.3%"
-    assert name == "x" * 23 + "…" + "xx1.jpeg" and note == "and 4 more in predictions.json; 2 had an error"
-    label, _, name, note = texts([entry | {"path": "a/b.jpg", "label": "short"}], 3)
-    assert (label, name, note) == ("short", "b.jpg", "")
+    assert name == "x" * 23 + "…" + "xx1.jpeg\nor b (10.0%), cccccccccc… (5.0%)"
+    assert note == "and 4 more in predictions.json; 2 had an error"
+    for sure in ({"probability": 0.61}, {"top": entry["top"][:1]}):
+        label, _, name, note = texts([entry | {"path": "a/b.jpg", "label": "short"} | sure], 3)
+        assert (label, name, note) == ("short", "b.jpg", "")
+
+
+def test_a_white_image_has_a_frame():
+    entry = {"path": "a", "label": "b", "probability": 0.9, "top": []}
+    figure = answers.draw([entry], [(entry, Image.new("L", (40, 20), 255))])
+    figure.canvas.draw()  # pyright: ignore[reportAttributeAccessIssue]
+    frame = next(patch for patch in figure.axes[0].patches if patch.get_linewidth() > 0)
+    left, bottom, right, top = frame.get_window_extent().extents
+    assert (right - left, top - bottom) == pytest.approx((3.6 * 120, 3.6 * 60))
 
 
 def test_only_small_pictures_are_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

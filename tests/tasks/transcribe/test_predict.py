@@ -397,8 +397,23 @@ def test_picture_says_what_it_leaves_out():
     ]
     assert figure.texts[1].get_text() == "the first 10 s of 30.0 s" and figure.texts[3].get_text() == "2.0 s"
     assert figure.texts[-1].get_text() == "and 3 more in transcripts.json; 1 had an error"
-    widths = [axes.get_position().width for axes in figure.axes]
-    assert widths[1] == pytest.approx(widths[0] / 5)  # one scale for all
+
+
+@pytest.mark.parametrize(
+    ("seconds", "number", "last"), [(0.06, 7, "0.06 s"), (0.62, 7, "0.6 s"), (3.0, 7, "3 s"), (30.0, 11, "10 s")]
+)
+def test_every_file_fills_the_page_and_has_its_own_scale_in_seconds(seconds: float, number: int, last: str):
+    entry, long = entry_of("ab", seconds, 0.5), entry_of("ab", 10.0, 0.5)
+    bands = torch.zeros(int(100 * min(10, seconds)), 80)
+    figure = transcripts.draw([entry, long], [(entry, bands), (long, torch.zeros(1000, 80))])
+    figure.draw_without_rendering()
+    first, second = figure.axes
+    assert first.get_position().width == second.get_position().width > 0.9
+    ticks = [label.get_text() for label in first.get_xticklabels()]
+    assert (len(ticks), ticks[0], ticks[-1]) == (number, "0 s", last)
+    places = [label.get_window_extent() for label in first.get_xticklabels()]
+    assert not any(one.overlaps(two) for one, two in itertools.pairwise(places))
+    assert first.lines[0].get_xdata()[0] == 0.0 and first.get_xlim() == (0.0, min(10.0, seconds))
 
 
 # What is wrong
@@ -476,7 +491,7 @@ def test_answers_that_are_all_nan(ear: Ear):
     ("arguments", "words"),
     [
         (["ear", "nowhere"], "file or folder not found: 'nowhere'"),
-        (["ear", "sounds", "empty"], "no sound file in folder 'empty' (.wav "),
+        (["ear", "sounds", "empty"], "no audio file in folder 'empty' (.wav "),
         (["vision", "sounds"], "`zoo transcribe` cannot use vision; use `zoo classify predict`"),
         (["encoder", "sounds"], "encoder is a backbone without a head"),
         (["ear", "sounds", "--output", "sounds/z.wav"], "--output must be a folder; sounds/z.wav is a file"),

@@ -61,7 +61,7 @@ class AudioPreprocess(Preprocess):
     """
 
     shared = ("mels",)
-    raw = "waveform"
+    raw = "audio"
     file = "recording.wav"
 
     rate: int = 16000

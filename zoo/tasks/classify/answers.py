@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHOWN, SIDE = 36, 320  # images in predictions.png, and the pixels of each that are kept
+SURE = 0.6  # below this probability, predictions.png shows the next two classes too
 
 
 @dataclass
@@ -103,9 +104,9 @@ def predict(
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]]) -> Figure:
-    """The images in a grid, each with its label and probability above and its file name below."""
+    """The images in a grid, each with its label and probability above, and its file name and other guesses below."""
     columns = min(6, math.ceil(math.sqrt(len(shown))))
-    side, gap, between = (2.1 if columns > 1 else 3.6), 0.28, 0.62  # inches; `between` holds the texts
+    side, gap, between = (2.1 if columns > 1 else 3.6), 0.28, 0.7  # inches; `between` holds the texts
     failed = sum("error" in entry for entry in entries)
     more = len(entries) - failed - len(shown)
     notes = [f"and {more} more in predictions.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
@@ -121,6 +122,7 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]
         axes.spines[:].set_visible(False)
         axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
         (x, y), half = image.size, max(image.size)
+        axes.add_patch(Rectangle((-0.5, -0.5), x, y, fill=False, edgecolor=GREY, lw=0.5, clip_on=False))
         axes.set(xlim=((x - half - 1) / 2, (x + half - 1) / 2), ylim=((y + half - 1) / 2, (y - half - 1) / 2))
         for share, colour in ((1.0, TRACK), (entry["probability"], BAR)):
             axes.add_patch(
@@ -130,6 +132,10 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]
         axes.set_title(short(entry["label"], int(9 * side)), loc="left", fontweight="bold", **style)
         axes.set_title(f"{entry['probability']:.1%}", loc="right", **style)
         style = {"va": "top", "fontsize": 7, "color": GREY, "parse_math": False}
-        axes.text(0, -0.06, short(os.path.basename(entry["path"]), 32, 8), transform=axes.transAxes, **style)
+        lines = [short(os.path.basename(entry["path"]), 32, 8)]
+        if entry["probability"] < SURE and (others := entry["top"][1:3]):
+            guesses = (f"{short(other['label'], 11)} ({other['probability']:.1%})" for other in others)
+            lines.append(f"or {', '.join(guesses)}")
+        axes.text(0, -0.06, "\n".join(lines), transform=axes.transAxes, **style)
     figure.text(0.5, 0.14 / height, "; ".join(notes), ha="center", fontsize=9, color=GREY)
     return figure

@@ -128,7 +128,8 @@ class Listener:
         return said
 
 
-def heard(listener: Listener, blocks: Iterable[Tensor]) -> Iterator[str]:
+def transcribed(listener: Listener, blocks: Iterable[Tensor]) -> Iterator[str]:
+    """The text of the blocks of samples, as it comes."""
     for block in blocks:
         yield listener.push(block)
     yield listener.finish()

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     from zoo.tasks.transcribe import transcripts
 
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
-    paths = files.find_files(given.paths, EXTENSIONS, "sound file")
+    paths = files.find_files(given.paths, EXTENSIONS, "audio file")
     model, preprocess, tokenizer = files.load_recogniser(given.name)
     decode = transcripts.decoder(given, model, tokenizer)
     files.make_output(output)  # before the work, so that a bad name fails early

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         listener = sound.Listener(model.to(device), preprocess, tokenizer, **options)
     except ValueError as error:
         raise ValueError(f"{given.name} cannot stream: {error}") from None
-    _show(sound.heard(listener, sound.raw(rate, given.channels or 1) if live else sound.recorded(path)))
+    _show(sound.transcribed(listener, sound.raw(rate, given.channels or 1) if live else sound.recorded(path)))
 
 
 def _show(pieces: Iterable[str]) -> None:

@@ -86,7 +86,7 @@ class Transcriber:
 
     def __call__(self, parts: Sequence[Part]) -> None:
         try:
-            rows, tokens = self._heard(parts)
+            rows, tokens = self._run(parts)
         except Exception as error:  # one part is faulty, or the batch is too large for the memory
             if len(parts) == 1:
                 parts[0].error, parts[0].features = error, None
@@ -101,7 +101,7 @@ class Transcriber:
                 part.error = error
 
     @torch.inference_mode()
-    def _heard(self, parts: Sequence[Part]) -> tuple[list[Tensor], Sequence[list[int] | None]]:
+    def _run(self, parts: Sequence[Part]) -> tuple[list[Tensor], Sequence[list[int] | None]]:
         """The output of each part, and its tokens for a transducer."""
         model: Any = self.model
         device = next(model.parameters()).device
@@ -205,31 +205,29 @@ def shown(entries: Sequence[dict[str, Any]], preprocess: AudioPreprocess) -> lis
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor]]) -> Figure:
-    """The first seconds of the first files: log-mel features, and above them the words at their times."""
+    """The first files, each at full width: log-mel features of its first seconds, and above them the words."""
     failed = sum("error" in entry for entry in entries)
     more = len(entries) - failed - len(shown)
     notes = [f"and {more} more in transcripts.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
 
     width, edge, sound, between, line = 11.0, 0.3, 0.9, 0.75, 0.17  # inches; `between` holds name and seconds
-    span = max(0.1, *(min(VIEW, entry["seconds"]) for entry, _ in shown))
-    inches = (width - 2 * edge) / span  # of a second
-    labels = [_labels(entry, span, inches) for entry, _ in shown]
+    spans = [min(VIEW, max(0.05, entry["seconds"])) for entry, _ in shown]
+    labels = [_labels(entry, span, (width - 2 * edge) / span) for (entry, _), span in zip(shown, spans, strict=True)]
     lanes = [1 + max(lane for *_, lane in placed) for placed in labels]
     height = edge * bool(notes) + sum(between + sound + line * number for number in lanes)
     figure, top = Figure((width, height), dpi=120, facecolor="white"), height - edge / 2
-    for (entry, features), placed, number in zip(shown, labels, lanes, strict=True):
-        seconds = max(0.05, min(VIEW, entry["seconds"]))
+    for (entry, features), span, placed, number in zip(shown, spans, labels, lanes, strict=True):
         bottom = top - between + 0.35 - line * number - sound
-        axes = figure.add_axes((edge / width, bottom / height, seconds * inches / width, sound / height))
+        axes = figure.add_axes((edge / width, bottom / height, 1 - 2 * edge / width, sound / height))
         top -= between + sound + line * number
-        _draw_sound(axes, features.numpy().T, seconds, span)
+        _draw_sound(axes, features.numpy().T, span)
         over: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         for text, x, word, lane in placed:
             y = 1.08 + (lane + 0.1) * line / sound  # in heights of the features
             colour = INK if entry["text"] and (word or entry["words"] is None) else GREY
             axes.text(x, y, text, color=colour, fontsize=8, va="bottom", parse_math=False, **over)
             if word is not None:
-                start, end = word["start"], min(word["end"], seconds)
+                start, end = word["start"], min(word["end"], span)
                 axes.plot([start, start], [0, y], color=INK, lw=0.5, alpha=0.4, **over)
                 axes.plot([start, end], [1.03, 1.03], color=BAR, lw=3, solid_capstyle="butt", **over)
         style: dict[str, Any] = {"fontsize": 8, "parse_math": False, "color": GREY, "va": "bottom"}
@@ -241,14 +239,15 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor
     return figure
 
 
-def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float, span: float) -> None:
+def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float) -> None:
     low, high = np.quantile(bands, (0.2, 0.998))
     extent = (0.0, seconds, 0.0, 1.0)
     axes.imshow(bands, cmap=COLOURS, vmin=low, vmax=max(high, low + 1e-6), extent=extent, origin="lower", aspect="auto")
     axes.spines[:].set_visible(False)
     axes.set(yticks=[], ylim=(0, 1), xlim=(0, seconds))
-    step = next(step for step in (0.1, 0.2, 0.5, 1.0) if span <= 10 * step)
-    axes.set_xticks([step * tick for tick in range(int(seconds / step + 1e-6) + 1)])
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if seconds <= 10 * step)
+    ticks = [step * tick for tick in range(int(seconds / step + 1e-6) + 1)]
+    axes.set_xticks(ticks, [f"{tick:g} s" for tick in ticks])
     axes.tick_params(labelsize=7, labelcolor=GREY, color=GREY, length=2, pad=2)
 
 
