@@ -25,7 +25,7 @@ STATE = "resume/last.ckpt"
 
 
 def in_child(action: Callable[[], None], most: float | None = None) -> int:
-    """Runs action in a forked process, which is killed after that many seconds; its exit status, negative for a signal."""
+    """Runs action in a forked process, killed after `most` seconds; its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         status = 1
