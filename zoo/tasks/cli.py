@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import zoo
@@ -257,7 +258,8 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     verbose = "--verbose" in arguments
     arguments = [argument for argument in arguments if argument != "--verbose"]
     loggers = [
-        logging.getLogger(f"lightning.{part}") for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+        logging.getLogger(f"lightning.{part}")
+        for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "fabric.utilities.distributed")
     ]
     for logger in () if verbose else loggers:
         logger.addFilter(from_zoo)
@@ -280,6 +282,8 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
     except Stopped as stop:
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            sys.exit()  # the first rank reports; an error here would kill it before its end
         print(f"zoo: {stop}", file=sys.stderr)
         sys.exit(128 + stop.number)
     except SIGTERMException:
