@@ -1,9 +1,13 @@
 """The contract of a model's parts: a Layer maps tokens to tokens under a Context."""
 
+import copy
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Memory(NamedTuple):
@@ -175,6 +179,12 @@ def advance(model: nn.Module, progress: float) -> None:
 def unfinished(model: nn.Module) -> list[str]:
     """The paths of the layers that have not reached their final form."""
     return [name for name, module in model.named_modules() if isinstance(module, Layer) and not module.finished]
+
+
+def copied(model: Module) -> Module:
+    """A deep copy without forward hooks, such as those of a profiler, which cannot be copied."""
+    hooks = [each for part in model.modules() for each in (part._forward_hooks, part._forward_pre_hooks)]
+    return copy.deepcopy(model, {id(each): OrderedDict() for each in hooks})
 
 
 def halved(context: Context) -> Context:

@@ -24,7 +24,7 @@ from zoo.__main__ import main
 from zoo.data.images import Images
 from zoo.tasks import run as running
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.cli import completed, option
+from zoo.tasks.cli import check_path, completed, option
 from zoo.weights import load_checkpoint, save_model
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
@@ -156,12 +156,21 @@ def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
         (("lr_schedulers",), 1),
         (("optimizer_states", 0, "state", 4), 1e30),
         (("optimizer_states", 0, "state", 4, "exp_avg"), torch.zeros(3)),  # PyTorch would read outside of it
-        (("optimizer_states", 0, "param_groups", 0, "lr"), []),
+        (("optimizer_states", 0, "state", 4, "step"), None),
+        (("optimizer_states", 0, "state", 99), {}),
+        (("optimizer_states", 0, "param_groups", 0), []),
+        (("loops", "fit_loop", "epoch_progress", "total", "started"), None),
+        (("loops", "fit_loop", "epoch_loop.batch_progress", "current", "completed"), "x"),
+        (("loops", "fit_loop", "epoch_loop.batch_progress", "current", "reset"), 1),
+        (("loops", "fit_loop", "epoch_loop.state_dict", "_batches_that_stepped"), -1),
+        (("lr_schedulers", 0, "last_epoch"), "x"),
+        (("callbacks", "Keep", "best"), ("x", "", 0, 0)),
+        (("epoch_loss",), {"sum": 1.0, "number": 3}),
     ],
     ids=str,
 )
 def test_a_state_of_another_form_is_one_line(place: tuple[Any, ...], value: Any, run: Path, tmp_path: Path):
-    content = part = torch.load(run / "resume/last.ckpt", weights_only=True)
+    content = part = state(run / "resume/last.ckpt")
     for key in place[:-1]:
         part = part[key]
     part[place[-1]] = value
@@ -181,7 +190,14 @@ def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_files_to_resume_from(run: Path, tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
-    assert f"file not found: {run}/best/resume/last.ckpt" in refused(*TINY, f"--ckpt_path={run}/best")
+    assert f"file not found: {tmp_path}/resume/last.ckpt" in refused(*TINY, f"--ckpt_path={tmp_path}")
+    assert f"to use its weights: --model.weights={run}/best" in refused(*TINY, f"--ckpt_path={run}/best")
+    for path in (run / "best/resume/last.ckpt", run / "best/model.safetensors", run / "best/config.json"):
+        with pytest.raises(ValueError, match=f"to use its weights: --model.weights={run}/best; to resume its run: "):
+            check_path(path)
+    with pytest.raises(ValueError, match=f"config.yaml is not the state of a run; .*: --ckpt_path={run}$"):
+        check_path(run / "config.yaml")
+    check_path(run / "resume/last.ckpt")
     other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
     assert "--ckpt_path belongs to another model: 'model.blocks.0." in refused(*other)
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")

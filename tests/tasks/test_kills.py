@@ -1,9 +1,11 @@
-"""Runs that are killed, or whose disk is full, at any file operation: the same or the printed command ends the same."""
+"""Runs that are killed at any moment, or whose disk is full: the same or the printed command ends the same."""
 
 import errno
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -22,8 +24,8 @@ WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 STATE = "resume/last.ckpt"
 
 
-def in_child(action: Callable[[], None]) -> int:
-    """Runs action in a forked process; its exit status, negative for a signal."""
+def in_child(action: Callable[[], None], most: float | None = None) -> int:
+    """Runs action in a forked process, killed after `most` seconds; its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -37,6 +39,9 @@ def in_child(action: Callable[[], None]) -> int:
             status = 1 if isinstance(stop.code, str) else int(stop.code or 0)
         finally:
             os._exit(status)
+    if most is not None:
+        time.sleep(most)
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -112,3 +117,25 @@ def test_any_file_operation_may_be_the_last(
         found = weights(folder)
         for one, other in zip(found, wanted, strict=True):
             assert all(torch.equal(one[name], other[name]) for name in other), number
+
+
+TIMES = 50 if os.environ.get("ZOO_TEST_KILLS") else 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_moment_may_be_the_last(workers: int, tmp_path: Path):
+    flags = [f"--data.workers={workers}", "--trainer.max_epochs=3"]
+    start = time.monotonic()
+    assert in_child(lambda: run(tmp_path / "whole", *flags)) == 0
+    wanted, length = weights(tmp_path / "whole"), time.monotonic() - start
+    seed = time.time_ns()
+    print("seed", seed)
+    times, killed = random.Random(seed), 0
+    for number in range(TIMES):
+        folder, most = tmp_path / f"{number}", times.uniform(0.0, length)
+        killed += in_child(lambda folder=folder: run(folder, *flags), most) == -signal.SIGKILL
+        resume = [f"--ckpt_path={folder}/{STATE}"] if (folder / STATE).exists() else []
+        assert in_child(lambda folder=folder, resume=resume: run(folder, *flags, *resume)) == 0, most
+        for one, other in zip(weights(folder), wanted, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other), most
+    assert killed > TIMES / 2

@@ -1,6 +1,10 @@
 """What a run prints."""
 
+import copy
+import functools
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +56,19 @@ def test_multiply_adds_do_not_depend_on_the_dtype():
     model, inputs = classifier().model, (torch.zeros(1, 3, 16, 16),)
     wanted = multiply_adds(model, inputs)
     assert multiply_adds(model.bfloat16(), inputs) == wanted and model.head.weight.dtype == torch.bfloat16
+
+
+def test_a_model_with_the_hooks_of_a_profiler_is_copied(tmp_path: Path):
+    model, inputs = classifier().model, (torch.zeros(1, 3, 16, 16),)
+    wanted = multiply_adds(model, inputs)
+    hook = functools.partial(lambda lock, *_: None, threading.Lock())  # a lock cannot be copied
+    model.register_forward_pre_hook(hook)
+    model.head.register_forward_hook(hook)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        copy.deepcopy(model)
+    assert multiply_adds(model, inputs) == wanted
+    zoo.save_model(model, tmp_path / "kept")
+    assert len(model._forward_pre_hooks) == len(model.head._forward_hooks) == 1
 
 
 def line_of(epoch: int, epochs: int, seconds: float, left: float, best: bool = True) -> str:

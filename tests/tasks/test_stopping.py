@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 
-from training import PLAIN_FLAGS, fit, state
+from training import BACKBONE, PLAIN_FLAGS, fit, state
 from zoo.tasks.classify.train import Classify
 
 FLAGS = [
@@ -141,3 +143,58 @@ def test_a_run_that_max_time_ends_resumes_where_it_was(
     fit(tmp_path, *FLAGS, f"--ckpt_path={tmp_path}/resume/last.ckpt")
     found = weights(tmp_path)
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+# Two ranks
+
+PATCHED = """
+import os, signal, sys
+from zoo.__main__ import main
+from zoo.tasks.classify.train import Classify
+
+plain = Classify.training_step
+
+def struck(self, batch, batch_idx):
+    if str(self.global_rank) in os.environ["STRUCK"] and self.global_step == 9:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(self, batch, batch_idx)
+
+Classify.training_step = struck
+main(sys.argv[1:])
+"""
+
+
+def on_two_ranks(folder: Path, struck: str, *flags: str) -> tuple[int, str]:
+    """Trains with two processes, of which some receive SIGTERM; the exit status, and what they print until all end."""
+    script = folder.with_name("patched.py")
+    script.write_text(PATCHED)
+    backbone = [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()]
+    two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.logger=false"]
+    short = ["--trainer.limit_val_batches=2", "--trainer.max_epochs=2", f"--trainer.default_root_dir={folder}"]
+    data = ["--data.dataset=synthetic", "--data.size=16", "--data.batch=16", *PLAIN_FLAGS]
+    line = [sys.executable, script, "classify", "fit", *backbone, *two, *short, *data, *flags]
+    environment = {**os.environ, "STRUCK": struck, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert on_two_ranks(folder, "")[0] == 0
+    return weights(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", ["1", "01"])
+def test_ranks_stop_together(struck: str, whole_of_two: dict[str, torch.Tensor], tmp_path: Path):
+    """Whichever of them receives the signal; only the first reports it."""
+    status, printed = on_two_ranks(tmp_path / "run", struck)
+    assert status == 128 + signal.SIGTERM and "Traceback" not in printed
+    assert printed.count("stopped by SIGTERM") == printed.count("zoo: ") == 1
+    assert on_two_ranks(tmp_path / "run", "", f"--ckpt_path={tmp_path}/run/resume/last.ckpt")[0] == 0
+    found = weights(tmp_path / "run")
+    assert found.keys() == whole_of_two.keys()
+    assert all(torch.equal(found[name], whole_of_two[name]) for name in whole_of_two)

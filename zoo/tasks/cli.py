@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import zoo
 from zoo.tasks.output import Output
+from zoo.tasks.resuming import restoring
 from zoo.tasks.run import STATE, Keep, Run, States
 from zoo.tasks.stopping import Stop, Stopped
 from zoo.text import one_line
@@ -82,7 +85,7 @@ class Command(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            if self.model.began or self.given.ckpt_path is None:
+            if not restoring(error):
                 raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -113,13 +116,13 @@ class Command(LightningCLI):
             raise ValueError(f"trainer.gradient_clip_val must be at least 0, not {given.trainer.gradient_clip_val}")
         if not fit and given.model.weights is None and given.ckpt_path is None:
             raise ValueError("nothing to measure: give --model.weights FOLDER/best or --ckpt_path")
+        path = given.ckpt_path
+        if path is not None:
+            check_path(Path(path))
         if not fit:
             return
         name = given.model.backbone.get("name") or "model"
         self.run = Run(given.trainer.default_root_dir or f"runs/{self.command}_{name}")
-        path = given.ckpt_path
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"--ckpt_path: file not found: {path}")
         self.run.open(resumed=path is not None and self.run.state.exists() and self.run.state.samefile(path))
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
@@ -182,6 +185,21 @@ class Command(LightningCLI):
     after_test = after_validate
 
 
+def check_path(path: Path) -> None:
+    """ValueError if there is no state at a path, with the option that was probably meant."""
+    folder = path.parent.parent if path.parts[-2:] == Path(STATE).parts else path.parent
+    if (folder / "model.safetensors").exists():
+        run = f"; to resume its run: --ckpt_path={folder.parent}" if (folder.parent / STATE).exists() else ""
+        raise ValueError(
+            f"--ckpt_path: {folder} is a checkpoint, not the state of a run; "
+            f"to use its weights: --model.weights={folder}{run}"
+        )
+    if not path.exists():
+        raise ValueError(f"--ckpt_path: file not found: {path}")
+    if (folder / STATE).exists() and not zipfile.is_zipfile(path) and path != folder / STATE:
+        raise ValueError(f"--ckpt_path: {path} is not the state of a run; to resume the run: --ckpt_path={folder}")
+
+
 def flat(values: Any, place: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dots between the names."""
     if not isinstance(values, dict):
@@ -240,7 +258,8 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     verbose = "--verbose" in arguments
     arguments = [argument for argument in arguments if argument != "--verbose"]
     loggers = [
-        logging.getLogger(f"lightning.{part}") for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+        logging.getLogger(f"lightning.{part}")
+        for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "fabric.utilities.distributed")
     ]
     for logger in () if verbose else loggers:
         logger.addFilter(from_zoo)
@@ -263,6 +282,8 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
     except Stopped as stop:
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            sys.exit()  # the first rank reports; an error here would kill it before its end
         print(f"zoo: {stop}", file=sys.stderr)
         sys.exit(128 + stop.number)
     except SIGTERMException:

@@ -1,6 +1,5 @@
 """Output of a run: a summary of model and data, a line per epoch, then the results and the next commands."""
 
-import copy
 import shlex
 import sys
 import time
@@ -14,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from zoo.layer import unfinished
+from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
 from zoo.tasks.run import STATE, Keep
 from zoo.tasks.task import Task
@@ -40,7 +39,7 @@ def readable_count(number: float) -> str:
 
 def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Multiply-adds of matrix products, convolutions and attention only, as is usual."""
-    twin = copy.deepcopy(model).cpu().float().eval()
+    twin = copied(model).cpu().float().eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin(*inputs)
     return counter.get_total_flops() / 2

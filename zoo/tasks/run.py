@@ -1,12 +1,12 @@
 """The folder of a training run: its lock, its state to resume from, its config, and the checkpoints it leaves."""
 
-import copy
 import io
 import math
 import os
 import pickle
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from zoo.layer import unfinished
+from zoo.layer import copied, unfinished
+from zoo.tasks.resuming import require
 from zoo.tasks.task import Task
 from zoo.text import reason
 from zoo.weights import save_model
@@ -99,15 +100,22 @@ class States(CheckpointIO):
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            content = io.BytesIO(Path(path).read_bytes())
         except OSError as error:
             raise OSError(f"cannot read {path}: {reason(error)}") from error
+        try:
+            # PyTorch does not compare the checksums of the tensors.
+            damaged = zipfile.ZipFile(content).testzip() if zipfile.is_zipfile(content) else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content.seek(0)
+                state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than tensors and numbers; code in a file is never run") from error
         except Exception as error:  # a broken file may raise anything
             raise ValueError(f"{path} is truncated or not the state of a training run") from error
+        if damaged:
+            raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
         if not isinstance(state, dict) or not {"state_dict", "loops"} <= state.keys():
             raise ValueError(f"{path} is not the state of a training run; FOLDER/{STATE} is one")
         return state
@@ -149,7 +157,10 @@ class Keep(Checkpoint):
         return {"best": self.best and tuple(self.best), "latest": self.latest and tuple(self.latest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.latest = (found and Score(*found) for found in (state_dict["best"], state_dict["latest"]))
+        for name in ("best", "latest"):
+            if (found := state_dict[name]) is not None:
+                require(found, (0.0, "", 0, 0), name)
+                setattr(self, name, Score(*found))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began = True
@@ -173,7 +184,7 @@ class Keep(Checkpoint):
             return
         self.best = self.latest
         if trainer.is_global_zero:
-            self.waiting = copy.deepcopy(pl_module.measured).cpu()
+            self.waiting = copied(pl_module.measured).cpu()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)

@@ -24,6 +24,7 @@ from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
+from zoo.tasks.resuming import require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import adapted, misfits
 
@@ -65,7 +66,6 @@ class Task(lightning.LightningModule):
     Attributes:
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
-        began: whether training or measuring has begun, after a state was loaded.
     """
 
     command: ClassVar[str]
@@ -123,7 +123,7 @@ class Task(lightning.LightningModule):
         self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
-        self.began = False
+        self.loaded: dict[str, Any] | None = None  # the state that is being restored
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     def built(self, backbone: dict[str, Any]) -> Model:
@@ -227,27 +227,16 @@ class Task(lightning.LightningModule):
     def on_fit_start(self) -> None:
         if self.start is not None and self.start.config["fused"]:
             raise ValueError("a fused model is for inference only; train the unfused one")
+        if self.loaded is not None:
+            restore_optimizers(self.loaded, self.trainer)
+            self.loaded = None
 
     def on_train_start(self) -> None:
-        self.check_optimizer()
         self.resume_epoch()
         trainer: Any = self.trainer  # a short epoch has its losses in the logs, too
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
-        self.began = True
         self.averaged_step = self.trainer.global_step
         self.advance()
-
-    def check_optimizer(self) -> None:
-        """TypeError where a loaded state does not fit its parameter, which PyTorch's fused step does not check."""
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                for name, usual in optimizer.defaults.items():
-                    if type(group.get(name)) is not type(usual):
-                        raise TypeError(f"the optimizer's {name} is {group.get(name)!r}")
-                for parameter, name in itertools.product(group["params"], ("exp_avg", "exp_avg_sq")):
-                    found = optimizer.state[parameter].get(name) if parameter in optimizer.state else parameter
-                    if not isinstance(found, Tensor) or found.shape != parameter.shape:
-                        raise TypeError(f"the optimizer's {name} does not fit its parameter")
 
     def resume_epoch(self) -> None:
         """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
@@ -312,13 +301,9 @@ class Task(lightning.LightningModule):
         self.raise_bad_weights()
 
     def on_validation_start(self) -> None:
-        self.began = not self.trainer.sanity_checking
         if self.fitting:
             self.raise_bad_weights()
             self.finish()
-
-    def on_test_start(self) -> None:
-        self.began = True
 
     def finish(self) -> None:
         """Changes the model once, after the last step and before it is evaluated and saved."""
@@ -342,6 +327,18 @@ class Task(lightning.LightningModule):
         own, found = self.state_dict(), checkpoint["state_dict"]
         if differ := misfits(own, found):
             raise ValueError(f"--ckpt_path belongs to another model: '{differ[0]}' differs")
+        restore_loops(checkpoint, self.trainer)
+        if "epoch_loss" in checkpoint:
+            require(checkpoint["epoch_loss"], self.epoch_loss(), "epoch_loss")
+            self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
+        self.loaded = checkpoint if self.trainer.state.fn == TrainerFn.FITTING else None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_loss"] = self.epoch_loss()
+
+    def epoch_loss(self) -> dict[str, Any]:
+        """The sum of the losses of this epoch, and their number."""
+        return {"sum": self.loss_sum.float().cpu(), "number": self.loss_number}
 
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """The model's arguments from a batch."""

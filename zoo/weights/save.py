@@ -1,7 +1,6 @@
 """From a model to a checkpoint's folder: written aside, loaded and probed, and only then renamed into place."""
 
 import contextlib
-import copy
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.inputs import Preprocess
+from zoo.layer import copied
 from zoo.models import PRESETS, family_of
 from zoo.models.base import Model, count_parameters
 from zoo.outputs import LABELS
@@ -96,7 +96,7 @@ def save_model(
         "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "README.md": model_card(config, written, preprocess, target.name, card, license, figures),
     }
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = copied(model).cpu().eval()
     twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
     tensors = twin.state_dict()
     if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:

@@ -1,0 +1,81 @@
+"""Whether the state of a run fits the run that is resumed from it."""
+
+import reprlib
+import traceback
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.trainer.connectors import checkpoint_connector
+from torch import Tensor
+
+
+def unlike(found: Any, usual: Any, place: str) -> str | None:
+    """How a nested state differs in form from a usual one: in keys, lengths, types or shapes; None if it does not."""
+    if type(found) is not type(usual):
+        return f"{place} must be of type {type(usual).__name__}, got {reprlib.repr(found)}"
+    if isinstance(usual, dict | list | tuple):
+        if isinstance(usual, dict) and found.keys() != usual.keys():
+            return f"{place} must have the keys {', '.join(map(str, usual)) or 'none'}"
+        if len(found) != len(usual):
+            return f"{place} must have {len(usual)} values, got {len(found)}"
+        keys = usual if isinstance(usual, dict) else range(len(usual))
+        return next(filter(None, (unlike(found[key], usual[key], f"{place}.{key}") for key in keys)), None)
+    if isinstance(usual, Tensor) and (found.shape, found.dtype) != (usual.shape, usual.dtype):
+        return f"{place} must be {usual.dtype} of shape {tuple(usual.shape)}"
+    return f"{place} must be >= 0, got {found}" if isinstance(usual, int) and found < 0 else None
+
+
+def require(found: Any, usual: Any, place: str) -> None:
+    """TypeError if a part of a state has another form than a usual one."""
+    if wrong := unlike(found, usual, place):
+        raise TypeError(wrong)
+
+
+def restore_loops(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> None:
+    """TypeError if the progress in a state has another form than that of a trainer that has not begun."""
+    for name in ("fit_loop", "validate_loop", "test_loop"):
+        require(checkpoint["loops"][name], getattr(trainer, name).state_dict(), f"loops.{name}")
+
+
+def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> None:
+    """Checks the state of the optimizers, and replaces their settings and the schedules by those of this run.
+
+    Only moments and counts come from a state, so that changed options of a resumed run have an effect.
+
+    Raises:
+        ValueError: model.layer_decay was changed.
+        TypeError: a part has another form than that of the run.
+    """
+    states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    require(len(states), len(trainer.optimizers), "optimizer_states")
+    for state, optimizer in zip(states, trainer.optimizers, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in groups]:
+            raise ValueError("--ckpt_path: model.layer_decay cannot change in a resumed run; set it as it was")
+        state["param_groups"] = groups
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, moments in state["state"].items():
+            usual = parameters[number].detach()
+            form = {"step": torch.zeros(()), "exp_avg": usual, "exp_avg_sq": usual}
+            require(moments, form, f"optimizer_states.state.{number}")
+    for number, config in enumerate(trainer.lr_scheduler_configs):
+        scheduler: Any = config.scheduler
+        fresh, found = scheduler.state_dict(), schedules[number]
+        counts = {name: found[name] for name in ("last_epoch", "_step_count")}
+        require(counts, {name: fresh[name] for name in counts}, f"lr_schedulers.{number}")
+        factors = (factor(counts["last_epoch"]) for factor in scheduler.lr_lambdas)
+        lrs = [base * factor for base, factor in zip(fresh["base_lrs"], factors, strict=True)]
+        schedules[number] = fresh | counts | {"_last_lr": lrs}
+        for group, lr in zip(states[number]["param_groups"], lrs, strict=True):
+            group["lr"] = lr
+
+
+def restoring(error: BaseException) -> bool:
+    """Whether an error was raised while a state was restored, here or by Lightning."""
+    modules = __name__, checkpoint_connector.__name__
+    places = [
+        (frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    found = any(module in modules and name.startswith("restore_") for module, name in places)
+    return found and not isinstance(error, torch.OutOfMemoryError)
