@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.cache import rows, table
 from zoo.layer import Context, Layer, Place, extent
-from zoo.tensors import filtered, to_map, to_tokens, zeroed
+from zoo.tensors import filtered, zeroed
 
 
 class Position(Layer):
@@ -89,6 +89,18 @@ class SinCos(Position):
         return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
 
 
+def _linear(distance: Tensor) -> Tensor:
+    """The weights of linear interpolation at a distance >= 0 in samples."""
+    return (1 - distance).clamp(min=0)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """The weights of bicubic interpolation on one axis at a distance >= 0 in samples, with PyTorch's -0.75 (Keys
+    1981)."""
+    near = 1 - distance.square() * (2.25 - 1.25 * distance)
+    return torch.where(distance < 1, near, 0.75 * (1 - distance) * (2 - distance).clamp(min=0).square())
+
+
 class Learned(Position):
     """Adds a learned table with a row for each token, prefix included; for another grid the table is resized, on images
     bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929).
@@ -113,26 +125,23 @@ class Learned(Position):
 
     def resize(self, context: Context, device: torch.device) -> Tensor:
         """The grid's part of the table at the extents of the context: [1 or B, N, D]."""
-        source = to_map(self.table[:, self.prefix :], self.grid).float()
+        x = self.table[:, self.prefix :].unflatten(1, self.grid)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if context.mask is None:
             lengths = [torch.full((1,), size, device=device) for size in context.grid]
         else:
             lengths = extent(context)
-        places = []
-        for size, length in zip(context.grid, lengths, strict=True):
-            place = torch.arange(size, device=device, dtype=torch.float32)
-            places.append((2 * place + 1) / length.clamp(min=1)[:, None] - 1)  # [B, size], -1..1 over the extent
-        batch = len(places[0])
-        if len(places) == 1:
-            source = source[:, :, None]
-            where = torch.stack([places[0], torch.zeros_like(places[0])], -1)[:, None]
-        else:
-            down, along = places[0][:, :, None], places[1][:, None, :]
-            where = torch.stack(torch.broadcast_tensors(along, down), -1)
-        mode = "bilinear" if len(places) == 1 else "bicubic"
-        source = source.expand(batch, -1, -1, -1)
-        resized = F.grid_sample(source, where, mode=mode, padding_mode="border", align_corners=False)
-        return to_tokens(resized)
+        kernel = _linear if len(lengths) == 1 else _cubic
+        with torch.autocast(device.type, enabled=False):
+            for axis, (size, length) in enumerate(zip(context.grid, lengths, strict=True), start=1):
+                number = self.grid[axis - 1]
+                taps = torch.arange(-2, number + 2, device=device)
+                centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
+                places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
+                weights = kernel((places[..., None] - taps).abs())
+                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, 1)
+                x = torch.einsum("bst,bt...->bs...", weights, x).movedim(1, axis)
+        return x.flatten(1, -2)
 
 
 class Rotary(Position):
