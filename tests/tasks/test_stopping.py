@@ -1,9 +1,11 @@
 """SIGINT and SIGTERM at every kind of moment: the resumed run equals one that was never stopped."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ FLAGS = [
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, number: int, step: str, call: int, run: Any) -> str:
-    """Runs until the signal arrives in that call of a step; what was said to resume. The exit status is checked."""
+    """Runs until the signal arrives in that call of a step, at workers, too; the exit status, which is checked."""
     plain, seen = getattr(Classify, step), [0]
 
     def struck(self: Classify, batch: Any, batch_idx: int) -> Any:
@@ -37,6 +39,10 @@ def stopped(monkeypatch: pytest.MonkeyPatch, number: int, step: str, call: int, 
         seen[0] += 1
         if seen[0] == call:
             os.kill(os.getpid(), number)
+            if workers := [str(worker.pid) for worker in multiprocessing.active_children()]:
+                subprocess.run(["kill", f"-{number}", *workers], check=True)  # signals of a parent mean something else
+                time.sleep(1)
+                assert len(multiprocessing.active_children()) == len(workers)
         return plain(self, batch, batch_idx)
 
     before = signal.getsignal(number)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from zoo.data.sampling import rank_and_world
 from zoo.inputs import Preprocess
 
 MOST_WORKERS = 16
+GRACE = 60  # seconds for which a worker still works after a signal
 
 
 class Batches(Sampler[list[Any]]):
@@ -54,6 +56,21 @@ class Loader(DataLoader[Any]):
         yield from super().__iter__()
 
 
+def outlive_signals(_: int) -> None:
+    """Lets a worker keep working for a while after SIGINT or SIGTERM.
+
+    Ctrl-C and job managers signal all processes of a run, and the main process still needs its workers to stop well.
+    A second signal ends a worker at once.
+    """
+
+    def wait(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, wait)
+
+
 def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], Any], workers: int) -> Loader:
     """The loader of a data set whose keys come from a batch sampler."""
     workers = min(workers, len(batches))
@@ -64,6 +81,7 @@ def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], An
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=outlive_signals,
         # Without its own generator an iterator would draw from the main one.
         generator=torch.Generator().manual_seed(0),
     )
