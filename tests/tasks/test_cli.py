@@ -154,6 +154,7 @@ def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
         (("state_dict", "model.head.weight"), None),
         (("callbacks", "Keep", "best"), -1),
         (("lr_schedulers",), 1),
+        (("optimizer_states",), []),
         (("optimizer_states", 0, "state", 4), 1e30),
         (("optimizer_states", 0, "state", 4, "exp_avg"), torch.zeros(3)),  # PyTorch would read outside of it
         (("optimizer_states", 0, "state", 4, "step"), None),

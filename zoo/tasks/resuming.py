@@ -48,7 +48,8 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
         TypeError: a part has another form than that of the run.
     """
     states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-    require(len(states), len(trainer.optimizers), "optimizer_states")
+    if (len(states), len(schedules)) != (len(trainer.optimizers), len(trainer.lr_scheduler_configs)):
+        raise TypeError("optimizer_states and lr_schedulers must be as many as in this run")
     for state, optimizer in zip(states, trainer.optimizers, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in groups]:
@@ -74,8 +75,6 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
 def restoring(error: BaseException) -> bool:
     """Whether an error was raised while a state was restored, here or by Lightning."""
     modules = __name__, checkpoint_connector.__name__
-    places = [
-        (frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    found = any(module in modules and name.startswith("restore_") for module, name in places)
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = any(frame.f_globals.get("__name__") in modules and "restore_" in frame.f_code.co_name for frame in frames)
     return found and not isinstance(error, torch.OutOfMemoryError)

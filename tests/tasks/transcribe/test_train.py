@@ -241,9 +241,12 @@ def test_an_intermediate_block_with_too_few_frames_is_counted():
 
 
 def test_a_run_goes_on_with_its_own_tokens():
-    before, after = recogniser(), recogniser()
-    saved: dict[str, Any] = {"state_dict": before.state_dict()}
+    before, after, run = recogniser(), recogniser(), trainer(1, 1)
+    loops = {name: getattr(run, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
+    saved: dict[str, Any] = {"state_dict": before.state_dict(), "loops": loops}
     before.on_save_checkpoint(saved)
+    assert "epoch_loss" in saved
+    after._trainer = run
     after.on_load_checkpoint(saved)
     after.tokenizer = Characters(tuple(reversed(LETTERS.pieces)))
     with pytest.warns(UserWarning, match="the tokenizer of --ckpt_path is kept"):

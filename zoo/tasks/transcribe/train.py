@@ -160,6 +160,7 @@ class Transcribe(Task):
             StreamingFeatures(data.preprocess)  # raises an error for features that need the whole utterance
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["tokenizer"] = self.labels.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
