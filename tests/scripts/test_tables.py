@@ -81,7 +81,7 @@ def test_only_configs_with_a_published_score_or_recipe_are_called_published(fact
     listed = [set(re.findall(r"^\| \[(\w+)\]", part.split("\n## ")[0], re.MULTILINE)) for part in (published, starts)]
     assert {"finetune", "own_images", "conformer_micro_streaming_fsdd"} <= listed[1] and not listed[0] & listed[1]
     assert {"deit_tiny_imagenet", "vit_tiny_dcnv4_imagenet", "squeezeformer_librispeech960"} <= listed[0]
-    assert all(name.endswith(("_imagenet", "_librispeech100", "_librispeech960")) for name in listed[0])
+    assert all(name.endswith(("_coco", "_imagenet", "_librispeech100", "_librispeech960")) for name in listed[0])
 
 
 def test_every_option_is_explained(made: Any, facts: dict[str, Any]):
