@@ -476,11 +476,21 @@ def test_bad_names(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in ("nothing", "../nothing/here", "a/b/c", "/nothing/here", "https://example.org/x", "nothing@v1"):
         assert f"checkpoint '{name}' not found" in refusal(name)
-    line = refusal("nothing")
-    assert f"{folder.parent / 'nothing'} and {folder.parent / 'checkpoints' / 'nothing'} are not folders" in line
-    (folder.parent / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
-    assert refusal("vit_micro.digit").endswith("; did you mean vit_micro.digits?")
-    assert "did you mean zoo.create_model('caformer_s18'), which builds it untrained?" in refusal("caformer_s18")
+    here = folder.parent
+    assert refusal("/nothing/here").endswith(": /nothing/here is not a folder")
+    assert refusal("a/b/c").endswith(f": {here}/a/b/c and {here}/checkpoints/a/b/c are not folders")
+    elsewhere = "searched in ./checkpoints, but this folder has no ./checkpoints; for one elsewhere, give its path"
+    assert refusal("nothing").endswith(elsewhere) and refusal("vit_micro.digits").endswith(elsewhere)
+    (here / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
+    assert refusal("vit_micro.digit").endswith("not found: did you mean vit_micro.digits?")
+    assert "in ./checkpoints, which has: vit_micro.digits; " in refusal("nothing")
+    assert "the name of an untrained model" in refusal("caformer_s18")
+    (here / "configs/classify").mkdir(parents=True)
+    (here / "configs/classify/vit_micro_digits.yaml").touch()
+    for name in ("best", "last", ""):
+        line = refusal(f"runs/vit_micro_digits/{name}".rstrip("/"))
+        assert line.endswith("train it first: zoo classify fit --config configs/classify/vit_micro_digits.yaml")
+    assert "train" not in refusal("runs/other/best") and "did you mean" not in refusal("runs/other/best")
     assert "is a file" in refusal(folder / "model.safetensors")
     assert "has no config.json" in refusal("")
     (folder.parent / "model.pt").write_bytes(pickle.dumps(1))
