@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoo.text import from_json, near, one_line, plain, unknown
 
+CARD_HEAD = "| choice or figure | value |"
 VERBS = {
     "fit": "train a model",
     "validate": "measure a model on the validation data",
@@ -152,16 +153,29 @@ def checkpoints() -> list[Path]:
     return sorted(path.parent for path in Path("checkpoints").glob("*/config.json"))
 
 
-def card(folder: Path) -> tuple[str, dict[str, str]]:
-    """The description of a checkpoint and the rows of its table, from its README.md; empty if it has none."""
+class Card(NamedTuple):
+    """What the README.md of a checkpoint says: its license, its text in Markdown, the rows of its table."""
+
+    license: str
+    text: str
+    rows: dict[str, str]
+
+
+def card(folder: Path) -> Card:
+    """The card of a checkpoint; empty if it has none."""
     try:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
-        return "", {}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    title = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1)
-    text = next((line for line in lines[title + 1 :] if line.strip()), "")
-    return text, {row[0]: row[1] for row in rows if len(row) == 2 and row[1] != "value"}
+        return Card("", "", {})
+    start = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1) + 1
+    tables = [index for index, line in enumerate(lines) if line.startswith("| ")]
+    end = next((index for index in tables if lines[index] == CARD_HEAD), (tables or [len(lines)])[0])
+    cells = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in lines[end:] if line.startswith("| ")]
+    pairs = [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+    rows = {row[0]: row[1] for row in pairs if len(row) == 2}
+    license = next((line.partition(": ")[2] for line in lines[:start] if line.startswith("license: ")), "")
+    text = "\n".join(lines[start : max(start, end)]).strip()
+    return Card(license.strip("'\""), text, {key: value for key, value in rows.items() if value != "value"})
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def task_of(config: Mapping[str, Any]) -> str | None:
 
 def card_line(folder: Path) -> str:
     """The task of a checkpoint, its scores and its description."""
-    text, rows = card(folder)
+    _, text, rows = card(folder)
     try:
         task = task_of(stored(folder)) or ""
     except ValueError as error:
@@ -268,8 +282,8 @@ def any_name(value: str, name: str) -> bool:
 
 def checkpoint_page(name: str, folder: Path) -> str:
     """A checkpoint: its card's text and table, and how to use it."""
-    config, (text, rows) = stored(folder), card(folder)
-    lines = [f"{name} (checkpoint)", ""]
+    config, (_, text, rows) = stored(folder), card(folder)
+    lines, text = [f"{name} (checkpoint)", ""], text.partition("\n\n")[0]
     lines += [*textwrap.wrap(text, width() - 2, initial_indent="  ", subsequent_indent="  "), ""] if text else []
     pairs = [(key, one_line(config[key])) for key in ("family", "preset", "source") if config.get(key)]
     pairs += rows.items()
