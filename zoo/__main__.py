@@ -37,10 +37,8 @@ EPILOG = """examples:
   zoo list mixers
   zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo classify fit --config configs/classify/vit_micro_digits.yaml --model.backbone.mixer=sla
-  zoo classify validate --config configs/classify/vit_micro_digits.yaml --model.weights RUN/best
+  zoo classify validate --model.weights RUN/best
   zoo classify predict RUN/best images/ photo.jpg
-  zoo transcribe fit --config configs/transcribe/squeezeformer_micro_fsdd.yaml --data.root DIR
   zoo transcribe predict RUN/best recordings/"""
 
 
@@ -73,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     listed.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern, such as 'vit_*'")
     info = commands.add_parser("info", help="describe a model, a choice or a checkpoint", epilog=INFOS, **made)
     info.add_argument("name", metavar="NAME")
-    info.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="fields of the model to replace")
+    info.add_argument("fields", nargs="*", metavar="FIELD=VALUE", default=[], help="fields of the model to replace")
     for task, (_, _, others) in TASKS.items():
         about = quick.facts()["tasks"][task]["about"].lower()
         each = commands.add_parser(task, help=f"{about}: train, measure or use a model", **made)
@@ -117,6 +115,7 @@ def run_task(task: str, verb: str, arguments: list[str]) -> None:
         stop("verb", verb, [*TRAINING, *others], f"zoo {task} VERB ...")
     if {"-h", "--help"} & {*arguments}:
         return print(quick.verb_help(task, verb))
+    spelling.check_files(task, verb, arguments)
     if "torch" not in sys.modules:  # else everything is fast, and rows may have been added to the tables
         spelling.check(task, verb, arguments)
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
@@ -133,12 +132,11 @@ def info(name: str, fields: list[str]) -> str:
             choices[field] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             choices[field] = text
-    spelling.check_field(name, "name", name, None)
-    for field, value in choices.items():
-        spelling.check_field(field, field, value, name)
+    for field, value in {"name": name, **choices}.items():
+        spelling.check_field("", field, value, name)
     from zoo import models
 
-    replaced = "".join(f", {field}={value!r}" for field, value in choices.items())
+    replaced = "".join(f", {field}={quick.literal(value)}" for field, value in choices.items())
     return quick.model_page(name, models.describe(name, **choices), replaced)
 
 

@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoo.text import from_json, near, one_line, plain, unknown
 
+CARD_HEAD = "| choice or figure | value |"
 VERBS = {
     "fit": "train a model",
     "validate": "measure a model on the validation data",
@@ -28,27 +29,23 @@ EXAMPLES = {
     "detect": ["--config configs/detect/rtdetr_micro_bccd.yaml", "--data.root DIR"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
-# The options in short help, if the task has them; "" for the text from the code.
+# The options in short help, if the task has them, each in a line of 80 columns; the others are in --help-all.
 USUAL = {
-    "config": "YAML file with any of these options; options after it replace its values",
+    "config": "YAML file of options; later ones replace them",
     "model.backbone.name": "the model; `zoo list` shows the names",
-    "model.backbone.FIELD": "any field of the model: mixer, norm, classes, ...; see `zoo info NAME`",
-    "model.weights": "checkpoint to start from or to measure: folder, name in checkpoints/, or OWNER/NAME",
-    "model.rate": "",
-    "data.dataset": "",
+    "model.backbone.FIELD": "mixer, norm, classes, ...; see `zoo info NAME`",
+    "model.weights": "checkpoint to start from or to measure",
+    "model.rate": "peak learning rate",
+    "data.dataset": "kind of data, as in configs/",
     "data.root": "folder of the data",
     "data.train": "folders or manifests to train on",
     "data.val": "folders or manifests for validation",
-    "data.size": "",
-    "data.batch": "",
+    "data.size": "side of the images in pixels",
+    "data.batch": "samples in a batch",
     "data.seconds": "seconds of audio in a batch",
-    "data.workers": "",
     "trainer.max_epochs": "number of epochs",
-    "trainer.default_root_dir": "folder of the run: logs, checkpoints and the state to resume from",
-    "trainer.precision": "such as 32-true or bf16-mixed",
-    "trainer.devices": "how many GPUs or processes, or their indices",
-    "ckpt_path": "state of a run to resume from or to measure, such as RUN/resume/last.ckpt",
-    "seed_everything": "seed of all randomness",
+    "trainer.default_root_dir": "folder of the run: logs, checkpoints, state",
+    "ckpt_path": "run to resume or to measure: RUN, or its state",
 }
 FIT_ONLY = ("model.rate", "data.train", "trainer.max_epochs")
 
@@ -60,7 +57,7 @@ def facts() -> dict[str, Any]:
 
 
 def width() -> int:
-    return min(100, shutil.get_terminal_size((100, 24)).columns)
+    return min(100, shutil.get_terminal_size((80, 24)).columns)
 
 
 def columns(pairs: Iterable[tuple[str, str]], left: int | None = None) -> Iterator[str]:
@@ -93,12 +90,12 @@ def listing(what: str | None = None, pattern: str | None = None) -> str:
 
     ValueError if nothing matches.
     """
-    known = [*kinds(), "models", "checkpoints"]
+    known, lists = [*kinds(), "models", "checkpoints"], list[str]()
     what = f"{what}s" if f"{what}s" in known else what
     if what is not None and what not in known:
         if pattern is not None:
             raise ValueError(unknown("kind", what, known))
-        what, pattern = "models", what
+        lists, what, pattern = [f"`zoo list {kind}`" for kind in near(what, known)], "models", what
     if what is None:
         counts = [(f"zoo list {kind}", f"{len(entries(kind)):3}  {said}") for kind, said in overview()]
         return "\n".join([*columns(counts), "", *columns(entries("models").items())])
@@ -106,8 +103,9 @@ def listing(what: str | None = None, pattern: str | None = None) -> str:
     chosen = {name: said for name, said in found.items() if fnmatchcase(name, pattern or "*")}
     if not chosen:
         if pattern is None:
-            raise ValueError("no checkpoints found: the current folder has no folder 'checkpoints' with any")
-        hint = f"did you mean {' or '.join(each)}?" if (each := similar(pattern)) else f"`zoo list {what}` shows all"
+            raise ValueError("no checkpoints in ./checkpoints")
+        found = lists or similar(pattern)
+        hint = f"did you mean {' or '.join(found)}?" if found else f"`zoo list {what}` shows all"
         raise ValueError(f"no {what} match '{pattern}'; {hint}")
     left = max(map(len, chosen))
     most = width() - left - 4 if sys.stdout.isatty() else None
@@ -153,16 +151,29 @@ def checkpoints() -> list[Path]:
     return sorted(path.parent for path in Path("checkpoints").glob("*/config.json"))
 
 
-def card(folder: Path) -> tuple[str, dict[str, str]]:
-    """The description of a checkpoint and the rows of its table, from its README.md; empty if it has none."""
+class Card(NamedTuple):
+    """What the README.md of a checkpoint says: its license, its text in Markdown, the rows of its table."""
+
+    license: str
+    text: str
+    rows: dict[str, str]
+
+
+def card(folder: Path) -> Card:
+    """The card of a checkpoint; empty if it has none."""
     try:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
-        return "", {}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    title = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1)
-    text = next((line for line in lines[title + 1 :] if line.strip()), "")
-    return text, {row[0]: row[1] for row in rows if len(row) == 2 and row[1] != "value"}
+        return Card("", "", {})
+    start = next((index for index, line in enumerate(lines) if line.startswith("# ")), -1) + 1
+    tables = [index for index, line in enumerate(lines) if line.startswith("| ")]
+    end = next((index for index in tables if lines[index] == CARD_HEAD), (tables or [len(lines)])[0])
+    cells = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in lines[end:] if line.startswith("| ")]
+    pairs = [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+    rows = {row[0]: row[1] for row in pairs if len(row) == 2}
+    license = next((line.partition(": ")[2] for line in lines[:start] if line.startswith("license: ")), "")
+    text = "\n".join(lines[start : max(start, end)]).strip()
+    return Card(license.strip("'\""), text, {key: value for key, value in rows.items() if value != "value"})
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -182,7 +193,7 @@ def task_of(config: Mapping[str, Any]) -> str | None:
 
 def card_line(folder: Path) -> str:
     """The task of a checkpoint, its scores and its description."""
-    text, rows = card(folder)
+    _, text, rows = card(folder)
     try:
         task = task_of(stored(folder)) or ""
     except ValueError as error:
@@ -203,14 +214,16 @@ def info(name: str) -> str:
     for kind, table in facts()["tables"].items():
         if name in table["rows"]:
             pages.append(choice_page(kind, name, table["rows"][name]))
-    places = [Path(name), Path("checkpoints", name), Path(name, "best")]
+    path = Path(name).expanduser()
+    places = [path, Path("checkpoints", path), path / "best"]
     folders = [folder for folder in places if (folder / "config.json").is_file()]
     pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
     if not pages:
         hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows the kinds"
         if kind := next((kind for kind in kinds() if name in (kind, kind.removesuffix("s"))), None):
             hint = f"`zoo list {kind}` lists the {kind}"
-        raise ValueError(f"no model, choice or checkpoint is called '{name}'; {hint}")
+        looked = " or ".join(dict.fromkeys(str(place.absolute()) for place in places[:2]))
+        raise ValueError(f"no model, choice or checkpoint is called '{name}' (nor is there {looked}); {hint}")
     return "\n".join(plain(line) for page in pages for line in [*page.split("\n"), ""])[:-1]
 
 
@@ -229,6 +242,13 @@ def model_page(name: str, model: Mapping[str, Any], choices: str = "") -> str:
         pairs.append((f"{field} = {value}", said["about"].rstrip(".") + other))
     call = f'zoo.create_model("{name}"{choices})'
     return "\n".join([*lines, *columns(pairs), "", "in Python:", f"  {call}"])
+
+
+def literal(value: Any) -> str:
+    """A value as Python code, with strings in double quotes."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
@@ -269,14 +289,14 @@ def any_name(value: str, name: str) -> bool:
 
 def checkpoint_page(name: str, folder: Path) -> str:
     """A checkpoint: its card's text and table, and how to use it."""
-    config, (text, rows) = stored(folder), card(folder)
-    lines = [f"{name} (checkpoint)", ""]
+    config, (_, text, rows) = stored(folder), card(folder)
+    lines, text = [f"{name} (checkpoint)", ""], text.partition("\n\n")[0]
     lines += [*textwrap.wrap(text, width() - 2, initial_indent="  ", subsequent_indent="  "), ""] if text else []
     pairs = [(key, one_line(config[key])) for key in ("family", "preset", "source") if config.get(key)]
     pairs += rows.items()
     if isinstance(config.get("labels"), list):
         pairs.append(("labels", cut(", ".join(map(str, config["labels"])), 200)))
-    uses = [f'zoo.load_model("{name}")']
+    uses = [f"zoo.load_checkpoint({literal(name)})(FILE)"]
     if task := task_of(config):
         uses.insert(0, f"zoo {task} predict {name} FILES")
     return "\n".join([*lines, *columns(pairs), "", "use:", *(f"  {use}" for use in uses)])
@@ -304,20 +324,19 @@ def verb_help(task: str, verb: str) -> str:
         if (given is None and not name.startswith("model.backbone.")) or (verb != "fit" and name in FIT_ONLY):
             continue
         default = (given or {}).get("default")
-        text = said or re.sub(r" ?\([^()]*\)", "", (given or {})["about"])
-        pairs.append((f"--{name}", text + (f" [default: {default}]" if default is not None else "")))
+        pairs.append((f"--{name}", said + (f" [default: {default}]" if default is not None else "")))
     lines = [
         f"usage: zoo {task} {verb} [--config FILE] [--OPTION VALUE ...]",
         "",
         f"{found['about']}: {VERBS[verb]}.",
         "",
     ]
-    lines += ["most used options:", *columns(pairs), "", f"all options: zoo {task} {verb} --help-all", "", "example:"]
+    lines += ["most used options (--help-all shows every option):", *columns(pairs), "", "example:"]
     return "\n".join([*lines, example(task, verb)])
 
 
 def example(task: str, verb: str) -> str:
-    """A command that runs a recipe, over two lines if it is long."""
-    first, *more = EXAMPLES.get(task, [f"--config configs/{task}/NAME.yaml"])
-    more += ["--model.weights RUN/best"] if verb != "fit" else []
+    """A command that trains by a recipe, over two lines if it is long, or that measures a checkpoint."""
+    usual = [f"--config configs/{task}/NAME.yaml"] if verb == "fit" else ["--model.weights RUN/best"]
+    first, *more = EXAMPLES.get(task, usual) if verb == "fit" else usual
     return f"  zoo {task} {verb} {first}" + (f" \\\n      {' '.join(more)}" if more else "")

@@ -12,6 +12,13 @@ def mask_of(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def check_floats(inputs: Tensor, name: str) -> None:
+    """ValueError if a model's input, such as an image that was just read, is not floating point."""
+    if not inputs.is_floating_point():
+        kind = str(inputs.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be floating point, got {kind}; use the checkpoint's preprocess")
+
+
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """A linear map with truncated-normal weights (standard deviation 0.02) and zero bias."""
     layer = nn.Linear(inputs, outputs, bias=bias)

@@ -40,6 +40,12 @@ def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return difflib.get_close_matches(name, [*allowed], n=3, cutoff=cutoff)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and a noun in its singular or plural: 1 image, 2 images, 3 batches."""
+    plural = "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
     """A message that a name is unknown, with similar names, and with all allowed ones if few or none is similar."""
     allowed = [*allowed]

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import layers, losses, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
+from zoo.tasks.predicting import Parser
 from zoo.text import one_line
 
 
@@ -198,30 +199,35 @@ def positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    doc = str(__doc__).splitlines()[0]
+    doc = "Measures models, speech encoders, mixers, operators and norms against others,\nand writes CSVs and plots."
+    parser = Parser("scripts/benchmark", doc, "scripts/benchmark --only models mixers --threads 2 --output runs/mine")
+    parser.usage = "scripts/benchmark [--OPTION VALUE ...]"
+    add, rare = parser.add_argument, parser.add_rare
+    many = {"nargs": "+", "type": positive, "metavar": "N"}
     modes = ("forward", "forward+backward")
-    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=doc, allow_abbrev=False)
-    add = parser.add_argument
-    add("--only", nargs="+", choices=CHOICES, default=list(CHOICES), help="the tables to measure; default all")
-    add("--pairs", type=positive, default=30, help="interleaved rounds per point; default 30")
-    add("--seconds", type=float, default=8.0, help="a point stops short of this, but not of three rounds; default 8")
-    add("--warm", type=positive, default=3, help="rounds in front that are not counted; default 3")
-    add("--threads", type=positive, default=1, help="default 1; CPU time counts all of them")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and inputs; default float32")
-    add("--compile", action="store_true", help="measure under torch.compile; operators both ways")
-    add("--batch", nargs="+", type=positive, default=[1], help="of models, fuse and operators; default 1")
     preselected = [name for name in models.RIVALS if name not in ("deit_base", "poolformer_s24")]
-    listed = f"of: {', '.join(models.RIVALS)}; default all but deit_base and poolformer_s24"
-    add("--models", nargs="+", choices=models.RIVALS, default=preselected, metavar="MODEL", help=listed)
-    add("--sides", nargs="+", type=positive, default=[224, 448, 896], help="pixels, of vit_tiny mixer=sla")
-    add("--modes", nargs="+", choices=modes, default=modes, help="of models; default both")
-    add("--sizes", nargs="+", type=positive, default=[7, 14, 28, 56], help="sides of the mixers' grids")
-    add("--large", action="store_true", help="mixers on a grid of 112x112, too")
-    add("--audio", nargs="+", type=positive, default=[10, 60], help="seconds of it, of speech and rtf; default 10 60")
-    add("--long", nargs="+", type=positive, default=[10, 60, 600], help="seconds of audio, of long; default 10 60 600")
-    add("--limit", type=float, default=10.0, help="seconds a call of a mixer or an operator may take; default 10")
-    add("--quick", action="store_true", help="one round of tiny shapes, to see that all works; ignores their options")
-    add("--output", type=Path, default=Path("runs/benchmark"), help="default runs/benchmark")
+    only = {"nargs": "+", "choices": CHOICES, "default": list(CHOICES), "metavar": "T"}
+    add("--only", **only, help=f"tables: {', '.join(CHOICES)} (default: all)")
+    chosen = {"nargs": "+", "choices": models.RIVALS, "default": preselected, "metavar": "M"}
+    add("--models", **chosen, help=f"of the first table: {', '.join(models.RIVALS)}")
+    add("--batch", **many, default=[1], help="of models, fuse and operators (default: 1)")
+    add("--dtype", choices=DTYPES, default="float32", metavar="D", help=f"{' or '.join(DTYPES)} (default: %(default)s)")
+    add("--compile", action="store_true", help="measure under torch.compile; operators both ways")
+    add("--threads", type=positive, default=1, metavar="N", help="CPU time counts all of them (default: 1)")
+    add("--quick", action="store_true", help="one round of tiny shapes, to see that all works")
+    output = Path("runs/benchmark")
+    add("--output", type=Path, default=output, metavar="DIR", help="folder of the files (default: %(default)s)")
+    rare("--pairs", type=positive, default=30, metavar="N", help="interleaved rounds per point (default: 30)")
+    rare("--seconds", type=float, default=8.0, metavar="S", help="most of a point after three rounds (default: 8)")
+    rare("--warm", type=positive, default=3, metavar="N", help="rounds before, which do not count (default: 3)")
+    rare("--sides", **many, default=[224, 448, 896], help="pixels, of vit_tiny mixer=sla (default: 224 448 896)")
+    listed = {"nargs": "+", "choices": modes, "default": modes, "metavar": "M"}
+    rare("--modes", **listed, help=f"of models: {' or '.join(modes)} (default: both)")
+    rare("--sizes", **many, default=[7, 14, 28, 56], help="sides of the mixers' grids (default: 7 14 28 56)")
+    rare("--large", action="store_true", help="mixers on a grid of 112x112, too")
+    rare("--audio", **many, default=[10, 60], help="seconds, of speech and rtf (default: 10 60)")
+    rare("--long", **many, default=[10, 60, 600], help="seconds, of long (default: 10 60 600)")
+    rare("--limit", type=float, default=10.0, metavar="S", help="most for one call of a layer (default: 10)")
     parser.set_defaults(**SHAPES)
     options = parser.parse_args(arguments)
     if options.quick:

@@ -182,6 +182,7 @@ def family_facts(kind: type[Config]) -> dict[str, Any]:
     usual = {each.name: None if each.default is MISSING else readable(each.default) for each in fields(kind)}
     return {
         "task": kind.task,
+        "axes": getattr(kind, "axes", None),
         "fields": {name: {"default": usual[name], "about": said.get(name, "")} for name in field_names(kind)},
     }
 

@@ -347,6 +347,8 @@ def test_wrong_features_lengths_and_layers_are_refused():
     for wrong in (torch.randn(2, 40, 21), torch.randn(40, 20), torch.randn(2, 1, 40, 20)):
         with pytest.raises(ValueError, match=r"features must be \[B, T, 20\]"):
             model(wrong)
+    with pytest.raises(ValueError, match="features must be floating point, got int16; use the checkpoint's preproc"):
+        model(features.to(torch.int16))
     with pytest.raises(ValueError, match="one number per clip"):
         model(features, torch.tensor([40]))
     for layer in (4, -5):

@@ -5,7 +5,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from zoo.outputs.tokens import (
     Characters,
@@ -43,6 +45,15 @@ def test_text_survives(tokenizer: Tokenizer):
         ids = tokenizer.encode(text)
         assert all(0 <= id < len(tokenizer.pieces) for id in ids)
         assert tokenizer.decode(ids) == text
+
+
+def test_ids_may_be_a_tensor(tokenizer: Tokenizer):
+    ids = tokenizer.encode(TEXTS[0])
+    for given in (torch.tensor(ids), np.array(ids), [*np.array(ids)], tuple(torch.tensor(ids))):
+        assert tokenizer.decode(given) == TEXTS[0]
+    for wrong in (torch.tensor([ids]), torch.tensor(ids) + 0.5, [0.5], "A", torch.tensor(0)):
+        with pytest.raises(ValueError, match="must be a list of integers or a 1-D tensor of them"):
+            tokenizer.decode(wrong)
 
 
 def test_blank_is_the_last(tokenizer: Tokenizer):

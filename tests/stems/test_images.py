@@ -24,6 +24,12 @@ def test_tokens_lie_one_after_the_other(batch):
         assert row(3, 24, "layernorm")(tokens, Context(grid=(30, 45)))[0].is_contiguous()
 
 
+def test_images_of_integers_are_refused():
+    for row in (Patches(3, 24, 4), *(row(3, 24, "layernorm") for row in STEMS.values())):
+        with pytest.raises(ValueError, match="images must be floating point, got uint8; use the checkpoint's preproc"):
+            row(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
 class Chain(nn.Module):
     """A stem and three reductions: the grids of a pyramid."""
 

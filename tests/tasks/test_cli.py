@@ -19,12 +19,12 @@ import yaml
 from PIL import Image
 
 import zoo
-from training import BACKBONE, PLAIN_FLAGS, command, difference, fit, images, refused, said, state
+from training import BACKBONE, PLAIN_FLAGS, QUIET, command, difference, fit, images, refused, said, state
 from zoo.__main__ import main
 from zoo.data.images import Images
 from zoo.tasks import run as running
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.cli import check_path, completed, option
+from zoo.tasks.cli import check_path, completed, option, translated
 from zoo.weights import load_checkpoint, save_model
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
@@ -40,6 +40,9 @@ TINY += [
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run leaves in the current folder by mistake is gone with the test."""
     monkeypatch.chdir(tmp_path)
+    for folder in ("checkpoints/vit", "seen/best"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text('{"family": "vit"}')
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*TINY, "stray"], "stray"),
         ([*TINY, "--model.rate=fast"], "model.rate"),
         ([*TINY, "--model.backbone=3"], "model.backbone"),
-        ([*TINY, "--config=nowhere.yaml"], "nowhere.yaml"),
+        ([*TINY, "--config=nowhere.yaml"], "--config: file not found: nowhere.yaml"),
+        ([*TINY, "--data.mean", "0.5"], "--data.mean must be a list of numbers or null, got 0.5 (zoo classify fit"),
+        ([*TINY, "--data.batch"], "--data.batch: expected one argument"),
+        (["transcribe", "fit", "--model.weights=vit"], "`zoo transcribe` cannot use vit; use `zoo classify fit`"),
+        (["transcribe", "test", "--ckpt_path=seen"], "`zoo transcribe` cannot use seen; use `zoo classify test`"),
+        (
+            ["transcribe", "test", "--model.weights=seen/best"],
+            "`zoo transcribe` cannot use seen/best; use `zoo classify",
+        ),
+        (["classify", "fit", "--ckpt_path=last"], "--ckpt_path: nothing to resume in .; it has no resume/last.ckpt"),
+        ([*TINY, "--ckpt_path=last"], "--ckpt_path: nothing to resume in runs/classify_vit_micro; it has no"),
         ([*TINY, "--model.backbone.name=vit_tinny"], "unknown model 'vit_tinny'; did you mean vit_tiny"),
         ([*TINY, "--model.backbone.depht=3"], "unknown field of vit_micro 'depht'; did you mean depth?"),
         ([*TINY, "--model.backbone.mixer=atention"], "mixer: unknown name 'atention'; "),
@@ -91,7 +104,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*TINY, "--trainer.precision=7"], "precision"),
         ([*TINY, "--trainer.limit_val_batches=1.5"], "limit_val_batches"),
         ([*TINY, "--ckpt_path=nowhere.ckpt"], "--ckpt_path: file not found: nowhere.ckpt"),
-        (["classify", "fit"], "model.backbone needs a name"),
+        (
+            ["classify", "fit"],
+            "model.backbone needs a name, as in --model.backbone.name=NAME (`zoo list` shows them); or",
+        ),
+        (["classify", "fit"], "or give --model.weights=CHECKPOINT"),
         (["classify", "validate", *TINY[2:]], "--model.weights"),
         (["classify", "test", *TINY[2:]], "--model.weights"),
     ],
@@ -180,18 +197,10 @@ def test_a_state_of_another_form_is_one_line(place: tuple[Any, ...], value: Any,
     assert "odd.ckpt is not a state that this run can be resumed from" in refused(*TINY, *flags)
 
 
-def test_warnings_are_printed_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without the line of code that warned."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is put back
-    fit(tmp_path, "--trainer.fast_dev_run=true")
-    shown = warnings.formatwarning(UserWarning("skipped a.png:\nit is empty"), UserWarning, "task.py", 3)
-    assert shown == "warning: skipped a.png: it is empty\n"
-
-
 def test_other_files_to_resume_from(run: Path, tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert "FOLDER/resume/last.ckpt is one" in refused(*TINY, f"--ckpt_path={tmp_path}/plain.ckpt")
-    assert f"file not found: {tmp_path}/resume/last.ckpt" in refused(*TINY, f"--ckpt_path={tmp_path}")
+    assert f"--ckpt_path: nothing to resume in {tmp_path}; it has" in refused(*TINY, f"--ckpt_path={tmp_path}")
     assert f"to use its weights: --model.weights={run}/best" in refused(*TINY, f"--ckpt_path={run}/best")
     for path in (run / "best/resume/last.ckpt", run / "best/model.safetensors", run / "best/config.json"):
         with pytest.raises(ValueError, match=f"to use its weights: --model.weights={run}/best; to resume its run: "):
@@ -200,7 +209,20 @@ def test_other_files_to_resume_from(run: Path, tmp_path: Path):
         check_path(run / "config.yaml")
     check_path(run / "resume/last.ckpt")
     other = [*TINY, "--model.backbone.dim=32", f"--ckpt_path={run}/resume/last.ckpt"]
-    assert "--ckpt_path belongs to another model: 'model.blocks.0." in refused(*other)
+    message = refused(*other, f"--trainer.default_root_dir={tmp_path}/new")
+    assert message.startswith("--ckpt_path belongs to another model: 'model.blocks.0.")  # no config tells what changed
+    again = [f"--ckpt_path={run}", "--trainer.max_epochs=9"]
+    for changed in (
+        "backbone.dim 32 (was 16)",
+        "backbone.dim 32 (was 16), model.backbone.depth 3 (was 2)",
+        "average 0.5 (was 0.0)",
+    ):
+        flags = [
+            f"--model.{each.partition(' ')[0].removeprefix('model.')}={each.split()[1]}"
+            for each in changed.split("), ")
+        ]
+        message = refused("classify", "fit", *again, *flags, *("--trainer." + flag for flag in QUIET))
+        assert message == f"--ckpt_path belongs to another model: model.{changed}"
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
     assert "convert it with zoo.convert.from_nemo" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
 
@@ -348,7 +370,7 @@ def test_unreadable_images_are_named_once_and_counted(mixed: bool, folder: Path,
     found = [message for message in messages if "skipped" in message]
     broken = [f"skipped {folder}/{part}: cannot be read as an image" for part in ("train/cat/3.png", "val/dog/1.png")]
     counts = [
-        f"1 unreadable images were skipped in the {stage} of epoch {epoch}"
+        f"unreadable images skipped in the {stage} of epoch {epoch}: 1"
         for epoch in range(2)
         for stage in ("training", "validation")
     ]
@@ -400,7 +422,7 @@ def test_classes_that_differ_from_those_of_the_checkpoint(run: Path, lines: list
     assert message == f"the classes of the checkpoint differ from those of the data: {where}"
     flags += [*SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/run"]
     command("fit", *flags)
-    assert f"the checkpoint was trained on other classes: {where}" in lines
+    assert f"head kept: the checkpoint has other classes ({where})" in lines
     assert load_checkpoint(tmp_path / "run" / "last").labels == tuple(names)
 
 
@@ -408,7 +430,7 @@ def test_a_new_head(run: Path, lines: list[str]):
     old = zoo.load_model(run / "last").state_dict()
     task = Classify({"classes": 9, "drop_path": 0.2}, weights=str(run / "last"))
     new = task.model.state_dict()
-    assert lines == [f"started from {run}/last with a new head"]
+    assert lines == [f"started   from {run}/last, with a new head"]
     assert new["head.weight"].shape == (9, 16) and task.config.drop_path == 0.2 and task.preset == "vit_micro"
     body = {key for key in old if not key.startswith("head")}
     assert difference({key: old[key] for key in body}, {key: new[key] for key in body}) is None
@@ -514,6 +536,13 @@ def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path)
         ("fit --ckpt_path=RUN/resume/last.ckpt", "fit --config RUN/config.yaml --trainer.default_root_dir=RUN STATE"),
         ("fit --config x.yaml --ckpt_path=RUN", "fit --config x.yaml STATE"),
         ("fit --ckpt_path last --trainer.default_root_dir RUN", "fit --config RUN/config.yaml STATE"),
+        ("fit --ckpt_path last --config RUN/mine.yaml", "fit --config RUN/mine.yaml STATE"),
+        ("fit -c RUN/mine.yaml --ckpt_path last", "fit -c RUN/mine.yaml STATE"),
+        (
+            "fit -c RUN/mine.yaml --ckpt_path last --trainer.default_root_dir=RUN/x",
+            "fit --ckpt_path=RUN/x/resume/last.ckpt",
+        ),
+        ("fit -c=RUN/mine.yaml --ckpt_path RUN", "fit -c=RUN/mine.yaml STATE"),
         ("fit --ckpt_path RUN/other", "fit --ckpt_path RUN/other"),
         ("fit --model.weights RUN/best", "fit --model.weights RUN/best"),
         ("test --model.weights=RUN/best", "test --config RUN/config.yaml --model.weights=RUN/best"),
@@ -526,12 +555,48 @@ def test_which_config_is_read(arguments: str, wanted: str, tmp_path: Path):
     (tmp_path / "resume").mkdir()
     for name in ("config.yaml", "resume/last.ckpt"):
         (tmp_path / name).write_text("")
-    found = completed(arguments.replace("RUN", str(tmp_path)).split())
+    (tmp_path / "mine.yaml").write_text(f"trainer: {{default_root_dir: {tmp_path}}}")
+    found = completed("classify", arguments.replace("RUN", str(tmp_path)).split())
     paths = {"RUN": str(tmp_path), "STATE": f"--ckpt_path={tmp_path}/resume/last.ckpt"}
     words = wanted.replace("STATE", paths["STATE"]).replace("RUN", paths["RUN"]).split()
     assert [word for word in words if word not in found] == [] and found[0] == words[0]
     assert [word for word in found if word.startswith("--config")] == [w for w in words if w.startswith("--config")]
-    assert option(found, "--ckpt_path") == option(words, "--ckpt_path")
+    assert option(found, "ckpt_path") == option(words, "ckpt_path")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (
+            "Parser key \"model.rate\":\n  Expected a <class 'float'>. Got value: fast",
+            "--model.rate must be a number, got fast",
+        ),
+        ("Subcommand 'fit' does not accept option 'data.mode'", "unknown option --data.mode"),
+        ("argument --data.size: expected one argument", "--data.size: expected one argument"),
+        ("Unrecognized arguments: stray", "Unrecognized arguments: stray"),
+        ('Parser key "x": anything else', "--x: anything else"),
+    ],
+)
+def test_errors_of_the_parser_in_plain_words(message: str, wanted: str):
+    assert translated(message) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--trainer.max_epochs=x", "--trainer.max_epochs must be an integer or null, got x"),
+        ("--trainer.limit_val_batches=x", "--trainer.limit_val_batches must be an integer, a number or null, got x"),
+        ("--trainer.precision=7", "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 or null, got 7"),
+        ("--data.scale=[1]", "--data.scale must be a list of 2 values, got [1]"),
+        ("--data.mean=[a]", "--data.mean must be a list of numbers or null, got ['a']"),
+        ("--data.scale=x", "--data.scale must be a list, got x"),
+        ("--model.backbone=3", "--model.backbone must be a mapping, got 3"),
+        ("--trainer.callbacks=Foo", "--trainer.callbacks must be a list of Callback, a Callback or null, got Foo"),
+        ("--trainer.inference_mode=7", "--trainer.inference_mode must be true or false, got 7"),
+    ],
+)
+def test_a_value_of_another_type(flag: str, wanted: str):
+    assert f"{wanted} (zoo classify fit --help-all lists all options)" in refused(*TINY, flag)
 
 
 def test_a_run_resumes_with_its_own_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -475,11 +475,21 @@ def test_bad_names(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in ("nothing", "../nothing/here", "a/b/c", "/nothing/here", "https://example.org/x", "nothing@v1"):
         assert f"checkpoint '{name}' not found" in refusal(name)
-    line = refusal("nothing")
-    assert f"{folder.parent / 'nothing'} and {folder.parent / 'checkpoints' / 'nothing'} are not folders" in line
-    (folder.parent / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
-    assert refusal("vit_micro.digit").endswith("; did you mean vit_micro.digits?")
-    assert "did you mean zoo.create_model('caformer_s18'), which builds it untrained?" in refusal("caformer_s18")
+    here = folder.parent
+    assert refusal("/nothing/here").endswith(": /nothing/here is not a folder")
+    assert refusal("a/b/c").endswith(f": {here}/a/b/c and {here}/checkpoints/a/b/c are not folders")
+    elsewhere = "searched in ./checkpoints, but this folder has no ./checkpoints; for one elsewhere, give its path"
+    assert refusal("nothing").endswith(elsewhere) and refusal("vit_micro.digits").endswith(elsewhere)
+    (here / "checkpoints" / "vit_micro.digits").mkdir(parents=True)
+    assert refusal("vit_micro.digit").endswith("not found: did you mean vit_micro.digits?")
+    assert "in ./checkpoints, which has: vit_micro.digits; " in refusal("nothing")
+    assert "the name of an untrained model" in refusal("caformer_s18")
+    (here / "configs/classify").mkdir(parents=True)
+    (here / "configs/classify/vit_micro_digits.yaml").touch()
+    for name in ("best", "last", ""):
+        line = refusal(f"runs/vit_micro_digits/{name}".rstrip("/"))
+        assert line.endswith("train it first: zoo classify fit --config configs/classify/vit_micro_digits.yaml")
+    assert "train" not in refusal("runs/other/best") and "did you mean" not in refusal("runs/other/best")
     assert "is a file" in refusal(folder / "model.safetensors")
     assert "has no config.json" in refusal("")
     (folder.parent / "model.pt").write_bytes(pickle.dumps(1))
@@ -669,7 +679,7 @@ def test_refused_models(folder):
     refused("is quantized, which checkpoints do not support; save the model before quantizing it", quantized)
     refused(r"unknown preset '\['a'\]", preset=["a"])
     refused("source must be a string, got int", source=1)
-    refused("license must be a string, got NoneType", license=None)
+    refused("license must be a string, got int", license=1)
     refused("metrics must map names", metrics=["accuracy"])
 
 
@@ -692,9 +702,16 @@ def test_a_compiled_model_is_saved_without_being_compiled(way, tmp_path):
     "change", [lambda model: model, zoo.fuse, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
 def test_what_a_checkpoint_says_travels_with_its_model(change, tmp_path):
-    start = save(tmp_path / "start", build())
+    said = {"license": "mit", "source": "a | b", "metrics": {"accuracy": 0.5, "a | b": "1 | 2"}}
+    said |= {"card": "Insects.\n\n## Data\n\n| n | mean |\n|---|---|\n| 3 | 0.5 |\n\nMore."}
+    start = save(tmp_path / "start", build(), **said)
     again = load_checkpoint(save_model(change(load_model(start)), tmp_path / "again"), check=True)
     assert (again.labels, again.preprocess, again.config["preset"]) == (tuple(LABELS), PREPROCESS, "vit_micro")
+    assert again.config["source"] == "a | b"
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("start", "again")]
+    assert cards[0].replace("start", "again").replace("| fused | no |", "") == cards[1].replace(
+        f"| fused | {'yes' if change is zoo.fuse else 'no'} |", ""
+    )
     other = save_model(
         load_model(start), tmp_path / "other", labels=[*"abcde"], preprocess=replace(PREPROCESS, crop=0.5)
     )
@@ -704,7 +721,33 @@ def test_what_a_checkpoint_says_travels_with_its_model(change, tmp_path):
     bare = load_checkpoint(save_model(model, tmp_path / "bare"), check=True)
     assert bare.labels is None and bare.preprocess is None
     adapted, fresh = zoo.weights.adapt.adapted(load_checkpoint(start), {}, "start")
-    assert not fresh and adapted.labels is adapted.preprocess is adapted.preset is None
+    assert not fresh and adapted.labels is adapted.preprocess is adapted.preset is None and not adapted.about
+
+
+def test_a_card_that_someone_changed_is_read_as_far_as_possible(folder):
+    for text in ("", "no title", "# only a title", "# x\n\n| a | b | c |\n| parameters |", "\0", "| fused | no |"):
+        (folder / "README.md").write_text(text)
+        about = load_model(folder).about
+        assert (about["license"], about["metrics"], about["source"]) == ("unknown", {}, "")
+    (folder / "README.md").write_bytes(b"\xff")
+    assert load_model(folder).about["card"] == ""
+    (folder / "README.md").unlink()
+    assert load_model(folder).about["card"] == ""
+
+
+def test_a_checkpoint_without_preprocess_or_labels_is_remarked(tmp_path):
+    for missing, words in (
+        ({"preprocess": None}, "without preprocess, so it takes no files, only prepared inputs; give it to save_model"),
+        ({"labels": None}, "without labels, so its outputs have no names; give them to save_model"),
+        ({"preprocess": None, "labels": None}, "without preprocess and labels, so it takes no files, .* and its outp"),
+    ):
+        with pytest.warns(UserWarning, match=f"^x was saved {words}") as seen:
+            save(tmp_path / "x", build(), **missing)
+        assert len(seen) == 1 and seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path / "x", build())
+        save(tmp_path / "y", build(classes=0), preprocess=None, labels=None)
 
 
 def test_a_tokenizer_travels_with_its_model(tmp_path):

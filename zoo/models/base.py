@@ -1,8 +1,9 @@
 """The base of every model: a config, a forward of its own, features for other models; and running its blocks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -59,8 +60,9 @@ class Model(nn.Module, Generic[Kind]):
     """A model of the zoo. A family derives from it and from Config; its Config describes inputs and outputs.
 
     `checkpointing` recomputes activations in the backward pass, to save memory. `fusion` is the report of
-    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess` and `labels` are those of the checkpoint that
-    it was read from; set them to None to save it without them.
+    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card and
+    metrics) are those of the checkpoint that it was read from; set the first three to None, and `about` to {}, to save
+    it without them.
     """
 
     replaceable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start untrained in fine-tuning
@@ -72,6 +74,7 @@ class Model(nn.Module, Generic[Kind]):
     preset: str | None = None
     preprocess: Any = None
     labels: Any = None
+    about: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, config: Kind) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS, Position
 from zoo.spec import check, make, parse
 from zoo.stems import SUBSAMPLINGS
-from zoo.tensors import compiling, like, linear, mask_of
+from zoo.tensors import check_floats, compiling, like, linear, mask_of
 
 CONFORMER = ("half", "mixer", "conv", "half", "norm")
 SQUEEZEFORMER = ("mixer", "ffn", "conv", "ffn")
@@ -322,6 +322,7 @@ class Conformer(Model[ConformerConfig]):
         """Tokens after the subsampling, and the Context of the first blocks."""
         if features.ndim != 3 or features.shape[2] != self.config.mels:
             raise ValueError(f"features must be [B, T, {self.config.mels}], got {list(features.shape)}")
+        check_floats(features, "features")
         mask = None
         if lengths is not None:
             if lengths.shape != features.shape[:1]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.layer import Chunks
-from zoo.tensors import like
+from zoo.tensors import check_floats, like
 
 
 class Stream:
@@ -39,6 +39,7 @@ class Stream:
         if features.ndim != 3 or (features.shape[0], features.shape[2]) != (len(self.waiting), self.waiting.shape[2]):
             wanted = f"[{len(self.waiting)}, any, {self.waiting.shape[2]}]"
             raise ValueError(f"features must be {wanted}, got {list(features.shape)}")
+        check_floats(features, "features")
         self.frames += features.shape[1]
         self.waiting = torch.cat([self.waiting, features.type_as(self.waiting)], 1)
         self.real = torch.cat([self.real, self.real.new_ones(features.shape[:2])], 1)

@@ -9,12 +9,14 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from zoo.text import one_line, reason
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from torch import Tensor
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """How sentencepiece writes a space within a piece."""
@@ -40,8 +42,9 @@ class Tokenizer(ABC):
         """The ids of a text's pieces; ValueError lists characters that are in no piece."""
 
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, which are collapsed and free of blanks; ValueError if one is out of range."""
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of ids, a list or a 1-D tensor, which are collapsed and free of blanks; ValueError if one is out of
+        range."""
 
     @abstractmethod
     def starts_word(self, id: int) -> bool:
@@ -60,10 +63,15 @@ class Tokenizer(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.pieces)} pieces)"
 
-    def _check(self, ids: Sequence[int]) -> None:
-        outside = [id for id in ids if not 0 <= id < self.blank]
-        if outside:
+    def _checked(self, ids: Sequence[int] | Tensor) -> list[int]:
+        """The ids as a list; ValueError if one is out of range."""
+        try:
+            found = [index(id) for id in (ids if isinstance(ids, Sequence) else ids.tolist())]
+        except TypeError:
+            raise ValueError("token ids must be a list of integers or a 1-D tensor of them") from None
+        if outside := [id for id in found if not 0 <= id < self.blank]:
             raise ValueError(f"token ids must be from 0 to {self.blank - 1}, without blanks, got {outside[0]}")
+        return found
 
 
 class Characters(Tokenizer):
@@ -94,9 +102,8 @@ class Characters(Tokenizer):
             raise ValueError(_unknown(unknown, text))
         return [self._ids[character] for character in text]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        self._check(ids)
-        return "".join(self.pieces[id] for id in ids)
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        return "".join(self.pieces[id] for id in self._checked(ids))
 
     def starts_word(self, id: int) -> bool:
         return id < self.blank and self.pieces[id] == " "
@@ -135,9 +142,8 @@ class WordPieces(Tokenizer):
         """Whether each piece except `<unk>` is a word with the space before it."""
         return all(piece.startswith(SPACE) for id, piece in enumerate(self.pieces) if id != self._processor.unk_id())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        self._check(ids)
-        return self._processor.decode(list(ids))
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        return self._processor.decode(self._checked(ids))
 
     def starts_word(self, id: int) -> bool:
         return id < self.blank and self.pieces[id].startswith(SPACE)

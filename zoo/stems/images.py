@@ -10,11 +10,13 @@ from zoo.fusion import fold_site, keep
 from zoo.layer import ANYWHERE, Context, Fold, Place
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
-from zoo.tensors import compiling, gelu, shortfall, to_map, to_tokens, zeroed
+from zoo.tensors import check_floats, compiling, gelu, shortfall, to_map, to_tokens, zeroed
 
 
 def checked(images: Tensor, mask: Tensor | None, channels: int) -> Tensor:
-    """The images [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes."""
+    """The images [B, channels, H, W] with zeros where the mask [B, H, W] is False; ValueError on other shapes and on
+    integers."""
+    check_floats(images, "images")
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"images must be [B, {channels}, H, W], got {list(images.shape)}")
     if mask is None:

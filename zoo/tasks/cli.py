@@ -1,10 +1,9 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all files of a run."""
 
-import logging
+import re
 import shutil
 import signal
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import zoo
+from zoo.spelling import expanded
 from zoo.tasks.output import Output
-from zoo.tasks.resuming import restoring
+from zoo.tasks.quiet import quiet
+from zoo.tasks.resuming import OtherModel, restoring
 from zoo.tasks.run import STATE, Keep, Run, States
 from zoo.tasks.stopping import Stop, Stopped
-from zoo.text import one_line
 
 VERBS = ("fit", "validate", "test")
-# Warnings of Lightning about intended behaviour.
-NOISE = (
-    "LightningCLI's args parameter",
-    ".*isinstance.treespec, LeafSpec",
-    ".*in eval mode at the start",
-    "Be aware that when using `ckpt_path`, callbacks",
-    "Checkpoint directory .* exists and is not empty",
-    "The number of training batches .* is smaller than the logging interval",
-    "You're resuming from a checkpoint that ended before the epoch ended",
-    "The '.*_dataloader' does not have many workers",
-    "GPU available but not used",
-    ".*sync_dist=True",
-)
-
-
-def from_zoo(record: logging.LogRecord) -> bool:
-    """Whether a message comes from this package and not from Lightning."""
-    return Path(record.pathname).is_relative_to(Path(zoo.__file__).parent)
 
 
 class Command(LightningCLI):
@@ -55,7 +36,7 @@ class Command(LightningCLI):
     keep: Keep | None = None
 
     def __init__(self, *arguments: Any, command: str, verbose: bool, **options: Any):
-        self.command, self.verbose = command, verbose
+        self.command, self.verbose, self.changed = command, verbose, dict[str, str]()
         try:
             super().__init__(*arguments, **options)
         finally:
@@ -84,6 +65,13 @@ class Command(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except OtherModel as error:
+            names = [name for name in self.changed if name.startswith("model.backbone.")] or [
+                name for name in self.changed if name.startswith("model.")
+            ]
+            if not names:
+                raise
+            raise ValueError(f"{error.start}: {', '.join(self.changed[name] for name in names)}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             if not restoring(error):
                 raise
@@ -121,8 +109,8 @@ class Command(LightningCLI):
             check_path(Path(path))
         if not fit:
             return
-        name = given.model.backbone.get("name") or "model"
-        self.run = Run(given.trainer.default_root_dir or f"runs/{self.command}_{name}")
+        folder = given.trainer.default_root_dir or usual_folder(self.command, given.model.backbone.get("name"))
+        self.run = Run(folder)
         self.run.open(resumed=path is not None and self.run.state.exists() and self.run.state.samefile(path))
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
@@ -137,10 +125,10 @@ class Command(LightningCLI):
     def compare(self, path: Path) -> None:
         """Prints which options of a resumed run differ from those it was started with."""
         before, now = (flat(yaml.safe_load(text) or {}) for text in (path.read_text(), self.recorded()))
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            lines = ", ".join(f"{key} {now[key]} (was {before.get(key)})" for key in changed)
-            print(f"changed   {lines}", file=sys.stderr)
+        keys = [key for key in now if now[key] != before.get(key)]
+        self.changed = {key: f"{key} {now[key]} (was {before.get(key)})" for key in keys}
+        if keys:
+            print(f"changed   {', '.join(self.changed.values())}", file=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         settings = self._get(self.config_init, "trainer", default={})
@@ -194,6 +182,8 @@ def check_path(path: Path) -> None:
             f"--ckpt_path: {folder} is a checkpoint, not the state of a run; "
             f"to use its weights: --model.weights={folder}{run}"
         )
+    if not path.exists() and path == folder / STATE:
+        raise ValueError(f"--ckpt_path: nothing to resume in {folder}; it has no {STATE}")
     if not path.exists():
         raise ValueError(f"--ckpt_path: file not found: {path}")
     if (folder / STATE).exists() and not zipfile.is_zipfile(path) and path != folder / STATE:
@@ -210,24 +200,25 @@ def flat(values: Any, place: str = "") -> dict[str, Any]:
     return found
 
 
-def option(arguments: list[str], name: str) -> str | None:
-    """The value of an option, the last one given, or None."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            found = argument.partition("=")[2]
-        elif argument == name and index + 1 < len(arguments):
-            found = arguments[index + 1]
-    return found
+def option(arguments: list[str], name: str) -> Any:
+    """The value of an option, the last one given, in the files of --config too; None if there is none."""
+    return next((value for _, key, value in reversed([*expanded(arguments)]) if key == name), None)
 
 
-def completed(arguments: list[str]) -> list[str]:
+def usual_folder(task: str, model: str | None) -> str:
+    """The folder of a run for which none is given."""
+    return f"runs/{task}_{model or 'model'}"
+
+
+def completed(task: str, arguments: list[str]) -> list[str]:
     """The arguments, completed from a run's folder: its config, if --ckpt_path or --model.weights is in it and no
-    --config was given; and the path of its state, if --ckpt_path is the folder."""
+    --config was given; and the path of its state, if --ckpt_path is the folder, or `last`."""
     verb, rest = arguments[0], arguments[1:]
-    resumed, weights = option(rest, "--ckpt_path"), option(rest, "--model.weights")
+    resumed, weights = option(rest, "ckpt_path"), option(rest, "model.weights")
     if resumed == "last":
-        resumed = option(rest, "--trainer.default_root_dir") or "."
+        model = option(rest, "model.backbone.name")
+        folder = option(rest, "trainer.default_root_dir") or (usual_folder(task, model) if model else ".")
+        resumed = Path(folder).expanduser() / STATE
     if resumed is not None:
         path = Path(resumed).expanduser()
         path = path / STATE if path.is_dir() else path
@@ -238,47 +229,72 @@ def completed(arguments: list[str]) -> list[str]:
     else:
         return arguments
     config = folder / "config.yaml"
-    if option(rest, "--config") is None and config.is_file():
+    if option(rest, "config") is None and config.is_file():
         whole = [] if verb == "fit" else ["--trainer.limit_val_batches=1.0", "--trainer.limit_test_batches=1.0"]
         rest = ["--config", str(config), f"--trainer.default_root_dir={folder}", *whole, *rest]
     return [verb, *rest]
 
 
-def warning_line(message: Warning | str, *_: object) -> str:
-    """A warning as it is printed: its message, without file and line."""
-    return f"warning: {one_line(message, most=1000)}\n"
+KINDS = {"NoneType": "null", "int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+KINDS |= {"dict": "a mapping", "list": "a list", "tuple": "a list", "Iterable": "a list"}
+PLURALS = {"int": "integers", "float": "numbers", "str": "texts", "bool": "true or false"}
+
+
+def kinds_of(text: str) -> list[str]:
+    """A type as jsonargparse writes it, in words; or the values of a literal one."""
+    if values := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
+        return values[1].replace("'", "").split(", ")
+    outer, _, inner = text.removeprefix("<class '").removesuffix("'>").removesuffix("]").partition("[")
+    items, outer = inner.split(", "), outer.rpartition(".")[2]
+    if outer in ("list", "tuple", "Iterable") and items[0]:
+        number = f"{len(items)} " if outer == "tuple" and items[-1] != "..." else ""
+        return [f"a list of {number}{PLURALS.get(items[0], items[0].rpartition('.')[2])}"]
+    return [KINDS.get(outer, f"a {outer}")]
+
+
+def translated(message: str) -> str:
+    """An error of jsonargparse in plain words: which option, what it must be, and what it is."""
+    text = " ".join(message.split())
+    if unknown := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", text):
+        return f"unknown option --{unknown[1]}"
+    text = re.sub(r"Expected a tuple with (\d+) elements", r"Expected a list of \1 values", text)
+    found = re.match(
+        r'Parser key "([^"]+)":.*?(?:Expected an? ([^:]*?)\. Got value: |Subtypes: \[(.*)\] Errors: )', text
+    )
+    if found is None:
+        return re.sub(r'^(?:Parser key "([^"]+)"|argument --([\w.]+)):', lambda key: f"--{key[1] or key[2]}:", text)
+    name, single, several = found.groups()
+    value = text.rpartition("Given value: ")[2] if several else text[found.end() :]
+    types = re.findall(r"<class '[\w.]+'>|typing\.Literal\[[^\]]*\]|[\w.]+\[[^\[\]]*\]", several or single)
+    kinds = dict.fromkeys(kind for each in types for kind in kinds_of(each)) or {f"a {single}": None}
+    *others, last = sorted(kinds, key=lambda kind: kind == "null")
+    allowed = f"{', '.join(others)} or {last}" if others else last
+    return f"--{name} must be {allowed}, got {value}"
 
 
 def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
     """Runs one verb; `--trainer.default_root_dir` names the run's folder, `--ckpt_path` the state to resume from."""
     torch.set_float32_matmul_precision("high")
-    warnings.formatwarning = warning_line
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
     verbose = "--verbose" in arguments
     arguments = [argument for argument in arguments if argument != "--verbose"]
-    loggers = [
-        logging.getLogger(f"lightning.{part}")
-        for part in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "fabric.utilities.distributed")
-    ]
-    for logger in () if verbose else loggers:
-        logger.addFilter(from_zoo)
     each = {"allow_abbrev": False, "exit_on_error": False}
     try:
-        Command(
-            task,
-            data,
-            command=name,
-            verbose=verbose,
-            args=completed(arguments),
-            save_config_callback=None,
-            trainer_defaults={"use_distributed_sampler": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": f"zoo {name}", "exit_on_error": False, **{verb: each for verb in VERBS}},
-        )
+        with quiet(verbose):
+            Command(
+                task,
+                data,
+                command=name,
+                verbose=verbose,
+                args=completed(name, arguments),
+                save_config_callback=None,
+                trainer_defaults={"use_distributed_sampler": False},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={"prog": f"zoo {name}", "exit_on_error": False, **{verb: each for verb in VERBS}},
+            )
     except ArgumentError as error:
-        raise ValueError(f"{error} (zoo {name} {arguments[0]} --help-all lists all options)") from None
+        all_options = f"zoo {name} {arguments[0]} --help-all lists all options"
+        raise ValueError(f"{translated(str(error))} ({all_options})") from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
     except Stopped as stop:
@@ -288,6 +304,3 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
         sys.exit(128 + stop.number)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
-    finally:
-        for logger in loggers:
-            logger.removeFilter(from_zoo)

@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
+from zoo.tasks.quiet import quiet
 from zoo.weights import load_checkpoint
 
 Tasks = Mapping[str, tuple[type[Any], type[Any]]]
@@ -13,8 +14,9 @@ Tasks = Mapping[str, tuple[type[Any], type[Any]]]
 
 def evaluate(
     tasks: Tasks, name: str, split: str | None = None, precision: str = "32-true", **given: Any
-) -> dict[str, float]:
-    """The metrics of a checkpoint by name, after its probe has passed.
+) -> dict[str, Any]:
+    """The metrics of a checkpoint by name, with the size of the data and the score's 95 % interval, after its probe has
+    passed.
 
     Args:
         tasks: by command, the task and the data module, whose `measuring` makes the data of a preprocessing.
@@ -34,15 +36,16 @@ def evaluate(
         raise ValueError(f"{name} has no preprocess in its config.json")
     task, data = tasks[command]
     module = data.measuring(split=split, **given)
-    trainer = lightning.Trainer(
-        logger=False,
-        precision=precision,  # pyright: ignore[reportArgumentType]
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    measure, measured = (trainer.test if split == "test" else trainer.validate), task(weights=name)
-    figures = dict(measure(measured, datamodule=module, verbose=False)[0])
-    rank_zero_info(measured.said)
-    return figures
+    with quiet():
+        trainer = lightning.Trainer(
+            logger=False,
+            precision=precision,  # pyright: ignore[reportArgumentType]
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        measure, measured = (trainer.test if split == "test" else trainer.validate), task(weights=name)
+        figures = dict(measure(measured, datamodule=module, verbose=False)[0])
+        rank_zero_info(measured.said)
+    return figures | measured.sample

@@ -17,6 +17,7 @@ from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
 from zoo.tasks.run import STATE, Keep
 from zoo.tasks.task import Task
+from zoo.text import counted
 
 
 def duration(seconds: float) -> str:
@@ -45,9 +46,17 @@ def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     return counter.get_total_flops() / 2
 
 
+def whole_epoch(trainer: lightning.Trainer) -> int:
+    """The batches of an epoch of the whole set, without trainer.limit_train_batches."""
+    return len(trainer.train_dataloader.batch_sampler)  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
     """Whether trainer.max_steps ends the run, and not trainer.max_epochs."""
     return 0 < trainer.max_steps == task.total
+
+
+FEW = 10  # batches of an epoch
 
 
 class Output(ProgressBar):
@@ -83,14 +92,17 @@ class Output(ProgressBar):
         cost = readable_count(multiply_adds(pl_module.model, inputs))
         size = f"{count_parameters(pl_module.model):,} parameters, {cost} multiply-adds for {unit}"
         batches = trainer.num_training_batches
-        length = f"{trainer.max_epochs} epochs of {batches} batches"
+        each = counted(int(batches), "batch") if batches < float("inf") else "any number of batches"
+        length = f"{counted(trainer.max_epochs or 0, 'epoch')} of {each}"
         if by_steps(trainer, pl_module):
-            length = f"{pl_module.total:,} steps, {batches} batches an epoch"
+            length = f"{counted(pl_module.total, 'step')}, {each} an epoch"
         where = f"{trainer.strategy.root_device.type}, {trainer.precision}"
         self.say(f"model     {pl_module.preset}: {size}")
         self.say(f"data      {pl_module.data.described()}")
         self.say(f"training  {length}; AdamW, learning rate {pl_module.rate:g}, seed {pl_module.seed}; {where}")
         self.say(f"folder    {self.folder}")
+        if (number := whole_epoch(trainer)) < FEW:
+            self.say(f"warning: an epoch has {counted(number, 'batch')}; lower {pl_module.batching}")
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from zoo.text import one_line, plain, reason
+from zoo.text import counted, one_line, plain, reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -215,11 +215,17 @@ def fail(entry: dict[str, Any], error: Exception) -> None:
 
 
 def finish(output: Path, written: Sequence[str], entries: Sequence[dict[str, Any]], kind: str) -> None:
-    """Reports in one line what was written; ValueError if a file had an error."""
-    failed = sum("error" in entry for entry in entries)
-    report(f"{len(entries) - failed} of {len(entries)} {kind} done; wrote {', '.join(written)} to {output}")
+    """Reports in one line what was written; ValueError if a file had an error. `kind` is the singular of the files."""
+    failed, number = sum("error" in entry for entry in entries), counted(len(entries), kind)
+    report(f"{len(entries) - failed} of {number} done; wrote {', '.join(written)} to {output}")
     if failed:
-        raise ValueError(f"{failed} of {len(entries)} {kind} had an error")
+        raise ValueError(f"{failed} of {number} had an error")
+
+
+def nothing_done(output: Path, entries: Sequence[dict[str, Any]], kind: str) -> ValueError:
+    """The error where no file has a prediction."""
+    few = f"the {kind}" if len(entries) == 1 else f"any of the {counted(len(entries), kind)}"
+    return ValueError(f"no prediction for {few}; nothing was written to {output}")
 
 
 def short(text: str, most: int, tail: int = 0) -> str:

@@ -10,6 +10,15 @@ from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch import Tensor
 
 
+class OtherModel(ValueError):
+    """The weights in a state do not fit the model of the run."""
+
+    start = "--ckpt_path belongs to another model"
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(f"{self.start}: '{tensor}' differs")
+
+
 def unlike(found: Any, usual: Any, place: str) -> str | None:
     """How a nested state differs in form from a usual one: in keys, lengths, types or shapes; None if it does not."""
     if type(found) is not type(usual):

@@ -24,7 +24,7 @@ from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
-from zoo.tasks.resuming import require, restore_loops, restore_optimizers
+from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import adapted, misfits
 
@@ -42,7 +42,8 @@ class Task(lightning.LightningModule):
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
     `max` or `min`; `counted` is the field of the model's config with the number of outputs; `files` names what a
-    trained model predicts on, in a line of a command; `faulty` lists possible faults of samples.
+    trained model predicts on, in a line of a command; `faulty` lists possible faults of samples; `batching` is the
+    option that sets the size of a batch.
 
     Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
@@ -66,6 +67,7 @@ class Task(lightning.LightningModule):
     Attributes:
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
+        sample: `n`, the number of samples of the last validation, and `interval`, the 95 % interval of the score.
     """
 
     command: ClassVar[str]
@@ -73,6 +75,7 @@ class Task(lightning.LightningModule):
     counted: ClassVar[str]
     files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
+    batching: ClassVar[str] = "data.batch"
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(
@@ -91,9 +94,14 @@ class Task(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.backbone, self.weights, self.said = dict(backbone), weights, ""
+        self.sample: dict[str, Any] = {}
+        self.renewed = False  # whether the head of `weights` was replaced
         self.start = None if weights is None else load_checkpoint(weights)
         if self.start is None and "name" not in backbone:
-            raise ValueError("model.backbone needs a name, as in --model.backbone.name=NAME; `zoo list` shows them")
+            raise ValueError(
+                "model.backbone needs a name, as in --model.backbone.name=NAME (`zoo list` shows them); "
+                "or give --model.weights=CHECKPOINT to start from one"
+            )
         self.model = self.built(self.backbone)
         if (trained := self.config.task) != self.command:
             other = f"use `zoo {trained}`" if trained else "no command trains it"
@@ -136,7 +144,8 @@ class Task(lightning.LightningModule):
         assert self.weights is not None
         model, fresh = adapted(self.start, backbone, self.weights)
         if fresh:
-            rank_zero_info(f"started from {self.weights} with a new head")
+            rank_zero_info(f"started   from {self.weights}, with a new head")
+        self.renewed = bool(fresh)
         return model.train()
 
     def complete(self) -> None:
@@ -156,7 +165,7 @@ class Task(lightning.LightningModule):
             self.backbone |= taken
             self.model = self.built(self.backbone)
             self.complete()
-            rank_zero_info(f"taken from the data: {', '.join(f'{name}={value}' for name, value in taken.items())}")
+            rank_zero_info(f"taken     {', '.join(f'{name}={value}' for name, value in taken.items())} from the data")
         if wrong := next((name for name in differ if name not in taken), None):
             ours, theirs, what = getattr(self.config, wrong), found[wrong], NAMES.get(wrong, wrong)
             model = "model" if stage == "fit" else "checkpoint"
@@ -326,7 +335,7 @@ class Task(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, found = self.state_dict(), checkpoint["state_dict"]
         if differ := misfits(own, found):
-            raise ValueError(f"--ckpt_path belongs to another model: '{differ[0]}' differs")
+            raise OtherModel(differ[0])
         restore_loops(checkpoint, self.trainer)
         if "epoch_loss" in checkpoint:
             require(checkpoint["epoch_loss"], self.epoch_loss(), "epoch_loss")
@@ -366,7 +375,7 @@ class Task(lightning.LightningModule):
         for kind in self.faulty:
             total = self.all_gather(torch.tensor(self.faults.pop((stage, kind), 0), device=self.device))
             if number := int(torch.as_tensor(total).sum()):
-                rank_zero_warn(f"{number} {kind} were {self.fate(kind, stage)} the {place}")
+                rank_zero_warn(f"{kind} {self.fate(kind, stage)} the {place}: {number}")
 
     def fate(self, kind: str, stage: str) -> str:
         """What was done with faulty samples, as printed by `report`."""

@@ -40,6 +40,7 @@ def adapted(start: Checkpoint, choices: dict[str, Any], name: str) -> tuple[Mode
     wanted = replace(config, **choices)
     if wanted == config:
         start.model.preset = start.model.preprocess = start.model.labels = None  # training sets its own
+        start.model.about = {}
         return start.model, []
     if start.config["fused"]:
         raise ValueError(f"{name} is fused, so its config cannot change; start from the unfused one")

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import zoo
 from zoo.config import Config, field_names
 from zoo.inputs import Preprocess
 from zoo.outputs import LABELS
+from zoo.quick import CARD_HEAD, card
 from zoo.text import one_line, plain
 
 CARD = """---
@@ -18,7 +20,7 @@ CARD = """---
 
 {text}
 
-| choice or figure | value |
+{head}
 |---|---|
 {rows}
 
@@ -43,12 +45,30 @@ def _cell(value: object) -> str:
     return one_line(value).replace("|", "\\|")
 
 
+def usual_text(written: Mapping[str, Any]) -> str:
+    """The text of a card where none is given."""
+    return f"A `{written['preset'] or written['family']}` model built with zoo."
+
+
+def kept_facts(folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's card says, as arguments of `save_model`: source, license, card and metrics."""
+    license, text, rows = card(folder)
+    names = [*rows]
+    metrics = names[names.index("parameters") + 1 :] if "parameters" in names else []
+    return {
+        "source": written["source"],
+        "license": license or "unknown",
+        "card": "" if text == usual_text(written) else text,
+        "metrics": {name: rows[name] for name in metrics},
+    }
+
+
 def model_card(
     config: Config,
     written: dict[str, Any],
     preprocess: Preprocess | None,
     name: str,
-    text: str | None,
+    text: str,
     license: str,
     figures: Mapping[str, object],
 ) -> str:
@@ -59,7 +79,7 @@ def model_card(
         written: config.json.
         preprocess: from a raw input to the model's input.
         name: of the checkpoint.
-        text: what the model is; None for a plain sentence.
+        text: what the model is; a plain sentence where it is empty.
         license: of the weights, by its name on the Hub.
         figures: further rows of the table.
     """
@@ -80,10 +100,11 @@ def model_card(
         given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
     answered = preprocess is not None and config.labels is not None and config.labelled
     return CARD.format(
+        head=CARD_HEAD,
         front=front.to_yaml(),
         title=plain(name),
         name=name,
-        text=text or f"A `{written['preset'] or written['family']}` model built with zoo.",
+        text=text or usual_text(written),
         rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
         source=one_line(written["source"]) if written["source"] else "not stated",
         version=zoo.__version__,

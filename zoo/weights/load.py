@@ -16,6 +16,7 @@ from zoo.models.base import Model
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
 from zoo.text import reason
+from zoo.weights.card import kept_facts
 from zoo.weights.format import check_fit, read_config
 from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
 from zoo.weights.probe import check_probe
@@ -55,7 +56,7 @@ class Checkpoint(NamedTuple):
 def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
     """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`.
 
-    `model.preprocess` and `model.labels` are the checkpoint's, and `save_model` keeps them.
+    `model.preprocess` and `model.labels` are the checkpoint's; `save_model` keeps them and the contents of its card.
     """
     return load_checkpoint(name, check=check).model
 
@@ -121,6 +122,7 @@ def _load(folder: Path, check: bool) -> Checkpoint:
     if check:
         check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
     model.preset, model.preprocess, model.labels = written["preset"], preprocess, labels
+    model.about = kept_facts(folder, written)
     return Checkpoint(model, preprocess, labels, written)
 
 

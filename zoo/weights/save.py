@@ -6,13 +6,16 @@ import os
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 import zoo
+from zoo.config import Config
 from zoo.inputs import Preprocess
 from zoo.layer import copied
 from zoo.models import PRESETS, family_of
@@ -26,6 +29,7 @@ from zoo.weights.load import load_checkpoint
 from zoo.weights.names import FILES, CheckpointError, previous_of
 from zoo.weights.probe import inputs_for, outputs_of, pack
 
+USUAL = {"source": "", "card": "", "license": "unknown", "metrics": {}}  # for a model without a checkpoint
 LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
 
 
@@ -36,27 +40,27 @@ def save_model(
     preset: str | None = None,
     preprocess: Preprocess | None = None,
     labels: Sequence[str] | Tokenizer | None = None,
-    source: str = "",
+    source: str | None = None,
     card: str | None = None,
-    license: str = "unknown",
+    license: str | None = None,
     metrics: Mapping[str, str | float] | None = None,
 ) -> Path:
     """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
 
     The folder is written aside, loaded again and probed, and only then renamed into place; an existing
-    checkpoint is replaced completely or not at all. The model itself is not touched. Weights keep their dtype.
+    checkpoint is replaced completely or not at all. The model itself is not touched. Weights keep their dtype. What is
+    None is taken from the checkpoint that the model was read from, if it was. A warning names a preprocess or labels
+    that are missing.
 
     Args:
         model: a model of the zoo, fused or not, compiled or not, in float32, float16 or bfloat16.
         folder: where to write; an existing checkpoint is replaced.
-        preset: the preset that the model was made from; where None, that of the checkpoint that it was read from.
-        preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one. Where
-            None, that of the checkpoint that the model was read from.
-        labels: what the outputs mean: one name a class, or the tokenizer of a speech model. Where None, those of the
-            checkpoint that the model was read from.
+        preset: the preset that the model was made from.
+        preprocess: how a raw input, such as an image, becomes the model's; the probe then starts from a raw one.
+        labels: what the outputs mean: one name a class, or the tokenizer of a speech model.
         source: where the weights come from: a command, an address.
-        card: what the model is, in Markdown; a plain sentence where None.
-        license: of the weights, by its name on the Hub.
+        card: what the model is, in Markdown; otherwise a plain sentence.
+        license: of the weights, by its name on the Hub; otherwise unknown.
         metrics: figures for the card, by name.
 
     Returns:
@@ -77,7 +81,11 @@ def save_model(
             raise ValueError(f"'{name}' is compiled on its own; put {name}._orig_mod in its place before saving")
     preset, preprocess = preset or model.preset, preprocess or model.preprocess
     labels = model.labels if labels is None else labels
-    _check_texts(preset, source, card, license, metrics)
+    given = {"source": source, "card": card, "license": license, "metrics": metrics}
+    said: dict[str, Any] = {**USUAL, **model.about} | {
+        name: value for name, value in given.items() if value is not None
+    }
+    _check_texts(preset, said)
     config = model.config
     check_fit(config, preprocess, labels)
     written = {
@@ -89,12 +97,12 @@ def save_model(
         "preprocess": None if preprocess is None else preprocess.to_dict(),
         "labels": None if labels is None or config.labels is None else LABELS[config.labels].write(labels),
         "fused": model.fusion is not None,
-        "source": source,
+        "source": said["source"],
     }
-    figures = {"parameters": f"{count_parameters(model):,}"} | dict(metrics or {})
+    figures = {"parameters": f"{count_parameters(model):,}"} | dict(said["metrics"])
     texts = {
         "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": model_card(config, written, preprocess, target.name, card, license, figures),
+        "README.md": model_card(config, written, preprocess, target.name, said["card"], said["license"], figures),
     }
     twin = copied(model).cpu().eval()
     twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
@@ -109,19 +117,33 @@ def save_model(
     if not all(bool(output.isfinite().all()) for output in outputs.values()):
         raise ValueError(f"the model's output is NaN or infinite, so it is not saved to {target}")
     _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": pack(inputs, outputs)})
+    if lacking := _lacking(config, preprocess, labels):
+        warnings.warn(f"{target.name} was saved without {lacking} to save_model", stacklevel=2)
     return target
 
 
-def _check_texts(
-    preset: object, source: object, card: object, license: object, metrics: Mapping[str, object] | None
-) -> None:
+def _lacking(config: Config, preprocess: Preprocess | None, labels: object) -> str:
+    """What is missing for predictions from raw inputs, and what follows; empty if nothing is."""
+    if config.labels is None or not config.labelled:
+        return ""
+    missing = {
+        "preprocess": (preprocess is None and config.input is not None, "it takes no files, only prepared inputs"),
+        "labels": (labels is None, "its outputs have no names"),
+    }
+    found = {name: result for name, (absent, result) in missing.items() if absent}
+    them = "it" if [*found] == ["preprocess"] else "them"
+    return f"{' and '.join(found)}, so {' and '.join(found.values())}; give {them}" if found else ""
+
+
+def _check_texts(preset: object, said: Mapping[str, Any]) -> None:
     """ValueError if a description is not text or the preset is unknown."""
     if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
         raise ValueError(unknown("preset", str(preset), PRESETS))
-    for name, value in {"source": source, "card": card or "", "license": license}.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, got {type(value).__name__}")
-    if metrics is not None and not (isinstance(metrics, Mapping) and all(isinstance(key, str) for key in metrics)):
+    for name in ("source", "card", "license"):
+        if not isinstance(said[name], str):
+            raise ValueError(f"{name} must be a string, got {type(said[name]).__name__}")
+    metrics = said["metrics"]
+    if not (isinstance(metrics, Mapping) and all(isinstance(key, str) for key in metrics)):
         raise ValueError("metrics must map names to numbers or strings")
 
 

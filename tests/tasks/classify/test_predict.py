@@ -289,7 +289,7 @@ def test_nothing_readable_writes_nothing(model: str, images: list[str], capsys: 
     before = predict(model, "images")
     broken = break_pictures()
     text = failure(capsys, model, *broken)
-    assert text.endswith("error: no predictions for any of 2 images; nothing was written to runs/predict")
+    assert text.endswith("error: no prediction for any of the 2 images; nothing was written to runs/predict")
     assert json.loads(Path("runs/predict/predictions.json").read_text()) == before
     failure(capsys, model, *broken, "--output", "fresh")
     assert os.listdir("fresh") == []
@@ -391,7 +391,7 @@ def test_answers_that_are_all_nan(images: list[str], capsys: pytest.CaptureFixtu
     monkeypatch.setattr(weights, "load_checkpoint", lambda name: loaded)
     text = failure(capsys, "broken", "images")
     assert text.count("the model's output is NaN or infinite") == 4
-    assert text.endswith("no predictions for any of 4 images; nothing was written to runs/predict")
+    assert text.endswith("no prediction for any of the 4 images; nothing was written to runs/predict")
     assert os.listdir("runs/predict") == []
 
 

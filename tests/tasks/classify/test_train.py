@@ -152,7 +152,7 @@ def test_a_batch_without_a_readable_picture_changes_nothing():
         trainer(1, 1).fit(task, datamodule=Given([EMPTY]))
     messages = [str(each.message) for each in seen]
     assert sum("skipped a.png" in message for message in messages) == 1
-    assert "2 unreadable images were skipped in the training of epoch 0" in messages
+    assert "unreadable images skipped in the training of epoch 0: 2" in messages
     after = task.model.state_dict()
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
         key for key in before if key.endswith("blend")
@@ -369,9 +369,9 @@ def test_fine_tuning_takes_classes_of_the_data_and_preprocessing_of_the_checkpoi
         monkeypatch.setattr(f"zoo.{module}.rank_zero_info", lines.append)
     command("fit", *TUNE, f"--model.weights={other}", f"--trainer.default_root_dir={tmp_path}/run")
     assert lines == [
-        f"started from {other} with a new head",
-        "taken from the data: classes=4",
-        "the checkpoint was trained on other classes: it has 'class 0' where the data has '0 degrees'",
+        f"started   from {other}, with a new head",
+        "taken     classes=4 from the data",
+        "new head: the checkpoint has other classes (it has 'class 0' where the data has '0 degrees')",
     ]
     kept, start = load_checkpoint(tmp_path / "run/last", check=True), load_checkpoint(other)
     assert kept.preprocess == start.preprocess and kept.labels == tuple(images().classes)

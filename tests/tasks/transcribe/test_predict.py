@@ -442,7 +442,7 @@ def test_unreadable_files_stop_no_other(ear: Ear, capsys: pytest.CaptureFixture[
 
 def test_nothing_readable_writes_nothing(ear: Ear):
     Path("empty.wav").write_bytes(b"")
-    with pytest.raises(ValueError, match="^no transcripts for any of 1 files; nothing was written to runs/predict$"):
+    with pytest.raises(ValueError, match="^no prediction for the file; nothing was written to runs/predict$"):
         predict("ear", "empty.wav")
     assert os.listdir("runs/predict") == []
 
@@ -482,7 +482,7 @@ def test_a_fault_of_one_file_ends_no_other(
 
 def test_answers_that_are_all_nan(ear: Ear):
     ear.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="^no transcripts for any of 4 files"):
+    with pytest.raises(ValueError, match="^no prediction for any of the 4 files"):
         predict("ear", "sounds")
     assert os.listdir("runs/predict") == []
 

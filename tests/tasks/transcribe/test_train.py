@@ -592,7 +592,7 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys:
     for verb, run in {"validate": "validation", "test": "test"}.items():
         with pytest.warns(UserWarning) as seen:
             command(verb, *folder_flags(faulty), f"--model.weights={tmp_path}/last")
-        assert f"1 unreadable files were skipped in the {run}" in [str(each.message) for each in seen]
+        assert f"unreadable files skipped in the {run}: 1" in [str(each.message) for each in seen]
     first, second = capsys.readouterr().out.splitlines()
     assert first == second and "words in 7 utterances, 95 % interval" in first
 
@@ -614,7 +614,7 @@ def test_silent_and_clipped_files_are_used_and_counted(tmp_path: Path):
     assert "1-2-0000 is silent but has a transcript" in said
     assert "1-2-0001 is clipped: it was recorded too loud" in said
     for kind in ("silent files with a transcript", "clipped files"):
-        assert f"1 {kind} were used in the training of epoch 0" in said
+        assert f"{kind} used in the training of epoch 0: 1" in said
 
 
 def test_a_validation_without_any_loss_has_none(tmp_path: Path):

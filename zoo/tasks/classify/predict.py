@@ -40,6 +40,6 @@ def main(arguments: list[str]) -> None:
     answer = answers.Classifier(model.to(device), preprocess, labels, given.top, given.precision)
     entries, shown = answers.predict(paths, answer, given.batch)
     if not shown:
-        raise ValueError(f"no predictions for any of {len(entries)} images; nothing was written to {output}")
+        raise files.nothing_done(output, entries, "image")
     written = files.write(output, FILES, COLUMNS, entries, lambda: answers.draw(entries, shown))
-    files.finish(output, written, entries, "images")
+    files.finish(output, written, entries, "image")

@@ -82,7 +82,8 @@ class Classify(Task):
             where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"it has {len(labels)} classes"
             if stage != "fit":
                 raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
-            rank_zero_info(f"the checkpoint was trained on other classes: {where}")
+            head = "new head" if self.renewed else "head kept"
+            rank_zero_info(f"{head}: the checkpoint has other classes ({where})")
 
     def inputs_of(self, batch: Batch) -> tuple[Tensor]:
         return (batch.images,)
@@ -132,6 +133,7 @@ class Classify(Task):
         self.log(f"{part}/loss", self.mean_loss.compute())
         correct = round(float(values["accuracy"]) * number)
         low, high = interval(correct, number)
+        self.sample = {"n": number, "interval": [low, high]}
         self.said = f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
         for metric in (self.metrics, self.mean_loss, self.number):
             metric.reset()

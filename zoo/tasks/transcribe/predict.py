@@ -57,13 +57,13 @@ def main(arguments: list[str]) -> None:
     transcribe = transcripts.Transcriber(model.to(device), preprocess, tokenizer, decode, given.precision)
     entries = transcripts.predict(paths, transcribe, given.longest, given.seconds)
     if not any("text" in entry for entry in entries):
-        raise ValueError(f"no transcripts for any of {len(entries)} files; nothing was written to {output}")
+        raise files.nothing_done(output, entries, "file")
 
     def draw() -> "Figure":
         return transcripts.draw(entries, transcripts.shown(entries, preprocess))
 
     whole = any("error" not in entry for entry in entries)
-    files.finish(output, files.write(output, FILES, COLUMNS, entries, draw if whole else None), entries, "files")
+    files.finish(output, files.write(output, FILES, COLUMNS, entries, draw if whole else None), entries, "file")
 
 
 def _check_options(given: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from zoo.outputs import frames_for, greedy, transducer_greedy
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
 from zoo.tasks.task import Task
 from zoo.tensors import mask_of
+from zoo.text import counted
 
 SCHEDULES = ("cosine", "noam", "noam_hold")
 SILENT, CLIPPED = REMARKS = ("silent files with a transcript", "clipped files")
@@ -66,6 +67,7 @@ class Transcribe(Task):
     counted = "vocabulary"
     files = "RECORDINGS"
     faulty = FAULTS + REMARKS
+    batching = "data.seconds"
     betas = (0.9, 0.98)
     model: Conformer  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -335,8 +337,10 @@ class Transcribe(Task):
         self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer})
         if self.with_loss.compute():
             self.log(f"{part}/loss", self.mean_loss.compute())
-        size = f"n = {words} words in {number} utterances"
-        if (found := interval(self.errors.compute(), self.spoken.compute())) is not None:
+        size = f"n = {counted(words, 'word')} in {counted(number, 'utterance')}"
+        found = interval(self.errors.compute(), self.spoken.compute())
+        self.sample = {"n": words, "utterances": number, "interval": found and list(found)}
+        if found is not None:
             size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
         self.said = f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})"
         metrics = (
