@@ -108,7 +108,7 @@ class Learned(Position):
         if context.grid == self.grid and context.mask is None:
             return x + self.table
         resized = self.resize(context, x.device)
-        head = self.table[:, : self.prefix].expand(len(resized), -1, -1)
+        head = self.table[:, : self.prefix].expand(resized.shape[0], -1, -1)
         return x + torch.cat([head, resized], 1).to(x.dtype)
 
     def resize(self, context: Context, device: torch.device) -> Tensor:
@@ -122,7 +122,7 @@ class Learned(Position):
         for size, length in zip(context.grid, lengths, strict=True):
             place = torch.arange(size, device=device, dtype=torch.float32)
             places.append((2 * place + 1) / length.clamp(min=1)[:, None] - 1)  # [B, size], -1..1 over the extent
-        batch = len(places[0])
+        batch = places[0].shape[0]
         if len(places) == 1:
             source = source[:, :, None]
             where = torch.stack([places[0], torch.zeros_like(places[0])], -1)[:, None]
@@ -224,7 +224,7 @@ class Sine(Position):
             place = torch.arange(1, size + 1, device=device) / (length[:, None] + 1e-6) * (2 * math.pi)
             waves = place[..., None] * rates
             row = torch.stack([waves.sin(), waves.cos()], -1).flatten(-2)  # [1 or B, size, width]
-            shape = [len(row), *[1] * len(context.grid), width]
+            shape = [row.shape[0], *[1] * len(context.grid), width]
             shape[1 + axis] = size
             parts.append(row.view(shape).expand(-1, *context.grid, -1))
         return torch.cat(parts, -1).flatten(1, -2)
