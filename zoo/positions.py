@@ -120,7 +120,7 @@ class Learned(Position):
         if context.grid == self.grid and context.mask is None:
             return x + self.table
         resized = self.resize(context, x.device)
-        head = self.table[:, : self.prefix].expand(len(resized), -1, -1)
+        head = self.table[:, : self.prefix].expand(resized.shape[0], -1, -1)
         return x + torch.cat([head, resized], 1).to(x.dtype)
 
     def resize(self, context: Context, device: torch.device) -> Tensor:
@@ -233,7 +233,7 @@ class Sine(Position):
             place = torch.arange(1, size + 1, device=device) / (length[:, None] + 1e-6) * (2 * math.pi)
             waves = place[..., None] * rates
             row = torch.stack([waves.sin(), waves.cos()], -1).flatten(-2)  # [1 or B, size, width]
-            shape = [len(row), *[1] * len(context.grid), width]
+            shape = [row.shape[0], *[1] * len(context.grid), width]
             shape[1 + axis] = size
             parts.append(row.view(shape).expand(-1, *context.grid, -1))
         return torch.cat(parts, -1).flatten(1, -2)

@@ -84,7 +84,7 @@ def logit(boxes: Tensor, eps: float = 1e-5) -> Tensor:
 
 def gathered(x: Tensor, index: Tensor) -> Tensor:
     """The tokens of x [1 or B, M, D] at index [B, Q]: [B, Q, D]."""
-    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def padded(images: Tensor, mask: Tensor | None, channels: int, stride: int) -> tuple[Tensor, Tensor | None]:

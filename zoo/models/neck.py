@@ -106,7 +106,7 @@ class CSP(Layer):
 
 
 class Neck(nn.Module):
-    """Levels from fine to coarse, each stride twice the one before -> the same levels, each having seen the others.
+    """Levels from fine to coarse, each side half of the one before -> the same levels, each having seen the others.
 
     Args:
         dim: channels of every level.
@@ -136,7 +136,7 @@ class Neck(nn.Module):
         for (fine, place), lateral, mix in zip(reversed(levels[:-1]), self.laterals, self.down, strict=True):
             x = lateral(x, context)
             coarse.insert(0, (x, context))
-            x = mix(torch.cat([doubled(x, context.grid, place.grid), fine], -1), place)
+            x = mix(torch.cat([doubled(x, context.grid), fine], -1), place)
             context = place
         found = [(x, context)]
         for (other, place), reduce, mix in zip(coarse, self.reductions, self.up, strict=True):
@@ -147,7 +147,6 @@ class Neck(nn.Module):
         return found
 
 
-def doubled(x: Tensor, grid: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
-    """Tokens [B, N, D] of a grid repeated along both axes, and cut to the grid `wanted`."""
-    maps = x.unflatten(1, grid)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
-    return maps[:, : wanted[0], : wanted[1]].flatten(1, 2)
+def doubled(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Tokens [B, N, D] of a grid, repeated along both axes: [B, 4 N, D]."""
+    return x.unflatten(1, grid)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(1, 4)

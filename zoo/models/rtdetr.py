@@ -18,7 +18,7 @@ from zoo.models.neck import ConvNorm, Level, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
 from zoo.spec import check, parse
-from zoo.tensors import linear, to_map
+from zoo.tensors import exporting, linear, to_map
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
 
@@ -275,7 +275,8 @@ class RTDETR(Model[RTDETRConfig]):
         ranks = scores.amax(-1)
         if mask is not None:
             ranks = ranks.masked_fill(~mask, -torch.inf)
-        missing = self.config.queries - ranks.shape[1]
+        # An exported program takes any number of tokens, so it always adds some.
+        missing = self.config.queries if exporting() else self.config.queries - ranks.shape[1]
         if missing > 0:
             ranks = F.pad(ranks, (0, missing), value=-torch.inf)
         top = ranks.topk(self.config.queries, 1)

@@ -110,7 +110,7 @@ class Adapter(nn.Module):
         if mask is not None:
             real = coarsened(mask, self.patch)
             assert real is not None
-            real = real.view(len(real), 1, *maps[0].shape[2:])
+            real = real.view(real.shape[0], 1, *maps[0].shape[2:])
             maps = [each.masked_fill(~real, 0.0) for each in maps]
         return [step(each) for step, each in zip(self.steps, maps, strict=True)]
 
@@ -131,16 +131,11 @@ class Convolutional(nn.Module):
             strides = self._trial(channels)
         except (ValueError, RuntimeError, AssertionError, IndexError):
             raise ValueError(
-                f"trunk 'timm:{name}' does not keep padding away from the image, as attention, squeeze-excite and norms"
-                " over whole maps do not; choose a plain convolutional one, such as resnet18d or convnext_tiny"
+                f"trunk 'timm:{name}' does not keep padding away from the image, as attention, squeeze-excite, norms"
+                " over whole maps and pools beyond the edge do not; choose a plain convolutional one, such as resnet18d"
             ) from None
         for module, stride in strides.items():
-            if isinstance(module, nn.MaxPool2d):
-                module.register_forward_pre_hook(partial(self._lowest, stride))
-                step = module.stride if isinstance(module.stride, int) else module.stride[0]
-                module.register_forward_hook(partial(self._zero_behind, stride * step))
-            else:
-                module.register_forward_pre_hook(partial(self._zero, stride))
+            module.register_forward_pre_hook(partial(self._zero, stride))
 
     @torch.no_grad()
     def _trial(self, channels: int) -> dict[nn.Module, int]:
@@ -171,8 +166,8 @@ class Convolutional(nn.Module):
             kernel = getattr(module, "kernel_size", 1)
             if not isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) or kernel in (1, (1, 1)):
                 continue
-            if isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0)) and not module.count_include_pad:
-                raise ValueError("the mean at an edge is of fewer places")
+            if not isinstance(module, nn.Conv2d) and _reach(module) > 0:
+                raise ValueError("a pool differs at the edge of a map and in front of zeros")
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
         was, some = self.net.training, next(self.net.parameters())
         maps = self.net.eval()(masked(some.new_ones(1, channels, *sides), math.nan))
@@ -230,7 +225,7 @@ class Convolutional(nn.Module):
             for stride in (1, 2, 4, 8, 16, 32):
                 real = coarsened(mask, stride)
                 assert real is not None
-                self.outside[stride] = ~real.view(len(real), 1, mask.shape[1] // stride, mask.shape[2] // stride)
+                self.outside[stride] = ~real.view(real.shape[0], 1, mask.shape[1] // stride, mask.shape[2] // stride)
         try:
             return self.net(images)
         finally:
@@ -252,9 +247,10 @@ class Convolutional(nn.Module):
     def _zero(self, stride: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         return None if self.outside is None else (inputs[0].masked_fill(self.outside[stride], 0.0),)
 
-    def _lowest(self, stride: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        lowest = torch.finfo(inputs[0].dtype).min
-        return None if self.outside is None else (inputs[0].masked_fill(self.outside[stride], lowest),)
 
-    def _zero_behind(self, stride: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        return None if self.outside is None else output.masked_fill(self.outside[stride], 0.0)
+def _reach(pool: Any) -> int:
+    """How many places beyond the right edge of a map a pool reads, which are not zeros to it."""
+    size, step, margin = (
+        max(each) if isinstance(each, tuple) else each for each in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    return size - step - margin

@@ -1,15 +1,9 @@
-"""The RT-DETRv2 of Hugging Face's transformers as our RT-DETR."""
+"""The names of RT-DETRv2's parts in transformers (as its models have them in memory, from version 5 on)."""
 
 import re
 
 # Ours and theirs, in the order in which they are tried; several of theirs are joined.
 _NAMES = (
-    (r"trunk\.model\.net\.conv1\.([036])", lambda n: f"{_STEM}.{int(n) // 3}.convolution"),
-    (r"trunk\.model\.net\.conv1\.([14])", lambda n: f"{_STEM}.{int(n) // 3}.normalization"),
-    (r"trunk\.model\.net\.bn1", lambda: f"{_STEM}.2.normalization"),
-    (r"trunk\.model\.net\.layer(\d)\.(\d+)\.conv(\d)", lambda *at: f"{_inside(*at)}.convolution"),
-    (r"trunk\.model\.net\.layer(\d)\.(\d+)\.bn(\d)", lambda *at: f"{_inside(*at)}.normalization"),
-    (r"trunk\.model\.net\.layer(\d)\.(\d+)\.downsample\.([12])", lambda *at: _beside(*at)),
     (r"inputs\.(\d)\.(conv|norm)", lambda n, part: f"model.encoder_input_proj.{n}.{_PAIR[part]}"),
     (r"levels\.(\d)\.(conv|norm)", lambda n, part: f"model.decoder_input_proj.{n}.{_PAIR[part]}"),
     (r"neck\.laterals\.(\d)\.(\w+)", lambda n, part: f"model.encoder.lateral_convs.{n}.{part}"),
@@ -27,7 +21,6 @@ _NAMES = (
     (r"boxes\.(\d+)\.layers\.(\d)", lambda n, layer: f"bbox_embed.{n}.layers.{layer}"),
     (r"noise", lambda: "model.denoising_class_embed"),
 )
-_STEM = "model.backbone.model.embedder.embedder"
 _PAIR = {"conv": "0", "norm": "1"}
 _WAY = {"down": "fpn", "up": "pan"}
 _CSP = {"first": "conv1", "second": "conv2", "out": "conv3", "wide": "conv1", "narrow": "conv2"}
@@ -47,16 +40,6 @@ _DECODER = {key.replace("steps.1", "steps.2"): value for key, value in _ENCODER.
     "steps.1.branch.out": ["encoder_attn.output_proj"],
     "steps.1.total": ["encoder_attn_layer_norm"],
 }
-
-
-def _inside(stage: str, block: str, number: str) -> str:
-    return f"model.backbone.model.encoder.stages.{int(stage) - 1}.layers.{block}.layer.{int(number) - 1}"
-
-
-def _beside(stage: str, block: str, number: str) -> str:
-    pooled = "1." if stage != "1" else ""
-    part = {"1": "convolution", "2": "normalization"}[number]
-    return f"model.backbone.model.encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{pooled}{part}"
 
 
 def _csp(rest: str) -> str:
