@@ -1,5 +1,6 @@
 """What the command says before PyTorch is imported: lists, descriptions and short help."""
 
+import contextlib
 import os
 import shlex
 import statistics
@@ -36,6 +37,9 @@ AT_ONCE += [
 AT_ONCE += [
     f"classify fit --config {ROOT}/configs/classify/vit_micro_digits.yaml --modle.rate 1",
     "info vit_tiny mixr=1",
+    "info vit_tiny foo=1",
+    "classify fit --config nope.yaml",
+    "transcribe test --model.weights=vit_micro.digits",
 ]
 
 
@@ -55,7 +59,7 @@ def test_nothing_heavy_is_imported():
     code += f"    for name in {HEAVY}:\n        assert name not in sys.modules, (line, name)\n"
     done = subprocess.run([sys.executable, "-c", code, *AT_ONCE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("zoo: error: ") == 7
+    assert done.stderr.count("zoo: error: ") == 10
 
 
 @pytest.mark.slow
@@ -111,7 +115,7 @@ def test_checkpoints_are_listed_with_their_scores(capsys: pytest.CaptureFixture[
     lines = printed(capsys, "list", "checkpoints").splitlines()
     assert [line.split()[:4] for line in lines][-1] == ["vit_micro.digits", "classify,", "accuracy", "0.9944,"]
     os.chdir(tmp_path)
-    assert "no checkpoints found" in refused("list", "checkpoints")
+    assert refused("list", "checkpoints") == "no checkpoints in ./checkpoints"
     broken = tmp_path / "checkpoints/broken"
     broken.mkdir(parents=True)
     for text in ("{", "[]", "[" * 100_000, "\0"):
@@ -145,8 +149,12 @@ def test_fields_of_a_model_are_replaced(capsys: pytest.CaptureFixture[str]):
     text = printed(capsys, "info", "vit_tiny", "mixer=sla", "depth=1", "norm=('prepbn',)")
     number = sum(p.numel() for p in zoo.create_model("vit_tiny", mixer="sla", depth=1, norm=("prepbn",)).parameters())
     assert f"{number:,} parameters" in text and "mixer = sla " in text
-    assert "zoo.create_model(\"vit_tiny\", mixer='sla', depth=1, norm=('prepbn',))" in text
-    assert "unknown field of vit_tiny 'mixr'; did you mean mixer?" in refused("info", "vit_tiny", "mixr=sla")
+    assert '  zoo.create_model("vit_tiny", mixer="sla", depth=1, norm=("prepbn",))' in text
+    assert refused("info", "vit_tiny", "mixr=sla") == "unknown field of vit_tiny 'mixr'; did you mean mixer?"
+    assert refused("info", "vit_tiny", "foo=1").startswith("unknown field of vit_tiny 'foo'; choose from: dim, depth, ")
+    with pytest.raises(ValueError) as error:
+        zoo.create_model("vit_tiny", mixer="slaa")
+    assert refused("info", "vit_tiny", "mixer=slaa").partition("; ")[2] == str(error.value).partition("; ")[2]
     assert "'sla' must be FIELD=VALUE" in refused("info", "vit_tiny", "sla")
     assert "unknown model 'sla'" in refused("info", "sla", "mixer=sla")
 
@@ -188,17 +196,21 @@ def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixt
     assert "accuracy       0.9944" in text and "zoo classify predict vit_micro.digits FILES" in text
     assert printed(capsys, "info", "checkpoints/vit_micro.digits") == text.replace(
         "vit_micro.digits (", "checkpoints/vit_micro.digits ("
-    ).replace("predict vit", "predict checkpoints/vit").replace('model("vit', 'model("checkpoints/vit')
+    ).replace("predict vit", "predict checkpoints/vit").replace('point("vit', 'point("checkpoints/vit')
+    assert '  zoo.load_checkpoint("vit_micro.digits")(FILE)' in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["info", "slaa"], "no model, choice or checkpoint is called 'slaa'; did you mean `zoo info sla`?"),
+        (["info", "slaa"], "checkpoints/slaa); did you mean `zoo info sla`?"),
         (["info", "vit_tinny"], "`zoo info vit_tiny`"),
         (["info", "vit_micro.digit"], "`zoo info vit_micro.digits`"),
         (["info", "mixer"], "`zoo list mixers` lists the mixers"),
-        (["info", "qqqq"], "`zoo list` shows the kinds"),
+        (["info", "qqqq"], f"(nor is there {ROOT}/qqqq or {ROOT}/checkpoints/qqqq); `zoo list` shows the kinds"),
+        (["info", "/qqqq"], "(nor is there /qqqq); "),
+        (["list", "mixrs"], "did you mean `zoo list mixers`?"),
+        (["list", "norms", "mixrs"], "`zoo list norms` shows all"),
         (["list", "sla"], "no models match 'sla'; did you mean `zoo info sla`"),
         (["list", "nothing_*"], "no models match 'nothing_*'"),
         (["list", "mixers", "x*"], "no mixers match 'x*'; `zoo list mixers` shows all"),
@@ -219,11 +231,25 @@ def test_help_fits_a_screen_and_ends_with_an_example(task: str, capsys: pytest.C
     for verb in TRAINING:
         text = printed(capsys, task, verb, "--help")
         assert text == printed(capsys, task, verb, "--model.rate=1", "-h")
-        lines = text.splitlines()
-        assert len(lines) <= 40 and max(map(len, lines)) <= 100
-        assert f"\nexample:\n  zoo {task} {verb} --config configs/{task}/" in text
+        recipe = f"--config configs/{task}/" if verb == "fit" else "--model.weights RUN/best\n"
+        assert f"\nexample:\n  zoo {task} {verb} {recipe}" in text
         assert "--help-all" in text and "--data.dataset" in text
         assert ("--model.rate " in text) == (verb == "fit")
+
+
+HELPS = [[], ["list"], ["info"], *([task] for task in TASKS)]
+HELPS += [[task, verb] for task in TASKS for verb in (*TRAINING, *TASKS[task][2])]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help_fits_24_lines_of_80_columns(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 10 < len(lines) <= 24 and max(map(len, lines)) <= 80
 
 
 def test_help_all_has_every_option(capsys: pytest.CaptureFixture[str]):
@@ -250,7 +276,7 @@ def test_other_help_has_examples(arguments: list[str], capsys: pytest.CaptureFix
         (["classify"], "VERB"),
         (["classify", "fitt"], "unknown verb 'fitt'; did you mean fit?"),
         (["list", "a", "b", "c"], "unrecognized arguments: c"),
-        (["info"], "NAME"),
+        (["info"], "the following arguments are required: NAME"),
     ],
     ids=str,
 )
@@ -260,3 +286,4 @@ def test_unknown_commands(arguments: list[str], words: str, capsys: pytest.Captu
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("usage: zoo") and "error: " in lines[-1] and words in lines[-1]
+    assert "FIELD" not in lines[-1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.text import from_json, near, one_line, plain, reason, unknown
+from zoo.text import counted, from_json, near, one_line, plain, reason, unknown
 
 
 def test_an_unknown_name_says_what_is_near_and_what_is_allowed():
@@ -30,3 +30,8 @@ def test_json_with_a_key_twice():
             from_json(text)
     with pytest.raises(ValueError):
         from_json("{")
+
+
+def test_numbers_with_nouns():
+    found = [counted(number, noun) for noun in ("image", "batch") for number in (0, 1, 1234)]
+    assert found == ["0 images", "1 image", "1,234 images", "0 batches", "1 batch", "1,234 batches"]

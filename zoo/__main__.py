@@ -50,10 +50,10 @@ LISTS = """examples:
   zoo list checkpoints"""
 
 INFOS = """examples:
-  zoo info vit_tiny                a model: its size, and every field of its config
-  zoo info vit_tiny mixer=sla      with some fields replaced
-  zoo info sla                     a choice: formula, paper, options, cost
-  zoo info vit_micro.digits        a checkpoint: its scores"""
+  zoo info vit_tiny              a model: its size, the fields of its config
+  zoo info vit_tiny mixer=sla    with some fields replaced
+  zoo info sla                   a choice: formula, paper, options, cost
+  zoo info vit_micro.digits      a checkpoint: its scores"""
 
 
 def parser() -> argparse.ArgumentParser:

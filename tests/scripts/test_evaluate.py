@@ -43,9 +43,21 @@ def test_the_accuracy_is_that_of_the_model_on_the_checkpoints_own_preprocessing(
     folder, wanted = checkpoint
     done = evaluate(str(folder))
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout[done.stdout.index("{") :])
+    figures = json.loads(done.stdout)
     assert figures["val/accuracy"] == pytest.approx(wanted, abs=1e-6)
-    assert "n = 360" in done.stdout + done.stderr
+    low, high = figures["interval"]
+    assert figures["n"] == 360 and low < wanted < high
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("accuracy 0.") and "n = 360" in line
+
+
+def test_help_has_examples_and_needs_no_pytorch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code = "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT, "--help"], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and "examples:" in lines and len(lines) <= 24 and max(map(len, lines)) <= 80
 
 
 def test_what_is_wrong_is_one_line(checkpoint):
@@ -72,7 +84,8 @@ def test_a_speech_checkpoint_is_measured_on_folders_in_librispeechs_layout(tmp_p
         wanted += batch.texts
     done = evaluate(str(tmp_path / "model"), "--root", str(tmp_path / "data"), "--splits", "dev")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout[done.stdout.index("{") :])
+    found = json.loads(done.stdout)
+    assert (found["n"], found["utterances"], len(found["interval"])) == (4, 3, 2)
     assert any(said) and found["val/wer"] == pytest.approx(word_error_rate(said, wanted).item(), abs=1e-6)
     assert "4 words in 3 utterances" in done.stdout + done.stderr
     done = evaluate(str(tmp_path / "model"))

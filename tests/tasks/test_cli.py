@@ -23,8 +23,8 @@ from training import BACKBONE, PLAIN_FLAGS, QUIET, command, difference, fit, ima
 from zoo.__main__ import main
 from zoo.data.images import Images
 from zoo.tasks import run as running
+from zoo.tasks.arguments import check_path
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.cli import check_path, completed, option, translated
 from zoo.weights import load_checkpoint, save_model
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
@@ -124,6 +124,24 @@ def test_a_fault_is_one_line_on_standard_error_and_status_1():
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("zoo: error: --model.backbone.mixer: unknown mixer 'none'; ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--trainer.max_epochs=x", "--trainer.max_epochs must be an integer or null, got x"),
+        ("--trainer.limit_val_batches=x", "--trainer.limit_val_batches must be an integer, a number or null, got x"),
+        ("--trainer.precision=7", "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 or null, got 7"),
+        ("--data.scale=[1]", "--data.scale must be a list of 2 values, got [1]"),
+        ("--data.mean=[a]", "--data.mean must be a list of numbers or null, got ['a']"),
+        ("--data.scale=x", "--data.scale must be a list, got x"),
+        ("--model.backbone=3", "--model.backbone must be a mapping, got 3"),
+        ("--trainer.callbacks=Foo", "--trainer.callbacks must be a list of Callback, a Callback or null, got Foo"),
+        ("--trainer.inference_mode=7", "--trainer.inference_mode must be true or false, got 7"),
+    ],
+)
+def test_a_value_of_another_type(flag: str, wanted: str):
+    assert f"{wanted} (zoo classify fit --help-all lists all options)" in refused(*TINY, flag)
 
 
 # Files to resume from
@@ -526,77 +544,6 @@ def test_values_out_of_range_are_one_line(flag: str, words: str, tmp_path: Path)
 
 
 # The config of a run, taken from its folder
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        ("fit --model.rate=1", "fit --model.rate=1"),
-        ("fit --ckpt_path RUN", "fit --config RUN/config.yaml --trainer.default_root_dir=RUN STATE"),
-        ("fit --ckpt_path=RUN/resume/last.ckpt", "fit --config RUN/config.yaml --trainer.default_root_dir=RUN STATE"),
-        ("fit --config x.yaml --ckpt_path=RUN", "fit --config x.yaml STATE"),
-        ("fit --ckpt_path last --trainer.default_root_dir RUN", "fit --config RUN/config.yaml STATE"),
-        ("fit --ckpt_path last --config RUN/mine.yaml", "fit --config RUN/mine.yaml STATE"),
-        ("fit -c RUN/mine.yaml --ckpt_path last", "fit -c RUN/mine.yaml STATE"),
-        (
-            "fit -c RUN/mine.yaml --ckpt_path last --trainer.default_root_dir=RUN/x",
-            "fit --ckpt_path=RUN/x/resume/last.ckpt",
-        ),
-        ("fit -c=RUN/mine.yaml --ckpt_path RUN", "fit -c=RUN/mine.yaml STATE"),
-        ("fit --ckpt_path RUN/other", "fit --ckpt_path RUN/other"),
-        ("fit --model.weights RUN/best", "fit --model.weights RUN/best"),
-        ("test --model.weights=RUN/best", "test --config RUN/config.yaml --model.weights=RUN/best"),
-        ("validate --model.weights RUN/best --config=x.yaml", "validate --model.weights RUN/best --config=x.yaml"),
-        ("validate --model.weights owner/name", "validate --model.weights owner/name"),
-    ],
-)
-def test_which_config_is_read(arguments: str, wanted: str, tmp_path: Path):
-    """What stands later wins, so a flag that is given wins over the config."""
-    (tmp_path / "resume").mkdir()
-    for name in ("config.yaml", "resume/last.ckpt"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "mine.yaml").write_text(f"trainer: {{default_root_dir: {tmp_path}}}")
-    found = completed("classify", arguments.replace("RUN", str(tmp_path)).split())
-    paths = {"RUN": str(tmp_path), "STATE": f"--ckpt_path={tmp_path}/resume/last.ckpt"}
-    words = wanted.replace("STATE", paths["STATE"]).replace("RUN", paths["RUN"]).split()
-    assert [word for word in words if word not in found] == [] and found[0] == words[0]
-    assert [word for word in found if word.startswith("--config")] == [w for w in words if w.startswith("--config")]
-    assert option(found, "ckpt_path") == option(words, "ckpt_path")
-
-
-@pytest.mark.parametrize(
-    ("message", "wanted"),
-    [
-        (
-            "Parser key \"model.rate\":\n  Expected a <class 'float'>. Got value: fast",
-            "--model.rate must be a number, got fast",
-        ),
-        ("Subcommand 'fit' does not accept option 'data.mode'", "unknown option --data.mode"),
-        ("argument --data.size: expected one argument", "--data.size: expected one argument"),
-        ("Unrecognized arguments: stray", "Unrecognized arguments: stray"),
-        ('Parser key "x": anything else', "--x: anything else"),
-    ],
-)
-def test_errors_of_the_parser_in_plain_words(message: str, wanted: str):
-    assert translated(message) == wanted
-
-
-@pytest.mark.parametrize(
-    ("flag", "wanted"),
-    [
-        ("--trainer.max_epochs=x", "--trainer.max_epochs must be an integer or null, got x"),
-        ("--trainer.limit_val_batches=x", "--trainer.limit_val_batches must be an integer, a number or null, got x"),
-        ("--trainer.precision=7", "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 or null, got 7"),
-        ("--data.scale=[1]", "--data.scale must be a list of 2 values, got [1]"),
-        ("--data.mean=[a]", "--data.mean must be a list of numbers or null, got ['a']"),
-        ("--data.scale=x", "--data.scale must be a list, got x"),
-        ("--model.backbone=3", "--model.backbone must be a mapping, got 3"),
-        ("--trainer.callbacks=Foo", "--trainer.callbacks must be a list of Callback, a Callback or null, got Foo"),
-        ("--trainer.inference_mode=7", "--trainer.inference_mode must be true or false, got 7"),
-    ],
-)
-def test_a_value_of_another_type(flag: str, wanted: str):
-    assert f"{wanted} (zoo classify fit --help-all lists all options)" in refused(*TINY, flag)
 
 
 def test_a_run_resumes_with_its_own_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zoo
-from training import classifier
+from training import classifier, fit
 from zoo.tasks.output import Output, duration, multiply_adds, readable_count
 
 
@@ -99,3 +99,14 @@ def test_the_line_of_an_epoch():
 )
 def test_the_line_of_an_epoch_fits_80_columns(epochs: int, seconds: float, left: float):
     assert len(line_of(1, epochs, seconds, left)) <= 80
+
+
+@pytest.mark.parametrize("batch", [512, 32])
+def test_an_epoch_of_few_batches_is_remarked(batch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Whatever trainer.limit_train_batches makes of it; the synthetic set has 512 images."""
+    limits = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val")]
+    fit(tmp_path, *limits, "--trainer.max_epochs=1", f"--data.batch={batch}")
+    shown = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("training  1 epoch of 1 batch; ") for line in shown)
+    remarks = [line for line in shown if line.startswith("warning: an epoch has ")]
+    assert remarks == (["warning: an epoch has 1 batch; lower data.batch"] if batch == 512 else [])
