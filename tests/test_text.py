@@ -33,5 +33,5 @@ def test_json_with_a_key_twice():
 
 
 def test_numbers_with_nouns():
-    found = [counted(number, noun) for noun in ("image", "batch") for number in (0, 1, 1234)]
+    found = [counted(number, *noun) for noun in (["image"], ["batch", "batches"]) for number in (0, 1, 1234)]
     assert found == ["0 images", "1 image", "1,234 images", "0 batches", "1 batch", "1,234 batches"]

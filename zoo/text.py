@@ -40,10 +40,9 @@ def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return difflib.get_close_matches(name, [*allowed], n=3, cutoff=cutoff)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and a noun in its singular or plural: 1 image, 2 images, 3 batches."""
-    plural = "es" if noun.endswith(("ch", "s")) else "s"
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and a noun in its singular or plural, by default with an s: 1 image, 2 images."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:

@@ -328,3 +328,12 @@ def test_a_point_that_takes_long_gets_fewer_rounds(command):
 def test_a_wrong_option_is_one_clear_error():
     done = subprocess.run([SCRIPTS / "benchmark", "--only", "speed"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "invalid choice: 'speed'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_fits_80_columns(option: str):
+    line = [sys.executable, str(SCRIPTS / "benchmark"), option]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"})
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and ("--warm" in done.stdout) == (option == "--help-all")
+    assert len(lines) <= 24 or option == "--help-all"

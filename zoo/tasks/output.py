@@ -92,7 +92,7 @@ class Output(ProgressBar):
         cost = readable_count(multiply_adds(pl_module.model, inputs))
         size = f"{count_parameters(pl_module.model):,} parameters, {cost} multiply-adds for {unit}"
         batches = trainer.num_training_batches
-        each = counted(int(batches), "batch") if batches < float("inf") else "any number of batches"
+        each = counted(int(batches), "batch", "batches") if batches < float("inf") else "any number of batches"
         length = f"{counted(trainer.max_epochs or 0, 'epoch')} of {each}"
         if by_steps(trainer, pl_module):
             length = f"{counted(pl_module.total, 'step')}, {each} an epoch"
@@ -102,7 +102,7 @@ class Output(ProgressBar):
         self.say(f"training  {length}; AdamW, learning rate {pl_module.rate:g}, seed {pl_module.seed}; {where}")
         self.say(f"folder    {self.folder}")
         if (number := whole_epoch(trainer)) < FEW:
-            self.say(f"warning: an epoch has {counted(number, 'batch')}; lower {pl_module.batching}")
+            self.say(f"warning: an epoch has {counted(number, 'batch', 'batches')}; lower {pl_module.batching}")
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
 

@@ -579,8 +579,8 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys:
         assert sum(words in message for message in named) == 1, (words, named)
     counts = {"training": {UNREADABLE: 1, LONG: 2}, "validation": {UNREADABLE: 1, LONG: 1, UNKNOWN: 1, EMPTY: 1}}
     wanted = [
-        f"{number} {kind} were {'skipped' if stage == 'training' or kind == UNREADABLE else 'omitted from a loss'} "
-        f"in the {stage} of epoch {epoch}"
+        f"{kind} {'skipped' if stage == 'training' or kind == UNREADABLE else 'omitted from a loss'} "
+        f"in the {stage} of epoch {epoch}: {number}"
         for stage, kinds in counts.items()
         for kind, number in kinds.items()
         for epoch in range(2)
