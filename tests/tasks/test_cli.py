@@ -230,17 +230,14 @@ def test_other_files_to_resume_from(run: Path, tmp_path: Path):
     message = refused(*other, f"--trainer.default_root_dir={tmp_path}/new")
     assert message.startswith("--ckpt_path belongs to another model: 'model.blocks.0.")  # no config tells what changed
     again = [f"--ckpt_path={run}", "--trainer.max_epochs=9"]
-    for changed in (
-        "backbone.dim 32 (was 16)",
-        "backbone.dim 32 (was 16), model.backbone.depth 3 (was 2)",
-        "average 0.5 (was 0.0)",
+    again += [f"--trainer.{flag}" for flag in QUIET]
+    for flags, changed in (
+        (["backbone.dim=32", "rate=0.5"], "model.backbone.dim 32 (was 16)"),
+        (["backbone.dim=32", "backbone.depth=3"], "model.backbone.dim 32 (was 16), model.backbone.depth 3 (was 2)"),
+        (["average=0.5"], "model.average 0.5 (was 0.0)"),
     ):
-        flags = [
-            f"--model.{each.partition(' ')[0].removeprefix('model.')}={each.split()[1]}"
-            for each in changed.split("), ")
-        ]
-        message = refused("classify", "fit", *again, *flags, *("--trainer." + flag for flag in QUIET))
-        assert message == f"--ckpt_path belongs to another model: model.{changed}"
+        message = refused("classify", "fit", *again, *(f"--model.{flag}" for flag in flags))
+        assert message == f"--ckpt_path belongs to another model: {changed}"
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
     assert "convert it with zoo.convert.from_nemo" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
 

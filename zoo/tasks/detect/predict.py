@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     answer = answers.Detector(model.to(device), preprocess, labels, given.threshold, given.top, given.precision)
     entries, shown = answers.predict(paths, answer, given.batch)
     if not shown:
-        raise ValueError(f"no predictions for any of {len(entries)} images; nothing was written to {output}")
+        raise files.nothing_done(output, entries, "image")
     coco, rows = answers.to_coco(entries, labels), answers.table(entries)
     written = files.write(output, FILES, COLUMNS, coco, lambda: answers.draw(entries, shown, labels), rows)
-    files.finish(output, written, entries, "images")
+    files.finish(output, written, entries, "image")

@@ -177,7 +177,7 @@ class Detect(Task):
         self.mean_loss.reset()
 
     def conclude(self, rows: Tensor, ids: Tensor) -> None:
-        """Logs the average precision of all ranks' detections, and says it."""
+        """Logs the average precision of all ranks' detections, and says it; outside of training by category, too."""
         part = "test" if self.trainer.testing else "val"
         source = self.data.source(part)
         results = (Result(int(row[0]), int(row[1]), row[2], row[3:]) for row in rows.tolist())
@@ -185,8 +185,9 @@ class Detect(Task):
         self.log_dict({f"{part}/{name}": getattr(found, name) for name in ("ap", "ap50", "ap75")})
         self.log(f"{part}/loss", self.mean_loss.compute())
         self.said = f"AP {found.ap:.4f}, AP50 {found.ap50:.4f} (n = {found.objects} objects in {len(ids)} images)"
+        self.sample = {"n": found.objects, "images": len(ids)}
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self.print(by_category(found))
+            self.said = f"{by_category(found)}\n{self.said}"
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
