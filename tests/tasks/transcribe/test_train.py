@@ -587,11 +587,12 @@ def test_faults_are_named_once_and_counted(faulty: Path, tmp_path: Path, capsys:
     ]
     assert sorted(message for message in messages if " of epoch " in message) == sorted(wanted)
 
-    # What cannot be learned from counts as words all the same, and the test set is that of validation here.
+    # What cannot be learned from counts as words all the same, and the test set is that of validation.
     capsys.readouterr()
     for verb, run in {"validate": "validation", "test": "test"}.items():
         with pytest.warns(UserWarning) as seen:
-            command(verb, *folder_flags(faulty), f"--model.weights={tmp_path}/last")
+            given = [*folder_flags(faulty), "--data.test=dev"]
+            command(verb, *given, f"--model.weights={tmp_path}/last")
         assert f"unreadable files skipped in the {run}: 1" in [str(each.message) for each in seen]
     first, second = capsys.readouterr().out.splitlines()
     assert first == second and "words in 7 utterances, 95 % interval" in first
