@@ -165,7 +165,7 @@ def placements() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def input_of(config: Config) -> str:
     """The input of a model in a few words."""
-    if config.input == "image":
+    if config.input in ("image", "boxes"):
         return f"{config.image} px"  # pyright: ignore[reportAttributeAccessIssue]
     if config.input == "audio":
         return f"{config.mels} mels, {config.stride} frames/token"  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from zoo.inputs import INPUTS
-from zoo.inputs.boxes import BoxPreprocess
+from zoo.inputs.boxes import BoxPreprocess, on_canvas
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -71,3 +71,13 @@ def test_it_is_stored_as_plain_fields():
 def test_bad_fields(fields: dict, words: str):
     with pytest.raises(ValueError, match=words):
         BoxPreprocess.from_dict(fields)
+
+
+def test_images_on_one_canvas():
+    small, wide = torch.full((1, 2, 3), 2.0), torch.full((1, 1, 5), 3.0)
+    batch, mask = on_canvas([small, wide], multiple=4)
+    assert batch.shape == (2, 1, 4, 8) and mask is not None and mask.dtype == torch.bool
+    assert torch.equal(batch[:, 0] != 0, mask) and mask.sum((1, 2)).tolist() == [6, 5]
+    assert torch.equal(batch[0, :, :2, :3], small) and torch.equal(batch[1, :, :1, :5], wide)
+    batch, mask = on_canvas([small, small + 1])
+    assert mask is None and torch.equal(batch, torch.stack([small, small + 1]))

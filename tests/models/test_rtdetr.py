@@ -276,6 +276,16 @@ def test_queries_that_fill_up_change_nothing():
 
 
 @torch.no_grad()
+def test_proposals_that_an_image_has_no_token_for_are_absent_in_training():
+    """They are neither negatives of the class loss nor found by an object."""
+    model = build(queries=100).train()
+    proposals = model.predict(torch.randn(1, 3, 64, 64)).proposals
+    assert proposals is not None
+    absent = (proposals.logits == OUTSIDE).all(-1)
+    assert absent.sum() == 100 - (64 + 16 + 4) and torch.equal(absent, (proposals.boxes == 0).all(-1))
+
+
+@torch.no_grad()
 def test_matching_queries_do_not_see_denoising_queries():
     model, images = build().train(), torch.randn(2, 3, 64, 64)
     with_noise, without = model.predict(images, noised=noise()), model.predict(images)

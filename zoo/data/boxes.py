@@ -15,10 +15,10 @@ from zoo.data.box_entries import BoxSource
 from zoo.data.box_sources import SOURCES, recognised
 from zoo.data.box_transforms import Augmentation, Made, Sample, augmented, resized, shrunk
 from zoo.data.images import as_it_is
-from zoo.data.loading import DataModule, make_loader
+from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, hashed, kept_generators, rank_and_world, reseed
 from zoo.inputs import Preprocess
-from zoo.inputs.boxes import BoxPreprocess
+from zoo.inputs.boxes import BoxPreprocess, on_canvas
 from zoo.inputs.images import UnreadableImage, default_statistics
 from zoo.outputs.boxes import Truth
 from zoo.outputs.label_map import LabelMap
@@ -123,17 +123,11 @@ class BoxDataset(Dataset[Batch]):
     def batched(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Normalised images on one canvas, and the mask."""
         size = self.preprocess.size
-        shapes = [tuple(image.shape[1:]) for image in images] or [(size, size)]
-        sides = [-(-max(lengths) // MULTIPLE) * MULTIPLE for lengths in zip(*shapes, strict=True)]
-        shape = (len(images), self.preprocess.channels, *sides)
-        if all(each == tuple(sides) for each in shapes):
-            stacked = torch.stack(images) if images else torch.zeros(shape, dtype=torch.uint8)
-            return self.preprocess.scaled(stacked), None
-        batch, mask = torch.zeros(shape), torch.zeros(len(images), *sides, dtype=torch.bool)
-        for row, (image, (height, width)) in enumerate(zip(images, shapes, strict=False)):
-            batch[row, :, :height, :width] = self.preprocess.scaled(image)
-            mask[row, :height, :width] = True
-        return batch, mask
+        shapes = {tuple(image.shape[1:]) for image in images} or {(size, size)}
+        if len(shapes) == 1 and not any(side % MULTIPLE for side in next(iter(shapes))):  # normalised all at once
+            nothing = torch.zeros(0, self.preprocess.channels, *next(iter(shapes)), dtype=torch.uint8)
+            return self.preprocess.scaled(torch.stack(images) if images else nothing), None
+        return on_canvas([self.preprocess.scaled(image) for image in images], MULTIPLE)
 
 
 @functools.cache
@@ -252,19 +246,10 @@ class Boxes(DataModule):
         if (root is not None) != (dataset != "shapes"):
             verb = "takes no root" if root is not None else "needs root, a folder"
             raise ValueError(f"dataset {dataset!r} {verb}")
-        for name, value, least in (
-            ("batch", batch, 1),
-            ("workers", workers, 0),
-            ("plain_epochs", plain_epochs, 0),
-            ("cache", cache, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
         chances = {"flip": flip, "turn": turn, "photometric": photometric, "zoom": zoom, "iou_crop": iou_crop}
         chances |= {"mosaic": mosaic, "mixup": mixup}
-        for name, value in chances.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
+        least = {"batch": (batch, 1), "workers": (workers, 0), "plain_epochs": (plain_epochs, 0), "cache": (cache, 0)}
+        check_numbers(least, chances)
         self.augmentation = Augmentation(**chances)
         fields = {"size": size, "fit": fit, "channels": channels, "interpolation": interpolation}
         fields |= {"mean": None if mean is None else tuple(mean), "std": None if std is None else tuple(std)}

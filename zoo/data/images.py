@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zoo.data.image_sources import SOURCES, Source
-from zoo.data.loading import DataModule, make_loader
+from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, kept_generators, reseed
 from zoo.inputs import Preprocess
 from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
@@ -154,12 +154,7 @@ class Images(DataModule):
         if (root is not None) != (dataset == "imagefolder"):
             verb = "takes no root" if root is not None else "needs root, a folder"
             raise ValueError(f"dataset {dataset!r} {verb}")
-        for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        for name, value in (("flip", flip), ("erasing", erasing)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
+        check_numbers({"batch": (batch, 1), "workers": (workers, 0)}, {"flip": flip, "erasing": erasing})
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning
@@ -85,6 +85,18 @@ def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], An
         # Without its own generator an iterator would draw from the main one.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def check_numbers(
+    least: Mapping[str, tuple[float | None, float]], probabilities: Mapping[str, float] | None = None
+) -> None:
+    """ValueError if an option is below its least value, given as (value, least), or a probability is not in 0..1."""
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} must be >= {smallest}, got {value}")
+    for name, value in (probabilities or {}).items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
 
 
 class DataModule(lightning.LightningDataModule):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
-from zoo.data.loading import DataModule, make_loader
+from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import global_seed, seeded
 from zoo.data.speech_sources import CORPORA, Corpus
 from zoo.inputs import Preprocess
@@ -194,9 +194,7 @@ class Speech(DataModule):
                 f"tokenizer must be {', '.join(TOKENIZERS)} or the path of a .model file, got {tokenizer!r}"
             )
         check_limits(seconds, padding, batch)
-        for name, value, least in (("pieces", pieces, 2), ("workers", workers, 0), ("limit", limit, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+        check_numbers({"pieces": (pieces, 2), "workers": (workers, 0), "limit": (limit, 1)})
         if not 0 <= shortest < (float("inf") if longest is None else longest):
             raise ValueError(f"shortest must be >= 0 and < longest, got {shortest} and {longest}")
         if not speeds:

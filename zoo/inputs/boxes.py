@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zoo.inputs.images import PixelPreprocess
@@ -63,3 +64,16 @@ class BoxPreprocess(PixelPreprocess):
         """The prepared image, with its original size."""
         image = self.read(raw)
         yield Prepared(self.normalized([self.cut(image)])[0], (image.height, image.width))
+
+
+def on_canvas(images: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Images [channels, height, width], at least one, at the top left of a batch of zeros [B, channels, H, W], whose
+    sides are the least multiples that hold all; and its mask [B, H, W], True on their pixels, None if all are."""
+    sides = [-(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (1, 2)]
+    batch = images[0].new_zeros(len(images), images[0].shape[0], *sides)
+    mask = torch.zeros(len(images), *sides, dtype=torch.bool)
+    for row, image in enumerate(images):
+        _, height, width = image.shape
+        batch[row, :, :height, :width] = image
+        mask[row, :height, :width] = True
+    return batch, None if bool(mask.all()) else mask

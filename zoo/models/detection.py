@@ -101,5 +101,4 @@ def padded(images: Tensor, mask: Tensor | None, channels: int, stride: int) -> t
 
 def shares(mask: Tensor) -> Tensor:
     """How much of the width and of the height of each mask [B, H, W] is real: [B, 2] in 0..1."""
-    real = torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], -1)
-    return real / torch.tensor([mask.shape[2], mask.shape[1]], device=mask.device)
+    return torch.stack([mask.any(1).float().mean(1), mask.any(2).float().mean(1)], -1)

@@ -21,6 +21,7 @@ from zoo.spec import check, parse
 from zoo.tensors import exporting, linear, to_map
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
+INVALID = 1e4  # logits of the anchor of a token that no query should start from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class RTDETR(Model[RTDETRConfig]):
     tokens than queries has logits of -30 and boxes of 0 in the places of the missing ones.
     """
 
-    replaceable = ("score", "scores", "noise")
+    replaceable = ("score", "noise")  # of `score` and `scores`
 
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
@@ -222,12 +223,9 @@ class RTDETR(Model[RTDETRConfig]):
         memory, anchors = self.encode(images, mask)
         scores, tokens = self.rank(memory, anchors)
         index, real = self.best(scores, memory.mask)
-        proposals = None
-        if self.training:
-            chosen = gathered(tokens, index)
-            boxes = (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
-            proposals = Predicted(gathered(scores, index), boxes)
         x, boxes = self.start(tokens, anchors, index)
+        proposals = hidden(Predicted(gathered(scores, index), boxes), real) if self.training else None
+        x, boxes = x.detach(), boxes.detach()
         if noised is None:
             return Trained(self.decode(x, boxes, memory, real), proposals, None)
         assert self.noise is not None
@@ -285,11 +283,9 @@ class RTDETR(Model[RTDETRConfig]):
         return top.indices.clamp(max=scores.shape[1] - 1), top.values > -torch.inf
 
     def start(self, tokens: Tensor, anchors: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The first queries [B, Q, D] and their boxes [B, Q, 4] from the tokens at `index`, without a gradient."""
+        """The first queries [B, Q, D] and their boxes [B, Q, 4] from the tokens at `index`."""
         chosen = gathered(tokens, index)
-        with torch.no_grad():
-            boxes = (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
-        return chosen.detach(), boxes
+        return chosen, (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
 
     def decode(
         self, x: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None = None, visible: Groups | None = None
@@ -312,14 +308,15 @@ class RTDETR(Model[RTDETRConfig]):
             boxes = (wide(self.boxes[number](x)) + logit(boxes)).sigmoid()
             if self.training or number + 1 == len(self.decoder):
                 found.append(Predicted(self.scores[number](x), boxes))
-        logits, places = (torch.stack(each) for each in zip(*found, strict=True))
-        if mask is not None:
-            logits = logits.masked_fill(~mask[..., None], OUTSIDE)
-            places = places.masked_fill(~mask[..., None], 0.0)
-        return Predicted(logits, places)
+        return hidden(Predicted(*(torch.stack(each) for each in zip(*found, strict=True))), mask)
 
 
-INVALID = 1e4
+def hidden(predicted: Predicted, mask: Tensor | None) -> Predicted:
+    """The predictions with logits of OUTSIDE and boxes of 0 where the mask [B, Q] is False."""
+    if mask is None:
+        return predicted
+    absent = ~mask[..., None]
+    return Predicted(predicted.logits.masked_fill(absent, OUTSIDE), predicted.boxes.masked_fill(absent, 0.0))
 
 
 def anchors_of(grids: tuple[tuple[int, ...], ...], extent: Tensor | None, device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ def translated(message: str) -> str:
 
 
 def check_path(path: Path) -> None:
-    """ValueError if there is no state at a path, with the option that was probably meant."""
+    """ValueError if a path is not the state of a run; the message names the option that fits what is there."""
     folder = path.parent.parent if path.parts[-2:] == Path(STATE).parts else path.parent
     if (folder / "model.safetensors").exists():
         run = f"; to resume its run: --ckpt_path={folder.parent}" if (folder.parent / STATE).exists() else ""

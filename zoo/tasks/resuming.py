@@ -53,7 +53,7 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
     Only moments and counts come from a state, so that changed options of a resumed run have an effect.
 
     Raises:
-        ValueError: model.layer_decay was changed.
+        ValueError: the groups of parameters are others, as after a change of model.layer_decay.
         TypeError: a part has another form than that of the run.
     """
     states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
@@ -62,7 +62,10 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
     for state, optimizer in zip(states, trainer.optimizers, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in groups]:
-            raise ValueError("--ckpt_path: model.layer_decay cannot change in a resumed run; set it as it was")
+            raise ValueError(
+                "--ckpt_path: model.layer_decay, and which parameters are trained, cannot change in a resumed run; "
+                "set them as they were"
+            )
         state["param_groups"] = groups
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, moments in state["state"].items():

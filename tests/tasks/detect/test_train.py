@@ -130,8 +130,7 @@ def test_the_trunk_learns_at_its_own_rate():
     for group in groups:
         inside = {id(each) in trunk for each in group["params"]}
         assert inside == {group["lr_scale"] == 0.25} and group["lr_scale"] in (0.25, 1.0)
-        decays = {each.ndim > 1 for each in group["params"] if each.ndim < 2 or group["weight_decay"]}
-        assert decays in ({group["weight_decay"] == 0.1}, set())
+        assert {each.ndim > 1 for each in group["params"]} == {group["weight_decay"] == 0.1}
 
 
 def test_the_rate_is_flat_and_then_half_a_cosine():
@@ -161,10 +160,11 @@ def test_precision_does_not_depend_on_the_batch():
     for other in results[1:]:
         assert other.shape == results[0].shape
         assert (other[:, 2] - results[0][:, 2]).abs().max() < 1e-4
+        near = torch.cdist(other[:, 3:], results[0][:, 3:]) + 1e6 * (other[:, None, 0] != results[0][:, 0])
+        assert near.min(1).values.max() < 0.05  # in pixels; near ties may change places
 
 
-def test_no_detection_is_an_average_precision_of_zero_and_no_objects_are_reported(tmp_path: Path):
-    """A set without objects ends in one line."""
+def test_a_validation_set_without_objects_ends_in_one_line(tmp_path: Path):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "images" / split / "a.png")

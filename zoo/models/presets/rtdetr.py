@@ -1,4 +1,7 @@
-"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks."""
+"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks.
+
+The published R101 has an encoder of 384 channels, which differs from its decoder's; here both have 256.
+"""
 
 from dataclasses import replace
 

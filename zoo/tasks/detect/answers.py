@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from zoo.inputs.boxes import on_canvas
 from zoo.outputs.boxes import Found, best
 from zoo.outputs.label_map import LabelMap
 from zoo.tasks.predicting import CARD, GREY, INK, fail, say, short
@@ -51,16 +52,10 @@ class Detector:
     @torch.inference_mode()
     def _found(self, parts: list[Any]) -> Found:
         device = next(self.model.parameters()).device
-        images = [part.image for part in parts]
-        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-        batch = torch.zeros(len(images), images[0].shape[0], height, width)
-        mask = torch.zeros(len(images), height, width, dtype=torch.bool)
-        for index, image in enumerate(images):
-            batch[index, :, : image.shape[1], : image.shape[2]] = image
-            mask[index, : image.shape[1], : image.shape[2]] = True
+        batch, mask = on_canvas([part.image for part in parts])
         sizes = torch.tensor([part.size for part in parts])
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            output = self.model(batch.to(device), None if bool(mask.all()) else mask.to(device))
+            output = self.model(batch.to(device), None if mask is None else mask.to(device))
         logits, boxes = output["logits"].float().cpu(), output["boxes"].float().cpu()
         return best(logits, boxes, sizes, len(self.labels), self.top)
 
