@@ -15,7 +15,7 @@ import zoo
 from training import BACKBONE, PLAIN_FLAGS, difference, fit, refused, state
 from zoo.tasks import run as running
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.run import Run, States
+from zoo.tasks.run import PATIENCE, Run, States
 from zoo.weights import load_checkpoint
 
 SHORT = [*PLAIN_FLAGS, "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
@@ -50,8 +50,10 @@ def test_the_lock_goes_with_its_process(tmp_path: Path):
             os._exit(1)
     try:
         assert os.read(reading, 6) == b"locked"
+        begin = time.monotonic()
         with pytest.raises(ValueError, match="another run is training"):
             run.open(resumed=False)
+        assert time.monotonic() - begin < PATIENCE / 2  # while the other lives there is nothing to wait for
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

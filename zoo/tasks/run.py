@@ -52,13 +52,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; choose another --trainer.default_root_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock")
-        try:
-            self._lock.acquire(timeout=PATIENCE, poll_interval=0.2)
-        except Timeout:
-            raise ValueError(
-                f"another run is training in {self.folder}; choose another --trainer.default_root_dir"
-            ) from None
+        self._acquire()
         kept = [name for name in (STATE, "last", "best") if (self.folder / name).exists()]
         if kept and not resumed and (STATE in kept or not self.begun.exists()):
             way = f"resume it with --ckpt_path={self.state}" if STATE in kept else "delete it"
@@ -67,10 +61,39 @@ class Run:
             self.begun.parent.mkdir(exist_ok=True)
             self.begun.touch()
 
+    def _acquire(self) -> None:
+        """Locks the folder. ValueError at once if the process that holds it lives, and after PATIENCE if that has died."""
+        self._lock, owner = FileLock(self.folder / ".lock"), self.folder / ".owner"
+        end = time.monotonic() + PATIENCE
+        while not self._lock.is_locked:
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                if lives(owner) or time.monotonic() > end:
+                    raise ValueError(
+                        f"another run is training in {self.folder}; choose another --trainer.default_root_dir"
+                    ) from None
+                time.sleep(0.2)
+        owner.write_text(str(os.getpid()))
+
     def close(self) -> None:
         """Releases the lock of the folder."""
         if self._lock is not None:
             self._lock.release()
+
+
+def lives(owner: Path) -> bool:
+    """Whether the process lives whose number is in a file; False if that cannot be known."""
+    try:
+        number = int(owner.read_text())
+        if os.name != "posix" or number <= 0:
+            return False
+        os.kill(number, 0)  # only asks
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 class States(CheckpointIO):
