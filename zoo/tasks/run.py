@@ -62,7 +62,7 @@ class Run:
             self.begun.touch()
 
     def _acquire(self) -> None:
-        """Locks the folder. ValueError at once if the process that holds it lives, and after PATIENCE if that has died."""
+        """Locks the folder. ValueError at once if its holder lives, after PATIENCE if the holder has died."""
         self._lock, owner = FileLock(self.folder / ".lock"), self.folder / ".owner"
         end = time.monotonic() + PATIENCE
         while not self._lock.is_locked:
