@@ -2,22 +2,33 @@
 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
-from zoo.choices import BlockConfig
-from zoo.config import Choice, ModelConfig, Size
+from zoo.config import Choice
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.detection import MLP, Noised, Predicted, Trained, class_head, gathered, logit, padded, shares, wide
+from zoo.models.detection import (
+    MLP,
+    DetectorConfig,
+    Noised,
+    Predicted,
+    Trained,
+    class_head,
+    gathered,
+    logit,
+    padded,
+    shares,
+    wide,
+)
 from zoo.models.neck import ConvNorm, Level, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
-from zoo.spec import check, parse
+from zoo.spec import parse
 from zoo.tensors import exporting, linear, to_map
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
@@ -25,131 +36,43 @@ INVALID = 1e4  # logits of the anchor of a token that no query should start from
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTDETRConfig(ModelConfig):
-    """A real-time detector. The choices of blocks that every family shares are those of the encoder; `cross` and the
-    `decoder_` fields are those of the decoder.
+class RTDETRConfig(DetectorConfig):
+    """A real-time detector: fields of every detector, and those of the neck.
 
     Args:
-        trunk: image model with maps at the strides 8, 16 and 32: a preset of the zoo with any of its fields, or
-            timm:NAME.
-        dim: channels of tokens and queries.
-        depth: number of decoder blocks.
-        heads: attention heads of a block.
-        image: side of the images in pixels, for weights that depend on it; any other size works too.
-        channels: channels of the images.
-        classes: number of classes.
-        queries: number of queries.
+        trunk: image model with maps at the strides 8, 16 and 32.
         encoder_depth: number of encoder blocks, on the coarsest map.
         neck_depth: RepVGG blocks in each layer of the neck.
         neck_ratio: channels inside these layers, as a share of dim.
         neck_norm: norm behind every convolution of the neck.
         neck_channel: channel attention behind every layer of the neck.
-        decoder_mixer: self-attention of the queries.
-        decoder_ffn: feed-forward layer of the decoder.
-        decoder_norm: norm of the decoder.
         denoising: whether the model has an embedding of classes for denoising queries in training.
     """
 
-    task = "detect"
-    input = "boxes"
-    argument = "images"
-    labels = "categories"
-    provides = frozenset({"memory"})
-    shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
+    levels = len(STRIDES)
+    decoder_writes = DetectorConfig.decoder_writes | {"mask", "visible"}
 
-    trunk: str
-    dim: int = 256
-    depth: int = 6
-    heads: int = 8
-    image: int = 640
-    channels: int = 3
-    classes: int = 80
-    queries: int = 300
-    encoder_depth: int = 1
     neck_depth: int = 3
     neck_ratio: float = 1.0
     neck_norm: str = "batchnorm"
     neck_channel: str = "none"
-    decoder_mixer: str = "softmax"
-    decoder_ffn: str = "mlp(activation='relu')"
-    decoder_norm: str = "layernorm(eps=1e-05)"
     denoising: bool = True
-    cross: str = "deformable"
-    norm: Choice = "layernorm(eps=1e-05)"
-    placement: Choice = "post"
+    cross: Choice = "deformable"
     position: Choice = "sine(extent=False)"
 
     def check_sizes(self) -> None:
-        for name in ("image", "channels", "classes", "queries", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.encoder_depth, self.neck_depth) < 0:
-            raise ValueError("encoder_depth and neck_depth must be >= 0")
+        super().check_sizes()
+        if self.neck_depth < 0:
+            raise ValueError(f"neck_depth must be >= 0, got {self.neck_depth}")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
-        if not self.trunk.startswith("timm:"):
-            parse(self.trunk)
-        for name, table in (("neck_norm", NORMS), ("neck_channel", CHANNELS), ("decoder_norm", NORMS)):
-            try:
-                check(table, getattr(self, name))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        self.check_rows({"neck_norm": NORMS, "neck_channel": CHANNELS})
         if NORMS[parse(self.decoder_norm)[0]].batch_statistics:
             able = ", ".join(other for other, row in NORMS.items() if not row.batch_statistics)
             raise ValueError(
                 f"decoder_norm '{self.decoder_norm}' takes statistics over denoising queries, which inference does "
                 f"not have; choose another ({able})"
             )
-
-    @property
-    def words(self) -> list[str]:
-        return [*super().words, "cross"]
-
-    @property
-    def stages(self) -> tuple[Size, ...]:
-        return Size(self.dim, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
-
-    def grid(self, stage: int) -> tuple[int, ...]:
-        side = -(-self.image // STRIDES[-1])
-        return (side, side) if stage == 0 else (self.queries,)
-
-    def path(self, stage: int, index: int) -> str:
-        return f"{('encoder', 'decoder')[stage]}.{index}"
-
-    def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
-        if stage == 0:
-            return super().block(stage, index)
-        place = replace(self.place(stage, index), axes=1, levels=len(STRIDES))
-        try:
-            return BlockConfig(
-                dim=self.dim,
-                heads=self.heads,
-                place=place,
-                layout=("mixer", "cross", "ffn"),
-                mixer=self.decoder_mixer,
-                cross=self.cross,
-                ffn=self.decoder_ffn,
-                norm=self.decoder_norm,
-                placement="post",
-                dropout=self.dropout,
-                writes=frozenset({"mask", "visible", "memory", "code"}),
-            )
-        except ValueError as error:
-            raise ValueError(f"decoder: {error}") from None
-
-    @property
-    def labelled(self) -> int:
-        return self.classes
-
-    @property
-    def pipeline_tag(self) -> str:
-        return "object-detection"
-
-    def call(self, prepared: str) -> str:
-        return f"found = model({prepared})  # logits [B, queries, classes] and boxes [B, queries, 4]"
-
-    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"images": torch.randn((1, self.channels, 96, 64), generator=generator, device="cpu")}
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The scores of all tokens, and what the decoder makes of a fixed choice of tokens."""
@@ -177,7 +100,7 @@ class RTDETR(Model[RTDETRConfig]):
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
         dim, first = config.dim, config.block().place
-        self.trunk = Trunk(config.trunk, config.channels, config.image)
+        self.trunk = Trunk(config.trunk, config.channels, config.image, frozen=config.trunk_norm == "frozen")
         self.inputs = nn.ModuleList(
             ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
         )
