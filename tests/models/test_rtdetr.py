@@ -14,7 +14,7 @@ from transformers.models.rt_detr_v2 import modeling_rt_detr_v2 as theirs_of
 
 import zoo
 from helpers import prepared, randomise, rectangle, relative
-from rtdetr_names import names_of
+from zoo.convert.detection import RTDETR_NAMES, names_of
 from zoo.layer import Context, Groups
 from zoo.mixers.deformable import DCNv4
 from zoo.models import PRESETS
@@ -92,7 +92,7 @@ def pair() -> tuple[Any, RTDETR]:
     )
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
         if not name.startswith("trunk") and name != "position.anchor":
-            value = torch.cat([weights[each] for each in names_of(name)])
+            value = torch.cat([weights[each] for each in names_of(name, RTDETR_NAMES)])
             slot.data = value.clone().reshape(slot.shape)
     return theirs, ours.double().eval()
 

@@ -53,6 +53,7 @@ class DetectorConfig(ModelConfig):
     provides = frozenset({"memory"})
     shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
     losses: ClassVar[tuple[str, ...]] = ("vfl", "mal", "focal", "ia_bce")  # of classes; the first is the usual one
+    proposals: ClassVar[bool] = False  # whether queries start from tokens that are trained to propose objects
     levels: ClassVar[int] = 1  # maps that the decoder reads
     stride: ClassVar[int] = 32  # of the map that the encoder reads
     decoder_writes: ClassVar[frozenset[str]] = frozenset({"memory", "code"})

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.config import Choice
+from zoo.config import Choice, names_of
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import MLP, DetectorConfig, Noised, Predicted, Trained, padded, wide, xavier
 from zoo.models.trunk import Trunk
 from zoo.norms import NORMS
-from zoo.spec import make
+from zoo.spec import make, parse
 from zoo.stems.images import checked
 from zoo.tensors import to_map
 from zoo.text import unknown
@@ -47,6 +47,8 @@ class DETRConfig(DetectorConfig):
         super().check_sizes()
         if self.padding not in PADDINGS:
             raise ValueError(f"padding: {unknown('name', self.padding, PADDINGS)}")
+        if "deformable" in [parse(spec)[0] for spec in names_of(self.cross)]:
+            raise ValueError("cross: deformable samples around boxes, which the queries of a detr do not have")
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return model(**inputs)
@@ -119,13 +121,14 @@ class DETR(Model[DETRConfig]):
 
     def decode(self, memory: Memory) -> Predicted:
         """The predictions after each decoder block, [layers, B, Q, ...]; in eval mode only the last ones."""
-        batch, codes = len(memory.tokens), self.query.weight[None]
-        context = Context(grid=(codes.shape[1],), code=codes.to(memory.tokens.dtype), memory=memory)
-        x = torch.zeros_like(codes, dtype=memory.tokens.dtype).expand(batch, -1, -1)
+        number = self.config.queries
+        code = self.query(torch.arange(number, device=memory.tokens.device))[None].to(memory.tokens.dtype)
+        context = Context(grid=(number,), code=code, memory=memory)
+        x = torch.zeros_like(code).expand(memory.tokens.shape[0], -1, -1)
         found = []
-        for number, block in enumerate(self.decoder):
+        for index, block in enumerate(self.decoder):
             x = self.run((block,), x, context)
-            if self.training or number + 1 == len(self.decoder):
+            if self.training or index + 1 == len(self.decoder):
                 found.append(self.norm(x, context))
         x = torch.stack(found)
         return Predicted(self.score(x), wide(self.box(x)).sigmoid())

@@ -49,6 +49,7 @@ class RTDETRConfig(DetectorConfig):
         denoising: whether the model has an embedding of classes for denoising queries in training.
     """
 
+    proposals = True
     levels = len(STRIDES)
     decoder_writes = DetectorConfig.decoder_writes | {"mask", "visible"}
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ _RTDETR = (
     *_SHARED,
 )
 _DROPPED = (".num_points_scale", "decoder.anchors", "decoder.valid_mask")
-_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101}
+_DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101}
 
 
 def _short(stage: str, block: str, pooled: bool) -> str:
@@ -113,7 +114,7 @@ def from_detr(
         if max(labels.ids) >= count:
             raise ValueError(f"{where} has {count} classes, so ids of labels must be below that, got {max(labels.ids)}")
         rows = [*labels.ids, *([count] if classic else [])]
-        config = type(config)(**(vars(config) | {"classes": len(labels)}))
+        config = replace(config, classes=len(labels))
     return ConvertedDetector(build(config, tensors, where, trunk, rows, count + classic), None, labels)
 
 

@@ -13,7 +13,7 @@ from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.models.base import Model
 from zoo.outputs.boxes import best
 from zoo.tasks.detect.denoise import denoising_queries
-from zoo.tasks.detect.losses import CLASS_LOSSES, detection_loss
+from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
 from zoo.tasks.task import Task
 from zoo.text import plain, unknown
@@ -56,7 +56,7 @@ class Detect(Task):
         trunk_weights: an image classifier whose weights the trunk starts from: a checkpoint of the zoo, or
             for a trunk of timm, `pretrained` or a file.
         trunk_rate: learning rate of the trunk, as a share of `rate`.
-        loss: classification loss: vfl, mal, focal or ia_bce.
+        loss: classification loss: vfl, mal, focal or ia_bce; softmax for a detr. Omit it for vfl or softmax.
         assigner: hungarian, or iou for one object to several queries.
         denoising: number of denoising queries of an image, about; 0 for none.
         label_noise: share of their labels that are noised; half of these are replaced.
@@ -76,7 +76,7 @@ class Detect(Task):
         backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
         trunk_weights: str | None = None,
         trunk_rate: float = 0.1,
-        loss: str = "vfl",
+        loss: str | None = None,
         assigner: str = "hungarian",
         denoising: int = 100,
         label_noise: float = 0.5,
@@ -84,18 +84,27 @@ class Detect(Task):
         flat: float = 0.5,
         **options: Any,
     ) -> None:
-        for name, value, table in (("loss", loss, CLASS_LOSSES), ("assigner", assigner, ASSIGNERS)):
-            if value not in table:
-                raise ValueError(f"model.{name}: {unknown('name', value, table)}")
+        if assigner not in ASSIGNERS:
+            raise ValueError(f"model.assigner: {unknown('name', assigner, ASSIGNERS)}")
         if not 0.0 <= trunk_rate <= 1.0 or not 0.0 <= flat <= 1.0:
             raise ValueError(f"model.trunk_rate and model.flat must be from 0 to 1, got {trunk_rate} and {flat}")
         if denoising < 0 or not 0.0 <= label_noise <= 2.0 or box_noise < 0.0:
             raise ValueError("model.denoising and box_noise must be >= 0, label_noise from 0 to 2")
         self.trunk_weights, self.trunk_rate, self.flat = trunk_weights, trunk_rate, flat
-        self.loss, self.assigner = loss, assigner
+        self.assigner = assigner
         self.denoising, self.noise = denoising, (label_noise, box_noise)
         super().__init__(backbone, **options)
+        self.loss = self._loss(loss)
         self.found, self.mean_loss = Detections(), MeanMetric()
+
+    def _loss(self, loss: str | None) -> str:
+        """The classification loss; ValueError if it, or the assigner, does not fit the kind of detector."""
+        config: Any = self.config
+        if loss is not None and loss not in config.losses:
+            raise ValueError(f"model.loss: {unknown('loss', loss, config.losses)}")
+        if self.assigner == "iou" and not config.proposals:
+            raise ValueError("model.assigner: iou needs a detector with proposals, such as rtdetr; use hungarian")
+        return loss or config.losses[0]
 
     def built(self, backbone: dict[str, Any]) -> Model:
         model = super().built(backbone)
@@ -137,7 +146,7 @@ class Detect(Task):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch; with denoising queries in training."""
         noised = None
-        if self.denoising and self.training:
+        if self.denoising and self.training and getattr(self.model, "noise", None) is not None:
             noised = denoising_queries(batch.truth, self.config.labelled, self.denoising, *self.noise)
         predicted = self.model.predict(batch.images, batch.mask, noised)  # pyright: ignore
         return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
