@@ -334,6 +334,7 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_too(trunk):
 
 TURNED = [{"mixer": "sla"}, {"channel": "eca"}, {"norm": "prepbn"}, {"cross": "deformable(weights='raw')"}]
 TURNED += [{"neck_channel": "eca"}, {"neck_norm": "prepbn"}, {"cross": "softmax"}, {"position": "none"}]
+TURNED += [{"cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}]
 TURNED += [{"encoder_depth": 2, "mixer": ("sla", "softmax")}]
 TURNED += [{"encoder_depth": 0}, {"neck_depth": 0}, {"denoising": False}, {"position": "sine"}]
 
