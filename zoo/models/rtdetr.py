@@ -33,6 +33,7 @@ class RTDETRConfig(ModelConfig):
         trunk: image model with maps at the strides 8, 16 and 32: a preset of the zoo with any of its fields, or
             timm:NAME.
         dim: channels of tokens and queries.
+        encoder_dim: channels of the encoder and the neck, where they differ from dim; 0 for dim.
         depth: number of decoder blocks.
         heads: attention heads of a block.
         image: side of the images in pixels, for weights that depend on it; any other size works too.
@@ -41,7 +42,7 @@ class RTDETRConfig(ModelConfig):
         queries: number of queries.
         encoder_depth: number of encoder blocks, on the coarsest map.
         neck_depth: RepVGG blocks in each layer of the neck.
-        neck_ratio: channels inside these layers, as a share of dim.
+        neck_ratio: channels inside these layers, as a share of those of the encoder.
         neck_norm: norm behind every convolution of the neck.
         neck_channel: channel attention behind every layer of the neck.
         decoder_mixer: self-attention of the queries.
@@ -59,6 +60,7 @@ class RTDETRConfig(ModelConfig):
 
     trunk: str
     dim: int = 256
+    encoder_dim: int = 0
     depth: int = 6
     heads: int = 8
     image: int = 640
@@ -83,8 +85,9 @@ class RTDETRConfig(ModelConfig):
         for name in ("image", "channels", "classes", "queries", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.encoder_depth, self.neck_depth) < 0:
-            raise ValueError("encoder_depth and neck_depth must be >= 0")
+        for name in ("encoder_dim", "encoder_depth", "neck_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
         if not self.trunk.startswith("timm:"):
@@ -107,7 +110,8 @@ class RTDETRConfig(ModelConfig):
 
     @property
     def stages(self) -> tuple[Size, ...]:
-        return Size(self.dim, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
+        inside = self.encoder_dim or self.dim
+        return Size(inside, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
 
     def grid(self, stage: int) -> tuple[int, ...]:
         side = -(-self.image // STRIDES[-1])
@@ -176,18 +180,18 @@ class RTDETR(Model[RTDETRConfig]):
 
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
-        dim, first = config.dim, config.block().place
+        dim, inside, first = config.dim, config.stages[0].dim, config.block().place
         self.trunk = Trunk(config.trunk, config.channels, config.image)
         self.inputs = nn.ModuleList(
-            ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
+            ConvNorm(width, inside, config.neck_norm, place=first) for width in self.trunk.channels
         )
         self.position = make_position(config)
         rates = drop_rates(config.drop_path, config.encoder_depth)
         self.encoder = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
-        hidden = max(1, round(dim * config.neck_ratio))
+        hidden = max(1, round(inside * config.neck_ratio))
         neck = (hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
-        self.neck = Neck(dim, len(STRIDES), *neck, place=first)
-        self.levels = nn.ModuleList(ConvNorm(dim, dim, config.neck_norm, place=first) for _ in STRIDES)
+        self.neck = Neck(inside, len(STRIDES), *neck, place=first)
+        self.levels = nn.ModuleList(ConvNorm(inside, dim, config.neck_norm, place=first) for _ in STRIDES)
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
         self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
@@ -203,10 +207,10 @@ class RTDETR(Model[RTDETRConfig]):
 
     @property
     def channels(self) -> list[int]:
-        return [self.config.dim] * len(STRIDES)
+        return [self.config.stages[0].dim] * len(STRIDES)
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        """The maps behind the neck [B, dim, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
+        """The maps behind the neck [B, channels, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
         those of the padded images, divided by `strides`."""
         wanted = chosen_layers(layers, len(STRIDES), "level")
         levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, STRIDES[-1])))

@@ -1,7 +1,4 @@
-"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks.
-
-The published R101 has an encoder of 384 channels, which differs from its decoder's; here both have 256.
-"""
+"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks."""
 
 from dataclasses import replace
 
@@ -16,7 +13,7 @@ PRESETS: dict[str, RTDETRConfig] = {
     "rtdetr_r18": replace(_SMALL, trunk="timm:resnet18d"),
     "rtdetr_r34": replace(_SMALL, trunk="timm:resnet34d", depth=4),
     "rtdetr_r50": _R50,
-    "rtdetr_r101": replace(_R50, trunk="timm:resnet101d"),
+    "rtdetr_r101": replace(_R50, trunk="timm:resnet101d", encoder_dim=384, ffn=f"mlp(ratio={16 / 3})"),
     "rtdetr_vit_tiny": replace(_SMALL, trunk="vit_tiny"),
     "rtdetr_vit_small": replace(_SMALL, trunk="vit_small"),
     "rtdetr_pool_s12": replace(_SMALL, trunk="poolformer_s12"),
