@@ -1,13 +1,14 @@
 """Image models as trunks of detectors: maps at the strides 8, 16 and 32, without norm and head behind them."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,37 +129,43 @@ class Convolutional(nn.Module):
         self.strides, self.channels = list(info.reduction()), list(info.channels())
         self.outside: dict[int, Tensor] | None = None
         try:
-            strides = self._trial(channels)
+            scales = self._trial(channels)
         except (ValueError, RuntimeError, AssertionError, IndexError):
             raise ValueError(
                 f"trunk 'timm:{name}' does not keep padding away from the image, as attention, squeeze-excite, norms"
                 " over whole maps and pools beyond the edge do not; choose a plain convolutional one, such as resnet18d"
             ) from None
-        for module, stride in strides.items():
-            module.register_forward_pre_hook(partial(self._zero, stride))
+        for module, scale in scales.items():
+            module.register_forward_pre_hook(partial(self._zero, *scale))
 
     @torch.no_grad()
-    def _trial(self, channels: int) -> dict[nn.Module, int]:
-        """The stride of the map that each convolution or pool reads. ValueError if anything else reads more than one
-        place of a map: NaN outside an image, put back behind each of them, would get into it."""
-        sides, real, strides = (64, 96), (20, 30), {}
+    def _trial(self, channels: int) -> dict[nn.Module, tuple[int, int]]:
+        """The stride of the map that each convolution or pool reads, and how many rows and columns of zeros the model
+        itself has put behind that map. ValueError if anything else reads more than one place of a map: NaN outside an
+        image, put back behind each of them, would get into it."""
+        sides, real, scales = (64, 96), (20, 30), {}
+
+        def scale_of(x: Tensor) -> tuple[int, int]:
+            for stride, behind in itertools.product((1, 2, 4, 8, 16, 32), (0, 1)):
+                if tuple(x.shape[2:]) == tuple(side // stride + behind for side in sides):
+                    return stride, behind
+            raise ValueError("the sides of a map are not those of the image divided by a stride")
 
         def masked(x: Tensor, value: float) -> Tensor:
-            stride = sides[0] // max(1, x.shape[2])
-            if x.ndim != 4 or (x.shape[2] * stride, x.shape[3] * stride) != sides:
-                raise ValueError("the sides of a map are not those of the image divided by a stride")
-            x = x.clone()
+            stride, x = scale_of(x)[0], x.clone()
             x[:, :, -(-real[0] // stride) :] = value
             x[:, :, :, -(-real[1] // stride) :] = value
             return x
 
         def before(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            stride = sides[0] // max(1, inputs[0].shape[2])
-            if strides.setdefault(module, stride) != stride:
+            scale = scale_of(inputs[0])
+            if scales.setdefault(module, scale) != scale:
                 raise ValueError("a module reads maps of several strides")
             return (masked(inputs[0], 0.0),)
 
         def behind(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            if not isinstance(module, nn.Conv2d) and _reach(module, inputs[0], output) > 0:
+                raise ValueError("a pool differs at the edge of a map and in front of zeros")
             return masked(output, math.nan)
 
         hooks = []
@@ -166,8 +173,6 @@ class Convolutional(nn.Module):
             kernel = getattr(module, "kernel_size", 1)
             if not isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) or kernel in (1, (1, 1)):
                 continue
-            if not isinstance(module, nn.Conv2d) and _reach(module) > 0:
-                raise ValueError("a pool differs at the edge of a map and in front of zeros")
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
         was, some = self.net.training, next(self.net.parameters())
         maps = self.net.eval()(masked(some.new_ones(1, channels, *sides), math.nan))
@@ -179,7 +184,7 @@ class Convolutional(nn.Module):
                 raise ValueError("a map has another shape than timm states")
             if not each.is_meta and not masked(each, 0.0).isfinite().all():
                 raise ValueError("the image sees what is outside of it")
-        return strides
+        return scales
 
     def fold(self) -> list[Fold]:
         """Folds batch norms into convolutions, where timm's code is known to put the one right behind the other."""
@@ -193,13 +198,16 @@ class Convolutional(nn.Module):
 
     def _pairs(self) -> Iterator[tuple[str, Any, nn.Conv2d]]:
         """Batch norms, and the convolutions that only they read."""
+        from timm.models.hgnet import ConvBNAct
         from timm.models.resnet import BasicBlock, Bottleneck
 
         resnet = any(isinstance(module, BasicBlock | Bottleneck) for module in self.net.modules())
         for path, parent in self.net.named_modules():
             parts = list(parent.named_children())
             if isinstance(parent, nn.Sequential):
-                pairs = list(pairwise(parts))
+                pairs = list(itertools.pairwise(parts))
+            elif isinstance(parent, ConvBNAct):
+                pairs = [(("conv", parent.conv), ("bn", parent.bn))]
             elif isinstance(parent, BasicBlock | Bottleneck) or (parent is self.net and resnet):
                 found = dict(parts)
                 pairs = [((f"conv{n}", found.get(f"conv{n}")), (f"bn{n}", found.get(f"bn{n}"))) for n in (1, 2, 3)]
@@ -244,13 +252,16 @@ class Convolutional(nn.Module):
             for norm, (momentum, number) in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, number
 
-    def _zero(self, stride: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        return None if self.outside is None else (inputs[0].masked_fill(self.outside[stride], 0.0),)
+    def _zero(self, stride: int, behind: int, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.outside is None:
+            return None
+        outside = F.pad(self.outside[stride], (0, behind, 0, behind), value=True) if behind else self.outside[stride]
+        return (inputs[0].masked_fill(outside, 0.0),)
 
 
-def _reach(pool: Any) -> int:
-    """How many places beyond the right edge of a map a pool reads, which are not zeros to it."""
+def _reach(pool: Any, x: Tensor, y: Tensor) -> int:
+    """How many places beyond the right edge of its map x a pool reads for y, which are not zeros to it."""
     size, step, margin = (
         max(each) if isinstance(each, tuple) else each for each in (pool.kernel_size, pool.stride, pool.padding)
     )
-    return size - step - margin
+    return (y.shape[3] - 1) * step + size - margin - x.shape[3]
