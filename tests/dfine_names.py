@@ -6,6 +6,7 @@ from rtdetr_names import names_of as names_of_rtdetr
 
 # Ours and theirs where they differ from those of RT-DETRv2, in the order in which they are tried.
 _NAMES = (
+    (r"trunk\.model\.net\.(.*)", lambda rest: f"model.backbone.model.{_trunk(rest)}"),
     (r"neck\.points\.(\d)\.(conv|norm)", lambda n, part: f"model.encoder.downsample_convs.{n}.conv1.{part}"),
     (r"neck\.reductions\.(\d)\.conv", lambda n: f"model.encoder.downsample_convs.{n}.conv2.conv"),
     (r"neck\.reductions\.(\d)\.after", lambda n: f"model.encoder.downsample_convs.{n}.conv2.norm"),
@@ -32,6 +33,12 @@ _WAY = {"down": "fpn", "up": "pan"}
 _ELAN = {"first": "conv1", "convs.0": "conv2", "convs.1": "conv3", "out": "conv4"}
 _CSP = {"first": "conv1", "second": "conv2", "out": "conv3", "wide": "conv1", "narrow": "conv2"}
 _MLP = {"expand": "layers.0", "out": "layers.1"}
+
+
+def _trunk(rest: str) -> str:
+    """timm's HGNetV2."""
+    rest = re.sub(r"^stem", "embedder", re.sub(r"^stages_(\d)", r"encoder.stages.\1", rest))
+    return re.sub(r"\bconv$", "convolution", re.sub(r"\bbn$", "normalization", rest))
 
 
 def _csp(rest: str) -> str:

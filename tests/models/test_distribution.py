@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DFineConfig, DFineForObjectDetection, RTDetrResNetConfig
+from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config, RTDetrResNetConfig
 from transformers.models.d_fine import modeling_d_fine as theirs_of
 
 import zoo
@@ -64,32 +64,48 @@ def pair(inside: int, scale: float) -> tuple[Any, RTDETR]:
     backbone = RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
     rest = {"encoder_hidden_dim": inside, "decoder_in_channels": [inside] * 3, "reg_scale": scale}
     config: Any = DFineConfig(**THEIRS | rest, backbone_config=backbone, attn_implementation="eager")
-    theirs = DFineForObjectDetection(config)
-    theirs.model.decoder.class_embed, theirs.model.decoder.bbox_embed = theirs.class_embed, theirs.bbox_embed
-    kept = [theirs.model.decoder.reg_scale.clone(), theirs.model.decoder.up.clone()]
-    theirs: Any = prepared(randomise(theirs))
-    theirs.model.decoder.query_pos_head.layers[-1].bias.data *= 30  # beyond what they clamp it to
-    theirs.model.decoder.reg_scale.data, theirs.model.decoder.up.data = (each.double() for each in kept)
-    for module in theirs.modules():
-        if hasattr(module, "num_points_scale"):
-            module.num_points_scale = module.num_points_scale.reciprocal().round().reciprocal()  # theirs are of fp32
-    weights = theirs.state_dict()
-    weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
+    theirs = published(config)
     given = {"ffn": f"mlp(ratio={64 / inside})", "decoder_ffn": "mlp(ratio=2.0, activation='relu')", "neck_depth": 2}
     ours = build(**given, depth=3, encoder_dim=inside, box=f"distribution(scale={scale})")
     ours.trunk = Theirs(theirs.model.backbone.model)  # pyright: ignore[reportAttributeAccessIssue]
     ours.inputs = nn.ModuleList(
         type(each)(width, inside, "batchnorm") for each, width in zip(ours.inputs, (16, 24, 32), strict=True)
     )
+    left = copy_weights(theirs, ours, ["trunk"])
+    assert all(name.startswith("model.backbone.") for name in left)
+    return theirs, ours.double().eval()
+
+
+def published(config: Any) -> Any:
+    """transformers' model in fp64 with random weights that make all of it count."""
+    theirs: Any = DFineForObjectDetection(config)
+    theirs.model.decoder.class_embed, theirs.model.decoder.bbox_embed = theirs.class_embed, theirs.bbox_embed
+    kept = [theirs.model.decoder.reg_scale.clone(), theirs.model.decoder.up.clone()]
+    for parameter in theirs.parameters():
+        if parameter.ndim == 4:
+            parameter.data *= 1.5 * parameter[0].numel() ** -0.5 / parameter.std()
+    theirs = prepared(randomise(theirs))
+    theirs.model.decoder.query_pos_head.layers[-1].bias.data *= 30  # beyond what they clamp it to
+    theirs.model.decoder.reg_scale.data, theirs.model.decoder.up.data = (each.double() for each in kept)
+    for module in theirs.modules():
+        if hasattr(module, "num_points_scale"):
+            module.num_points_scale = module.num_points_scale.reciprocal().round().reciprocal()  # theirs are of fp32
+    return theirs
+
+
+def copy_weights(theirs: Any, ours: RTDETR, without: list[str]) -> set[str]:
+    """Puts their weights into ours, but those whose names begin so; the names of theirs that are left."""
+    weights = theirs.state_dict()
+    weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
     used = {"model.decoder.reg_scale", "model.decoder.up"}
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
-        if not name.startswith("trunk") and name != "position.anchor":
+        if not name.startswith((*without, "position.anchor")):
             used |= {*names_of(name)}
-            value = torch.cat([weights[each] for each in names_of(name)])
+            value = torch.cat([weights[each] for each in names_of(name)]) if slot.ndim else weights[names_of(name)[0]]
             slot.data = value.clone().reshape(slot.shape)
-    left = {name for name in set(weights) - used if not name.endswith(("num_batches_tracked", "num_points_scale"))}
-    assert all(name.startswith(("model.backbone.", "model.decoder.class_", "model.decoder.bbox_")) for name in left)
-    return theirs, ours.double().eval()
+    again = ("model.decoder.class_embed", "model.decoder.bbox_embed")
+    left = {name for name in set(weights) - used if not name.startswith(again)}
+    return {name for name in left if not name.endswith(("num_batches_tracked", "num_points_scale"))}
 
 
 @pytest.fixture(scope="module", params=[(32, 4.0), (48, 8.0)])
@@ -110,6 +126,41 @@ def test_an_image_gives_what_it_gives_in_transformers(models, size):
     index, _ = ours.best(scores, None)
     assert torch.equal(index, wanted.enc_outputs_class.amax(-1).topk(12).indices)
     found, wanted = ours(images), theirs(images)
+    assert (found["logits"] - wanted.logits).abs().max() < 1e-5
+    assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
+
+
+SMALL = {
+    "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 64, 256, 512],
+    "stage_mid_channels": [16, 32, 64, 128],
+    "stage_out_channels": [64, 256, 512, 1024],
+    "stage_num_blocks": [1, 1, 2, 1],
+    "stage_numb_of_layers": [3, 3, 3, 3],
+    "use_learnable_affine_block": True,
+    "hidden_sizes": [64, 256, 512, 1024],
+    "out_indices": [2, 3, 4],
+}
+
+
+@torch.no_grad()
+def test_the_whole_of_dfine_s_gives_what_it_gives_in_transformers():
+    """As it is published, on an image of any shape."""
+    torch.manual_seed(0)
+    rest = {"encoder_in_channels": [256, 512, 1024], "decoder_layers": 3, "decoder_n_points": [3, 6, 3]}
+    rest |= {"depth_mult": 0.34, "hidden_expansion": 0.5, "num_labels": 80, "tie_word_embeddings": False}
+    given: Any = {"freeze_backbone_batch_norms": False, "attn_implementation": "eager"}
+    theirs = published(DFineConfig(**rest, **given, backbone_config=HGNetV2Config(**SMALL)))
+    ours: Any = zoo.create_model("dfine_s").double().eval()
+    assert not copy_weights(theirs, ours, [])
+    images = torch.randn(1, 3, 192, 128, dtype=torch.float64)
+    memory, anchors = ours.encode(images)
+    index, _ = ours.best(ours.rank(memory, anchors)[0], None)
+    wanted = theirs.model(images)
+    places = wanted.enc_outputs_class.amax(-1).topk(300).indices
+    assert torch.equal(index, places)
+    found, wanted = ours(images), theirs(images)
+    assert wanted.pred_boxes[..., :2].std() > 0.1 and wanted.logits.std(1).mean() > 0.1
     assert (found["logits"] - wanted.logits).abs().max() < 1e-5
     assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
 
