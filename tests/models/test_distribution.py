@@ -15,7 +15,7 @@ from transformers.models.d_fine import modeling_d_fine as theirs_of
 
 import zoo
 from dfine_names import names_of
-from helpers import prepared, randomise, rectangle, relative
+from helpers import prepared, random_truth, randomise, rectangle, relative
 from models.test_rtdetr import FREE, TINY, TRUNKS, Theirs, apart, noise, rows, together
 from zoo.layer import Context
 from zoo.mixers.deformable import DCNv4
@@ -23,6 +23,8 @@ from zoo.models.detection import Noised, Trained
 from zoo.models.distribution import Boxes, Distribution, offsets_of
 from zoo.models.neck import ELAN, Neck
 from zoo.models.rtdetr import RTDETR, RTDETRConfig
+from zoo.tasks.detect.denoise import denoising_queries
+from zoo.tasks.detect.losses import detection_loss
 from zoo.tensors import to_map, to_tokens
 
 FINE = {"box": "distribution", "neck": "elan", "cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}
@@ -280,6 +282,15 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_too():
         assert one.grad is not None and one.grad.isfinite().all(), name
         assert one.grad.any() or name.endswith("bias"), name
         assert other.grad is not None and (other.grad - one.grad).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("counts", [[3, 1], [0, 0]])
+def test_the_loss_reaches_every_parameter_with_and_without_objects(counts):
+    model, truth = build().train(), random_truth(counts, 5)
+    noised = denoising_queries(truth, 5, number=12)
+    detection_loss(model.predict(torch.randn(2, 3, 64, 96), noised=noised), noised, truth)["total"].backward()
+    for name, each in model.named_parameters():
+        assert each.grad is not None and each.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize(
