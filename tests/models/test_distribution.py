@@ -284,6 +284,19 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_too():
         assert other.grad is not None and (other.grad - one.grad).abs().max() <= 1e-5 * largest, name
 
 
+def test_boxes_are_exact_under_autocast():
+    model: Any = build().train()
+    images = torch.randn(2, 3, 64, 96)
+    truth = random_truth([3, 1], 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.predict(images)
+        loss = detection_loss(found, None, truth)["total"]
+    assert found.refined is not None and found.refined.bins.dtype == found.layers.boxes.dtype == torch.float32
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    steps = zip(found.layers.boxes[1:], found.refined.bins, strict=True)
+    assert all(torch.equal(boxes, model.boxes.moved(found.refined.first, bins)) for boxes, bins in steps)
+
+
 @pytest.mark.parametrize("counts", [[3, 1], [0, 0]])
 def test_the_loss_reaches_every_parameter_with_and_without_objects(counts):
     model, truth = build().train(), random_truth(counts, 5)

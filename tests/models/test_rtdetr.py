@@ -523,7 +523,7 @@ FREE = {
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("trunk", [*TRUNKS[:3], "timm:resnet18d"], ids=named)
+@pytest.mark.parametrize("trunk", [*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0"], ids=named)
 @torch.no_grad()
 def test_a_program_takes_any_batch_and_size(trunk):
     model = build(trunk)
