@@ -16,7 +16,8 @@ from timm.models.davit import ChannelAttention, ConvPosEnc, WindowAttention
 from timm.models.metaformer import Pooling, SepConv
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
-from transformers import DeformableDetrConfig
+from transformers import DeformableDetrConfig, DFineConfig
+from transformers.models.d_fine.modeling_d_fine import DFineGate, DFineMultiscaleDeformableAttention
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
@@ -568,7 +569,7 @@ def test_multiscale_is_transformers():
     wanted = MultiScaleDeformableAttention()(
         value.unflatten(-1, (HEADS, -1)), *maps_of(MAPS), places.flip(-1), weights, im2col_step=64
     )
-    check(multiscale(value, MAPS, places, weights), wanted, (value, places, weights))
+    check(multiscale(value, MAPS, places.unbind(3), weights.unbind(3)), wanted, (value, places, weights))
 
 
 @pytest.mark.parametrize("boxes", [False, True])
@@ -608,6 +609,29 @@ def test_deformable_cross_attention_is_transformers(boxes, masked, points):
         level_start_index=begins,
     )
     check(ours(queries, context), wanted, (queries, memory, code, reference))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("points", [4, (3, 6, 3)])
+def test_gated_cross_attention_with_points_for_each_level_is_d_fine(points, masked):
+    """Their gate and its norm together, as the residual around our attention."""
+    number = list(points) if isinstance(points, tuple) else points
+    config = DFineConfig(d_model=DIM, decoder_attention_heads=HEADS, decoder_n_points=number)
+    theirs, gate = scattered(DFineMultiscaleDeformableAttention(config)), scattered(DFineGate(DIM))
+    theirs.num_points_scale = theirs.num_points_scale.reciprocal().round().reciprocal()  # theirs are of fp32
+    row = CROSSES["deformable"](DIM, HEADS, Place(levels=len(MAPS)), points=points, project=False, gated=True)
+    weights = renamed(theirs, sampling_offsets="offsets", attention_weights="scores")
+    weights = {name: value for name, value in weights.items() if name != "num_points_scale"}
+    ours = copied(row, weights | {f"gate.{name}": value for name, value in gate.gate.state_dict().items()})
+    reference = torch.rand(2, 6, 4, dtype=torch.float64).requires_grad_()
+    queries, memory, code = (torch.randn(2, size, DIM, dtype=torch.float64, requires_grad=True) for size in (6, 51, 6))
+    real = torch.rand(2, 51) < 0.7 if masked else None
+    sizes, listed, _ = maps_of(MAPS)
+    given = {"encoder_hidden_states": memory, "attention_mask": None if real is None else real[..., None]}
+    given |= {"reference_points": reference[:, :, None], "spatial_shapes": sizes, "spatial_shapes_list": listed}
+    wanted = gate(queries, theirs(queries + code, **given)[0])
+    context = Context(grid=(6,), code=code, memory=Memory(memory, mask=real, grids=MAPS, reference=reference))
+    check(gate.norm(queries + ours(queries, context)), wanted, (queries, memory, code, reference))
 
 
 # Positions

@@ -166,12 +166,28 @@ class Noised(NamedTuple):
     groups: int
 
 
+class Refined(NamedTuple):
+    """The distributions by which decoder layers refine boxes (D-FINE, Peng et al. 2024, arXiv:2410.13842)."""
+
+    bins: Tensor  # logits of the offsets of each side after each layer: [L, B, Q, 4, bins]
+    first: Tensor  # the boxes that they refine [B, Q, 4]
+    real: Tensor | None  # [B, Q], False for queries that an image has no token or object for; None if all are real
+    offsets: Tensor  # of the bins [bins], in units of the width or height of `first` / scale
+    scale: float
+
+
 class Trained(NamedTuple):
-    """What a detector predicts in training, for its losses."""
+    """What a detector predicts in training, for its losses.
+
+    Where boxes are refined by distributions, the first of the layers is their start, and the others belong to those of
+    `refined`.
+    """
 
     layers: Predicted  # after each decoder layer: [L, B, Q, ...]
     proposals: Predicted | None  # of the tokens that the queries start from: [B, Q, ...]
     noised: Predicted | None  # of the denoising queries after each decoder layer: [L, B, groups * 2 G, ...]
+    refined: Refined | None = None  # of the layers
+    refined_noised: Refined | None = None  # of the denoising queries
 
 
 def xavier(inputs: int, outputs: int, bias: float = 0.0) -> nn.Linear:

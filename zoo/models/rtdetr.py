@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
-from zoo.config import Choice
+from zoo.config import Choice, Size
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import (
@@ -17,19 +17,21 @@ from zoo.models.detection import (
     DetectorConfig,
     Noised,
     Predicted,
+    Refined,
     Trained,
     class_head,
     gathered,
-    logit,
     padded,
     shares,
     wide,
 )
-from zoo.models.neck import ConvNorm, Level, Neck
+from zoo.models.distribution import BOXES, Boxes, Delta, Distribution
+from zoo.models.neck import NECKS, ConvNorm, Level, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
-from zoo.spec import parse
+from zoo.spec import make, parse
 from zoo.tensors import exporting, linear, to_map
+from zoo.text import unknown
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
 INVALID = 1e4  # logits of the anchor of a token that no query should start from
@@ -37,15 +39,19 @@ INVALID = 1e4  # logits of the anchor of a token that no query should start from
 
 @dataclass(frozen=True, kw_only=True)
 class RTDETRConfig(DetectorConfig):
-    """A real-time detector: fields of every detector, and those of the neck.
+    """A real-time detector: fields of every detector, and those of the neck and of the boxes.
 
     Args:
         trunk: image model with maps at the strides 8, 16 and 32.
+        encoder_dim: channels of the encoder and the neck, where they differ from dim; 0 for dim.
         encoder_depth: number of encoder blocks, on the coarsest map.
-        neck_depth: RepVGG blocks in each layer of the neck.
-        neck_ratio: channels inside these layers, as a share of dim.
+        neck: layers of the neck: `csp`, or `elan` as in D-FINE. With the latter, where the encoder has the decoder's
+            channels, the decoder reads the maps of the neck as they are.
+        neck_depth: RepVGG blocks in each CSP layer of the neck.
+        neck_ratio: channels inside these layers, as a share of those of the encoder.
         neck_norm: norm behind every convolution of the neck.
         neck_channel: channel attention behind every layer of the neck.
+        box: how the decoder refines boxes: `delta`, or `distribution(bins=32, scale=4.0)` as in D-FINE.
         denoising: whether the model has an embedding of classes for denoising queries in training.
     """
 
@@ -53,21 +59,26 @@ class RTDETRConfig(DetectorConfig):
     levels = len(STRIDES)
     decoder_writes = DetectorConfig.decoder_writes | {"mask", "visible"}
 
+    encoder_dim: int = 0
+    neck: str = "csp"
     neck_depth: int = 3
     neck_ratio: float = 1.0
     neck_norm: str = "batchnorm"
     neck_channel: str = "none"
+    box: str = "delta"
     denoising: bool = True
     cross: Choice = "deformable"
     position: Choice = "sine(extent=False)"
 
     def check_sizes(self) -> None:
         super().check_sizes()
-        if self.neck_depth < 0:
-            raise ValueError(f"neck_depth must be >= 0, got {self.neck_depth}")
+        if min(self.encoder_dim, self.neck_depth) < 0:
+            raise ValueError(f"encoder_dim and neck_depth must be >= 0, got {self.encoder_dim} and {self.neck_depth}")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
-        self.check_rows({"neck_norm": NORMS, "neck_channel": CHANNELS})
+        if self.neck not in NECKS:
+            raise ValueError(f"neck: {unknown('name', self.neck, NECKS)}")
+        self.check_rows({"neck_norm": NORMS, "neck_channel": CHANNELS, "box": BOXES})
         if NORMS[parse(self.decoder_norm)[0]].batch_statistics:
             able = ", ".join(other for other, row in NORMS.items() if not row.batch_statistics)
             raise ValueError(
@@ -75,13 +86,18 @@ class RTDETRConfig(DetectorConfig):
                 f"not have; choose another ({able})"
             )
 
+    @property
+    def stages(self) -> tuple[Size, ...]:
+        encoder, decoder = super().stages
+        return encoder._replace(dim=self.encoder_dim or self.dim), decoder
+
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The scores of all tokens, and what the decoder makes of a fixed choice of tokens."""
         assert isinstance(model, RTDETR)
         memory, anchors = model.encode(**inputs)
         scores, tokens = model.rank(memory, anchors)
         index = torch.linspace(0, scores.shape[1] - 1, min(self.queries, scores.shape[1])).long()[None]
-        found = model.decode(*model.start(tokens, anchors, index), memory)
+        found, _ = model.decode(*model.start(tokens, anchors, index), memory)
         return {"scores": scores, "logits": found.logits[-1], "boxes": found.boxes[-1]}
 
     def build(self) -> "RTDETR":
@@ -100,25 +116,27 @@ class RTDETR(Model[RTDETRConfig]):
 
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
-        dim, first = config.dim, config.block().place
+        dim, inside, first = config.dim, config.stages[0].dim, config.block().place
         self.trunk = Trunk(config.trunk, config.channels, config.image, frozen=config.trunk_norm == "frozen")
         self.inputs = nn.ModuleList(
-            ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
+            ConvNorm(width, inside, config.neck_norm, place=first) for width in self.trunk.channels
         )
         self.position = make_position(config)
         rates = drop_rates(config.drop_path, config.encoder_depth)
         self.encoder = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
-        hidden = max(1, round(dim * config.neck_ratio))
-        neck = (hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
-        self.neck = Neck(dim, len(STRIDES), *neck, place=first)
-        self.levels = nn.ModuleList(ConvNorm(dim, dim, config.neck_norm, place=first) for _ in STRIDES)
+        hidden = max(1, round(inside * config.neck_ratio))
+        neck = (config.neck, hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
+        self.neck = Neck(inside, len(STRIDES), *neck, place=first)
+        self.levels = None
+        if config.neck != "elan" or inside != dim:
+            self.levels = nn.ModuleList(ConvNorm(inside, dim, config.neck_norm, place=first) for _ in STRIDES)
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
         self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
         self.query_code = MLP(4, 2 * dim, dim, 2)
         self.decoder = nn.ModuleList(make_block(config, 1, index, 0.0) for index in range(config.depth))
         self.scores = nn.ModuleList(class_head(dim, config.classes) for _ in range(config.depth))
-        self.boxes = nn.ModuleList(MLP(dim, dim, 4, 3, zero=True) for _ in range(config.depth))
+        self.boxes: Delta | Distribution = make(BOXES, config.box, dim, config.depth, field="box")
         self.noise = nn.Embedding(config.classes, dim) if config.denoising else None
 
     @property
@@ -127,10 +145,10 @@ class RTDETR(Model[RTDETRConfig]):
 
     @property
     def channels(self) -> list[int]:
-        return [self.config.dim] * len(STRIDES)
+        return [self.config.stages[0].dim] * len(STRIDES)
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        """The maps behind the neck [B, dim, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
+        """The maps behind the neck [B, C, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
         those of the padded images, divided by `strides`."""
         wanted = chosen_layers(layers, len(STRIDES), "level")
         levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, STRIDES[-1])))
@@ -151,24 +169,27 @@ class RTDETR(Model[RTDETRConfig]):
         proposals = hidden(Predicted(gathered(scores, index), boxes), real) if self.training else None
         x, boxes = x.detach(), boxes.detach()
         if noised is None:
-            return Trained(self.decode(x, boxes, memory, real), proposals, None)
+            found, refined = self.decode(x, boxes, memory, real)
+            return Trained(found, proposals, None, refined)
         assert self.noise is not None
         number = noised.labels.shape[1]
         x = torch.cat([self.noise(noised.labels).to(x.dtype), x], 1)
         boxes = torch.cat([noised.boxes.to(boxes.dtype), boxes], 1)
         kept = torch.ones_like(index, dtype=torch.bool) if real is None else real
         visible = Groups(noised.groups, number // noised.groups)
-        found = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
-        first, last = (
-            Predicted(*(each[:, :, part] for each in found)) for part in (slice(number), slice(number, None))
-        )
-        return Trained(last, proposals, first)
+        found, refined = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
+        parts = slice(number), slice(number, None)
+        first, last = (Predicted(*(each[:, :, part] for each in found)) for part in parts)
+        return Trained(last, proposals, first, part_of(refined, parts[1]), part_of(refined, parts[0]))
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
         images, mask = padded(images, mask, self.config.channels, STRIDES[-1])
         levels = self.neck(self.mixed(images, mask))
-        tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
+        if self.levels is None:
+            tokens = torch.cat([x for x, _ in levels], 1)
+        else:
+            tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
         grids = tuple(place.grid for _, place in levels)
         real, extent = None, None
         if mask is not None:
@@ -213,26 +234,44 @@ class RTDETR(Model[RTDETRConfig]):
 
     def decode(
         self, x: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None = None, visible: Groups | None = None
-    ) -> Predicted:
+    ) -> tuple[Predicted, Refined | None]:
         """The predictions after each decoder block, [layers, B, Q, ...], from queries and boxes; in eval mode only the
-        last ones. A box is refined from that of the block before, in its logits, as in DINO (arXiv:2203.03605)."""
-        found: list[Predicted] = []
+        last ones. In training, distributions come with their own, and their start is one more prediction."""
         if mask is not None:
             boxes = torch.where(mask[..., None], boxes, 0.5)
+        found: list[Predicted] = []
+        steps: list[Boxes] = []
+        last = Boxes(boxes)
         for number, block in enumerate(self.decoder):
-            fixed = boxes.detach()
+            fixed = last.boxes.detach()
             context = Context(
                 grid=(x.shape[1],),
                 mask=mask,
-                code=self.query_code(fixed.to(x.dtype)),
+                code=self.boxes.coded(self.query_code(fixed.to(x.dtype))),
                 memory=memory._replace(reference=fixed),
                 visible=visible,
             )
             x = self.run((block,), x, context)
-            boxes = (wide(self.boxes[number](x)) + logit(boxes)).sigmoid()
+            last = self.boxes(number, x, last)
             if self.training or number + 1 == len(self.decoder):
-                found.append(Predicted(self.scores[number](x), boxes))
-        return hidden(Predicted(*(torch.stack(each) for each in zip(*found, strict=True))), mask)
+                logits = self.scores[number](x)
+                if self.training and number == 0 and last.first is not None:
+                    found.append(Predicted(logits, last.first))
+                found.append(Predicted(self.boxes.scored(number, logits, last), last.boxes))
+                steps.append(last)
+        predicted = hidden(Predicted(*(torch.stack(each) for each in zip(*found, strict=True))), mask)
+        if not self.training or last.first is None or isinstance(self.boxes, Delta):
+            return predicted, None
+        bins = torch.stack([each.bins for each in steps if each.bins is not None])
+        return predicted, Refined(bins, last.first.detach(), mask, self.boxes.offsets(bins), self.boxes.scale)
+
+
+def part_of(refined: Refined | None, part: slice) -> Refined | None:
+    """That of some of the queries."""
+    if refined is None:
+        return None
+    real = None if refined.real is None else refined.real[:, part]
+    return Refined(refined.bins[:, :, part], refined.first[:, part], real, refined.offsets, refined.scale)
 
 
 def hidden(predicted: Predicted, mask: Tensor | None) -> Predicted:
