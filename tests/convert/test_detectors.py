@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
+    DFineConfig,
+    HGNetV2Config,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from helpers import prepared
+from models.test_distribution import published
 from zoo.convert import from_detr, from_transformers
 from zoo.outputs.label_map import LabelMap
 
@@ -113,6 +116,22 @@ def test_an_rtdetr_gives_what_it_gives_in_transformers(tmp_path, layer, version)
 def test_the_first_rtdetr_too(tmp_path):
     theirs = rtdetr(kind=RTDetrConfig, model=RTDetrForObjectDetection)
     compare_rtdetr(theirs, from_transformers(written(theirs, tmp_path, 4)).model)
+
+
+def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
+    """The published S but for the width, with its trunk."""
+    stages = {"stage_in_channels": [16, 64, 256, 512], "stage_mid_channels": [16, 32, 64, 128]}
+    stages |= {"stage_out_channels": [64, 256, 512, 1024], "stage_num_blocks": [1, 1, 2, 1]}
+    stages |= {"stage_numb_of_layers": [3, 3, 3, 3], "stem_channels": [3, 16, 16], "hidden_sizes": [64, 256, 512, 1024]}
+    names = ["stage2", "stage3", "stage4"]
+    backbone = HGNetV2Config(**stages, depths=[1, 1, 2, 1], use_learnable_affine_block=True, out_features=names)
+    sizes = SMALL | {"decoder_layers": 3, "encoder_in_channels": [256, 512, 1024], "head_dim": 8}
+    sizes |= {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "decoder_n_points": [3, 6, 3]}
+    config = DFineConfig(**sizes, backbone_config=backbone, num_labels=5, hidden_expansion=0.5, depth_mult=0.34)
+    theirs = published(config)
+    found = from_transformers(written(theirs, tmp_path, 4))
+    assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
+    compare_rtdetr(theirs, found.model)
 
 
 # The original code

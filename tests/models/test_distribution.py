@@ -3,6 +3,7 @@ shares the batch, folded, exported, saved."""
 
 import copy
 import math
+import re
 import warnings
 from typing import Any
 
@@ -14,9 +15,9 @@ from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config, RT
 from transformers.models.d_fine import modeling_d_fine as theirs_of
 
 import zoo
-from dfine_names import names_of
 from helpers import prepared, random_truth, randomise, rectangle, relative
 from models.test_rtdetr import FREE, TINY, TRUNKS, Theirs, apart, noise, rows, together
+from zoo.convert.detection import DFINE_NAMES, hgnet_name, names_of
 from zoo.layer import Context
 from zoo.mixers.deformable import DCNv4
 from zoo.models.detection import Noised, Trained
@@ -97,13 +98,17 @@ def published(config: Any) -> Any:
 
 def copy_weights(theirs: Any, ours: RTDETR, without: list[str]) -> set[str]:
     """Puts their weights into ours, but those whose names begin so; the names of theirs that are left."""
-    weights = theirs.state_dict()
+    weights = {
+        re.sub(r"(coder\..*layers\.\d+\.mlp)\.layers\.([01])", lambda m: f"{m[1]}.fc{int(m[2]) + 1}", name): each
+        for name, each in theirs.state_dict().items()
+    }
     weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
     used = {"model.decoder.reg_scale", "model.decoder.up"}
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
         if not name.startswith((*without, "position.anchor")):
-            used |= {*names_of(name)}
-            value = torch.cat([weights[each] for each in names_of(name)]) if slot.ndim else weights[names_of(name)[0]]
+            names = names_of(name, DFINE_NAMES, hgnet_name)
+            used |= {*names}
+            value = torch.cat([weights[each] for each in names]) if slot.ndim else weights[names[0]]
             slot.data = value.clone().reshape(slot.shape)
     again = ("model.decoder.class_embed", "model.decoder.bbox_embed")
     left = {name for name in set(weights) - used if not name.startswith(again)}

@@ -87,6 +87,30 @@ RTDETR_NAMES: Table = (
     (r"noise", lambda: "model.denoising_class_embed"),
 )
 
+_ELAN = {"first": "conv1", "convs.0": "conv2", "convs.1": "conv3", "out": "conv4"}
+DFINE_NAMES: Table = (
+    (r"neck\.points\.(\d)\.(conv|norm)", lambda n, part: f"model.encoder.downsample_convs.{n}.conv1.{part}"),
+    (r"neck\.reductions\.(\d)\.conv", lambda n: f"model.encoder.downsample_convs.{n}.conv2.conv"),
+    (r"neck\.reductions\.(\d)\.after", lambda n: f"model.encoder.downsample_convs.{n}.conv2.norm"),
+    (
+        r"neck\.(down|up)\.(\d)\.(first|out|convs\.\d)\.(conv|norm)",
+        lambda way, n, layer, part: f"model.encoder.{_WAY[way]}_blocks.{n}.{_ELAN[layer]}.{part}",
+    ),
+    (
+        r"neck\.(down|up)\.(\d)\.parts\.(\d)\.(.*)",
+        lambda way, n, part, rest: f"model.encoder.{_WAY[way]}_blocks.{n}.csp_rep{int(part) + 1}.{_csp(rest)}",
+    ),
+    (r"decoder\.(\d+)\.steps\.1\.branch\.gate", lambda n: f"model.decoder.layers.{n}.gateway.gate"),
+    (r"decoder\.(\d+)\.steps\.1\.total", lambda n: f"model.decoder.layers.{n}.gateway.norm"),
+    (r"boxes\.heads\.(\d+)\.layers\.(\d)", lambda n, layer: f"bbox_embed.{n}.layers.{layer}"),
+    (r"boxes\.first\.layers\.(\d)", lambda layer: f"model.decoder.pre_bbox_head.layers.{layer}"),
+    (
+        r"boxes\.quality\.(\d+)\.layers\.(\d)",
+        lambda n, layer: f"model.decoder.lqe_layers.{n}.reg_conf.layers.{layer}",
+    ),
+    *RTDETR_NAMES,
+)
+
 # A resnet of timm in transformers' spelling, without (first) and with (second) a stem of three convolutions.
 _STEM = {"conv1": "0.convolution", "bn1": "0.normalization"}
 _DEEP_STEM = {"conv1.0": "0.convolution", "conv1.1": "0.normalization", "conv1.3": "1.convolution"}
@@ -109,6 +133,19 @@ def resnet_name(owner: str, deep: bool, basic: bool) -> str:
     if deep and stage == "1" and not basic:  # timm has an identity where the others have a pool, and no pool there
         return f"{layer}.shortcut.{_KIND['conv' if shortcut == '1' else 'bn']}"
     return f"{layer}.{(_DEEP_SHORTCUTS if deep and stage != '1' else _SHORTCUTS)[shortcut]}"
+
+
+def hgnet_name(owner: str) -> str:
+    """transformers' name of a part of timm's HGNetV2."""
+    owner = re.sub(r"^stem", "embedder", re.sub(r"^stages_(\d)", r"encoder.stages.\1", owner))
+    return re.sub(r"\bconv$", "convolution", re.sub(r"\bbn$", "normalization", owner))
+
+
+def table_of(config: DetectorConfig) -> Table:
+    """The names of the parts of a model."""
+    if isinstance(config, DETRConfig):
+        return DETR_NAMES
+    return DFINE_NAMES if getattr(config, "box", "delta") != "delta" else RTDETR_NAMES
 
 
 def names_of(key: str, table: Table, trunk: Callable[[str], str] = str) -> list[str]:
@@ -149,7 +186,7 @@ def build(
             model = config.build()
     except ValueError as error:
         raise ValueError(one_line(f"{where}: {error}")) from error
-    table = DETR_NAMES if isinstance(config, DETRConfig) else RTDETR_NAMES
+    table = table_of(config)
     source, state = Source(tensors, where), {}
     for key, slot in model.state_dict().items():
         if key.endswith("num_batches_tracked"):

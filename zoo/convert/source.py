@@ -97,9 +97,8 @@ class Source:
         self.dtype = dtype or torch.float32
 
     def take(self, names: Sequence[str], shape: torch.Size) -> Tensor:
-        """The tensor of this shape that these are, joined; each may have further axes of length 1."""
-        parts = [self._one(name, shape[0] // len(names), *shape[1:]) for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """A new tensor of this shape, that these are, joined; each may have further axes of length 1."""
+        return torch.cat([self._one(name, shape[0] // len(names), *shape[1:]) for name in names])
 
     def _one(self, name: str, *shape: int) -> Tensor:
         if name not in self.left:

@@ -71,6 +71,7 @@ class DetectorConfig(ModelConfig):
     decoder_mixer: str = "softmax"
     decoder_ffn: str = "mlp(activation='relu')"
     decoder_norm: str = "layernorm(eps=1e-05)"
+    cross: str = "softmax"
     norm: Choice = "layernorm(eps=1e-05)"
     placement: Choice = "post"
 
@@ -120,7 +121,7 @@ class DetectorConfig(ModelConfig):
                 place=place,
                 layout=("mixer", "cross", "ffn"),
                 mixer=self.decoder_mixer,
-                cross=self.chosen("cross", stage, index),
+                cross=self.cross,
                 ffn=self.decoder_ffn,
                 norm=self.decoder_norm,
                 placement="post",

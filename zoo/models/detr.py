@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.config import Choice, names_of
+from zoo.config import Choice
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import MLP, DetectorConfig, Noised, Predicted, Trained, padded, wide, xavier
@@ -38,7 +38,6 @@ class DETRConfig(DetectorConfig):
     queries: int = 100
     encoder_depth: int = 6
     padding: str = "hidden"
-    cross: Choice = "softmax"
     ffn: Choice = "mlp(ratio=8.0, activation='relu')"
     decoder_ffn: str = "mlp(ratio=8.0, activation='relu')"
     position: Choice = "sine"
@@ -47,7 +46,7 @@ class DETRConfig(DetectorConfig):
         super().check_sizes()
         if self.padding not in PADDINGS:
             raise ValueError(f"padding: {unknown('name', self.padding, PADDINGS)}")
-        if "deformable" in [parse(spec)[0] for spec in names_of(self.cross)]:
+        if parse(self.cross)[0] == "deformable":
             raise ValueError("cross: deformable samples around boxes, which the queries of a detr do not have")
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

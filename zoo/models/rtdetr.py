@@ -67,13 +67,14 @@ class RTDETRConfig(DetectorConfig):
     neck_channel: str = "none"
     box: str = "delta"
     denoising: bool = True
-    cross: Choice = "deformable"
+    cross: str = "deformable"
     position: Choice = "sine(extent=False)"
 
     def check_sizes(self) -> None:
         super().check_sizes()
-        if min(self.encoder_dim, self.neck_depth) < 0:
-            raise ValueError(f"encoder_dim and neck_depth must be >= 0, got {self.encoder_dim} and {self.neck_depth}")
+        for name in ("encoder_dim", "neck_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
         if self.neck not in NECKS:

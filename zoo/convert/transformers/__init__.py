@@ -11,7 +11,7 @@ from zoo.convert.transformers.parakeet import convert_parakeet
 __all__ = ["from_transformers"]
 
 _KINDS = {"parakeet_ctc": convert_parakeet, "parakeet_encoder": convert_parakeet}
-_KINDS |= dict.fromkeys(("detr", "rt_detr", "rt_detr_v2"), convert_detector)
+_KINDS |= dict.fromkeys(("detr", "rt_detr", "rt_detr_v2", "d_fine"), convert_detector)
 
 
 def from_transformers(name: str | Path) -> Converted | ConvertedDetector:
@@ -22,8 +22,9 @@ def from_transformers(name: str | Path) -> Converted | ConvertedDetector:
     - ParakeetForCTC and ParakeetEncoder become a Conformer. The blank, transformers' pad_token_id, becomes the last
       output.
     - DetrForObjectDetection becomes a DETR with padding="published", so that padded batches are as there too;
-      `dataclasses.replace(model.config, padding="hidden")` hides it. RTDetrForObjectDetection and
-      RTDetrV2ForObjectDetection become an RTDETR. Backbones are resnets. Classes named N/A, ids that COCO does not
+      `dataclasses.replace(model.config, padding="hidden")` hides it. RTDetrForObjectDetection,
+      RTDetrV2ForObjectDetection and DFineForObjectDetection become an RTDETR. Backbones are resnets, or for D-FINE
+      HGNetV2. Classes named N/A, ids that COCO does not
       use, are left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""DETR, RT-DETR and RT-DETRv2 of Hugging Face's transformers, read from their files without that library."""
+"""DETR, RT-DETR, RT-DETRv2 and D-FINE of Hugging Face's transformers, read from their files without that library."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.convert.detection import ConvertedDetector, build, resnet_name
+from zoo.convert.detection import ConvertedDetector, build, hgnet_name, resnet_name
 from zoo.convert.source import Section
-from zoo.convert.timm.parts import with_width
+from zoo.convert.timm.parts import spelled, with_width
 from zoo.convert.transformers.files import HARMLESS, read_folder, read_json
 from zoo.ffns import FFNS
 from zoo.inputs.boxes import BoxPreprocess
@@ -55,6 +55,8 @@ _TRAINING = (
     "use_focal_loss",
     "use_pretrained_backbone",
     "weight_loss_bbox",
+    "weight_loss_ddf",
+    "weight_loss_fgl",
     "weight_loss_giou",
     "weight_loss_vfl",
 )
@@ -80,12 +82,28 @@ _BACKBONE = (
     "use_pretrained_backbone",
     "hidden_act",
 )
+_HGNET_REPEATED = (
+    "depths",
+    "embedding_size",
+    "hidden_sizes",
+    "initializer_range",
+    "stage_downsample",
+    "stage_downsample_strides",
+    "stage_in_channels",
+    "stage_kernel_size",
+    "stage_light_block",
+    "stage_mid_channels",
+    "stem_channels",
+    "stem_strides",
+)
 # The names of version 4 and those of version 5, in the order in which they are replaced.
 _RENAMED = (
     (r"backbone\.conv_encoder\.", "backbone."),
     (r"\.out_proj\.", ".o_proj."),
     (r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
     (r"encoder\.encoder\.(\d+)\.layers", r"encoder.aifi.\1.layers"),
+    (r"(coder\.(?:aifi\.\d+\.)?layers\.\d+)\.mlp\.layers\.0\.", r"\1.mlp.fc1."),
+    (r"(coder\.(?:aifi\.\d+\.)?layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.fc2."),
     (r"^model\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
 )
 _RESNETS = {
@@ -94,6 +112,14 @@ _RESNETS = {
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
 }
+# Channels behind the stages, their numbers of blocks, and layers of a block.
+_HGNETS = {
+    ((64, 256, 512, 1024), (1, 1, 2, 1), (3, 3, 3, 3)): "hgnetv2_b0",
+    ((96, 384, 768, 1536), (1, 1, 3, 1), (4, 4, 4, 4)): "hgnetv2_b2",
+    ((128, 512, 1024, 2048), (1, 1, 3, 1), (6, 6, 6, 6)): "hgnetv2_b4",
+    ((128, 512, 1024, 2048), (1, 2, 5, 2), (6, 6, 6, 6)): "hgnetv2_b5",
+}
+_DROPPED = (".n_points_scale", ".num_points_scale", "model.anchors", "model.valid_mask", ".reg_scale", "decoder.up")
 Named = Callable[[str], str]
 
 
@@ -102,13 +128,13 @@ def convert_detector(folder: Path) -> ConvertedDetector:
     where = str(folder / "config.json")
     values = read_json(folder / "config.json")
     whole = Section(values, "", where)
-    kind = whole.fixed("model_type", "detr", "rt_detr", "rt_detr_v2")
+    kind = whole.fixed("model_type", "detr", "rt_detr", "rt_detr_v2", "d_fine")
     names, rows, count = _classes(values, whole)
     shared = {"classes": len(names), "channels": 3}
     if kind == "detr":
         config, trunk = _detr(whole, shared)
     else:
-        config, trunk = _rtdetr(whole, shared)
+        config, trunk = _rtdetr(whole, shared, fine=kind == "d_fine")
     whole.finish(*HARMLESS, *_TRAINING, *_REPEATED)
     tensors = _renamed(read_folder(folder))
     model = build(config, tensors, str(folder), trunk, rows if len(rows) < count else None, count + (kind == "detr"))
@@ -155,13 +181,12 @@ def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]
     )
 
 
-def _rtdetr(whole: Section, shared: Mapping[str, Any]) -> tuple[RTDETRConfig, Named]:
+def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDETRConfig, Named]:
     dim, heads = whole.whole("d_model", 256), whole.whole("decoder_attention_heads", 8)
+    inside = whole.whole("encoder_hidden_dim", 256)
     whole.fixed("encoder_attention_heads", heads)
-    whole.fixed("encoder_hidden_dim", dim)
     for key, value in (
         ("num_feature_levels", 3),
-        ("decoder_n_levels", 3),
         ("feat_strides", [8, 16, 32]),
         ("encode_proj_layers", [2]),
         ("positional_encoding_temperature", 10000),
@@ -175,28 +200,53 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any]) -> tuple[RTDETRConfig, Na
         ("activation_function", "silu"),
     ):
         whole.fixed(key, value)
-    points = whole.whole("decoder_n_points", 4)
+    given: dict[str, Any] = {"depth": whole.whole("decoder_layers", 6)}
+    points = whole.left.pop("decoder_n_points", 4)
+    if not isinstance(points, int | list) or not all(type(each) is int for each in _listed(points)):
+        raise whole.refused("decoder_n_points", f"it must be an integer, or one for each level, got {points!r}")
+    options = [] if points == 4 else [f"points={tuple(points) if isinstance(points, list) else points}"]
+    if fine:
+        given |= _fine(whole, given["depth"], dim // heads)
+        options += ["project=False", "gated=True"]
+    else:
+        whole.fixed("decoder_n_levels", 3)
     encoder = _activation(whole, "encoder_activation_function", "gelu")
     decoder = _activation(whole, "decoder_activation_function", "relu")
     trunk, named = _trunk(whole, False)
-    return (
-        RTDETRConfig(
-            trunk=trunk,
-            trunk_norm="frozen",
-            dim=dim,
-            heads=heads,
-            depth=whole.whole("decoder_layers", 6),
-            encoder_depth=whole.whole("encoder_layers", 1),
-            queries=whole.whole("num_queries", 300),
-            ffn=_ffn(whole.whole("encoder_ffn_dim", 1024), encoder, dim),
-            decoder_ffn=_ffn(whole.whole("decoder_ffn_dim", 1024), decoder, dim),
-            neck_ratio=whole.take("hidden_expansion", float, 1.0),
-            cross="deformable" if points == 4 else f"deformable(points={points})",
-            denoising=whole.take("num_denoising", int, 100) > 0,
-            **shared,
-        ),
-        named,
+    config = RTDETRConfig(
+        trunk=trunk,
+        trunk_norm="frozen",
+        dim=dim,
+        encoder_dim=0 if inside == dim else inside,
+        heads=heads,
+        encoder_depth=whole.whole("encoder_layers", 1),
+        queries=whole.whole("num_queries", 300),
+        ffn=_ffn(whole.whole("encoder_ffn_dim", 1024), encoder, inside),
+        decoder_ffn=_ffn(whole.whole("decoder_ffn_dim", 1024), decoder, dim),
+        neck_ratio=whole.take("hidden_expansion", float, 1.0),
+        cross=spelled("deformable", options),
+        denoising=whole.take("num_denoising", int, 100) > 0,
+        **given,
+        **shared,
     )
+    return config, named
+
+
+def _fine(whole: Section, depth: int, width: int) -> dict[str, Any]:
+    """The fields that are D-FINE's own."""
+    whole.fixed("eval_idx", -1, depth - 1)
+    whole.fixed("head_dim", width)
+    for key, value in (("layer_scale", 1.0), ("lqe_hidden_dim", 64), ("lqe_layers", 2), ("top_prob_values", 4)):
+        whole.fixed(key, value)
+    whole.fixed("up", 0.5)
+    options = [] if (bins := whole.whole("max_num_bins", 32)) == 32 else [f"bins={bins}"]
+    options += [] if (scale := whole.take("reg_scale", float, 4.0)) == 4.0 else [f"scale={float(scale)}"]
+    blocks = round(3 * whole.take("depth_mult", float, 1.0))
+    return {"neck": "elan", "neck_depth": blocks, "box": spelled("distribution", options)}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _activation(whole: Section, key: str, usual: str) -> str:
@@ -217,7 +267,7 @@ def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
         if timm is False:
             raise whole.refused("backbone_config", "it is missing")
     inside = Section(given, "backbone_config", whole.where)
-    kind = inside.fixed("model_type", "timm_backbone", "resnet", "rt_detr_resnet")
+    kind = inside.fixed("model_type", "timm_backbone", "resnet", "rt_detr_resnet", "hgnet_v2")
     inside.fixed("num_channels", 3)
     if kind == "timm_backbone":
         net = inside.take("backbone", str)
@@ -225,11 +275,14 @@ def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
             raise inside.refused("backbone", f"the zoo supports resnets, not {net!r}")
         dilated = inside.fixed("output_stride", None, 16, 32) == 16 or dilated
         named: Named = str
+    elif kind == "hgnet_v2":
+        net, named = _hgnet(inside), hgnet_name
     else:
         deep = kind == "rt_detr_resnet"
         layer, depths = inside.take("layer_type", str, "bottleneck"), inside.take("depths", list, [3, 4, 6, 3])
         basic = layer == "basic"
-        if (net := _RESNETS.get((layer, tuple(depths)))) is None:
+        net = next((name for known, name in _RESNETS.items() if known[0] == layer and [*known[1]] == depths), None)
+        if net is None:
             raise inside.refused("depths", f"the zoo supports those of resnet18, 34, 50 and 101, not {depths}")
         inside.fixed("hidden_sizes", [64, 128, 256, 512] if basic else [256, 512, 1024, 2048])
         inside.fixed("embedding_size", 64)
@@ -242,13 +295,28 @@ def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
     return f"timm:{net}" + "(output_stride=16)" * dilated, named
 
 
+def _hgnet(inside: Section) -> str:
+    """timm's name of an HGNetV2."""
+    keys = ("stage_out_channels", "stage_num_blocks", "stage_numb_of_layers")
+    usual = ([128, 512, 1024, 2048], [1, 1, 3, 1], [6, 6, 6, 6])
+    sizes = [inside.take(key, list, value) for key, value in zip(keys, usual, strict=True)]
+    net = next((name for known, name in _HGNETS.items() if [[*each] for each in known] == sizes), None)
+    if net is None:
+        raise inside.refused(keys[0], f"the zoo supports those of hgnetv2_b0, b2, b4 and b5, not {sizes[0]}")
+    inside.fixed("use_learnable_affine_block", net in ("hgnetv2_b0", "hgnetv2_b2"))
+    inside.fixed("hidden_act", "relu")
+    for key in _HGNET_REPEATED:
+        inside.left.pop(key, None)  # the shapes of the tensors say them again
+    return net
+
+
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with the names of version 5; those that only say where something lies are dropped."""
     found = {}
     for name, tensor in tensors.items():
         for theirs, other in _RENAMED:
             name = re.sub(theirs, other, name)
-        if not name.endswith((".n_points_scale", "model.anchors", "model.valid_mask")):
+        if not name.endswith(_DROPPED):
             found[name] = tensor
     return found
 

@@ -101,7 +101,7 @@ class Detect(Task):
         """The classification loss; ValueError if it, or the assigner, does not fit the kind of detector."""
         config: Any = self.config
         if loss is not None and loss not in config.losses:
-            raise ValueError(f"model.loss: {unknown('loss', loss, config.losses)}")
+            raise ValueError(f"model.loss: {unknown('name', loss, config.losses)}")
         if self.assigner == "iou" and not config.proposals:
             raise ValueError("model.assigner: iou needs a detector with proposals, such as rtdetr; use hungarian")
         return loss or config.losses[0]
