@@ -384,9 +384,10 @@ def test_it_compiles_as_one_graph():
 
 
 @pytest.mark.all
+@pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:hgnetv2_b0"])
 @torch.no_grad()
-def test_onnxruntime_gives_the_same():
-    model = build()
+def test_onnxruntime_gives_the_same(trunk):
+    model = build(trunk)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
