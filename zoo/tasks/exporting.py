@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, np.ndarray]  # a model's inputs or outputs by name
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OLDEST, NEWEST = 18, 23  # PyTorch's exporter writes no older opset
+OLDEST, NEWEST = 18, 22  # PyTorch writes no older opset; onnxruntime cannot run its attention of opset 23
 TOLERANCE = 1e-3  # largest difference, as a share of an output's largest value
 TRIES = 3  # inputs; a near tie between two tokens may turn their ranking
 LARGEST = 2_000_000_000  # bytes of weights that an ONNX file can hold
