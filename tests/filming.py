@@ -21,8 +21,14 @@ def picture(number: int, width: int, height: int) -> np.ndarray:
     return values
 
 
-def film(path: Path, frames: int = 30, size: tuple[int, int] = (64, 48), times: Sequence[float] | None = None) -> Path:
-    """Writes a film of 25 frames per second, or with frames at these times in seconds."""
+def film(
+    path: Path,
+    frames: int = 30,
+    size: tuple[int, int] = (64, 48),
+    times: Sequence[float] | None = None,
+    last: float | None = None,
+) -> Path:
+    """Writes a film of 25 frames per second, or with frames at these times in seconds, the last for so long."""
     codec = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=25)
@@ -35,7 +41,11 @@ def film(path: Path, frames: int = 30, size: tuple[int, int] = (64, 48), times: 
             if times is not None:
                 frame.pts, frame.time_base = round(1000 * times[number]), Fraction(1, 1000)
             container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        packets = stream.encode()
+        if last is not None:
+            latest = max(packets, key=lambda packet: packet.pts)
+            latest.duration = round(last / latest.time_base)
+        container.mux(packets)
     return path
 
 

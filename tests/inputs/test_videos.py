@@ -38,6 +38,13 @@ def test_frames_keep_their_times(tmp_path: Path):
     assert fault is None and found == pytest.approx([time - 0.5 for time in times], abs=1e-3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_last_frame_that_is_shown_for_long_is_no_cut(tmp_path: Path, suffix: str):
+    path = film(tmp_path / f"film{suffix}", times=[0.0, 0.04, 0.08], last=20.0)
+    images, times, fault = read(path)
+    assert fault is None and len(images) == 3 and times[-1] == pytest.approx(0.08, abs=1e-3)
+
+
 @pytest.mark.parametrize("quarters", range(4))
 def test_a_turned_film_is_upright(tmp_path: Path, quarters: int):
     images, _, fault = read(turned(film(tmp_path / "film.mp4", frames=2), quarters))
@@ -115,5 +122,7 @@ def test_any_name_is_read(tmp_path: Path, name: bytes):
 def test_a_gif_of_one_frame_is_an_image(tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "still.gif")
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    os.mkfifo(tmp_path / "pipe.gif")
+    assert not is_video(str(tmp_path / "pipe.gif"))
     assert not is_video(str(tmp_path / "still.gif")) and not is_video(str(tmp_path / "broken.gif"))
     assert is_video("any/FILM.MP4") and not is_video("any/photo.jpg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -40,8 +41,10 @@ def is_video(path: str) -> bool:
         return path.lower().endswith(EXTENSIONS)
     from PIL import Image
 
-    with suppress(Exception), Image.open(path, formats=["GIF"]) as image:  # a broken one is read as an image
-        return getattr(image, "is_animated", False)
+    with suppress(Exception):  # a broken one is read as an image
+        check_regular(path)
+        with Image.open(path, formats=["GIF"]) as image:
+            return getattr(image, "is_animated", False)
     return False
 
 
@@ -93,25 +96,25 @@ class Video:
 
     def __iter__(self) -> Iterator[Frame]:
         step = 1 / float(self._stream.average_rate or USUAL_RATE)
-        first, last, number, faults = None, -step, 0, []
-        for each in self._decoded(faults):
-            time = each.time
+        first, last, end, number, faults = None, -step, 0.0, 0, []
+        for image, time, duration in self._decoded(faults):
             if first is None and time is not None:
                 first = time - number * step
             # Where a time is missing or runs backwards, the usual step is taken.
             time = last + step if time is None or first is None or time - first <= last else time - first
-            last, number = time, number + 1
-            yield Frame(_upright(each), time)
+            last, end, number = time, time + max(step, duration), number + 1
+            yield Frame(image, time)
         length = self._length()
         if faults:
             self.fault = f"{counted(len(faults), 'part')} cannot be decoded ({faults[0]})"
         elif not number:
             self.fault = "the video has no frame"
-        elif length is not None and length - (last + step) > max(0.5, 0.05 * length):
-            self.fault = f"the file is cut off: it ends at {last + step:.2f} s of {length:.2f} s"
+        elif number < (self.number or math.inf) and length is not None and length - end > max(0.5, 0.05 * length):
+            self.fault = f"the file is cut off: it ends at {end:.2f} s of {length:.2f} s"
 
-    def _decoded(self, faults: list[str]) -> Iterator[Any]:
-        """The frames as they are decoded; what is wrong with those that cannot be is added to `faults`."""
+    def _decoded(self, faults: list[str]) -> Iterator[tuple[Image, float | None, float]]:
+        """The frames as they are decoded, with their times and durations in seconds; what is wrong with those that
+        cannot be is added to `faults`."""
         from av.error import FFmpegError
 
         packets = self._container.demux(self._stream)
@@ -128,7 +131,7 @@ class Video:
                     if each.width * each.height > LARGEST:
                         faults.append(f"a frame of {each.width} x {each.height} pixels is too large")
                         return
-                    yield each
+                    yield _upright(each), each.time, float((each.duration or 0) * (each.time_base or 0))
             except FFmpegError as error:
                 faults.append(reason(error))
 

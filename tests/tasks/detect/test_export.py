@@ -1,13 +1,17 @@
 """`zoo detect export`: an ONNX file that gives what PyTorch gives, and everything that is refused."""
 
 import json
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 import zoo
 from detecting import TINY
@@ -142,27 +146,19 @@ def test_queries_are_paired_whatever_their_order():
 # The whole command
 
 
-@pytest.mark.all
-@pytest.mark.parametrize(
-    ("choices", "flags"),
-    [({}, ["--size", "20"]), ({"trunk": "timm:resnet18d"}, ["--no-fuse", "--opset", "22"])],
-    ids=["folded", "timm"],
-)
-def test_onnxruntime_gives_what_the_checkpoint_gives(
-    choices: dict[str, Any], flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
-    main(["detect", "export", save(tmp_path / "checkpoint", **choices), "-o", "out.onnx", *flags])
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 4 and "largest difference: " in said[2] and "wrote out.onnx (" in said[3]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "out.onnx"}
-    checkpoint = load_checkpoint(tmp_path / "checkpoint")
-    session = onnxruntime.InferenceSession("out.onnx")
-    notes = session.get_modelmeta().custom_metadata_map
-    assert LabelMap.from_dict(json.loads(notes["labels"])) == LABELS
-    size = 20 if "--size" in flags else 64
-    assert BoxPreprocess.from_dict(json.loads(notes["preprocess"])) == BoxPreprocess(size=size)
-    assert notes["task"] == "detect" and notes["license"] == "apache-2.0"
-    assert notes["source"] == r"https://example.org/\nmodel"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, and its unfolded ONNX file."""
+    folder = tmp_path_factory.mktemp("exported")
+    save(folder / "checkpoint", trunk="timm:resnet18d")
+    flags = ["-o", str(folder / "model.onnx"), "--no-fuse", "--opset", "22"]
+    main(["detect", "export", str(folder / "checkpoint"), *flags])
+    return folder
+
+
+def check(path: Path, checkpoint: Any) -> dict[str, str]:
+    """That the file gives what the checkpoint gives, at sizes that no one tried before; its notes."""
+    session = onnxruntime.InferenceSession(path)
     assert [each.name for each in session.get_outputs()] == ["logits", "boxes"]
     for shape in ((1, 17, 20), (1, 1, 1), (2, 96, 33), (5, 64, 64)):
         given = inputs(checkpoint.model, *shape, torch.Generator().manual_seed(7))
@@ -171,3 +167,71 @@ def test_onnxruntime_gives_what_the_checkpoint_gives(
         got = session.run(["logits", "boxes"], {name: each.numpy() for name, each in given.items()})
         for name, each in paired(dict(zip(wanted, got, strict=True)), wanted).items():
             assert np.abs(each - wanted[name]).max() <= 1e-3 * np.abs(wanted[name]).max(), (shape, name)
+    return session.get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.all
+def test_onnxruntime_gives_what_the_checkpoint_gives(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Folded, for images that are smaller than a stride, with odd names inside."""
+    main(["detect", "export", save(tmp_path / "checkpoint"), "-o", "out.onnx", "--size", "20"])
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 4 and "largest difference: " in said[2] and "wrote out.onnx (" in said[3]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "out.onnx"}
+    notes = check(tmp_path / "out.onnx", load_checkpoint(tmp_path / "checkpoint"))
+    assert LabelMap.from_dict(json.loads(notes["labels"])) == LABELS
+    assert BoxPreprocess.from_dict(json.loads(notes["preprocess"])) == BoxPreprocess(size=20)
+    assert notes["task"] == "detect" and notes["license"] == "apache-2.0"
+    assert notes["source"] == r"https://example.org/\nmodel"
+
+
+@pytest.mark.all
+def test_an_unfolded_model_of_timm_with_a_newer_opset_gives_the_same(exported: Path):
+    check(exported / "model.onnx", load_checkpoint(exported / "checkpoint"))
+
+
+# The guide, whose examples run as written
+
+GUIDE = (ROOT / "configs/detect/README.md").read_text()
+ONNX, SUPERVISION = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)
+
+
+def photo(path: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(values).resize((160, 120), Image.Resampling.NEAREST).save(path, quality=95)
+
+
+@pytest.mark.all
+def test_the_example_with_onnxruntime_alone_gives_what_the_checkpoint_gives(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    photo("photo.jpg")
+    (tmp_path / "model.onnx").symlink_to(exported / "model.onnx")
+    names: dict[str, Any] = {"__name__": "guide", "print": lambda *words: said.append(words)}
+    said: list[Any] = []
+    exec(compile(ONNX, "configs/detect/README.md", "exec"), names)
+    assert "zoo" not in ONNX and "torch" not in ONNX
+    wanted = [each for each in load_checkpoint(exported / "checkpoint")("photo.jpg") if each.score >= 0.3]
+    got = sorted(
+        zip(names["scores"][names["queries"], names["labels"]], names["labels"], names["corners"], strict=True),
+        key=lambda each: -each[0],
+    )
+    assert len(got) == len(said) == len(wanted) > 3
+    for (score, label, box), each in zip(got, wanted, strict=True):
+        assert score == pytest.approx(each.score, abs=2e-3) and LABELS.names[label] == each.label
+        assert np.clip(box, 0, [160, 120, 160, 120]) == pytest.approx(each.box, abs=0.5)
+
+
+@pytest.mark.parametrize("threshold", ["0.3", "0.0", "1.1"])
+def test_the_arrays_for_supervision(threshold: str, monkeypatch: pytest.MonkeyPatch):
+    photo("photo.jpg")
+    Path("checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(SUPERVISION.replace("0.3", threshold), "configs/detect/README.md", "exec"), names)
+    made, number = names["detections"], len(names["found"])
+    assert made.xyxy.shape == (number, 4) and made.confidence.shape == made.class_id.shape == (number,)
+    assert made.class_id.dtype == int and made.xyxy.dtype == made.confidence.dtype == float
+    assert (number == 0) == (threshold == "1.1") or threshold == "0.3"
+    labels = names["detector"].labels
+    assert [labels.names[index] for index in made.class_id] == [each.label for each in names["found"]]
+    assert (made.xyxy[:, 2:] >= made.xyxy[:, :2]).all()

@@ -257,7 +257,11 @@ def test_a_frame_that_the_model_cannot_take_ends_its_video(
         assert len(list(video)) == 3
 
 
-def test_frames_of_other_sizes_and_times_that_run_back_are_written(tmp_path: Path):
+@pytest.mark.parametrize("codec", videos.CODECS)
+def test_frames_of_other_sizes_and_times_that_run_back_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+):
+    monkeypatch.setattr(videos, "CODECS", (codec,))
     with videos.Writer(tmp_path / "clip.mp4") as writer:
         for size, time in (((31, 20), 0.0), ((64, 64), 0.5), ((8, 90), 0.5), ((31, 20), 0.1)):
             writer.add(Image.new("RGB", size, "white"), time)

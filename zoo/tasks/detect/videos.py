@@ -58,7 +58,7 @@ class Writer:
 
         if self._stream is None:
             codec = next(each for each in CODECS if each in av.codecs_available)
-            options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"qscale": "4"}
+            options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"qmin": "2", "qmax": "5"}
             self._stream = self._container.add_stream(codec, rate=25, options=options)
             # The usual pixel format has one colour for 2 x 2 pixels, so that sides are even.
             self._stream.width, self._stream.height = (side + side % 2 for side in image.size)
