@@ -26,6 +26,7 @@ from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2SinePositionEmbedding
 
 from helpers import position as position_of
+from helpers import rectangle
 from zoo.block import Block
 from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
@@ -264,6 +265,33 @@ def test_the_last_windows_attend_to_what_is_there(grid):
     query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     check(ours(x, context), ours.out(mixed.transpose(1, 2).flatten(2)), (x,))
+
+
+@pytest.mark.parametrize("grid", [(8, 3), (7, 4), (2, 5), (1, 3), (9,), (3,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_area_is_attention_inside_strips_of_each_extent(grid, masked):
+    """Row r of R attends to the rows of equal floor(4 r / R), of its own sample alone; plus a convolution of values."""
+    ours = scattered(MIXERS["area"](DIM, HEADS, Place(len(grid)), areas=4, kernel=3))
+    context, x = Context(grid=grid), tokens(Context(grid=grid))
+    extents = [grid, tuple(max(1, side - 2) for side in grid), (max(1, grid[0] // 2), *grid[1:])]
+    extents = extents if masked else [grid] * 3
+    real = torch.stack([rectangle(grid, extent) for extent in extents])
+    got, wanted = ours(x, context._replace(mask=real if masked else None)), torch.zeros_like(x)
+    for sample, extent in enumerate(extents):
+        part = x[sample][real[sample]]
+        strip = (4 * torch.arange(extent[0]) // extent[0]).repeat_interleave(math.prod(extent[1:]))
+        query, key, value = ours.qkv(part).unflatten(-1, (3, HEADS, -1)).permute(1, 2, 0, 3)
+        scores = (query @ key.mT / math.sqrt(DIM // HEADS)).masked_fill(strip[:, None] != strip, -torch.inf)
+        plane = value.permute(0, 2, 1).flatten(0, 1).unflatten(1, extent)[None]
+        near = ours.conv(plane)[0].flatten(1).T
+        mixed = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1) + near
+        wanted[sample, real[sample]] = ours.out(mixed)
+    check(got[real], wanted[real], (x,))
+
+
+def test_area_refuses_no_strips():
+    with pytest.raises(ValueError, match="^area: areas must be >= 1, got 0$"):
+        MIXERS["area"](DIM, HEADS, areas=0)
 
 
 @pytest.mark.parametrize("prefix", [0, 2])

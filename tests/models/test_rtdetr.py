@@ -330,7 +330,13 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_too(trunk):
         assert torch.equal(one, other)
 
 
-TURNED = [{"mixer": "sla"}, {"channel": "eca"}, {"norm": "prepbn"}, {"cross": "deformable(weights='raw')"}]
+TURNED = [
+    {"mixer": "sla"},
+    {"mixer": "area(areas=2)"},
+    {"channel": "eca"},
+    {"norm": "prepbn"},
+    {"cross": "deformable(weights='raw')"},
+]
 TURNED += [{"neck_channel": "eca"}, {"neck_norm": "prepbn"}, {"cross": "softmax"}, {"position": "none"}]
 TURNED += [{"cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}]
 TURNED += [{"encoder_dim": 48}]
@@ -523,10 +529,17 @@ FREE = {
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("trunk", [*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0"], ids=named)
+@pytest.mark.parametrize(
+    ("trunk", "mixer"),
+    [
+        *((trunk, "softmax") for trunk in (*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0")),
+        (TRUNKS[0], "area(areas=2)"),
+    ],
+    ids=named,
+)
 @torch.no_grad()
-def test_a_program_takes_any_batch_and_size(trunk):
-    model = build(trunk)
+def test_a_program_takes_any_batch_and_size(trunk, mixer):
+    model = build(trunk, mixer=mixer)
     program = torch.export.export(model, (torch.randn(2, 3, 70, 100),), dynamic_shapes=FREE, strict=False).module()
     for shape in ((2, 3, 70, 100), (1, 3, 64, 64), (3, 3, 130, 90)):
         images = torch.randn(shape)
@@ -535,10 +548,10 @@ def test_a_program_takes_any_batch_and_size(trunk):
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:resnet18d"], ids=named)
+@pytest.mark.parametrize(("trunk", "mixer"), [(TRUNKS[0], "area(areas=2)"), ("timm:resnet18d", "softmax")], ids=named)
 @torch.no_grad()
-def test_onnxruntime_gives_the_same(trunk):
-    model = build(trunk)
+def test_onnxruntime_gives_the_same(trunk, mixer):
+    model = build(trunk, mixer=mixer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
