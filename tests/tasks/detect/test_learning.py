@@ -1,6 +1,6 @@
 """A detector learns: the checkpoint of blood cells becomes one of generated shapes."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ START = Path(__file__).resolve().parents[3] / "checkpoints/rtdetr_micro.blood_ce
 
 
 @pytest.mark.slow
-def test_a_checkpoint_learns_shapes(tmp_path):
-    """288 steps, under two minutes of CPU time on one thread: AP50 0.8 and more on held-out images."""
+def test_a_checkpoint_learns_shapes(tmp_path, capsys):
+    """288 steps, two to three minutes of CPU time on one thread: AP50 above 0.8 on held-out images."""
     flags = {
         "model.weights": START,
         "model.backbone.queries": 30,
@@ -34,5 +34,5 @@ def test_a_checkpoint_learns_shapes(tmp_path):
         "trainer.default_root_dir": tmp_path,
     }
     command("fit", "--seed_everything=0", *(f"--{name}={value}" for name, value in flags.items()))
-    metrics = json.loads((tmp_path / "best/config.json").read_text())["metrics"]
-    assert metrics["val/ap50"] > 0.8
+    found = re.search(r"best      AP [\d.]+, AP50 ([\d.]+) \(n = 96 objects", capsys.readouterr().err)
+    assert found is not None and float(found[1]) > 0.8
