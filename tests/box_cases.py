@@ -69,17 +69,30 @@ def write_yolo(root: Path, ids: Sequence[int] = (0, 1, 2), split: str = "train")
     return path
 
 
-def write_voc(root: Path, split: str = "train") -> Path:
-    write_images(root / "JPEGImages")
-    (root / "Annotations").mkdir(exist_ok=True)
+def write_xml(folder: Path, behind: int = 0) -> None:
+    """Pascal VOC's annotations; right and bottom are the last pixels of a box, or `behind` pixels further."""
+    folder.mkdir(exist_ok=True)
     for name, (height, width), objects in IMAGES:
         text = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
         for label, (left, top, right, bottom), crowd in objects:
-            corners = f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+            corners = f"<xmin>{left + 1}</xmin><xmax>{right + behind}</xmax>"
+            corners += f"<ymin>{top + 1}</ymin><ymax>{bottom + behind}</ymax>"
             text += f"<object><name>{NAMES[label]}</name><difficult>{int(crowd)}</difficult>"
             text += f"<bndbox>{corners}</bndbox></object>"
-        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{text}</annotation>")
+        (folder / f"{name}.xml").write_text(f"<annotation>{text}</annotation>")
+
+
+def write_voc(root: Path, split: str = "train") -> Path:
+    write_images(root / "JPEGImages")
+    write_xml(root / "Annotations")
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name}\n" for name, _, _ in IMAGES))
     return path
+
+
+def write_voc_export(root: Path, split: str = "train") -> Path:
+    """As Roboflow exports it."""
+    write_images(root / split)
+    write_xml(root / split, behind=1)
+    return root / split

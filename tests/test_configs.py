@@ -37,7 +37,8 @@ LABELS = ["command", "hardware", "time", "result"]
 # Classes of the data that a file is named after.
 HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "coco": 80, "bccd": 3, "aquarium": 7}
 OWN = 7  # classes in a user's own folder
-PLACEHOLDERS = {"DIR": "data", "N": str(OWN), "CHECKPOINT": str(ROOT / "checkpoints/vit_micro.digits")}
+PLACEHOLDERS = {"DIR": "data", "N": str(OWN)}
+STARTS = {"detect": "rtdetr_micro.blood_cells"}  # a checkpoint to fine-tune, by task
 INITIALISERS = ("kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_", "zeros_")
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 
@@ -94,7 +95,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    f"{path.stem}-{number}" if number else path.stem: Case(path, before, f"{last} {variant}".strip())
+    f"{path.parent.name}-{path.stem}" + f"-{number}" * bool(number): Case(path, before, f"{last} {variant}".strip())
     for path in CONFIGS
     for *before, last in [commands(path) or [""]]
     for number, variant in enumerate(["", *variants(path)])
@@ -167,6 +168,8 @@ def construct(
     def construct(line: str) -> Command:
         program, *arguments = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)]
         assert program == "zoo"
+        start = str(ROOT / "checkpoints" / STARTS.get(arguments[0], "vit_micro.digits"))
+        arguments = [start if word == "CHECKPOINT" else word for word in arguments]
         with monkeypatch.context() as patch:
             patch.setattr(Command, "setup_parser", setup_parser)
             patch.setattr(Command, "_run_subcommand", lambda self, verb: reached.append(self))

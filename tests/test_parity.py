@@ -16,7 +16,8 @@ from timm.models.davit import ChannelAttention, ConvPosEnc, WindowAttention
 from timm.models.metaformer import Pooling, SepConv
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
-from transformers import DeformableDetrConfig
+from transformers import DeformableDetrConfig, DFineConfig
+from transformers.models.d_fine.modeling_d_fine import DFineGate, DFineMultiscaleDeformableAttention
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
@@ -25,6 +26,7 @@ from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2SinePositionEmbedding
 
 from helpers import position as position_of
+from helpers import rectangle
 from zoo.block import Block
 from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
@@ -263,6 +265,33 @@ def test_the_last_windows_attend_to_what_is_there(grid):
     query, key, value = ours.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     check(ours(x, context), ours.out(mixed.transpose(1, 2).flatten(2)), (x,))
+
+
+@pytest.mark.parametrize("grid", [(8, 3), (7, 4), (2, 5), (1, 3), (9,), (3,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_area_is_attention_inside_strips_of_each_extent(grid, masked):
+    """Row r of R attends to the rows of equal floor(4 r / R), of its own sample alone; plus a convolution of values."""
+    ours = scattered(MIXERS["area"](DIM, HEADS, Place(len(grid)), areas=4, kernel=3))
+    context, x = Context(grid=grid), tokens(Context(grid=grid))
+    extents = [grid, tuple(max(1, side - 2) for side in grid), (max(1, grid[0] // 2), *grid[1:])]
+    extents = extents if masked else [grid] * 3
+    real = torch.stack([rectangle(grid, extent) for extent in extents])
+    got, wanted = ours(x, context._replace(mask=real if masked else None)), torch.zeros_like(x)
+    for sample, extent in enumerate(extents):
+        part = x[sample][real[sample]]
+        strip = (4 * torch.arange(extent[0]) // extent[0]).repeat_interleave(math.prod(extent[1:]))
+        query, key, value = ours.qkv(part).unflatten(-1, (3, HEADS, -1)).permute(1, 2, 0, 3)
+        scores = (query @ key.mT / math.sqrt(DIM // HEADS)).masked_fill(strip[:, None] != strip, -torch.inf)
+        plane = value.permute(0, 2, 1).flatten(0, 1).unflatten(1, extent)[None]
+        near = ours.conv(plane)[0].flatten(1).T
+        mixed = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1) + near
+        wanted[sample, real[sample]] = ours.out(mixed)
+    check(got[real], wanted[real], (x,))
+
+
+def test_area_refuses_no_strips():
+    with pytest.raises(ValueError, match="^area: areas must be >= 1, got 0$"):
+        MIXERS["area"](DIM, HEADS, areas=0)
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
@@ -568,7 +597,7 @@ def test_multiscale_is_transformers():
     wanted = MultiScaleDeformableAttention()(
         value.unflatten(-1, (HEADS, -1)), *maps_of(MAPS), places.flip(-1), weights, im2col_step=64
     )
-    check(multiscale(value, MAPS, places, weights), wanted, (value, places, weights))
+    check(multiscale(value, MAPS, places.unbind(3), weights.unbind(3)), wanted, (value, places, weights))
 
 
 @pytest.mark.parametrize("boxes", [False, True])
@@ -608,6 +637,29 @@ def test_deformable_cross_attention_is_transformers(boxes, masked, points):
         level_start_index=begins,
     )
     check(ours(queries, context), wanted, (queries, memory, code, reference))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("points", [4, (3, 6, 3)])
+def test_gated_cross_attention_with_points_for_each_level_is_d_fine(points, masked):
+    """Their gate and its norm together, as the residual around our attention."""
+    number = list(points) if isinstance(points, tuple) else points
+    config = DFineConfig(d_model=DIM, decoder_attention_heads=HEADS, decoder_n_points=number)
+    theirs, gate = scattered(DFineMultiscaleDeformableAttention(config)), scattered(DFineGate(DIM))
+    theirs.num_points_scale = theirs.num_points_scale.reciprocal().round().reciprocal()  # theirs are of fp32
+    row = CROSSES["deformable"](DIM, HEADS, Place(levels=len(MAPS)), points=points, project=False, gated=True)
+    weights = renamed(theirs, sampling_offsets="offsets", attention_weights="scores")
+    weights = {name: value for name, value in weights.items() if name != "num_points_scale"}
+    ours = copied(row, weights | {f"gate.{name}": value for name, value in gate.gate.state_dict().items()})
+    reference = torch.rand(2, 6, 4, dtype=torch.float64).requires_grad_()
+    queries, memory, code = (torch.randn(2, size, DIM, dtype=torch.float64, requires_grad=True) for size in (6, 51, 6))
+    real = torch.rand(2, 51) < 0.7 if masked else None
+    sizes, listed, _ = maps_of(MAPS)
+    given = {"encoder_hidden_states": memory, "attention_mask": None if real is None else real[..., None]}
+    given |= {"reference_points": reference[:, :, None], "spatial_shapes": sizes, "spatial_shapes_list": listed}
+    wanted = gate(queries, theirs(queries + code, **given)[0])
+    context = Context(grid=(6,), code=code, memory=Memory(memory, mask=real, grids=MAPS, reference=reference))
+    check(gate.norm(queries + ours(queries, context)), wanted, (queries, memory, code, reference))
 
 
 # Positions

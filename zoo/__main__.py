@@ -1,4 +1,5 @@
-"""The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo transcribe stream`, `zoo list`, `zoo info`."""
+"""The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
+`zoo info`."""
 
 import argparse
 import ast
@@ -23,7 +24,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "detect": (
         "zoo.tasks.detect.train:Detect",
         "zoo.data.boxes:Boxes",
-        {"predict": "zoo.tasks.detect.predict:main"},
+        {"predict": "zoo.tasks.detect.predict:main", "export": "zoo.tasks.detect.export:main"},
     ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",

@@ -23,6 +23,7 @@ VERBS = {
     "test": "measure a model on the test data",
     "predict": "run a model on your own files",
     "stream": "transcribe audio while it arrives",
+    "export": "write a model as an ONNX file",
 }
 EXAMPLES = {
     "classify": ["--config configs/classify/vit_micro_digits.yaml"],

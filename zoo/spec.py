@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from zoo.text import unknown
 
@@ -45,6 +45,13 @@ def options_of(row: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+@lru_cache(maxsize=1024)
+def repeatable(row: type) -> frozenset[str]:
+    """The options of a row that may also be a tuple of values: those annotated like `int | tuple[int, ...]`."""
+    parameters = inspect.signature(row).parameters.values()
+    return frozenset(p.name for p in parameters if any(get_origin(each) is tuple for each in get_args(p.annotation)))
+
+
 def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = None) -> dict[str, Any]:
     """All options of the row that spec names, given ones over defaults; ValueError if a name or option is invalid,
     which lists what is `offered`, by default the whole table."""
@@ -55,19 +62,23 @@ def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = 
     for option, value in given:
         if option not in allowed:
             raise ValueError(unknown(f"option of {name}", option, allowed))
-        default = allowed[option]
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (
-            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ValueError(f"option {option} of '{name}' must be a value like {default!r}, got {value!r}")
-        if isinstance(default, int | float) and not isinstance(default, bool):
-            least, most = 1 if isinstance(default, int) and default > 0 else 0, LARGEST.get(option, 1_000_000)
-            if not least <= value < math.inf:
-                raise ValueError(f"option {option} of '{name}' must be finite and >= {least}, got {value!r}")
-            if value > most and isinstance(default, int):
-                raise ValueError(f"option {option} of '{name}' must be <= {most:,}, got {str(value)[:40]}")
+        several = option in repeatable(table[name])
+        for each in value if several and isinstance(value, tuple) and value else (value,):
+            _check_value(name, option, each, allowed[option], several)
     return allowed | {option: float(value) if isinstance(allowed[option], float) else value for option, value in given}
+
+
+def _check_value(name: str, option: str, value: Any, default: Any, several: bool) -> None:
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
+        wanted = f"a value like {default!r}" + (", or a tuple of them" if several else "")
+        raise ValueError(f"option {option} of '{name}' must be {wanted}, got {value!r}")
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        least, most = 1 if isinstance(default, int) and default > 0 else 0, LARGEST.get(option, 1_000_000)
+        if not least <= value < math.inf:
+            raise ValueError(f"option {option} of '{name}' must be finite and >= {least}, got {value!r}")
+        if value > most and isinstance(default, int):
+            raise ValueError(f"option {option} of '{name}' must be <= {most:,}, got {str(value)[:40]}")
 
 
 def make(table: Mapping[str, type], spec: str, *arguments: Any, field: str = "") -> Any:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import layers, losses, models, operators, plots, speech, training
+from benchmarks import detectors, layers, losses, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.tasks.predicting import Parser
 from zoo.text import one_line
@@ -81,6 +81,15 @@ CHOICES: dict[str, dict[str, Table]] = {
             form="eager",
         )
     },
+    "detectors": {
+        "detectors": Table(
+            "Detectors against transformers', random weights, batch 1, forward",
+            detectors.against_transformers,
+            detectors.table,
+            form="eager",
+            dtype="float32",
+        )
+    },
     "losses": {
         "losses": Table(
             f"Losses of a detector with {losses.CLASSES} classes, matching included, against transformers'",
@@ -137,6 +146,8 @@ SHAPES = {
     "side": models.SIDE,
     "epochs": training.EPOCHS,
     "detectors": losses.DETECTORS,
+    "detectors_of_transformers": list(detectors.RIVALS),
+    "detector_side": detectors.SIDE,
     "speech": speech.RIVALS,
     "depth": speech.DEPTH,
     "encoders": speech.ENCODERS,
@@ -156,6 +167,8 @@ QUICK = {
     "side": 32,
     "epochs": 2,
     "detectors": ((2, 2, 9, 3),),
+    "detectors_of_transformers": ["RT-DETRv2-R18"],
+    "detector_side": 128,
     "audio": [1],
     "speech": {"squeezeformer_xs": "conformer_ctc_s"},
     "depth": 1,

@@ -15,7 +15,8 @@ import yaml
 from zoo.convert import from_nemo
 from zoo.convert.nemo import files
 from zoo.convert.nemo.archive import _features, _seen
-from zoo.convert.speech import Facts, Section, build
+from zoo.convert.source import Section
+from zoo.convert.speech import Facts, build
 from zoo.convert.transformers import parakeet
 from zoo.inputs.audio import RECIPES
 

@@ -255,7 +255,7 @@ CHANGES = {
     "pad_token_id ": (None, "pad_token_id: it must be from 0 to 11, got None"),
     "chunks": (2, r"config.json: chunks: the zoo does not know this key \(its value is 2\)"),
     "vocab_size": (13, r"'ctc_head.weight' has shape \[12, 32, 1\], but this model needs \[13, 32\]"),
-    "model_type": ("parakeet_tdt", "model_type: the zoo supports 'parakeet_ctc' or 'parakeet_encoder'"),
+    "model_type": ("parakeet_tdt", "model_type: the zoo supports parakeet_ctc, parakeet_encoder"),
 }
 
 

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from box_cases import IMAGES, NAMES, coco, write_coco, write_export, write_images, write_voc, write_yolo
+from box_cases import (
+    IMAGES,
+    NAMES,
+    coco,
+    write_coco,
+    write_export,
+    write_images,
+    write_voc,
+    write_voc_export,
+    write_yolo,
+)
 from zoo.data import headers
 from zoo.data.box_entries import BoxSource
 from zoo.data.box_sources import SOURCES, Coco, CocoExport, Shapes, Voc, Yolo, recognised
@@ -78,6 +88,33 @@ def test_names_of_voc_may_be_listed(tmp_path: Path):
     (tmp_path / "classes.txt").write_text("dog\ndog\n")
     with pytest.raises(ValueError, match=r"classes.txt: 2 categories have the same name 'dog'"):
         Voc(str(tmp_path), "train")
+
+
+def test_the_exports_of_voc_and_coco_give_the_same(tmp_path: Path):
+    """Roboflow's, with the xml files beside the images; one split has names that the other lacks."""
+    for split in ("train", "valid"):
+        write_voc_export(tmp_path / "voc", split)
+    write_export(tmp_path / "coco")
+    for name in ("b", "c"):
+        (tmp_path / "voc/valid" / f"{name}.xml").unlink()
+        (tmp_path / "voc/valid" / f"{name}.png").unlink()
+    voc, coco = Voc(str(tmp_path / "voc"), "train"), CocoExport(str(tmp_path / "coco"), "train")
+    check(voc)
+    assert voc.labels == coco.labels and (voc.boxes == coco.boxes).all() and (voc.areas == coco.areas).all()
+    val = Voc(str(tmp_path / "voc"), "val")
+    assert val.labels == voc.labels and len(val) == 1 and val.labels_of.tolist() == [0, 2]
+    assert recognised(str(tmp_path / "voc")) == "voc" and recognised(str(tmp_path / "coco")) == "coco_export"
+
+
+def test_a_file_without_its_pair_in_an_export_of_voc(tmp_path: Path):
+    folder = write_voc_export(tmp_path)
+    (folder / "a.xml").unlink()
+    (folder / "c.png").unlink()
+    with pytest.warns(UserWarning) as said:
+        source = Voc(str(tmp_path), "train")
+    (message,) = (str(each.message) for each in said)
+    assert "1 missing annotations (such as " in message and "1 missing image files (such as " in message
+    assert [Path(source.name(index)).stem for index in range(len(source))] == ["b"]
 
 
 @pytest.mark.parametrize("place", ["images/train2017", "train2017", "train", "images", "."])
@@ -286,9 +323,9 @@ def test_where_it_looked(tmp_path: Path):
         CocoExport(str(tmp_path), "val")
     with pytest.raises(ValueError, match=r"looked for .*data.yaml"):
         Yolo(str(tmp_path), "val")
-    with pytest.raises(ValueError, match=r"looked for .*ImageSets/Main/val.txt"):
+    with pytest.raises(ValueError, match=r"looked for .*ImageSets/Main/val.txt, .*valid/\*.xml"):
         Voc(str(tmp_path), "val")
-    with pytest.raises(ValueError, match=r"is not a folder of objects; it needs data.yaml"):
+    with pytest.raises(ValueError, match=r"is not a folder of objects; it needs data.yaml, .*, or train/\*.xml"):
         recognised(str(tmp_path))
     write_coco(tmp_path)
     for path in (tmp_path / "images/train").iterdir():

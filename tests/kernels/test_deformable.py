@@ -525,6 +525,11 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(change):
 GRIDS = ((3, 4), (2, 2))
 
 
+def several(value, grids, places, weights):
+    """`multiscale` of places and weights with an axis for the levels."""
+    return multiscale(value, grids, places.unbind(3), weights.unbind(3))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -535,6 +540,7 @@ GRIDS = ((3, 4), (2, 2))
         lambda value, grids, places, weights: (value, grids[:1], places, weights),
         lambda value, grids, places, weights: (value[:, :12], grids[:1], places, weights),
         lambda value, grids, places, weights: (value[:, :0], (), places[:, :, :, :0], weights[:, :, :, :0]),
+        lambda value, grids, places, weights: (value, grids, places, weights[:, :, :, :1]),
         lambda value, grids, places, weights: (value, grids, places[..., :1], weights),
         lambda value, grids, places, weights: (value, grids, places, weights[..., :2]),
         lambda value, grids, places, weights: (value, grids, places[:1], weights),
@@ -544,9 +550,9 @@ GRIDS = ((3, 4), (2, 2))
 )
 def test_maps_and_places_that_do_not_fit_are_refused_in_one_line(change):
     given = (torch.randn(2, 16, 4), GRIDS, torch.rand(2, 5, 2, 2, 3, 2), torch.randn(2, 5, 2, 2, 3))
-    multiscale(*given)
+    several(*given)
     with pytest.raises(ValueError, match="multiscale|fit|groups") as error:
-        multiscale(*change(*given))
+        several(*change(*given))
     assert "\n" not in str(error.value)
 
 
@@ -565,6 +571,6 @@ def test_multiscale_is_the_sum_over_the_maps(form, kind):
     for level, (part, grid) in enumerate(zip(leaves[0].split([12, 4], 1), GRIDS, strict=True)):
         there = leaves[1][:, :, :, level] * torch.tensor(grid) - 0.5
         wanted = wanted + gathered(part.unflatten(1, grid), there, leaves[2][:, :, :, level])
-    got = multiscale(given[0], GRIDS, *given[1:])
+    got = several(given[0], GRIDS, *given[1:])
     assert got.dtype == kind
     check(got, wanted, given, leaves, [CLOSE[kind]] * 4)

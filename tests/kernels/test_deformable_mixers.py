@@ -15,6 +15,7 @@ from zoo.kernels import deformable_cpu
 from zoo.kernels.deformable import gathered
 from zoo.layer import Context, Memory, Place
 from zoo.mixers import CROSSES, MIXERS
+from zoo.spec import make
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # without a compiler the other forms are tested
@@ -221,6 +222,29 @@ def test_raw_weights_of_deformable_cross_attention_are_used_as_given():
     assert relative(sigmoid(x, context), wanted) <= 1e-5
     raw.scores.bias.data.mul_(-3)
     assert relative(raw(x, context), -3 * wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("points", [(2, 3, 4), (4,), (2, 2.0), (2, 0), (2, True), (), [2, 3], "4"])
+def test_numbers_of_points_that_do_not_fit_are_refused_in_one_line(points):
+    with pytest.raises(ValueError, match="^cross .*: (points must be one number|option points of 'def)") as error:
+        make(CROSSES, f"deformable(points={points!r})", DIM, HEADS, Place(levels=2), field="cross")
+    assert "\n" not in str(error.value)
+
+
+def test_one_number_of_points_is_that_number_for_each_level():
+    one, each = cross("softmax", 2, 3), cross("softmax", 2, (3, 3))
+    assert {name: value.shape for name, value in one.state_dict().items()} == {
+        name: value.shape for name, value in each.state_dict().items()
+    }
+    context, x = looking(boxes=True), torch.randn(2, 5, DIM)
+    assert torch.equal(one(x, context), each(x, context))
+
+
+def test_a_gate_starts_as_the_mean_of_tokens_and_result():
+    context, x = looking(), torch.randn(2, 5, DIM)
+    torch.manual_seed(3)
+    gated = CROSSES["deformable"](DIM, HEADS, Place(levels=2), points=3, gated=True)
+    assert relative(x + gated(x, context), (x + cross("softmax")(x, context)) / 2) <= 1e-5
 
 
 def test_a_memory_that_does_not_fit_is_refused_in_one_line():

@@ -137,7 +137,8 @@ def test_absurd_sizes_are_refused_before_anything_is_built(field):
 # torch.jit.trace
 
 TRACED = [
-    ("vit_micro", {"mixer": mixer}) for mixer in ("softmax", "window", "sla", "dcnv4", "pool", "sepconv", "channel")
+    ("vit_micro", {"mixer": mixer})
+    for mixer in ("softmax", "window", "area", "sla", "dcnv4", "pool", "sepconv", "channel")
 ]
 TRACED += [("vit_micro", {"position": position}) for position in ("learned", "rope", "cpe")]
 TRACED += [("vit_micro", {"norm": norm}) for norm in ("prepbn", "batchnorm", "rmsnorm", "groupnorm")]

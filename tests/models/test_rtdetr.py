@@ -14,7 +14,7 @@ from transformers.models.rt_detr_v2 import modeling_rt_detr_v2 as theirs_of
 
 import zoo
 from helpers import prepared, randomise, rectangle, relative
-from rtdetr_names import names_of
+from zoo.convert.detection import RTDETR_NAMES, names_of
 from zoo.layer import Context, Groups
 from zoo.mixers.deformable import DCNv4
 from zoo.models import PRESETS
@@ -25,7 +25,7 @@ from zoo.tensors import to_tokens
 PYRAMID = "(dim=(8, 16, 16, 24), depth=(1, 1, 1, 1), heads=(2, 2, 2, 2), layer_scale=None)"
 TRUNKS = [f"flash_internimage_t{PYRAMID}", "caformer_s18(dim=(8, 16, 16, 24), depth=(1, 1, 1, 1), heads=(1, 1, 1, 1))"]
 TRUNKS += ["vit_tiny(dim=16, depth=3, heads=2)", "deit_tiny(dim=16, depth=3, heads=2, patch=8)"]
-TIMM = ["timm:resnet18d", "timm:resnet18", "timm:convnext_atto"]
+TIMM = ["timm:resnet18d", "timm:resnet18", "timm:convnext_atto", "timm:hgnetv2_b0"]
 TINY = {"dim": 32, "depth": 2, "heads": 4, "image": 64, "classes": 5, "queries": 12, "neck_depth": 1, "neck_ratio": 0.5}
 SIZES = [(33, 47), (64, 640), (100, 70), (160, 96)]
 
@@ -47,13 +47,11 @@ def named(value: object) -> str:
 # Parity
 
 THEIRS = {
-    "encoder_hidden_dim": 32,
     "encoder_in_channels": [16, 24, 32],
     "encoder_ffn_dim": 64,
     "encoder_attention_heads": 4,
     "d_model": 32,
     "num_queries": 12,
-    "decoder_in_channels": [32] * 3,
     "decoder_ffn_dim": 64,
     "decoder_layers": 2,
     "decoder_attention_heads": 4,
@@ -61,7 +59,7 @@ THEIRS = {
     "num_denoising": 20,
     "num_labels": 5,
 }
-OURS = {"neck_depth": 3, "ffn": "mlp(ratio=2.0)", "decoder_ffn": "mlp(ratio=2.0, activation='relu')"}
+OURS = {"neck_depth": 3, "decoder_ffn": "mlp(ratio=2.0, activation='relu')"}
 
 
 class Theirs(nn.Module):
@@ -76,31 +74,31 @@ class Theirs(nn.Module):
         return [(to_tokens(each), Context(grid=(each.shape[2], each.shape[3]))) for each in maps]
 
 
-def pair() -> tuple[Any, RTDETR]:
-    """transformers' model with random weights, and ours with the same, both in fp64."""
+def pair(inside: int) -> tuple[Any, RTDETR]:
+    """transformers' model with random weights, and ours with the same, both in fp64; their encoders have so many
+    channels."""
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
     backbone = RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
-    theirs = prepared(
-        RTDetrV2ForObjectDetection(RTDetrV2Config(**THEIRS, backbone_config=backbone, attn_implementation="eager"))
-    )
+    sides = {"encoder_hidden_dim": inside, "decoder_in_channels": [inside] * 3, "backbone_config": backbone}
+    theirs = prepared(RTDetrV2ForObjectDetection(RTDetrV2Config(**THEIRS | sides, attn_implementation="eager")))
     weights = theirs.state_dict()
     weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
-    ours = build(**OURS)
+    ours = build(**OURS, encoder_dim=inside, ffn=f"mlp(ratio={64 / inside})")
     ours.trunk = Theirs(theirs.model.backbone.model)  # pyright: ignore[reportAttributeAccessIssue]
     ours.inputs = nn.ModuleList(
-        type(each)(width, 32, "batchnorm") for each, width in zip(ours.inputs, (16, 24, 32), strict=True)
+        type(each)(width, inside, "batchnorm") for each, width in zip(ours.inputs, (16, 24, 32), strict=True)
     )
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
         if not name.startswith("trunk") and name != "position.anchor":
-            value = torch.cat([weights[each] for each in names_of(name)])
+            value = torch.cat([weights[each] for each in names_of(name, RTDETR_NAMES)])
             slot.data = value.clone().reshape(slot.shape)
     return theirs, ours.double().eval()
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[Any, RTDETR]:
+@pytest.fixture(scope="module", params=[32, 48])
+def models(request) -> tuple[Any, RTDETR]:
     torch.manual_seed(0)
-    return pair()
+    return pair(request.param)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 160)])
@@ -332,8 +330,16 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_too(trunk):
         assert torch.equal(one, other)
 
 
-TURNED = [{"mixer": "sla"}, {"channel": "eca"}, {"norm": "prepbn"}, {"cross": "deformable(weights='raw')"}]
+TURNED = [
+    {"mixer": "sla"},
+    {"mixer": "area(areas=2)"},
+    {"channel": "eca"},
+    {"norm": "prepbn"},
+    {"cross": "deformable(weights='raw')"},
+]
 TURNED += [{"neck_channel": "eca"}, {"neck_norm": "prepbn"}, {"cross": "softmax"}, {"position": "none"}]
+TURNED += [{"cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}]
+TURNED += [{"encoder_dim": 48}]
 TURNED += [{"encoder_depth": 2, "mixer": ("sla", "softmax")}]
 TURNED += [{"encoder_depth": 0}, {"neck_depth": 0}, {"denoising": False}, {"position": "sine"}]
 
@@ -368,7 +374,9 @@ def test_choices_train_and_padding_changes_nothing(choice):
         ({"mixer": "slaa"}, "^mixer: "),
         ({"classes": 0}, "^classes must be >= 1"),
         ({"neck_ratio": 0.0}, "^neck_ratio must be > 0"),
-        ({"encoder_depth": -1}, "encoder_depth"),
+        ({"encoder_depth": -1}, "^encoder_depth must be >= 0, got -1"),
+        ({"encoder_dim": -1}, "^encoder_dim must be >= 0, got -1"),
+        ({"encoder_dim": 30}, "heads must divide dim 30"),
     ],
     ids=str,
 )
@@ -394,6 +402,9 @@ def test_features_are_the_maps_behind_the_neck():
         model.features(images, [3])
 
 
+FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0": ("stem.stem2a.bn",)}
+
+
 @pytest.mark.parametrize(
     ("trunk", "choice"),
     [
@@ -401,6 +412,7 @@ def test_features_are_the_maps_behind_the_neck():
         (TRUNKS[1], {"norm": "prepbn", "neck_channel": "eca"}),
         (TRUNKS[2], {"neck_ratio": 1.0}),
         ("timm:resnet18d", {}),
+        ("timm:hgnetv2_b0", {}),
         ("timm:convnext_atto", {"neck_norm": "layernorm"}),
     ],
     ids=named,
@@ -417,9 +429,9 @@ def test_a_fused_model_gives_the_same(trunk, choice):
         assert fused.neck.up[1].blocks[0].narrow is None and not [
             name for name in fused.state_dict() if "running" in name and name.startswith("neck")
         ]
-    if trunk == "timm:resnet18d":
+    if trunk in FOLDED:
         assert not [name for name in fused.state_dict() if "running" in name]
-        assert "trunk.model.net.layer2.0.downsample.2" in done and "trunk.model.net.bn1" in done
+        assert done >= {f"trunk.model.net.{norm}" for norm in FOLDED[trunk]}
     images, mask = together([torch.randn(3, 70, 50).double(), torch.randn(3, 64, 96).double()], (80, 96))
     for given in ((images, mask), (images[:, :, :64], None)):
         one, other = (each.encode(*given)[0] for each in (model, fused))
@@ -469,7 +481,8 @@ def test_a_near_tie_does_not_upset_the_probe():
 
 
 DETECTORS = [name for name, config in PRESETS.items() if isinstance(config, RTDETRConfig)]
-MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_r101": 61.9}
+MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_r101": 76.7}
+MILLIONS |= {"dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -516,10 +529,17 @@ FREE = {
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("trunk", [*TRUNKS[:3], "timm:resnet18d"], ids=named)
+@pytest.mark.parametrize(
+    ("trunk", "mixer"),
+    [
+        *((trunk, "softmax") for trunk in (*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0")),
+        (TRUNKS[0], "area(areas=2)"),
+    ],
+    ids=named,
+)
 @torch.no_grad()
-def test_a_program_takes_any_batch_and_size(trunk):
-    model = build(trunk)
+def test_a_program_takes_any_batch_and_size(trunk, mixer):
+    model = build(trunk, mixer=mixer)
     program = torch.export.export(model, (torch.randn(2, 3, 70, 100),), dynamic_shapes=FREE, strict=False).module()
     for shape in ((2, 3, 70, 100), (1, 3, 64, 64), (3, 3, 130, 90)):
         images = torch.randn(shape)
@@ -528,10 +548,10 @@ def test_a_program_takes_any_batch_and_size(trunk):
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:resnet18d"], ids=named)
+@pytest.mark.parametrize(("trunk", "mixer"), [(TRUNKS[0], "area(areas=2)"), ("timm:resnet18d", "softmax")], ids=named)
 @torch.no_grad()
-def test_onnxruntime_gives_the_same(trunk):
-    model = build(trunk)
+def test_onnxruntime_gives_the_same(trunk, mixer):
+    model = build(trunk, mixer=mixer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(

@@ -38,6 +38,7 @@ TIMED = {
     "long": ("ratio", "noise"),
     "training": ("ratio", "noise"),
     "losses": ("ratio", "noise"),
+    "detectors": ("ratio", "noise"),
 }
 LINUX = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 
@@ -118,6 +119,29 @@ def test_losses_have_a_row_for_matching_and_one_for_all(measured):
     rows = rows_of(measured[1], "losses")
     assert [row["what"] for row in rows] == ["matching", "losses, forward+backward"]
     assert all(row["base"].startswith("transformers ") for row in rows)
+
+
+def test_detectors_have_a_row_for_each_form(measured):
+    rows = rows_of(measured[1], "detectors")
+    assert [(row["model"], row["form"]) for row in rows] == [
+        ("RT-DETRv2-R18", "ours"),
+        ("RT-DETRv2-R18", "ours, folded"),
+    ]
+    assert all(row["base"].startswith("transformers ") for row in rows)
+
+
+def test_a_detector_that_differs_is_not_timed(command, monkeypatch):
+    detectors = module("detectors")
+    convert = detectors.from_transformers
+
+    def other(folder):
+        found = convert(folder)
+        found.model.score.bias.data += 0.1
+        return found
+
+    monkeypatch.setattr(detectors, "from_transformers", other)
+    with pytest.raises(ValueError, match="^ours differs from transformers .*; neither was timed"):
+        detectors.calls("RT-DETRv2-R18", 128)
 
 
 def test_another_matching_is_not_timed(command, monkeypatch):

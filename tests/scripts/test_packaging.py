@@ -23,7 +23,9 @@ IMPORTED_AS = {
     "huggingface-hub": "huggingface_hub",
 }
 INDIRECT = {"tensorboard"}  # Lightning's logger needs it
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 OPTIONAL = {"triton", "kenlm", "flashlight"}  # comes with PyTorch for CUDA; extras
+OPTIONAL |= {"onnx", "onnxruntime", "onnxscript", "av"}  # extras, which the tests have
 PINS = dict(line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines())
 
 
@@ -50,8 +52,10 @@ def test_every_dependency_is_imported_and_every_import_is_a_dependency():
 
 def test_every_dependency_is_pinned_for_the_tests():
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in PINS}
-    wanted = names(PROJECT["project"]["dependencies"]) | names(PROJECT["project"]["optional-dependencies"]["test"])
-    assert wanted <= pinned
+    tests = names(EXTRAS["test"])
+    assert "zoo" in tests and "zoo[export,video]" in EXTRAS["test"]
+    wanted = names(PROJECT["project"]["dependencies"]) | tests | names(EXTRAS["export"]) | names(EXTRAS["video"])
+    assert wanted - {"zoo"} <= pinned
 
 
 def test_the_package_holds_its_data():

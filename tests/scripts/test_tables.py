@@ -59,7 +59,7 @@ def test_every_field_and_preset_is_explained(facts: dict[str, Any]):
 
 def test_costs_and_folds_are_those_of_the_mathematics(facts: dict[str, Any]):
     costs = {name: row["cost"] for name, row in facts["tables"]["mixer"]["rows"].items()}
-    quadratic = {"softmax", "relative", "grouped"}
+    quadratic = {"softmax", "relative", "grouped", "area"}
     assert {name for name, cost in costs.items() if cost == "quadratic"} == quadratic
     norms = {name: row["folds"] for name, row in facts["tables"]["norm"]["rows"].items()}
     assert {name for name, said in norms.items() if said.startswith("folds")} == {"batchnorm", "repbn", "prepbn"}

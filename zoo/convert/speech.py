@@ -5,11 +5,12 @@ NeMo and the Parakeet of transformers store the same network with some names spe
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from zoo.convert.source import Source
 from zoo.convert.timm.parts import spelled, with_width
 from zoo.ffns import FFNS
 from zoo.inputs.audio import AudioPreprocess
@@ -73,77 +74,6 @@ class Facts(NamedTuple):
     reduce: int | None = None  # the block before which Squeezeformer halves the frame rate; None for none
 
 
-_NOT_GIVEN: Any = object()
-LARGEST = 1_000_000
-"""The largest number in a network's shape, so that a config cannot request more than a file can hold."""
-
-
-class Section:
-    """One section of a config file. Every key must be used or be known to change nothing at inference.
-
-    A key that is missing has the default of the library that wrote the file; null has the meaning that it has there
-    (`null=`), or is refused.
-    """
-
-    def __init__(self, values: Any, name: str, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{where} has no section '{name}'")
-        self.left, self.name, self.where = dict(values), f"{name}." if name else "", where
-
-    def take(self, key: str, kind: type, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> Any:
-        """The value of a key; a key without a default is required. ValueError if it has another type."""
-        if key not in self.left:
-            if default is _NOT_GIVEN:
-                raise self.refused(key, "it is missing")
-            return default
-        value = self.left.pop(key)
-        if value is None and null is not _NOT_GIVEN:
-            return null
-        wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise self.refused(key, f"it must be {_KINDS[kind]}, got {_shown(value)}")
-        return value
-
-    def whole(self, key: str, default: Any = _NOT_GIVEN, *, null: Any = _NOT_GIVEN) -> int:
-        """An integer from 1 to LARGEST."""
-        if not 1 <= (value := self.take(key, int, default, null=null)) <= LARGEST:
-            raise self.refused(key, f"it must be from 1 to {LARGEST:,}, got {_shown(value)}")
-        return value
-
-    def seconds(self, key: str, default: float, rate: int) -> int:
-        """A time in seconds, as samples, rounded down as NeMo does."""
-        value = self.take(key, float, default)
-        if not 1 <= value * rate <= LARGEST:
-            raise self.refused(key, f"it must be from 1 to {LARGEST:,} samples at {rate} Hz, got {_shown(value)} s")
-        return int(value * rate)
-
-    def fixed(self, key: str, *allowed: Any) -> Any:
-        """The value of a key that must be one of those; the first if it is missing."""
-        value = self.left.pop(key, allowed[0])
-        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
-            raise self.refused(key, f"the zoo supports {' or '.join(map(_shown, allowed))}, not {_shown(value)}")
-        return value
-
-    def finish(self, *harmless: str) -> None:
-        """ValueError if a key is unused that is not known to be harmless."""
-        if unknown := [key for key in self.left if key not in harmless]:
-            value = _shown(self.left[unknown[0]])
-            raise self.refused(unknown[0], f"the zoo does not know this key (its value is {value})")
-
-    def refused(self, key: Any, why: str) -> ValueError:
-        return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
-
-
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-
-
-def _shown(value: Any) -> str:
-    """A value as config files spell it, shortened if it is long."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)[:80]
-
-
 def configure(facts: Facts) -> ConformerConfig:
     """The config of the model that the facts describe; ValueError if the zoo does not support it."""
     stem = SUBSAMPLING[facts.depthwise, facts.factor]
@@ -195,32 +125,20 @@ def build(
             model = config.build()
     except ValueError as error:
         raise ValueError(one_line(f"{where}: {error}")) from error
-    left = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
-    kind, device = _kind(left, where)
+    source = Source(tensors, where)
     no_bias = r"blocks\.\d+\.steps\.\d+\.branch\.(expand|out|conv)\.bias"
     convolutions = {f".{index}." for index, word in enumerate(config.layout) if word == "conv"}
     state = {}
-
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in left:
-            raise ValueError(f"{where}: the tensor '{name}' is missing")
-        value = left.pop(name).detach()
-        if value.shape[: len(shape)] != shape or value.shape[len(shape) :].numel() != 1:
-            raise ValueError(f"{where}: '{name}' has shape {list(value.shape)}, but this model needs {list(shape)}")
-        return value.reshape(shape).to(kind)
-
     for key, slot in model.state_dict().items():
         branch = key.partition(".steps")[2][:3]
         if not facts.conv_bias and branch in convolutions and re.fullmatch(no_bias, key):
-            state[key] = torch.zeros(slot.shape, dtype=kind, device=device)
+            state[key] = torch.zeros(slot.shape, dtype=source.dtype, device=source.device)
             continue
-        names = [rename(name) for name in names_of(key, config)]
-        value = torch.cat([take(name, len(slot) // len(names), *slot.shape[1:]) for name in names])
+        value = source.take([rename(name) for name in names_of(key, config)], slot.shape)
         if blank is not None and key.startswith("head."):
             value = torch.cat([value[:blank], value[blank + 1 :], value[blank : blank + 1]])
         state[key] = value
-    if left:
-        raise ValueError(f"{where}: the tensor '{next(iter(left))}' is not used by this model")
+    source.finish()
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -236,17 +154,6 @@ def _check_sizes(facts: Facts, tensors: Mapping[str, Tensor], where: str, rename
         raise ValueError(f"{where}: the tensor '{linear}' is missing")
     if (width := len(tensors[linear]) if tensors[linear].ndim else 0) != facts.dim:
         raise ValueError(f"{where}: the config asks for {facts.dim} channels, but '{linear}' has {width}")
-
-
-def _kind(tensors: Mapping[str, Tensor], where: str) -> tuple[torch.dtype, torch.device]:
-    """The widest dtype among the tensors, and their device."""
-    kind, devices = None, {torch.device("cpu")}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{where}: '{name}' must be a floating-point tensor, got {tensor.dtype}")
-        kind = tensor.dtype if kind is None else torch.promote_types(kind, tensor.dtype)
-        devices = {tensor.device}
-    return kind or torch.float32, devices.pop()
 
 
 def names_of(key: str, config: ConformerConfig) -> list[str]:

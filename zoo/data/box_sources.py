@@ -76,27 +76,25 @@ class Yolo(BoxSource):
 
 
 class Voc(BoxSource):
-    """Pascal VOC: `Annotations/NAME.xml`, `JPEGImages/NAME.jpg`, and a split's names in `ImageSets/Main/SPLIT.txt`.
+    """Pascal VOC: `Annotations/NAME.xml`, `JPEGImages/NAME.jpg`, and a split's names in `ImageSets/Main/SPLIT.txt`; or,
+    as Roboflow exports it, both files of an image in the folder `SPLIT`.
 
-    Pixels are counted from 1 and both corners belong to the box, as in the challenge. Objects marked difficult are
-    crowds here. The categories are those of `classes.txt`, one name a line, or else all names in the annotations in
-    alphabetical order; their ids count them from 1, and so do those of images.
+    Pixels are counted from 1. In the challenge both corners belong to the box; in an export the right and bottom edges
+    are those behind it, so that its boxes are those of the COCO export. Objects marked difficult are crowds here. The
+    categories are those of `classes.txt`, one name a line, or else all names in the annotations in alphabetical order;
+    their ids count them from 1, and so do those of images.
     """
 
     def __init__(self, root: str, split: str) -> None:
         base = folder_at(root)
-        sets = base / "ImageSets" / "Main"
-        listed = first_file([sets / f"{name}.txt" for name in SPLITS[split]], split)
-        for place in (base / "Annotations", base / "JPEGImages"):
-            if not place.is_dir():
-                raise ValueError(f"{place} is not a folder; Pascal VOC has Annotations, JPEGImages and ImageSets/Main")
-        stems = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
+        listed, stems, notes, pictures = _voc_places(base, split)
+        behind = int(notes == pictures)
         faults = Faults()
-        images = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(base / "JPEGImages")) if is_image(name)}
-        labels = _voc_labels(base)
+        images = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(pictures)) if is_image(name)}
+        labels = _voc_labels(base, notes)
         entries, table = [], Table("object")
         for stem in _once(stems, "repeated names", faults):
-            path = base / "Annotations" / f"{stem}.xml"
+            path = notes / f"{stem}.xml"
             try:
                 tree = _xml(path)
                 size = _voc_size(tree)
@@ -106,7 +104,7 @@ class Voc(BoxSource):
                 continue
             for number, each in enumerate(tree.findall("object"), 1):
                 try:
-                    name, box, difficult = _voc_object(each)
+                    name, box, difficult = _voc_object(each, behind)
                 except ValueError as error:
                     faults.add("omitted", "malformed objects", f"{path}, object {number}: {error}")
                     continue
@@ -115,7 +113,7 @@ class Voc(BoxSource):
                 else:
                     said = f"{path}, object {number}: {one_line(repr(name), 60)}"
                     faults.add("omitted", "objects of an unknown category", said)
-            image = str(base / "JPEGImages" / images.get(stem, f"{stem}.jpg"))
+            image = str(pictures / images.get(stem, f"{stem}.jpg"))
             entries.append(Entry(image, len(entries) + 1, size))
         super().__init__(str(listed), labels, entries, table, faults)
 
@@ -245,13 +243,31 @@ def _yolo_line(line: str) -> tuple[int, list[float]]:
     return int(numbers[0]), [left - width / 2, top - height / 2, left + width / 2, top + height / 2]
 
 
-def _voc_labels(base: Path) -> LabelMap:
+def _voc_places(base: Path, split: str) -> tuple[Path, list[str], Path, Path]:
+    """What lists the images of a split, their names without extension, and the folders of annotations and images."""
+    if beside := [base / name for name in SPLITS[split] if any((base / name).glob("*.xml"))]:
+        names = (os.path.splitext(name) for name in os.listdir(beside[0]) if is_image(name) or name.endswith(".xml"))
+        return beside[0], sorted({stem for stem, _ in names}), beside[0], beside[0]
+    sets = base / "ImageSets" / "Main"
+    try:
+        listed = first_file([sets / f"{name}.txt" for name in SPLITS[split]], split)
+    except ValueError as error:
+        raise ValueError(f"{error}, {', '.join(str(base / name / '*.xml') for name in SPLITS[split])}") from None
+    places = (base / "Annotations", base / "JPEGImages")
+    for place in places:
+        if not place.is_dir():
+            raise ValueError(f"{place} is not a folder; Pascal VOC has Annotations, JPEGImages and ImageSets/Main")
+    return listed, [line.strip() for line in read_text(listed).splitlines() if line.strip()], *places
+
+
+def _voc_labels(base: Path, notes: Path) -> LabelMap:
     path = base / "classes.txt"
     if path.is_file():
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     else:
-        path = base / "Annotations"
-        names = sorted(set(_voc_names(path)))
+        path = notes
+        folders = {notes, *(base / name for each in SPLITS.values() for name in each)}
+        names = sorted({name for folder in folders for name in _voc_names(folder)})
     try:
         return LabelMap.from_names(names, 1)
     except ValueError as error:
@@ -287,7 +303,7 @@ def _voc_size(tree: Any) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
-def _voc_object(element: Any) -> tuple[str, list[float], bool]:
+def _voc_object(element: Any, behind: int) -> tuple[str, list[float], bool]:
     name, corners = _text(element, "name"), []
     if not name:
         raise ValueError("it has no name")
@@ -298,7 +314,7 @@ def _voc_object(element: Any) -> tuple[str, list[float], bool]:
         except ValueError:
             raise ValueError(f"{corner} must be a number, got {one_line(repr(text), 60)}") from None
     left, top, right, bottom = corners
-    return name, [left - 1, top - 1, right, bottom], _text(element, "difficult") == "1"
+    return name, [left - 1, top - 1, right - behind, bottom - behind], _text(element, "difficult") == "1"
 
 
 Drawing = tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]
@@ -347,16 +363,18 @@ def _touch(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def recognised(root: str) -> str:
     """The name in `SOURCES` of the format of a folder, from what is in it; ValueError if it is none of them."""
     base = Path(root).expanduser()
-    signs = {
-        "yolo": [base.is_file(), *((base / name).is_file() for name in YAMLS)],
-        "voc": [(base / "Annotations").is_dir() and (base / "JPEGImages").is_dir()],
-        "coco": [(base / "annotations").is_dir()],
-        "coco_export": [any(base.glob("*/_annotations.coco.json"))],
-    }
-    for name, found in signs.items():
-        if any(found):
+    splits = [base / name for names in SPLITS.values() for name in names]
+    signs = [
+        ("yolo", base.is_file() or any((base / name).is_file() for name in YAMLS)),
+        ("voc", (base / "Annotations").is_dir() and (base / "JPEGImages").is_dir()),
+        ("coco", (base / "annotations").is_dir()),
+        ("coco_export", any(base.glob("*/_annotations.coco.json"))),
+        ("voc", any(path for split in splits for path in split.glob("*.xml"))),
+    ]
+    for name, found in signs:
+        if found:
             return name
-    wanted = "data.yaml, Annotations and JPEGImages, annotations/*.json, or */_annotations.coco.json"
+    wanted = "data.yaml, Annotations and JPEGImages, annotations/*.json, */_annotations.coco.json, or train/*.xml"
     raise ValueError(f"{base} is not a folder of objects; it needs {wanted}")
 
 

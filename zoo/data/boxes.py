@@ -183,7 +183,8 @@ class Boxes(DataModule):
     Args:
         dataset: `coco` (root/annotations/instances_SPLIT.json and root/images/SPLIT or root/SPLIT2017), `coco_export`
             (root/SPLIT/_annotations.coco.json beside the images), `yolo` (root/data.yaml), `voc` (root/Annotations,
-            JPEGImages, ImageSets/Main/SPLIT.txt), `shapes` (generated), or `auto` (chosen by what is in root).
+            JPEGImages, ImageSets/Main/SPLIT.txt; or root/SPLIT/*.xml beside the images), `shapes` (generated), or
+            `auto` (chosen by what is in root).
         root: folder of the data set.
         size: side of the images that the model takes, in pixels; null for that of the checkpoint, or 640.
         fit: stretch (to size x size) or pad (the longest side becomes size, the aspect ratio is kept); null for that of

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.inputs.images import PixelPreprocess
+from zoo.inputs.base import check_integer
+from zoo.inputs.images import LARGEST, PixelPreprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FITS = ("stretch", "pad")
+FITS = ("stretch", "pad", "shortest")
 
 
 class Prepared(NamedTuple):
@@ -31,16 +32,20 @@ class BoxPreprocess(PixelPreprocess):
     The whole image is resized and normalised. Boxes are relative to the image, so that they stay as they are.
 
     Args:
-        fit: "stretch" resizes to `size` by `size` pixels; "pad" resizes so that the longest side is `size`, keeps the
-            aspect ratio, and leaves padding to the batch. The other fields are those of `PixelPreprocess`.
+        fit: "stretch" resizes to `size` by `size` pixels. The others keep the aspect ratio, and leave padding to the
+            batch: "pad" resizes so that the longest side is `size`, "shortest" so that the shortest side is `size`, or
+            the longest `longest` if it would be longer (DETR). The other fields are those of `PixelPreprocess`.
+        longest: most pixels of the longest side with "shortest".
     """
 
     size: int = 640
     interpolation: str = "bilinear"
     fit: str = "stretch"
+    longest: int = 1333
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_integer("longest", self.longest, LARGEST)
         if self.fit not in FITS:
             raise ValueError(f"unknown fit {self.fit!r}; allowed: {', '.join(FITS)}")
 
@@ -57,8 +62,10 @@ class BoxPreprocess(PixelPreprocess):
         """The height and width of an image after `cut`."""
         if self.fit == "stretch":
             return self.size, self.size
-        longest = max(height, width)
-        return max(1, round(height * self.size / longest)), max(1, round(width * self.size / longest))
+        scale = self.size / max(height, width)
+        if self.fit == "shortest":
+            scale = min(self.size / min(height, width), self.longest / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
     def parts(self, raw: Any, /) -> Iterator[Prepared]:
         """The prepared image, with its original size."""

@@ -196,28 +196,36 @@ def deformable(
     return y.unflatten(1, points)
 
 
-def multiscale(value: Tensor, grids: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
-    """Sums samples of several maps: value [B, M, C], the maps of `grids` one after the other; places [B, N, G, L, K, 2]
-    in 0..1 of each map's height and width, (y, x); weights [B, N, G, L, K] -> [B, N, C].
+def multiscale(
+    value: Tensor, grids: Sequence[tuple[int, int]], places: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    """Sums samples of several maps: value [B, M, C], the maps of `grids` one after the other; for each map, places
+    [B, N, G, K, 2] in 0..1 of its height and width, (y, x), and weights [B, N, G, K], K being its own -> [B, N, C].
 
     The sampling of multi-scale deformable attention (Zhu et al. 2021, arXiv:2010.04159); weights are used as given.
     """
-    sizes, shapes = tuple(value.shape), (tuple(places.shape), tuple(weights.shape))
-    if places.ndim != 6 or shapes[0] != (*shapes[1], 2):
-        raise ValueError(f"multiscale expects a place (y, x) for each weight, got {shapes[0]} and {shapes[1]}")
-    levels = places.shape[3]
-    if not grids or len(grids) != levels or sum(rows * columns for rows, columns in grids) != sizes[1]:
-        raise ValueError(f"{sizes[1]} tokens and {levels} levels do not fit the grids {tuple(grids)}")
-    if len(sizes) != 3 or sizes[0] != places.shape[0]:
-        raise ValueError(f"multiscale expects a value ({places.shape[0]}, tokens, channels), got {sizes}")
-    kind = torch.promote_types(torch.promote_types(value.dtype, places.dtype), torch.float32)
-    nowhere = torch.zeros(places.shape[1], 2, dtype=kind, device=value.device)
-    centre = torch.zeros(places.shape[4], 2, dtype=kind, device=value.device)
+    sizes = tuple(value.shape)
+    if not len(grids) == len(places) == len(weights):
+        raise ValueError(
+            f"{len(places)} levels and {len(weights)} levels of weights do not fit the grids {tuple(grids)}"
+        )
+    for each, share in zip(places, weights, strict=True):
+        if each.ndim != 5 or tuple(each.shape) != (*share.shape, 2):
+            raise ValueError(
+                f"multiscale expects a place (y, x) for each weight, got {tuple(each.shape)} and {tuple(share.shape)}"
+            )
+    if not grids or sum(rows * columns for rows, columns in grids) != sizes[1]:
+        raise ValueError(f"{sizes[1]} tokens and {len(places)} levels do not fit the grids {tuple(grids)}")
+    if len(sizes) != 3 or sizes[0] != places[0].shape[0]:
+        raise ValueError(f"multiscale expects a value ({places[0].shape[0]}, tokens, channels), got {sizes}")
+    kind = torch.promote_types(torch.promote_types(value.dtype, places[0].dtype), torch.float32)
+    nowhere = torch.zeros(places[0].shape[1], 2, dtype=kind, device=value.device)
     maps = value.split([rows * columns for rows, columns in grids], 1)
     total = None
-    for level, grid in enumerate(grids):
-        pixels = places[:, :, :, level].to(kind) * torch.tensor(grid, dtype=kind, device=value.device) - 0.5
-        one = aggregate(maps[level].unflatten(1, grid), pixels, weights[:, :, :, level], nowhere, centre, 1.0)
+    for each, grid, where, share in zip(maps, grids, places, weights, strict=True):
+        centre = torch.zeros(where.shape[3], 2, dtype=kind, device=value.device)
+        pixels = where.to(kind) * torch.tensor(grid, dtype=kind, device=value.device) - 0.5
+        one = aggregate(each.unflatten(1, grid), pixels, share, nowhere, centre, 1.0)
         total = one if total is None else total + one
     assert total is not None
     return total

@@ -5,6 +5,7 @@ options).
 """
 
 from zoo.layer import Layer
+from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, SimplifiedLinear
@@ -16,6 +17,7 @@ MIXERS: dict[str, type[Layer]] = {
     "relative": Relative,
     "grouped": Grouped,
     "window": Window,
+    "area": Area,
     "local": Local,
     "sla": SimplifiedLinear,
     "dcnv4": DCNv4,

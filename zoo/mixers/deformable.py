@@ -103,8 +103,12 @@ class DeformableCross(Layer):
     et al. 2021, arXiv:2010.04159).
 
     The reference is a point (x, y) or a box (x, y, w, h) in 0..1 of the sample's extent: offsets are pixels of their
-    grid around a point, and half boxes, divided by `points`, around a box's centre. weights: `softmax` over all
-    samples; `sigmoid`; `raw`, used as given. All three start as the mean of all samples.
+    grid around a point, and half boxes, divided by `points`, around a box's centre.
+
+    points: one number, or one for each grid. weights: `softmax` over all samples; `sigmoid`; `raw`, used as given. All
+    three start as the mean of all samples. project: whether the values and the result go through a linear each.
+    gated: whether tokens and result are each scaled by a gate that reads both, starting at 1/2, before they are added
+    (D-FINE, Peng et al. 2024, arXiv:2410.13842).
     """
 
     reads = frozenset({"prefix", "mask", "code", "memory"})
@@ -116,57 +120,74 @@ class DeformableCross(Layer):
         heads: int,
         place: Place = ANYWHERE,
         *,
-        points: int = 4,
+        points: int | tuple[int, ...] = 4,
         weights: str = "softmax",
+        project: bool = True,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         _check_weights("deformable", weights)
         if dim % heads:
             raise ValueError(f"heads must divide dim {dim}, got {heads}")
-        self.heads, self.levels, self.points, self.weights = heads, place.levels, points, weights
-        levels = place.levels
-        samples = levels * points
-        self.values, self.out = linear(dim, dim), linear(dim, dim)
+        self.heads, self.weights = heads, weights
+        self.points = (points,) * place.levels if isinstance(points, int) else points
+        if len(self.points) != place.levels:
+            raise ValueError(f"points must be one number, or one for each of {place.levels} levels, got {points}")
+        samples = sum(self.points)
+        self.values = linear(dim, dim) if project else None
+        self.out = linear(dim, dim) if project else None
         self.offsets, self.scores = nn.Linear(dim, heads * samples * 2), nn.Linear(dim, heads * samples)
         for layer in (self.offsets, self.scores):
             nn.init.zeros_(layer.weight)
         # The heads look in as many directions, each point one pixel farther.
         angles = torch.arange(heads) * (2 * math.pi / heads)
         ways = torch.stack([angles.cos(), angles.sin()], -1)
-        ways = (ways / ways.abs().amax(-1, keepdim=True))[:, None, None]
-        steps = torch.arange(1, points + 1)[:, None]
+        ways = (ways / ways.abs().amax(-1, keepdim=True))[:, None]
+        steps = torch.cat([torch.arange(1, number + 1) for number in self.points])[:, None]
         with torch.no_grad():
-            self.offsets.bias.copy_((ways * steps).expand(-1, levels, -1, -1).flatten())
+            self.offsets.bias.copy_((ways * steps).flatten())
         start = {"softmax": 0.0, "raw": 1 / samples, "sigmoid": -math.log(max(samples - 1, 1e-3))}
         nn.init.constant_(self.scores.bias, start[weights])
+        self.gate = nn.Linear(2 * dim, 2 * dim) if gated else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
         self.inner: Layer | None = None
 
     @classmethod
-    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(dim, heads)}
+    def sites_of(cls, dim: int, heads: int, *, project: bool = True, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim, heads)} if project else {}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         memory = context.memory
-        if memory is None or memory.reference is None or len(memory.grids) != self.levels:
-            raise ValueError(f"deformable cross-attention needs a memory of {self.levels} grids, and references")
+        if memory is None or memory.reference is None or len(memory.grids) != len(self.points):
+            raise ValueError(f"deformable cross-attention needs a memory of {len(self.points)} grids, and references")
         query = x if context.code is None else x + context.code
-        shape = (self.heads, self.levels, self.points)
-        offsets = self.offsets(query).unflatten(-1, (*shape, 2))  # (x, y)
-        weights = weigh(self.scores(query).unflatten(-1, (self.heads, -1)), self.weights).unflatten(-1, shape[1:])
-        reference = memory.reference[:, :, None, None, None].to(torch.promote_types(offsets.dtype, torch.float32))
-        share = 1.0 if memory.extent is None else memory.extent[:, None, None, :, None]  # of the padded maps
-        if reference.shape[-1] == 2:
-            sizes = offsets.new_tensor([(columns, rows) for rows, columns in memory.grids], dtype=reference.dtype)
-            places = reference * share + offsets / sizes[:, None]
-        else:
-            places = (reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.points)) * share
-        value = zeroed(self.values(memory.tokens), memory.mask)
+        offsets = self.offsets(query).unflatten(-1, (self.heads, -1, 2))  # (x, y)
+        weights = weigh(self.scores(query).unflatten(-1, (self.heads, -1)), self.weights)
+        reference = memory.reference[:, :, None, None].to(torch.promote_types(offsets.dtype, torch.float32))
         grids = [(rows, columns) for rows, columns in memory.grids]
-        y = multiscale(value, grids, places.flip(-1), weights)
-        return self.out(y if self.inner is None else self.inner(y, context))
+        places = []
+        for level, each in enumerate(offsets.split(self.points, -2)):
+            share = 1.0 if memory.extent is None else memory.extent[:, level, None, None, None]  # of the padded map
+            if reference.shape[-1] == 2:
+                place = reference * share + each / each.new_tensor(grids[level][::-1], dtype=reference.dtype)
+            else:
+                place = (reference[..., :2] + each * reference[..., 2:] * (0.5 / self.points[level])) * share
+            places.append(place.flip(-1))
+        value = zeroed(memory.tokens if self.values is None else self.values(memory.tokens), memory.mask)
+        y = multiscale(value, grids, places, weights.split(self.points, -1))
+        y = y if self.inner is None else self.inner(y, context)
+        y = y if self.out is None else self.out(y)
+        if self.gate is None:
+            return y
+        own, given = self.gate(torch.cat([x, y], -1)).sigmoid().chunk(2, -1)
+        return (own - 1) * x + given * y  # the residual adds x
 
     def inputs(self) -> list[nn.Linear] | str:
-        return [self.offsets, self.scores]
+        return [self.offsets, self.scores] if self.gate is None else "its gate reads it"
 
     def outputs(self) -> list[nn.Linear] | str:
+        if self.out is None or self.gate is not None:
+            return "a gate is behind it" if self.gate is not None else "it has no output linear"
         return [self.out]

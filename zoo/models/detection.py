@@ -4,14 +4,147 @@ Boxes are (centre x, centre y, width, height) in 0..1 of each image's own extent
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.choices import BlockConfig
+from zoo.config import Choice, ModelConfig, Size
+from zoo.models.convolutional import TIMM
+from zoo.norms import NORMS
+from zoo.spec import check, parse
 from zoo.stems.images import checked, padding_of
 from zoo.tensors import exporting, relu
+from zoo.text import unknown
+
+TRUNK_NORMS = ("batch", "frozen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(ModelConfig):
+    """What the configs of detectors share. The choices of blocks that every family shares are those of the encoder;
+    `cross` and the `decoder_` fields are those of the decoder.
+
+    Args:
+        trunk: image model that gives the maps: a preset of the zoo with any of its fields, or timm:NAME.
+        trunk_norm: batch for norms of the trunk that learn from batches, frozen for those with running statistics to
+            stay as they are, as usual for a pretrained trunk.
+        dim: channels of tokens and queries.
+        depth: number of decoder blocks.
+        heads: attention heads of a block.
+        image: side of the images in pixels, for weights that depend on it; any other size works too.
+        channels: channels of the images.
+        classes: number of classes.
+        queries: number of queries.
+        encoder_depth: number of encoder blocks.
+        decoder_mixer: self-attention of the queries.
+        decoder_ffn: feed-forward layer of the decoder.
+        decoder_norm: norm of the decoder.
+    """
+
+    task = "detect"
+    input = "boxes"
+    argument = "images"
+    labels = "categories"
+    provides = frozenset({"memory"})
+    shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
+    losses: ClassVar[tuple[str, ...]] = ("vfl", "mal", "focal", "ia_bce")  # of classes; the first is the usual one
+    proposals: ClassVar[bool] = False  # whether queries start from tokens that are trained to propose objects
+    levels: ClassVar[int] = 1  # maps that the decoder reads
+    stride: ClassVar[int] = 32  # of the map that the encoder reads
+    decoder_writes: ClassVar[frozenset[str]] = frozenset({"memory", "code"})
+
+    trunk: str
+    trunk_norm: str = "batch"
+    dim: int = 256
+    depth: int = 6
+    heads: int = 8
+    image: int = 640
+    channels: int = 3
+    classes: int = 80
+    queries: int = 300
+    encoder_depth: int = 1
+    decoder_mixer: str = "softmax"
+    decoder_ffn: str = "mlp(activation='relu')"
+    decoder_norm: str = "layernorm(eps=1e-05)"
+    cross: str = "softmax"
+    norm: Choice = "layernorm(eps=1e-05)"
+    placement: Choice = "post"
+
+    def check_sizes(self) -> None:
+        for name in ("image", "channels", "classes", "queries", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.encoder_depth < 0:
+            raise ValueError(f"encoder_depth must be >= 0, got {self.encoder_depth}")
+        if self.trunk_norm not in TRUNK_NORMS:
+            raise ValueError(f"trunk_norm: {unknown('name', self.trunk_norm, TRUNK_NORMS)}")
+        if not self.trunk.startswith(TIMM):
+            parse(self.trunk)
+        self.check_rows({"decoder_norm": NORMS})
+
+    def check_rows(self, tables: Mapping[str, Mapping[str, type]]) -> None:
+        """ValueError if a field does not name a row of its table."""
+        for name, table in tables.items():
+            try:
+                check(table, getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    @property
+    def words(self) -> list[str]:
+        return [*super().words, "cross"]
+
+    @property
+    def stages(self) -> tuple[Size, ...]:
+        return Size(self.dim, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
+
+    def grid(self, stage: int) -> tuple[int, ...]:
+        side = -(-self.image // self.stride)
+        return (side, side) if stage == 0 else (self.queries,)
+
+    def path(self, stage: int, index: int) -> str:
+        return f"{('encoder', 'decoder')[stage]}.{index}"
+
+    def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
+        if stage == 0:
+            return super().block(stage, index)
+        place = replace(self.place(stage, index), axes=1, levels=self.levels)
+        try:
+            return BlockConfig(
+                dim=self.dim,
+                heads=self.heads,
+                place=place,
+                layout=("mixer", "cross", "ffn"),
+                mixer=self.decoder_mixer,
+                cross=self.cross,
+                ffn=self.decoder_ffn,
+                norm=self.decoder_norm,
+                placement="post",
+                dropout=self.dropout,
+                writes=self.decoder_writes,
+            )
+        except ValueError as error:
+            raise ValueError(f"decoder: {error}") from None
+
+    @property
+    def labelled(self) -> int:
+        return self.classes
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "object-detection"
+
+    def call(self, prepared: str) -> str:
+        number = "classes + 1" if self.losses == ("softmax",) else "classes"
+        return f"found = model({prepared})  # logits [B, queries, {number}] and boxes [B, queries, 4]"
+
+    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"images": torch.randn((1, self.channels, 96, 64), generator=generator, device="cpu")}
 
 
 class Predicted(NamedTuple):
@@ -34,12 +167,28 @@ class Noised(NamedTuple):
     groups: int
 
 
+class Refined(NamedTuple):
+    """The distributions by which decoder layers refine boxes (D-FINE, Peng et al. 2024, arXiv:2410.13842)."""
+
+    bins: Tensor  # logits of the offsets of each side after each layer: [L, B, Q, 4, bins]
+    first: Tensor  # the boxes that they refine [B, Q, 4]
+    real: Tensor | None  # [B, Q], False for queries that an image has no token or object for; None if all are real
+    offsets: Tensor  # of the bins [bins], in units of the width or height of `first` / scale
+    scale: float
+
+
 class Trained(NamedTuple):
-    """What a detector predicts in training, for its losses."""
+    """What a detector predicts in training, for its losses.
+
+    Where boxes are refined by distributions, the first of the layers is their start, and the others belong to those of
+    `refined`.
+    """
 
     layers: Predicted  # after each decoder layer: [L, B, Q, ...]
     proposals: Predicted | None  # of the tokens that the queries start from: [B, Q, ...]
     noised: Predicted | None  # of the denoising queries after each decoder layer: [L, B, groups * 2 G, ...]
+    refined: Refined | None = None  # of the layers
+    refined_noised: Refined | None = None  # of the denoising queries
 
 
 def xavier(inputs: int, outputs: int, bias: float = 0.0) -> nn.Linear:

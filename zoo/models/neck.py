@@ -1,5 +1,5 @@
 """The neck of RT-DETR: maps of several strides exchange information from coarse to fine and back (CCFM, Zhao et al.
-2024, arXiv:2304.08069)."""
+2024, arXiv:2304.08069), and that of D-FINE (Peng et al. 2024, arXiv:2410.13842)."""
 
 from collections.abc import Sequence
 
@@ -92,9 +92,7 @@ class CSP(Layer):
         self.first, self.second = (ConvNorm(inputs, hidden, norm, 1, activation) for _ in range(2))
         self.blocks = nn.ModuleList(RepBlock(hidden, norm, activation) for _ in range(depth))
         self.out = ConvNorm(hidden, dim, norm, 1, activation) if hidden != dim else None
-        self.channel: Layer | None = None
-        if parse(channel)[0] != "none":
-            self.channel = make(CHANNELS, channel, dim, place, field="neck_channel")
+        self.channel = channel_of(channel, dim, place)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.first(x, context)
@@ -105,30 +103,75 @@ class CSP(Layer):
         return y if self.channel is None else self.channel(y, context)
 
 
+class ELAN(Layer):
+    """Two CSP layers in a row, each with a convolution behind it; the halves of a projection of x and both results
+    together become `dim` channels (D-FINE, Peng et al. 2024, arXiv:2410.13842; YOLOv9, Wang et al. 2024,
+    arXiv:2402.13616). The layers have half of `hidden` channels."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+
+    def __init__(
+        self, inputs: int, dim: int, hidden: int, depth: int, norm: str, activation: str, channel: str, place: Place
+    ) -> None:
+        super().__init__()
+        half = max(1, hidden // 2)
+        rest = (half, half, depth, norm, activation, "none", place)
+        self.first = ConvNorm(inputs, 2 * dim, norm, 1, activation)
+        self.parts = nn.ModuleList([CSP(dim, *rest), CSP(half, *rest)])
+        self.convs = nn.ModuleList(ConvNorm(half, half, norm, 3, activation) for _ in range(2))
+        self.out = ConvNorm(2 * dim + 2 * half, dim, norm, 1, activation)
+        self.channel = channel_of(channel, dim, place)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        parts = [*self.first(x, context).chunk(2, -1)]
+        for part, conv in zip(self.parts, self.convs, strict=True):
+            parts.append(conv(part(parts[-1], context), context))
+        y = self.out(torch.cat(parts, -1), context)
+        return y if self.channel is None else self.channel(y, context)
+
+
+NECKS: dict[str, type[CSP | ELAN]] = {"csp": CSP, "elan": ELAN}
+
+
 class Neck(nn.Module):
     """Levels from fine to coarse, each side half of the one before -> the same levels, each having seen the others.
 
     Args:
         dim: channels of every level.
         levels: number of levels.
-        hidden: channels inside a CSP layer.
+        kind: a row of NECKS; with `elan`, levels become coarser by a linear and a depthwise convolution.
+        hidden: channels inside a layer.
         depth: RepBlocks in a CSP layer.
         norm: norm behind every convolution.
-        activation: activation behind every norm.
-        channel: channel attention behind every CSP layer.
+        activation: activation behind every norm, but with `elan` none where levels become coarser or go to finer ones.
+        channel: channel attention behind every layer.
     """
 
     def __init__(
-        self, dim: int, levels: int, hidden: int, depth: int, norm: str, activation: str, channel: str, place: Place
+        self,
+        dim: int,
+        levels: int,
+        kind: str,
+        hidden: int,
+        depth: int,
+        norm: str,
+        activation: str,
+        channel: str,
+        place: Place,
     ) -> None:
         super().__init__()
+        row, light = NECKS[kind], kind == "elan"
         given = (2 * dim, dim, hidden, depth, norm, activation, channel, place)
-        self.laterals = nn.ModuleList(ConvNorm(dim, dim, norm, 1, activation) for _ in range(levels - 1))
-        self.down = nn.ModuleList(CSP(*given) for _ in range(levels - 1))
+        between = "" if light else activation
+        self.laterals = nn.ModuleList(ConvNorm(dim, dim, norm, 1, between) for _ in range(levels - 1))
+        self.down = nn.ModuleList(row(*given) for _ in range(levels - 1))
+        self.points = nn.ModuleList(ConvNorm(dim, dim, norm) for _ in range(levels - 1)) if light else None
         shape = {"kernel": 3, "padding": 1, "before": False, "after": True, "bias": False}
+        shape |= {"groups": dim if light else 1}
         self.reductions = nn.ModuleList(Reduction(dim, dim, norm, place, **shape) for _ in range(levels - 1))
-        self.activation = activation_of(activation)
-        self.up = nn.ModuleList(CSP(*given) for _ in range(levels - 1))
+        self.activation = activation_of(between) if between else None
+        self.up = nn.ModuleList(row(*given) for _ in range(levels - 1))
 
     def forward(self, levels: Sequence[Level]) -> list[Level]:
         x, context = levels[-1]
@@ -139,12 +182,19 @@ class Neck(nn.Module):
             x = mix(torch.cat([doubled(x, context.grid), fine], -1), place)
             context = place
         found = [(x, context)]
-        for (other, place), reduce, mix in zip(coarse, self.reductions, self.up, strict=True):
-            x = self.activation(reduce(x, context)[0])
+        for number, ((other, place), reduce, mix) in enumerate(zip(coarse, self.reductions, self.up, strict=True)):
+            x = x if self.points is None else self.points[number](x, context)
+            x = reduce(x, context)[0]
+            x = x if self.activation is None else self.activation(x)
             x = mix(torch.cat([x, other], -1), place)
             context = place
             found.append((x, context))
         return found
+
+
+def channel_of(spec: str, dim: int, place: Place) -> Layer | None:
+    """The channel attention of this name, or None for `none`."""
+    return None if parse(spec)[0] == "none" else make(CHANNELS, spec, dim, place, field="neck_channel")
 
 
 def doubled(x: Tensor, grid: tuple[int, ...]) -> Tensor:

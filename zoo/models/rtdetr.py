@@ -2,98 +2,84 @@
 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
-from zoo.choices import BlockConfig
-from zoo.config import Choice, ModelConfig, Size
+from zoo.config import Choice, Size
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.detection import MLP, Noised, Predicted, Trained, class_head, gathered, logit, padded, shares, wide
-from zoo.models.neck import ConvNorm, Level, Neck
+from zoo.models.detection import (
+    MLP,
+    DetectorConfig,
+    Noised,
+    Predicted,
+    Refined,
+    Trained,
+    class_head,
+    gathered,
+    padded,
+    shares,
+    wide,
+)
+from zoo.models.distribution import BOXES, Boxes, Delta, Distribution
+from zoo.models.neck import NECKS, ConvNorm, Level, Neck
 from zoo.models.trunk import STRIDES, Trunk
 from zoo.norms import NORMS, LayerNorm
-from zoo.spec import check, parse
+from zoo.spec import make, parse
 from zoo.tensors import exporting, linear, to_map
+from zoo.text import unknown
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
 INVALID = 1e4  # logits of the anchor of a token that no query should start from
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTDETRConfig(ModelConfig):
-    """A real-time detector. The choices of blocks that every family shares are those of the encoder; `cross` and the
-    `decoder_` fields are those of the decoder.
+class RTDETRConfig(DetectorConfig):
+    """A real-time detector: fields of every detector, and those of the neck and of the boxes.
 
     Args:
-        trunk: image model with maps at the strides 8, 16 and 32: a preset of the zoo with any of its fields, or
-            timm:NAME.
-        dim: channels of tokens and queries.
-        depth: number of decoder blocks.
-        heads: attention heads of a block.
-        image: side of the images in pixels, for weights that depend on it; any other size works too.
-        channels: channels of the images.
-        classes: number of classes.
-        queries: number of queries.
+        trunk: image model with maps at the strides 8, 16 and 32.
+        encoder_dim: channels of the encoder and the neck, where they differ from dim; 0 for dim.
         encoder_depth: number of encoder blocks, on the coarsest map.
-        neck_depth: RepVGG blocks in each layer of the neck.
-        neck_ratio: channels inside these layers, as a share of dim.
+        neck: layers of the neck: `csp`, or `elan` as in D-FINE. With the latter, where the encoder has the decoder's
+            channels, the decoder reads the maps of the neck as they are.
+        neck_depth: RepVGG blocks in each CSP layer of the neck.
+        neck_ratio: channels inside these layers, as a share of those of the encoder.
         neck_norm: norm behind every convolution of the neck.
         neck_channel: channel attention behind every layer of the neck.
-        decoder_mixer: self-attention of the queries.
-        decoder_ffn: feed-forward layer of the decoder.
-        decoder_norm: norm of the decoder.
+        box: how the decoder refines boxes: `delta`, or `distribution(bins=32, scale=4.0)` as in D-FINE.
         denoising: whether the model has an embedding of classes for denoising queries in training.
     """
 
-    task = "detect"
-    input = "boxes"
-    argument = "images"
-    labels = "categories"
-    provides = frozenset({"memory"})
-    shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
+    proposals = True
+    levels = len(STRIDES)
+    decoder_writes = DetectorConfig.decoder_writes | {"mask", "visible"}
 
-    trunk: str
-    dim: int = 256
-    depth: int = 6
-    heads: int = 8
-    image: int = 640
-    channels: int = 3
-    classes: int = 80
-    queries: int = 300
-    encoder_depth: int = 1
+    encoder_dim: int = 0
+    neck: str = "csp"
     neck_depth: int = 3
     neck_ratio: float = 1.0
     neck_norm: str = "batchnorm"
     neck_channel: str = "none"
-    decoder_mixer: str = "softmax"
-    decoder_ffn: str = "mlp(activation='relu')"
-    decoder_norm: str = "layernorm(eps=1e-05)"
+    box: str = "delta"
     denoising: bool = True
     cross: str = "deformable"
-    norm: Choice = "layernorm(eps=1e-05)"
-    placement: Choice = "post"
     position: Choice = "sine(extent=False)"
 
     def check_sizes(self) -> None:
-        for name in ("image", "channels", "classes", "queries", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.encoder_depth, self.neck_depth) < 0:
-            raise ValueError("encoder_depth and neck_depth must be >= 0")
+        super().check_sizes()
+        for name in ("encoder_dim", "neck_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
-        if not self.trunk.startswith("timm:"):
-            parse(self.trunk)
-        for name, table in (("neck_norm", NORMS), ("neck_channel", CHANNELS), ("decoder_norm", NORMS)):
-            try:
-                check(table, getattr(self, name))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        if self.neck not in NECKS:
+            raise ValueError(f"neck: {unknown('name', self.neck, NECKS)}")
+        self.check_rows({"neck_norm": NORMS, "neck_channel": CHANNELS, "box": BOXES})
         if NORMS[parse(self.decoder_norm)[0]].batch_statistics:
             able = ", ".join(other for other, row in NORMS.items() if not row.batch_statistics)
             raise ValueError(
@@ -102,54 +88,9 @@ class RTDETRConfig(ModelConfig):
             )
 
     @property
-    def words(self) -> list[str]:
-        return [*super().words, "cross"]
-
-    @property
     def stages(self) -> tuple[Size, ...]:
-        return Size(self.dim, self.encoder_depth, self.heads), Size(self.dim, self.depth, self.heads)
-
-    def grid(self, stage: int) -> tuple[int, ...]:
-        side = -(-self.image // STRIDES[-1])
-        return (side, side) if stage == 0 else (self.queries,)
-
-    def path(self, stage: int, index: int) -> str:
-        return f"{('encoder', 'decoder')[stage]}.{index}"
-
-    def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
-        if stage == 0:
-            return super().block(stage, index)
-        place = replace(self.place(stage, index), axes=1, levels=len(STRIDES))
-        try:
-            return BlockConfig(
-                dim=self.dim,
-                heads=self.heads,
-                place=place,
-                layout=("mixer", "cross", "ffn"),
-                mixer=self.decoder_mixer,
-                cross=self.cross,
-                ffn=self.decoder_ffn,
-                norm=self.decoder_norm,
-                placement="post",
-                dropout=self.dropout,
-                writes=frozenset({"mask", "visible", "memory", "code"}),
-            )
-        except ValueError as error:
-            raise ValueError(f"decoder: {error}") from None
-
-    @property
-    def labelled(self) -> int:
-        return self.classes
-
-    @property
-    def pipeline_tag(self) -> str:
-        return "object-detection"
-
-    def call(self, prepared: str) -> str:
-        return f"found = model({prepared})  # logits [B, queries, classes] and boxes [B, queries, 4]"
-
-    def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"images": torch.randn((1, self.channels, 96, 64), generator=generator, device="cpu")}
+        encoder, decoder = super().stages
+        return encoder._replace(dim=self.encoder_dim or self.dim), decoder
 
     def probe_outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The scores of all tokens, and what the decoder makes of a fixed choice of tokens."""
@@ -157,7 +98,7 @@ class RTDETRConfig(ModelConfig):
         memory, anchors = model.encode(**inputs)
         scores, tokens = model.rank(memory, anchors)
         index = torch.linspace(0, scores.shape[1] - 1, min(self.queries, scores.shape[1])).long()[None]
-        found = model.decode(*model.start(tokens, anchors, index), memory)
+        found, _ = model.decode(*model.start(tokens, anchors, index), memory)
         return {"scores": scores, "logits": found.logits[-1], "boxes": found.boxes[-1]}
 
     def build(self) -> "RTDETR":
@@ -176,25 +117,27 @@ class RTDETR(Model[RTDETRConfig]):
 
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
-        dim, first = config.dim, config.block().place
-        self.trunk = Trunk(config.trunk, config.channels, config.image)
+        dim, inside, first = config.dim, config.stages[0].dim, config.block().place
+        self.trunk = Trunk(config.trunk, config.channels, config.image, frozen=config.trunk_norm == "frozen")
         self.inputs = nn.ModuleList(
-            ConvNorm(width, dim, config.neck_norm, place=first) for width in self.trunk.channels
+            ConvNorm(width, inside, config.neck_norm, place=first) for width in self.trunk.channels
         )
         self.position = make_position(config)
         rates = drop_rates(config.drop_path, config.encoder_depth)
         self.encoder = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
-        hidden = max(1, round(dim * config.neck_ratio))
-        neck = (hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
-        self.neck = Neck(dim, len(STRIDES), *neck, place=first)
-        self.levels = nn.ModuleList(ConvNorm(dim, dim, config.neck_norm, place=first) for _ in STRIDES)
+        hidden = max(1, round(inside * config.neck_ratio))
+        neck = (config.neck, hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
+        self.neck = Neck(inside, len(STRIDES), *neck, place=first)
+        self.levels = None
+        if config.neck != "elan" or inside != dim:
+            self.levels = nn.ModuleList(ConvNorm(inside, dim, config.neck_norm, place=first) for _ in STRIDES)
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
         self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
         self.query_code = MLP(4, 2 * dim, dim, 2)
         self.decoder = nn.ModuleList(make_block(config, 1, index, 0.0) for index in range(config.depth))
         self.scores = nn.ModuleList(class_head(dim, config.classes) for _ in range(config.depth))
-        self.boxes = nn.ModuleList(MLP(dim, dim, 4, 3, zero=True) for _ in range(config.depth))
+        self.boxes: Delta | Distribution = make(BOXES, config.box, dim, config.depth, field="box")
         self.noise = nn.Embedding(config.classes, dim) if config.denoising else None
 
     @property
@@ -203,10 +146,10 @@ class RTDETR(Model[RTDETRConfig]):
 
     @property
     def channels(self) -> list[int]:
-        return [self.config.dim] * len(STRIDES)
+        return [self.config.stages[0].dim] * len(STRIDES)
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
-        """The maps behind the neck [B, dim, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
+        """The maps behind the neck [B, C, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
         those of the padded images, divided by `strides`."""
         wanted = chosen_layers(layers, len(STRIDES), "level")
         levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, STRIDES[-1])))
@@ -227,24 +170,27 @@ class RTDETR(Model[RTDETRConfig]):
         proposals = hidden(Predicted(gathered(scores, index), boxes), real) if self.training else None
         x, boxes = x.detach(), boxes.detach()
         if noised is None:
-            return Trained(self.decode(x, boxes, memory, real), proposals, None)
+            found, refined = self.decode(x, boxes, memory, real)
+            return Trained(found, proposals, None, refined)
         assert self.noise is not None
         number = noised.labels.shape[1]
         x = torch.cat([self.noise(noised.labels).to(x.dtype), x], 1)
         boxes = torch.cat([noised.boxes.to(boxes.dtype), boxes], 1)
         kept = torch.ones_like(index, dtype=torch.bool) if real is None else real
         visible = Groups(noised.groups, number // noised.groups)
-        found = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
-        first, last = (
-            Predicted(*(each[:, :, part] for each in found)) for part in (slice(number), slice(number, None))
-        )
-        return Trained(last, proposals, first)
+        found, refined = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
+        parts = slice(number), slice(number, None)
+        first, last = (Predicted(*(each[:, :, part] for each in found)) for part in parts)
+        return Trained(last, proposals, first, part_of(refined, parts[1]), part_of(refined, parts[0]))
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
         images, mask = padded(images, mask, self.config.channels, STRIDES[-1])
         levels = self.neck(self.mixed(images, mask))
-        tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
+        if self.levels is None:
+            tokens = torch.cat([x for x, _ in levels], 1)
+        else:
+            tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
         grids = tuple(place.grid for _, place in levels)
         real, extent = None, None
         if mask is not None:
@@ -289,26 +235,44 @@ class RTDETR(Model[RTDETRConfig]):
 
     def decode(
         self, x: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None = None, visible: Groups | None = None
-    ) -> Predicted:
+    ) -> tuple[Predicted, Refined | None]:
         """The predictions after each decoder block, [layers, B, Q, ...], from queries and boxes; in eval mode only the
-        last ones. A box is refined from that of the block before, in its logits, as in DINO (arXiv:2203.03605)."""
-        found: list[Predicted] = []
+        last ones. In training, distributions come with their own, and their start is one more prediction."""
         if mask is not None:
             boxes = torch.where(mask[..., None], boxes, 0.5)
+        found: list[Predicted] = []
+        steps: list[Boxes] = []
+        last = Boxes(boxes)
         for number, block in enumerate(self.decoder):
-            fixed = boxes.detach()
+            fixed = last.boxes.detach()
             context = Context(
                 grid=(x.shape[1],),
                 mask=mask,
-                code=self.query_code(fixed.to(x.dtype)),
+                code=self.boxes.coded(self.query_code(fixed.to(x.dtype))),
                 memory=memory._replace(reference=fixed),
                 visible=visible,
             )
             x = self.run((block,), x, context)
-            boxes = (wide(self.boxes[number](x)) + logit(boxes)).sigmoid()
+            last = self.boxes(number, x, last)
             if self.training or number + 1 == len(self.decoder):
-                found.append(Predicted(self.scores[number](x), boxes))
-        return hidden(Predicted(*(torch.stack(each) for each in zip(*found, strict=True))), mask)
+                logits = self.scores[number](x)
+                if self.training and number == 0 and last.first is not None:
+                    found.append(Predicted(logits, last.first))
+                found.append(Predicted(self.boxes.scored(number, logits, last), last.boxes))
+                steps.append(last)
+        predicted = hidden(Predicted(*(torch.stack(each) for each in zip(*found, strict=True))), mask)
+        if not self.training or last.first is None or isinstance(self.boxes, Delta):
+            return predicted, None
+        bins = torch.stack([each.bins for each in steps if each.bins is not None])
+        return predicted, Refined(bins, last.first.detach(), mask, self.boxes.offsets(bins), self.boxes.scale)
+
+
+def part_of(refined: Refined | None, part: slice) -> Refined | None:
+    """That of some of the queries."""
+    if refined is None:
+        return None
+    real = None if refined.real is None else refined.real[:, part]
+    return Refined(refined.bins[:, :, part], refined.first[:, part], real, refined.offsets, refined.scale)
 
 
 def hidden(predicted: Predicted, mask: Tensor | None) -> Predicted:

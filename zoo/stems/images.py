@@ -80,7 +80,7 @@ class Patches(nn.Module):
 class Reduction(nn.Module):
     """Norm, strided convolution, norm, from the tokens of a grid to a grid whose sides are divided by `stride` and
     rounded up. before and after say which of the two norms exist, bias whether the convolution has a bias.
-    kernel and padding are those of the convolution."""
+    kernel, padding and groups are those of the convolution."""
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class Reduction(nn.Module):
         *,
         kernel: int = 2,
         padding: int = 0,
+        groups: int = 1,
         before: bool = True,
         after: bool = False,
         bias: bool = True,
@@ -103,7 +104,7 @@ class Reduction(nn.Module):
             )
         self.stride = stride
         self.before: Norm | None = make(NORMS, norm, inputs, place) if before else None
-        self.conv = nn.Conv2d(inputs, dim, kernel, stride=stride, padding=padding, bias=bias)
+        self.conv = nn.Conv2d(inputs, dim, kernel, stride, padding, groups=groups, bias=bias)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)

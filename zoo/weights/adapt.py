@@ -9,7 +9,8 @@ from torch import Tensor
 
 from zoo.config import field_names
 from zoo.models.base import Model
-from zoo.models.trunk import TIMM, Trunk, convolutional
+from zoo.models.convolutional import TIMM, convolutional
+from zoo.models.trunk import Trunk
 from zoo.text import reason, unknown
 from zoo.weights.load import Checkpoint, load_checkpoint
 

@@ -3,6 +3,7 @@ that are empty, NaN or many."""
 
 import itertools
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from helpers import listed, random_boxes, random_truth
 from zoo.models.detection import Predicted
 from zoo.outputs.boxes import Truth
 from zoo.tasks.detect import matcher
-from zoo.tasks.detect.matcher import Matches, cheapest, hungarian, iou, overlapping, overlaps, pairwise
+from zoo.tasks.detect.matcher import Matches, cheapest, hungarian, iou, overlapping, overlaps, pairwise, united
 
 CLASSES = 5
 
@@ -48,6 +49,37 @@ def published(predicted: Predicted, truth: Truth, softmax: bool = False) -> set[
             known = places[image][objects].tolist()
             found |= {(layer, image, *pair) for pair in zip(queries.tolist(), known, strict=True)}
     return found
+
+
+def united_naively(parts: list[np.ndarray]) -> set[tuple[int, ...]]:
+    """The pairs of all parts, counted one by one; of those of a query the most frequent one, of equals the first."""
+    counts = Counter(tuple(pair) for part in parts for pair in part[1:].T.tolist())
+    best: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for pair in sorted(counts):
+        if pair[:2] not in best or counts[pair] > counts[best[pair[:2]]]:
+            best[pair[:2]] = pair
+    return {(0, *pair) for pair in best.values()}
+
+
+@pytest.mark.parametrize("number", [0, 3, 40])
+def test_matches_of_all_layers_are_united(number):
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, (1, 2, 4, 3), (number, 4)).T for _ in range(5)]
+    found = united(parts)
+    assert found.shape[0] == 4 and {tuple(pair) for pair in found.T.tolist()} == united_naively(parts)
+    assert found.shape[1] == len(united_naively(parts))
+
+
+def test_the_union_holds_each_query_once_and_the_matches_that_agree():
+    truth, given = random_truth([3, 0, 2], CLASSES), predictions(4, 3, 9)
+    proposals = Predicted(*(each[:1] for each in predictions(1, 3, 9)))
+    found = hungarian(given, proposals, truth)
+    assert found.proposals is not None
+    wanted = united_naively([torch.stack([*part]).numpy() for part in (found.layers, found.proposals)])
+    assert pairs_of(found.union) == wanted and len(wanted) > 5
+    same = Predicted(*(each[:1].repeat(4, *[1] * (each.ndim - 1)) for each in given))
+    again = hungarian(same, None, truth)
+    assert pairs_of(again.union) == {pair for pair in pairs_of(again.layers) if pair[0] == 0}
 
 
 def test_overlaps_are_those_of_torchvision():

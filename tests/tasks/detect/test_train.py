@@ -20,6 +20,7 @@ from zoo.data.boxes import Batch, Boxes
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.boxes import Truth, best
 from zoo.outputs.label_map import LabelMap
+from zoo.tasks.detect import train
 from zoo.tasks.detect.train import Detect, Detections
 from zoo.weights import load_checkpoint, save_model
 
@@ -96,6 +97,20 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path):
     fit(tmp_path / "parts", *random, f"--ckpt_path={last}")
     whole, parts = (state(tmp_path / name / "resume/last.ckpt")["state_dict"] for name in ("whole", "parts"))
     assert difference(whole, parts) is None
+
+
+def test_a_resumed_run_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lower score after it resumes leaves `best` as it is, a higher one replaces it."""
+    scores = iter((0.5, 0.3, 0.7))
+    measure = train.average_precision
+    monkeypatch.setattr(train, "average_precision", lambda *given: measure(*given)._replace(ap=next(scores)))
+    kept = []
+    for epochs in (1, 2, 3):
+        resumed = [f"--ckpt_path={tmp_path}/resume/last.ckpt"] if epochs > 1 else []
+        fit(tmp_path, "--trainer.num_sanity_val_steps=0", f"--trainer.max_epochs={epochs}", *resumed)
+        kept.append((tmp_path / "best/model.safetensors").read_bytes())
+    assert kept[0] == kept[1] != kept[2]
+    assert next(scores, None) is None
 
 
 # Steps

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from zoo.convert.nemo import files
 from zoo.convert.nemo.files import config_of, named, opened, tensors_of
+from zoo.convert.source import LARGEST, Section
 from zoo.convert.speech import (
-    LARGEST,
     SUBSAMPLING,
     Converted,
     Facts,
-    Section,
     build,
     checked_mels,
 )

@@ -8,20 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from zoo.convert.speech import (
-    SUBSAMPLING,
-    Converted,
-    Facts,
-    Section,
-    build,
-    checked_mels,
-)
+from zoo.convert.source import Section
+from zoo.convert.speech import SUBSAMPLING, Converted, Facts, build, checked_mels
+from zoo.convert.transformers.files import HARMLESS, read_folder, read_json
 from zoo.inputs.audio import RECIPES, AudioPreprocess
 from zoo.outputs.tokens import Tokenizer, WordPieces
-from zoo.text import from_json, one_line, reason
-from zoo.weights.names import read_tensors
 
 # NeMo's names and those of transformers, in the order in which they are replaced.
 _NAMES = (
@@ -36,8 +27,8 @@ _NAMES = (
     (".batch_norm.", ".norm."),
     ("decoder.decoder_layers.0.", "ctc_head."),
 )
-# Keys that change nothing at inference, and keys that every config of transformers may have.
 _HARMLESS = (
+    *HARMLESS,
     "dropout",
     "dropout_positions",
     "layerdrop",
@@ -47,51 +38,16 @@ _HARMLESS = (
     "initializer_range",
     "ctc_loss_reduction",
     "ctc_zero_infinity",
-    "architectures",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "is_encoder_decoder",
-    "label2id",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "_attn_implementation_autoset",
-    "_name_or_path",
 )
-_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "p*processor_config.json"]
+"""Keys that change nothing at inference."""
 _FEATURES = ("feature_extractor_type", "padding_side", "padding_value", "return_attention_mask", "processor_class")
 
 
-def from_transformers(name: str | Path) -> Converted:
-    """Converts a ParakeetForCTC, with equal logits in eval mode for features [B, T, mels] and lengths.
-
-    Supported are ParakeetForCTC and the bare ParakeetEncoder as `save_pretrained` writes them; the blank, transformers'
-    pad_token_id, becomes the last output. Only JSON and safetensors are read, and transformers is not imported. What
-    acts only in training is not copied.
-
-    Args:
-        name: a folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
-
-    Returns:
-        The model in eval mode, without a head for an encoder; its preprocessing, NVIDIA's usual one
-        if no file gives it; and its tokenizer, if tokenizer.json holds the pieces of sentencepiece.
-
-    Raises:
-        ValueError: in one line with the file: it cannot be read, a field of the config is not supported or
-            unknown, or a tensor is missing, unused or of a wrong shape.
-    """
-    folder = _locate(str(name))
+def convert_parakeet(folder: Path) -> Converted:
+    """Converts a ParakeetForCTC or a ParakeetEncoder; see `from_transformers`."""
     where = str(folder / "config.json")
-    facts, blank = _facts(_json(folder / "config.json"), where)
-    tensors = _tensors(folder)
+    facts, blank = _facts(read_json(folder / "config.json"), where)
+    tensors = read_folder(folder)
 
     def rename(key: str) -> str:
         for theirs, other in _NAMES:
@@ -101,51 +57,8 @@ def from_transformers(name: str | Path) -> Converted:
     model = build(facts, tensors, str(folder), rename, blank)
     tokenizer, path = None, folder / "tokenizer.json"
     if blank is not None and path.is_file():
-        tokenizer = _tokenizer(_json(path), blank, facts.outputs, path)
+        tokenizer = _tokenizer(read_json(path), blank, facts.outputs, path)
     return Converted(model, _features(folder, facts.mels), tokenizer)
-
-
-def _locate(name: str) -> Path:
-    if (folder := Path(name).expanduser()).is_dir():
-        return folder
-    repository, _, revision = name.partition("@")
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{name} is neither a folder with config.json and model.safetensors nor OWNER/NAME on the Hub")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
-    except Exception as error:  # the client raises its own errors, those of its network library, and the system's
-        raise ValueError(
-            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {error}")
-        ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = from_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(one_line(f"{path} cannot be read as JSON: {reason(error)}")) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return values
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one file, or of several that an index names."""
-    if (folder / "model.safetensors").is_file():
-        return read_tensors(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} has no model.safetensors; only safetensors are read, never a pickle")
-    listed = _json(index).get("weight_map")
-    names = set(listed.values()) if isinstance(listed, dict) else set()
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(map(str, names)):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of this folder")
-        tensors |= read_tensors(folder / name)
-    return tensors
 
 
 def _facts(config: Mapping[str, Any], where: str) -> tuple[Facts, int | None]:
@@ -189,10 +102,10 @@ def _features(folder: Path, mels: int) -> AudioPreprocess:
     path = folder / "preprocessor_config.json"
     usual, name = RECIPES["nemo"], ""
     if path.is_file():
-        values = _json(path)
+        values = read_json(path)
     else:
         path, name = folder / "processor_config.json", "feature_extractor"
-        whole = _json(path) if path.is_file() else {}
+        whole = read_json(path) if path.is_file() else {}
         if name not in whole:
             return replace(usual, mels=mels)
         values = whole[name]

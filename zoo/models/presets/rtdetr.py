@@ -1,6 +1,7 @@
-"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks.
+"""RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks, and
+D-FINE (Peng et al. 2024, arXiv:2410.13842).
 
-The published R101 has an encoder of 384 channels, which differs from its decoder's; here both have 256.
+The published D-FINE-M has a fifth decoder layer in training alone; here it has the four of inference.
 """
 
 from dataclasses import replace
@@ -9,14 +10,23 @@ from zoo.models.rtdetr import RTDETRConfig
 
 _R50 = RTDETRConfig(trunk="timm:resnet50d")
 _SMALL = replace(_R50, depth=3, neck_ratio=0.5)
+_FINE = RTDETRConfig(
+    trunk="timm:hgnetv2_b4",
+    neck="elan",
+    cross="deformable(points=(3, 6, 3), project=False, gated=True)",
+    box="distribution",
+)
 
-ABOUT = {"rtdetr": "RT-DETR (Zhao et al. 2024, arXiv:2304.08069)"}
+ABOUT = {
+    "rtdetr": "RT-DETR (Zhao et al. 2024, arXiv:2304.08069)",
+    "dfine": "D-FINE (Peng et al. 2024, arXiv:2410.13842)",
+}
 
 PRESETS: dict[str, RTDETRConfig] = {
     "rtdetr_r18": replace(_SMALL, trunk="timm:resnet18d"),
     "rtdetr_r34": replace(_SMALL, trunk="timm:resnet34d", depth=4),
     "rtdetr_r50": _R50,
-    "rtdetr_r101": replace(_R50, trunk="timm:resnet101d"),
+    "rtdetr_r101": replace(_R50, trunk="timm:resnet101d", encoder_dim=384, ffn=f"mlp(ratio={16 / 3})"),
     "rtdetr_vit_tiny": replace(_SMALL, trunk="vit_tiny"),
     "rtdetr_vit_small": replace(_SMALL, trunk="vit_small"),
     "rtdetr_pool_s12": replace(_SMALL, trunk="poolformer_s12"),
@@ -30,5 +40,11 @@ PRESETS: dict[str, RTDETRConfig] = {
         queries=100,
         neck_depth=1,
         neck_ratio=0.5,
+    ),
+    "dfine_s": replace(_FINE, trunk="timm:hgnetv2_b0", depth=3, neck_depth=1, neck_ratio=0.5),
+    "dfine_m": replace(_FINE, trunk="timm:hgnetv2_b2", depth=4, neck_depth=2),
+    "dfine_l": _FINE,
+    "dfine_x": replace(
+        _FINE, trunk="timm:hgnetv2_b5", encoder_dim=384, ffn=f"mlp(ratio={16 / 3})", box="distribution(scale=8.0)"
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def predict(
     """
     entries: list[dict[str, Any]] = []
     shown: list[tuple[dict[str, Any], Image]] = []
-    width = min(60, max(len(plain(path)) for path in paths))
+    width = min(60, max((len(plain(path)) for path in paths), default=0))
     with tqdm(total=len(paths), unit="image", disable=None if len(paths) > batch else True) as bar:
         for start in range(0, len(paths), batch):
             waiting: list[tuple[dict[str, Any], Any, Image | None]] = []
@@ -121,12 +121,27 @@ def summary(objects: list[dict[str, Any]]) -> str:
     return ", ".join(f"{number} {plain(label)}" for label, number in ordered) or "no objects"
 
 
+def answered(entry: dict[str, Any]) -> bool:
+    """Whether an image has its objects, or a video at least one frame with them."""
+    return "objects" in entry or bool(entry.get("frames"))
+
+
+def flat(entries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An entry for each image and each frame of a video; and one for the error of a video."""
+    for entry in entries:
+        yield from ({"path": entry["path"]} | frame for frame in entry.get("frames", ()))
+        if "frames" not in entry or "error" in entry:
+            yield {key: value for key, value in entry.items() if key != "frames"}
+
+
 def to_coco(entries: Sequence[dict[str, Any]], labels: LabelMap) -> dict[str, Any]:
-    """The entries in COCO's format, with a score for each annotation; boxes are (left, top, width, height)."""
+    """The entries in COCO's format, with a score for each annotation; boxes are (left, top, width, height). A frame of
+    a video is an image with its number, from 0, and its time in seconds."""
     images, annotations = [], []
-    for number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(flat(entries), 1):
         images.append({"id": number, "file_name": entry["path"], "width": entry.get("width")})
-        images[-1] |= {"height": entry.get("height")} | {key: entry[key] for key in ("error",) if key in entry}
+        more = ("frame", "time", "error")
+        images[-1] |= {"height": entry.get("height")} | {key: entry[key] for key in more if key in entry}
         for each in entry.get("objects", ()):
             left, top, right, bottom = each["box"]
             box = [left, top, round(right - left, 2), round(bottom - top, 2)]
@@ -145,16 +160,23 @@ def to_coco(entries: Sequence[dict[str, Any]], labels: LabelMap) -> dict[str, An
 
 
 def table(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each object, and one for each image without any or with an error."""
+    """A row for each object, and one for each image or frame without any or with an error."""
     rows = []
-    for entry in entries:
+    for entry in flat(entries):
         edges = ("left", "top", "right", "bottom")
+        place = {key: entry.get(key) for key in ("path", "frame", "time")}
         rows += [
-            {"path": entry["path"], **{key: each[key] for key in ("label", "category_id", "score")}}
+            place
+            | {key: each[key] for key in ("label", "category_id", "score")}
             | dict(zip(edges, each["box"], strict=True))
             for each in entry.get("objects", ())
-        ] or [{"path": entry["path"], "error": entry.get("error")}]
+        ] or [place | {"error": entry.get("error")}]
     return rows
+
+
+def colours_of(labels: LabelMap) -> dict[str, str]:
+    """A colour for each name of a category."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(labels.names)}
 
 
 def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]], labels: LabelMap) -> Figure:
@@ -162,12 +184,12 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]
     columns = min(4, math.ceil(math.sqrt(len(shown))))
     side, gap, between = (3.6 if columns > 1 else 6.4), 0.24, 0.3  # inches; `between` holds the file name
     failed = sum("error" in entry for entry in entries)
-    more = len(entries) - failed - len(shown)
+    more = sum(map(answered, entries)) - len(shown)
     notes = [f"and {more} more in detections.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
     width = gap + columns * (side + gap)
     height = gap + math.ceil(len(shown) / columns) * (side + between) + 0.3 * bool(notes)
     figure = Figure((width, height), dpi=120, facecolor="white")
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(labels.names)}
+    colours = colours_of(labels)
     for number, (entry, image) in enumerate(shown):
         left = gap + number % columns * (side + gap)
         bottom = height - gap - side - number // columns * (side + between)

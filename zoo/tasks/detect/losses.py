@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.sampling import rank_and_world
-from zoo.models.detection import Noised, Predicted, Trained
+from zoo.models.detection import Noised, Predicted, Refined, Trained, wide
 from zoo.outputs.boxes import Truth
-from zoo.tasks.detect.matcher import ASSIGNERS, Matches, distances, overlaps
+from zoo.tasks.detect.matcher import ASSIGNERS, Matches, distances, overlaps, repeated
 from zoo.text import unknown
 
 
@@ -20,6 +20,8 @@ class Weights(NamedTuple):
     classes: float = 1.0
     l1: float = 5.0
     giou: float = 2.0
+    fgl: float = 0.15
+    ddf: float = 1.5
 
 
 class Matched(NamedTuple):
@@ -28,6 +30,18 @@ class Matched(NamedTuple):
     at: tuple[Tensor, Tensor, Tensor]  # their layers, images and numbers, each [M]
     labels: Tensor  # [M], the class of the object
     quality: Tensor  # [M], the IoU of prediction and object; it has no gradient
+
+
+class Part(NamedTuple):
+    """Predictions [L, B, Q, ...] with their objects: those of their classes, and those of their boxes."""
+
+    predicted: Predicted
+    matches: Matches
+    number: Tensor  # by which the loss of classes is divided
+    boxed: Matches
+    boxes: Tensor  # by which the losses of boxes are divided
+    real: Tensor | None = None  # [B, Q], queries that count; None if all do
+    refined: Refined | None = None
 
 
 # From logits [L, B, Q, classes], which queries are real [B, Q] or None, what is matched, and the number of objects.
@@ -135,6 +149,9 @@ def detection_loss(
     """The weighted losses of each part of what a detector predicts, and their sum as `total`.
 
     The parts are `layers`, `proposals` and `noised`; each has the terms `class`, `l1` and `giou`, as in `layers_class`.
+    Where boxes are refined by distributions, layers and denoising queries also have `fgl` and `ddf` (see
+    `interpolation_loss` and `distillation_loss`), and all boxes of layers and proposals learn from the matches of
+    all of them, united, by whose number their losses are divided (D-FINE, Peng et al. 2024, arXiv:2410.13842).
     All are computed in float32 at least, also under autocast; they are summed over layers and divided by the number of
     objects (the mean over ranks, at least 1), those of the denoising queries also by that of their groups. Without
     objects, boxes have losses of 0 that still reach every prediction.
@@ -145,7 +162,7 @@ def detection_loss(
         truth: the objects of the batch.
         loss: a row of CLASS_LOSSES.
         assigner: a row of ASSIGNERS.
-        weights: of the three terms.
+        weights: of the terms.
     """
     for name, table in ((loss, CLASS_LOSSES), (assigner, ASSIGNERS)):
         if name not in table:
@@ -158,26 +175,76 @@ def detection_loss(
         proposals = Predicted(*(each[None] for each in proposals))
     truth = truth._replace(boxes=truth.boxes.to(layers.boxes.dtype))
     assigned = ASSIGNERS[assigner](layers, proposals, truth, loss == "softmax")
-    number = objects_of(truth).to(layers.boxes.dtype)
-    parts: dict[str, tuple[Predicted, Matches, Tensor | None, Tensor]] = {
-        "layers": (layers, assigned.layers, None, number)
-    }
+    kind = layers.boxes.dtype
+    number = mean_over_ranks(truth.valid.sum()).to(kind)
+    united, boxes = assigned.layers, number
+    if trained.refined is not None:
+        united = repeated(assigned.union, len(layers.boxes))
+        boxes = mean_over_ranks(number.new_tensor(len(assigned.union.layer))).to(kind)
+    parts = {"layers": Part(layers, assigned.layers, number, united, boxes, refined=trained.refined)}
     if proposals is not None and assigned.proposals is not None:
-        parts["proposals"] = (proposals, assigned.proposals, None, number)
+        own = assigned.proposals if trained.refined is None else assigned.union
+        parts["proposals"] = Part(proposals, assigned.proposals, number, own, boxes)
     if denoised is not None and noised is not None:
-        matches = positives(noised, assigned.objects, len(denoised.boxes))
-        parts["noised"] = (denoised, matches, noised.valid, number * noised.groups)
+        own, each = positives(noised, assigned.objects, len(denoised.boxes)), number * noised.groups
+        parts["noised"] = Part(denoised, own, each, own, each, noised.valid, trained.refined_noised)
     terms: dict[str, Tensor] = {}
-    for part, (predicted, matches, real, share) in parts.items():
-        boxes = predicted.boxes[matches.layer, matches.image, matches.query]
-        objects = truth.boxes[matches.image, matches.object]
-        labels = truth.labels[matches.image, matches.object]
-        iou, giou = overlaps(boxes, objects)
-        matched = Matched((matches.layer, matches.image, matches.query), labels, iou.detach())
-        terms[f"{part}_class"] = weights.classes * CLASS_LOSSES[loss](predicted.logits, real, matched, share)
-        terms[f"{part}_l1"] = weights.l1 * distances(boxes, objects).sum() / share
-        terms[f"{part}_giou"] = weights.giou * (1.0 - giou).sum() / share
+    for name, part in parts.items():
+        for term, value in _terms(part, truth, CLASS_LOSSES[loss]).items():
+            terms[f"{name}_{term}"] = getattr(weights, "classes" if term == "class" else term) * value
     return terms | {"total": torch.stack(list(terms.values())).sum()}
+
+
+def _terms(part: Part, truth: Truth, loss: ClassLoss) -> dict[str, Tensor]:
+    """The losses of a part, without weights."""
+    boxes, objects = _pairs(part.predicted, part.boxed, truth)
+    iou, giou = overlaps(boxes, objects)
+    quality = iou if part.boxed is part.matches else overlaps(*_pairs(part.predicted, part.matches, truth))[0]
+    labels = truth.labels[part.matches.image, part.matches.object]
+    matched = Matched((part.matches.layer, part.matches.image, part.matches.query), labels, quality.detach())
+    terms = {
+        "class": loss(part.predicted.logits, part.real, matched, part.number),
+        "l1": distances(boxes, objects).sum() / part.boxes,
+        "giou": (1.0 - giou).sum() / part.boxes,
+    }
+    if part.refined is None:
+        return terms
+    fgl, ddf = refinement_losses(part.refined, part.predicted.logits[-1], part.boxed, objects, iou.detach())
+    return terms | {"fgl": fgl / part.boxes, "ddf": ddf}
+
+
+def _pairs(predicted: Predicted, matches: Matches, truth: Truth) -> tuple[Tensor, Tensor]:
+    """The boxes of matched predictions [M, 4], and those of their objects."""
+    return (
+        predicted.boxes[matches.layer, matches.image, matches.query],
+        truth.boxes[matches.image, matches.object],
+    )
+
+
+def refinement_losses(
+    refined: Refined, logits: Tensor, matches: Matches, objects: Tensor, quality: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The interpolation loss of all layers, summed over their boxes, and the distillation loss of all but the last one.
+
+    Args:
+        refined: the distributions of L layers.
+        logits: the class logits of the last layer [B, Q, classes].
+        matches: the same in each of L + 1 layers, of which the first has no distributions, one after the other.
+        objects: the boxes of their objects [M, 4].
+        quality: the IoU of their predictions and objects [M].
+    """
+    layers, size = len(refined.bins), len(matches.layer) // (1 + len(refined.bins))
+    layer, image, query, _ = (each[size:] for each in matches)
+    bins, first, offsets = (wide(each) for each in (refined.bins, refined.first, refined.offsets))
+    objects, quality = objects[size:], quality[size:]
+    chosen = bins[layer - 1, image, query]
+    fgl = interpolation_loss(chosen, first[image, query], objects, quality, offsets, refined.scale)
+    ddf = fgl.new_zeros(())
+    at, best = (image[:size], query[:size]), logits.detach().sigmoid().amax(-1)
+    matched = torch.zeros_like(best, dtype=torch.bool).index_put(at, torch.ones_like(at[0], dtype=torch.bool))
+    for each, own in zip(bins[:-1], quality.view(layers, size), strict=False):
+        ddf = ddf + distillation_loss(each, bins[-1], best.index_put(at, own), matched, refined.real)
+    return fgl, ddf
 
 
 def _exact(predicted: Predicted | None) -> Predicted | None:
@@ -187,9 +254,9 @@ def _exact(predicted: Predicted | None) -> Predicted | None:
     return Predicted(*(each.to(torch.promote_types(each.dtype, torch.float32)) for each in predicted))
 
 
-def objects_of(truth: Truth) -> Tensor:
-    """The mean number of objects over ranks, at least 1."""
-    number, (_, world) = truth.valid.sum().float(), rank_and_world()
+def mean_over_ranks(number: Tensor) -> Tensor:
+    """The mean of a number over ranks, at least 1."""
+    number, (_, world) = number.float(), rank_and_world()
     if world > 1:
         torch.distributed.all_reduce(number)
     return (number / world).clamp(min=1)
@@ -241,7 +308,12 @@ def interpolation_loss(
 
 
 def distillation_loss(
-    logits: Tensor, teacher: Tensor, weight: Tensor, matched: Tensor, temperature: float = 5.0
+    logits: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    matched: Tensor,
+    real: Tensor | None = None,
+    temperature: float = 5.0,
 ) -> Tensor:
     """Decoupled distillation focal loss (D-FINE, Peng et al. 2024, arXiv:2410.13842) of a layer towards the last one.
 
@@ -253,13 +325,14 @@ def distillation_loss(
         teacher: those of the last layer; they get no gradient.
         weight: of each query [B, Q]: the IoU with its object if matched, else the last layer's largest score.
         matched: whether a query has an object [B, Q].
+        real: whether a query counts [B, Q]; None if all do.
         temperature: by which both logits are divided.
     """
     wanted, found = ((each / temperature).log_softmax(-1) for each in (teacher.detach(), logits))
     divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean(-1)
     losses = temperature**2 * weight.detach() * divergence
     total = roots = losses.new_zeros(())
-    for chosen in (matched, ~matched):
+    for chosen in (matched, ~matched if real is None else real & ~matched):
         number = chosen.sum()
         root = number.sqrt()
         total = total + losses.where(chosen, 0.0).sum() / number.clamp(min=1) * root

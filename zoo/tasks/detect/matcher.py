@@ -32,16 +32,20 @@ class Assigned(NamedTuple):
     layers: Matches
     proposals: Matches | None  # their layer is 0
     objects: Tensor  # [2, N] int64, the image of each real object and its place there
+    union: Matches  # those of any layer or of the proposals (see `united`); their layer is 0
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU (Rezatofighi et al. 2019, arXiv:1902.09630) of boxes [..., 4] that broadcast.
 
-    Boxes are (centre x, centre y, width, height). Both are NaN where two boxes have no area in the same place.
+    Boxes are (centre x, centre y, width, height); a negative width or height counts as 0. Both are NaN where two boxes
+    have no area in the same place.
     """
-    intersection = hull = areas = None
+    intersection = hull = None
+    one = other = 1.0  # areas
     for axis in (0, 1):
-        (centre, size), (at, extent) = ((each[..., axis], each[..., axis + 2]) for each in (boxes, others))
+        (centre, size), (at, extent) = ((each[..., axis], each[..., axis + 2].clamp(min=0)) for each in (boxes, others))
+        one, other = one * size, other * extent
         low = torch.maximum(centre - size / 2, at - extent / 2)
         shared = torch.minimum(centre + size / 2, at + extent / 2) - low
         total = size + extent
@@ -50,8 +54,7 @@ def overlaps(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         intersection = shared if intersection is None else intersection * shared
         hull = spanned if hull is None else hull * spanned
     assert intersection is not None and hull is not None
-    areas = boxes[..., 2] * boxes[..., 3] + others[..., 2] * others[..., 3]
-    union = areas - intersection
+    union = one + other - intersection
     iou = intersection / union
     return iou, iou + union / hull - 1.0
 
@@ -140,8 +143,28 @@ def overlapping(iou: np.ndarray, threshold: float = 0.6, most: int = 4) -> tuple
     return objects[place < most], queries[place < most]
 
 
+def united(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The matches [4, M] of several parts together, each once and with layer 0 (D-FINE, Peng et al. 2024,
+    arXiv:2410.13842).
+
+    A query that was matched to several objects keeps the one that it was matched to most often, of equals the first.
+    """
+    pairs, counts = np.unique(np.concatenate([each[1:] for each in parts], 1), axis=1, return_counts=True)
+    pairs = pairs[:, np.lexsort((-counts, pairs[1], pairs[0]))]
+    first = np.ones(pairs.shape[1], bool)
+    first[1:] = (pairs[:2, 1:] != pairs[:2, :-1]).any(0)
+    return np.concatenate([np.zeros_like(pairs[:1, first]), pairs[:, first]])
+
+
+def repeated(matches: Matches, layers: int) -> Matches:
+    """The same matches in so many layers, one layer after the other."""
+    layer = torch.arange(layers, device=matches.layer.device).repeat_interleave(len(matches.layer))
+    return Matches(layer, *(each.repeat(layers) for each in matches[1:]))
+
+
 def _assign(scores: Sequence[Tensor], truth: Truth, rule: Rule) -> tuple[list[Matches], Tensor]:
-    """Applies a rule to the [G, Q] of each layer and image; one copy to the host, and one back."""
+    """Applies a rule to the [G, Q] of each layer and image; one copy to the host, and one back. The last matches are
+    those of all parts, united."""
     valid = truth.valid
     copied = torch.cat([*(each.flatten() for each in scores), valid.flatten().to(scores[0])]).cpu().numpy()
     *flat, known = np.split(copied, np.cumsum([each.numel() for each in scores]))
@@ -158,6 +181,7 @@ def _assign(scores: Sequence[Tensor], truth: Truth, rule: Rule) -> tuple[list[Ma
                     constant = np.full_like(queries, layer), np.full_like(queries, image)
                     found.append(np.stack([*constant, queries, place[objects]]))
         pairs.append(np.concatenate(found, 1))
+    pairs.append(united(pairs[1:]))
     joined = torch.from_numpy(np.concatenate([each.ravel() for each in pairs])).to(valid.device, non_blocking=True)
     objects, *matched = (
         part.view(each.shape) for part, each in zip(joined.split([e.size for e in pairs]), pairs, strict=True)
@@ -174,7 +198,7 @@ def hungarian(layers: Predicted, proposals: Predicted | None, truth: Truth, soft
     parts = [layers, *([proposals] if proposals is not None else [])]
     scores = [pairwise(part, truth, lambda predicted, truth: cost(predicted, truth, softmax)) for part in parts]
     matched, objects = _assign(scores, truth, cheapest)
-    return Assigned(matched[0], matched[1] if proposals is not None else None, objects)
+    return Assigned(matched[0], matched[1] if proposals is not None else None, objects, matched[-1])
 
 
 @torch.no_grad()
@@ -186,11 +210,8 @@ def iou(layers: Predicted, proposals: Predicted | None, truth: Truth, softmax: b
     if proposals is None:
         raise ValueError("the iou assigner needs a model with proposals; use hungarian")
     scores = pairwise(proposals, truth, lambda predicted, truth: overlaps(predicted.boxes, truth.boxes)[0])
-    (matched,), objects = _assign([scores], truth, overlapping)
-    number = len(layers.boxes)
-    repeated = [each.repeat(number) for each in matched[1:]]
-    layer = torch.arange(number, device=matched.layer.device).repeat_interleave(len(matched.layer))
-    return Assigned(Matches(layer, *repeated), matched, objects)
+    (matched, union), objects = _assign([scores], truth, overlapping)
+    return Assigned(repeated(matched, len(layers.boxes)), matched, objects, union)
 
 
 ASSIGNERS: dict[str, Callable[[Predicted, Predicted | None, Truth, bool], Assigned]] = {

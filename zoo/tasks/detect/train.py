@@ -10,10 +10,13 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
+from zoo.layer import Context
 from zoo.models.base import Model
+from zoo.models.detection import padded
 from zoo.outputs.boxes import best
+from zoo.tasks.alignment import Alignment
 from zoo.tasks.detect.denoise import denoising_queries
-from zoo.tasks.detect.losses import CLASS_LOSSES, detection_loss
+from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
 from zoo.tasks.task import Task
 from zoo.text import plain, unknown
@@ -56,11 +59,15 @@ class Detect(Task):
         trunk_weights: an image classifier whose weights the trunk starts from: a checkpoint of the zoo, or
             for a trunk of timm, `pretrained` or a file.
         trunk_rate: learning rate of the trunk, as a share of `rate`.
-        loss: classification loss: vfl, mal, focal or ia_bce.
+        loss: classification loss: vfl, mal, focal or ia_bce; softmax for a detr. Omit it for vfl or softmax.
         assigner: hungarian, or iou for one object to several queries.
         denoising: number of denoising queries of an image, about; 0 for none.
         label_noise: share of their labels that are noised; half of these are replaced.
         box_noise: how far their boxes are moved; 1 for published models.
+        teacher: an image model, named like a trunk, whose features those behind the encoder are brought close to; its
+            images are normalised as the detector's.
+        teacher_weights: its weights, as for trunk_weights; null for random ones.
+        alignment: weight of that loss.
         flat: share of training after which the learning rate begins to fall.
         options: those of every task.
     """
@@ -76,26 +83,42 @@ class Detect(Task):
         backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
         trunk_weights: str | None = None,
         trunk_rate: float = 0.1,
-        loss: str = "vfl",
+        loss: str | None = None,
         assigner: str = "hungarian",
         denoising: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
+        teacher: str | None = None,
+        teacher_weights: str | None = "pretrained",
+        alignment: float = 1.0,
         flat: float = 0.5,
         **options: Any,
     ) -> None:
-        for name, value, table in (("loss", loss, CLASS_LOSSES), ("assigner", assigner, ASSIGNERS)):
-            if value not in table:
-                raise ValueError(f"model.{name}: {unknown('name', value, table)}")
+        if assigner not in ASSIGNERS:
+            raise ValueError(f"model.assigner: {unknown('name', assigner, ASSIGNERS)}")
         if not 0.0 <= trunk_rate <= 1.0 or not 0.0 <= flat <= 1.0:
             raise ValueError(f"model.trunk_rate and model.flat must be from 0 to 1, got {trunk_rate} and {flat}")
         if denoising < 0 or not 0.0 <= label_noise <= 2.0 or box_noise < 0.0:
             raise ValueError("model.denoising and box_noise must be >= 0, label_noise from 0 to 2")
+        if not 0.0 < alignment < math.inf:
+            raise ValueError(f"model.alignment must be > 0, got {alignment}")
+        self.teacher, self.alignment_weight = (teacher, teacher_weights), alignment
+        self.alignment: Alignment | None = None
         self.trunk_weights, self.trunk_rate, self.flat = trunk_weights, trunk_rate, flat
-        self.loss, self.assigner = loss, assigner
+        self.assigner = assigner
         self.denoising, self.noise = denoising, (label_noise, box_noise)
         super().__init__(backbone, **options)
+        self.loss = self._loss(loss)
         self.found, self.mean_loss = Detections(), MeanMetric()
+
+    def _loss(self, loss: str | None) -> str:
+        """The classification loss; ValueError if it, or the assigner, does not fit the kind of detector."""
+        config: Any = self.config
+        if loss is not None and loss not in config.losses:
+            raise ValueError(f"model.loss: {unknown('name', loss, config.losses)}")
+        if self.assigner == "iou" and not config.proposals:
+            raise ValueError("model.assigner: iou needs a detector with proposals, such as rtdetr; use hungarian")
+        return loss or config.losses[0]
 
     def built(self, backbone: dict[str, Any]) -> Model:
         model = super().built(backbone)
@@ -107,6 +130,13 @@ class Detect(Task):
         super().complete()
         if not self.denoising and (noise := getattr(self.model, "noise", None)) is not None:
             noise.requires_grad_(False)
+        teacher, weights = self.teacher
+        if teacher is not None:
+            config: Any = self.config
+            size = config.stages[0]
+            if size.depth == 0:
+                raise ValueError("model.teacher needs a detector with an encoder; encoder_depth is 0")
+            self.alignment = Alignment(size.dim, teacher, weights, config.channels, config.image)
 
     def groups(self) -> list[dict[str, Any]]:
         trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
@@ -116,6 +146,8 @@ class Detect(Task):
                 if chosen := [each for each in group["params"] if (id(each) in trunk) is inside]:
                     scale = group.get("lr_scale", 1.0) * (self.trunk_rate if inside else 1.0)
                     groups.append(group | {"params": chosen, "lr_scale": scale})
+        if self.alignment is not None:
+            groups.append({"params": list(self.alignment.parameters()), "weight_decay": 0.0})
         return groups
 
     def factor(self, step: int, per_epoch: int, steps: int) -> float:
@@ -137,10 +169,22 @@ class Detect(Task):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch; with denoising queries in training."""
         noised = None
-        if self.denoising and self.training:
+        if self.denoising and self.training and getattr(self.model, "noise", None) is not None:
             noised = denoising_queries(batch.truth, self.config.labelled, self.denoising, *self.noise)
-        predicted = self.model.predict(batch.images, batch.mask, noised)  # pyright: ignore
-        return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+        model: Any = self.model
+        if self.alignment is None or not self.training:
+            predicted = model.predict(batch.images, batch.mask, noised)
+            return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+        seen: list[tuple[Tensor, Context]] = []
+        hook = model.encoder[-1].register_forward_hook(lambda _, inputs, output: seen.append((output, inputs[1])))
+        try:
+            predicted = model.predict(batch.images, batch.mask, noised)
+        finally:
+            hook.remove()
+        losses = detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+        (tokens, context), (images, pixels) = seen[0], padded(batch.images, batch.mask, model.config.channels, 32)
+        losses["alignment"] = self.alignment_weight * self.alignment(tokens, context.grid, context.mask, images, pixels)
+        return losses | {"total": losses["total"] + losses["alignment"]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")

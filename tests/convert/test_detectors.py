@@ -1,0 +1,259 @@
+"""Detectors of transformers and of the original code, in every layout of their files: equal outputs, plain errors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DFineConfig,
+    HGNetV2Config,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
+)
+
+from helpers import prepared
+from models.test_distribution import published
+from zoo.convert import from_detr, from_transformers
+from zoo.outputs.label_map import LabelMap
+
+SMALL = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "num_queries": 10}
+SMALL |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64}
+NAMES = {0: "N/A", 1: "cat", 2: "N/A", 3: "dog"}  # as COCO's ids have holes
+WIDTHS = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
+DEPTHS = {"basic": [2, 2, 2, 2], "bottleneck": [3, 4, 6, 3]}
+
+
+def detr(**options: Any) -> Any:
+    """transformers' DETR with random weights and labels with holes."""
+    config = DetrConfig(**SMALL, **options)
+    config.id2label = NAMES  # pyright: ignore[reportAttributeAccessIssue]
+    return prepared(DetrForObjectDetection(config))
+
+
+def timm(name: str = "resnet18", **options: Any) -> dict[str, Any]:
+    return {"backbone": name, "use_pretrained_backbone": False, "use_timm_backbone": True} | options
+
+
+def rtdetr(layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection) -> Any:
+    """transformers' RT-DETR with random weights."""
+    backbone = {"layer_type": layer, "depths": DEPTHS[layer], "hidden_sizes": WIDTHS[layer]}
+    sizes = SMALL | {
+        "encoder_hidden_dim": 32,
+        "decoder_in_channels": [32] * 3,
+        "encoder_in_channels": WIDTHS[layer][1:],
+    }
+    config = RTDetrResNetConfig(**backbone, out_features=["stage2", "stage3", "stage4"])
+    return prepared(model(kind(**sizes, backbone_config=config, num_labels=5, hidden_expansion=0.5)))
+
+
+def written(model: Any, folder: Path, version: int) -> Path:
+    """A folder as version 4 or 5 of transformers leaves it."""
+    model.save_pretrained(folder)
+    assert any("out_proj" in name for name in load_file(folder / "model.safetensors"))  # the layout of version 4
+    if version == 5:
+        state = {name: each.contiguous().clone() for name, each in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def padded_batch() -> tuple[Tensor, Tensor]:
+    mask = torch.zeros(2, 75, 96, dtype=torch.bool)
+    mask[0], mask[1, :40, :70] = True, True
+    return torch.randn(2, 3, 75, 96, dtype=torch.float64) * mask[:, None], mask
+
+
+@torch.no_grad()
+def compare_detr(theirs: Any, model: Any, rows: list[int]) -> None:
+    images, mask = padded_batch()
+    wanted, found = theirs(images, pixel_mask=mask.long()), model.double()(images, mask)
+    assert (found["logits"] - wanted.logits[..., rows]).abs().max() < 1e-5
+    assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def compare_rtdetr(theirs: Any, model: Any) -> None:
+    images = torch.randn(2, 3, 96, 160, dtype=torch.float64)
+    wanted, found = theirs(images), model.double()(images)
+    assert (found["logits"] - wanted.logits).abs().max() < 1e-5
+    assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("backbone", ["timm", "resnet", "dilated"])
+def test_a_detr_gives_on_a_padded_batch_what_it_gives_in_transformers(tmp_path, backbone, version):
+    if backbone == "resnet":
+        config = ResNetConfig(layer_type="basic", hidden_sizes=WIDTHS["basic"], depths=DEPTHS["basic"])
+        config.out_features = ["stage4"]
+        theirs = detr(backbone_config=config, use_timm_backbone=False, backbone=None)
+    else:
+        theirs = detr(**(timm() if backbone == "timm" else timm("resnet50", dilation=True)))
+    found = from_transformers(written(theirs, tmp_path, version))
+    assert found.labels == LabelMap(("cat", "dog"), (1, 3))  # pyright: ignore
+    assert found.model.strides == [16 if backbone == "dilated" else 32]
+    compare_detr(theirs, found.model, [1, 3, 4])
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
+def test_an_rtdetr_gives_what_it_gives_in_transformers(tmp_path, layer, version):
+    theirs = rtdetr(layer)
+    found = from_transformers(written(theirs, tmp_path, version))
+    assert found.model.config.trunk == ("timm:resnet18d(shortcut=True)" if layer == "basic" else "timm:resnet50d")
+    compare_rtdetr(theirs, found.model)
+
+
+def test_the_first_rtdetr_too(tmp_path):
+    theirs = rtdetr(kind=RTDetrConfig, model=RTDetrForObjectDetection)
+    compare_rtdetr(theirs, from_transformers(written(theirs, tmp_path, 4)).model)
+
+
+def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
+    """The published S but for the width, with its trunk."""
+    stages = {"stage_in_channels": [16, 64, 256, 512], "stage_mid_channels": [16, 32, 64, 128]}
+    stages |= {"stage_out_channels": [64, 256, 512, 1024], "stage_num_blocks": [1, 1, 2, 1]}
+    stages |= {"stage_numb_of_layers": [3, 3, 3, 3], "stem_channels": [3, 16, 16], "hidden_sizes": [64, 256, 512, 1024]}
+    names = ["stage2", "stage3", "stage4"]
+    backbone = HGNetV2Config(**stages, depths=[1, 1, 2, 1], use_learnable_affine_block=True, out_features=names)
+    sizes = SMALL | {"decoder_layers": 3, "encoder_in_channels": [256, 512, 1024], "head_dim": 8}
+    sizes |= {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "decoder_n_points": [3, 6, 3]}
+    config = DFineConfig(**sizes, backbone_config=backbone, num_labels=5, hidden_expansion=0.5, depth_mult=0.34)
+    theirs = published(config)
+    found = from_transformers(written(theirs, tmp_path, 4))
+    assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
+    compare_rtdetr(theirs, found.model)
+
+
+# The original code
+
+DETR_TO_ORIGINAL = (
+    (r"^model\.backbone\.model\.", "backbone.0.body."),
+    (r"^model\.input_projection\.", "input_proj."),
+    (r"^model\.query_position_embeddings\.", "query_embed."),
+    (r"^model\.decoder\.layernorm\.", "transformer.decoder.norm."),
+    (r"^model\.(en|de)coder\.", r"transformer.\1coder."),
+    (r"^class_labels_classifier\.", "class_embed."),
+    (r"^bbox_predictor\.", "bbox_embed."),
+    (r"\.encoder_attn\.", ".multihead_attn."),
+    (r"(transformer\.encoder\..*)\.final_layer_norm\.", r"\1.norm2."),
+    (r"\.encoder_attn_layer_norm\.", ".norm2."),
+    (r"\.final_layer_norm\.", ".norm3."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.fc(\d)\.", r".linear\1."),
+)
+RTDETR_TO_ORIGINAL = (
+    (r"^model\.backbone\.model\.embedder\.embedder\.0\.", "backbone.conv1.conv1_1."),
+    (r"^model\.backbone\.model\.embedder\.embedder\.1\.", "backbone.conv1.conv1_2."),
+    (r"^model\.backbone\.model\.embedder\.embedder\.2\.", "backbone.conv1.conv1_3."),
+    (r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.", r"backbone.res_layers.\1.blocks.\2."),
+    (r"\.layer\.0\.", ".branch2a."),
+    (r"\.layer\.1\.", ".branch2b."),
+    (r"\.layer\.2\.", ".branch2c."),
+    (r"\.shortcut\.1\.", ".short.conv."),
+    (r"\.shortcut\.", ".short."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".norm."),
+    (r"^model\.(en|de)coder_input_proj\.(\d)\.0\.", r"\1coder.input_proj.\2.conv."),
+    (r"^model\.(en|de)coder_input_proj\.(\d)\.1\.", r"\1coder.input_proj.\2.norm."),
+    (r"^model\.encoder\.aifi\.", "encoder.encoder."),
+    (r"^model\.encoder\.", "encoder."),
+    (r"^model\.decoder\.query_pos_head\.", "decoder.query_pos_head."),
+    (r"^model\.decoder\.", "decoder.decoder."),
+    (r"^model\.enc_output\.0\.", "decoder.enc_output.proj."),
+    (r"^model\.enc_output\.1\.", "decoder.enc_output.norm."),
+    (r"^model\.(enc_|denoising)", r"decoder.\1"),
+    (r"^class_embed\.", "decoder.dec_score_head."),
+    (r"^bbox_embed\.", "decoder.dec_bbox_head."),
+    (r"\.encoder_attn\.", ".cross_attn."),
+    (r"\.n_points_scale", ".num_points_scale"),
+    (r"(encoder\.encoder\..*)\.final_layer_norm\.", r"\1.norm2."),
+    *DETR_TO_ORIGINAL[9:],
+)
+
+
+def original(model: Any, table: Any) -> dict[str, Tensor]:
+    """The state dict of transformers' model in the names of the original code, queries, keys and values joined."""
+    state, joined = {}, {}
+    for name, each in model.state_dict().items():
+        if name.startswith("model.decoder.") and re.search(r"\.(class|bbox)_embed\.", name):
+            continue  # the same tensors as class_embed and bbox_embed
+        for theirs, other in table:
+            name = re.sub(theirs, other, name)
+        if (found := re.fullmatch(r"(.*)\.([qkv])_proj\.(\w+)", name)) is not None:
+            joined.setdefault(f"{found[1]}.in_proj_{found[3]}", {})[found[2]] = each
+        else:
+            state[name] = each
+    return state | {name: torch.cat([parts[each] for each in "qkv"]) for name, parts in joined.items()}
+
+
+def test_an_original_detr_file_gives_the_same(tmp_path):
+    theirs, path = detr(**timm()), tmp_path / "detr.pth"
+    torch.save({"model": original(theirs, DETR_TO_ORIGINAL)}, path)
+    found = from_detr(path, LabelMap(("cat", "dog"), (1, 3)), heads=4)
+    compare_detr(theirs, found.model, [1, 3, 4])
+    compare_detr(theirs, from_detr(path, heads=4).model, [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
+def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer):
+    theirs, path = rtdetr(layer), tmp_path / "rtdetrv2.pth"
+    state = original(theirs, RTDETR_TO_ORIGINAL)
+    state["decoder.anchors"] = torch.zeros(1, 5, 4)
+    state["decoder.valid_mask"] = torch.ones(1, 5, 1, dtype=torch.bool)
+    torch.save(
+        {"ema": {"module": state, "updates": 3}, "model": {name: each * 0 for name, each in state.items()}}, path
+    )
+    found = from_detr(path, heads=4, queries=10)
+    compare_rtdetr(theirs, found.model)
+    kept = from_detr(path, LabelMap(("a", "b"), (4, 2)), heads=4, queries=10).model
+    assert torch.equal(kept.scores[0].weight, found.model.scores[0].weight[[4, 2]])  # pyright: ignore
+    assert torch.equal(kept.noise.weight, found.model.noise.weight[[4, 2]])  # pyright: ignore
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_faulty_files_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = detr(**timm())
+    folder = written(theirs, tmp_path / "detr", 4)
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(message: str, **changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message) as caught:
+            from_transformers(folder)
+        assert "\n" not in str(caught.value)
+
+    refused("model_type: the zoo supports", model_type="yolos")
+    refused("position_embedding_type", position_embedding_type="learned")
+    refused("does not know this key", new_key=1)
+    refused("id2label", id2label={"1": "a"})
+    refused(r"layers\.2\..* is missing", decoder_layers=3)
+    refused("not used", decoder_layers=1)
+    refused("d_model|shape", d_model=64)
+    refused("backbone", backbone_config={"model_type": "swin"})
+    for name, value in (("evil.pth", {"model": {"a": Evil()}}), ("other.pth", {"model": {"a": torch.ones(1)}})):
+        torch.save(value, tmp_path / name)
+        with pytest.raises(ValueError, match="cannot be read|neither") as caught:
+            from_detr(tmp_path / name)
+        assert "\n" not in str(caught.value) and not (tmp_path / "evil").exists()
+    state = original(theirs, DETR_TO_ORIGINAL)
+    state.pop("transformer.encoder.layers.0.self_attn.in_proj_weight")
+    with pytest.raises(ValueError, match=r"q_proj\.weight' is missing"):
+        from_detr(state, heads=4)
+    with pytest.raises(ValueError, match="below"):
+        from_detr(original(theirs, DETR_TO_ORIGINAL), LabelMap(("a",), (4,)), heads=4)

@@ -1,0 +1,60 @@
+"""Training a detector on two ranks, some of which never see an object."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detecting import flags_of
+from training import state
+
+PATCHED = """
+import os
+import sys
+
+from zoo.__main__ import main
+from zoo.tasks.detect.train import Detect
+
+step = Detect.training_step
+
+
+def without_objects(self, batch, batch_idx):
+    if str(self.global_rank) in os.environ["EMPTY"]:
+        batch = batch._replace(truth=type(batch.truth)(*(each[:, :0] for each in batch.truth)))
+    return step(self, batch, batch_idx)
+
+
+def after_backward(self):
+    missing = [name for name, each in self.model.named_parameters() if each.requires_grad and each.grad is None]
+    assert not missing, missing
+    assert all(bool(each.grad.isfinite().all()) for each in self.model.parameters() if each.grad is not None)
+    print(f"rank {self.global_rank} step {self.global_step}", flush=True)
+
+
+Detect.training_step, Detect.on_after_backward = without_objects, after_backward
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("empty", ["1", "01"])
+def test_training_continues_where_ranks_have_no_objects(empty: str, tmp_path: Path):
+    """Three steps; every parameter has a finite gradient on both ranks, and the run ends by itself."""
+    (tmp_path / "patched.py").write_text(PATCHED)
+    two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_train_batches=3"]
+    line = [sys.executable, tmp_path / "patched.py", "detect", "fit", *flags_of(tmp_path / "run"), *two]
+    done = subprocess.run(
+        list(map(str, line)),
+        env={**os.environ, "EMPTY": empty, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert all(f"rank {rank} step {number}" in done.stdout for rank in (0, 1) for number in (0, 1, 2)), done.stdout
+    weights = state(tmp_path / "run/resume/last.ckpt")["state_dict"]
+    assert all(bool(each.isfinite().all()) for each in weights.values() if isinstance(each, torch.Tensor))
