@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_transforms import get_size_with_aspect_ratio
 
 from zoo.inputs import INPUTS
 from zoo.inputs.boxes import BoxPreprocess, on_canvas
@@ -81,3 +82,10 @@ def test_images_on_one_canvas():
     assert torch.equal(batch[0, :, :2, :3], small) and torch.equal(batch[1, :, :1, :5], wide)
     batch, mask = on_canvas([small, small + 1])
     assert mask is None and torch.equal(batch, torch.stack([small, small + 1]))
+
+
+@pytest.mark.parametrize("sides", [(480, 640), (427, 640), (640, 427), (300, 1200), (1200, 301), (33, 33), (5, 5000)])
+def test_the_shortest_side_is_resized_as_in_transformers(sides):
+    wanted = get_size_with_aspect_ratio(sides, 800, 1333)
+    assert BoxPreprocess(size=800, fit="shortest").sides(*sides) == wanted
+    assert max(wanted) <= 1333 and min(wanted) <= 800

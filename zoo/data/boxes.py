@@ -187,8 +187,9 @@ class Boxes(DataModule):
             `auto` (chosen by what is in root).
         root: folder of the data set.
         size: side of the images that the model takes, in pixels; null for that of the checkpoint, or 640.
-        fit: stretch (to size x size) or pad (the longest side becomes size, the aspect ratio is kept); null for that of
-            the checkpoint, or stretch.
+        fit: stretch (to size x size), pad (the longest side becomes size, the aspect ratio is kept) or shortest (the
+            shortest side does, but the longest has at most 1333, as in DETR); null for that of the checkpoint, or
+            stretch.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
         batch: images in a batch, per device.
         workers: processes that read images; 0 reads in the main process; null for one per core if images are files.
@@ -341,8 +342,8 @@ class Boxes(DataModule):
         """Augmented images in random order; a last batch that is not full is dropped."""
         source, workers = self.source("train"), self.processes(self.files)
         plain_from, size = self._plain_from(), self.preprocess.size
-        largest = max(self.scales or (), default=size)
-        options = (self.augmentation, self.seed, plain_from, max(size, largest), self._memory(workers))
+        most = max(size, *(self.scales or ())) if self.preprocess.fit != "shortest" else self.preprocess.longest
+        options = (self.augmentation, self.seed, plain_from, most, self._memory(workers))
         sampler = EpochSampler(len(source), training=True, seed=self.seed)
         batches: Any = BatchSampler(cast(Any, sampler), self.batch, drop_last=len(sampler) >= self.batch)
         if self.scales:

@@ -62,10 +62,12 @@ class BoxPreprocess(PixelPreprocess):
         """The height and width of an image after `cut`."""
         if self.fit == "stretch":
             return self.size, self.size
-        scale = self.size / max(height, width)
-        if self.fit == "shortest":
-            scale = min(self.size / min(height, width), self.longest / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        low, high = sorted((height, width))
+        if self.fit == "shortest":  # rounded as in DETR
+            exact = self.size if high / low * self.size <= self.longest else self.longest * low / high
+            least, most = max(1, round(exact)), max(1, int(exact * high / low))
+            return (least, most) if height < width else (most, least)
+        return max(1, round(height * self.size / high)), max(1, round(width * self.size / high))
 
     def parts(self, raw: Any, /) -> Iterator[Prepared]:
         """The prepared image, with its original size."""
