@@ -1,7 +1,6 @@
 """The contract of a model's parts: a Layer maps tokens to tokens under a Context."""
 
 import copy
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -182,9 +181,22 @@ def unfinished(model: nn.Module) -> list[str]:
 
 
 def copied(model: Module) -> Module:
-    """A deep copy without forward hooks, such as those of a profiler, which cannot be copied."""
-    hooks = [each for part in model.modules() for each in (part._forward_hooks, part._forward_pre_hooks)]
-    return copy.deepcopy(model, {id(each): OrderedDict() for each in hooks})
+    """A deep copy with the forward hooks of the model's own modules; others, such as those of a profiler, cannot be
+    copied."""
+    parts = list(model.modules())
+    own = {id(part) for part in parts}
+    tables = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks) if hooks]
+    before = [dict(hooks) for hooks in tables]
+    try:
+        for hooks in tables:
+            for key, hook in list(hooks.items()):
+                if id(getattr(getattr(hook, "func", hook), "__self__", None)) not in own:
+                    del hooks[key]
+        return copy.deepcopy(model)
+    finally:
+        for hooks, kept in zip(tables, before, strict=True):
+            hooks.clear()
+            hooks.update(kept)
 
 
 def halved(context: Context) -> Context:

@@ -159,7 +159,7 @@ class _GatherSum(torch.autograd.Function):
         return _all_reduce(gradient)
 
 
-def _ranks() -> int:
+def world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
 
@@ -185,7 +185,7 @@ def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         number = mask.sum(dtype=values.dtype) * math.prod(x.shape[2:-1])
     mean = zeroed(values, mask).sum(across) / number.clamp(min=1)
     squares = zeroed((values - mean).square(), mask).sum(across)
-    if (ranks := _ranks()) > 1:
+    if (ranks := world_size()) > 1:
         own = torch.cat([mean, squares, number[None]])
         slots = [torch.zeros_like(own)] * ranks
         slots[torch.distributed.get_rank()] = own
@@ -230,7 +230,7 @@ class BatchNorm(Norm):
         if not self.training:
             scale, shift = self.scale_shift(self.running_mean, self.running_var)
             return torch.addcmul(shift, x, scale).to(x.dtype)
-        if context.mask is None and x.numel() > x.shape[-1] and _ranks() == 1:
+        if context.mask is None and x.numel() > x.shape[-1] and world_size() == 1:
             return self.whole(x)
         mean, variance, number = statistics(x, context.mask)
         if not _recomputing:

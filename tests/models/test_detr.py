@@ -14,6 +14,7 @@ from transformers import DetrConfig, DetrForObjectDetection
 import zoo
 from detecting import command
 from helpers import randomise
+from zoo.layer import copied
 from zoo.models import PRESETS
 from zoo.models.convolutional import MaskedBatchNorm
 from zoo.models.detr import DETR, DETRConfig
@@ -82,6 +83,17 @@ def test_batch_norms_of_a_timm_trunk_see_no_padding_in_training():
         same = torch.equal(one, two) if not one.is_floating_point() else None
         # torch's unbiased variance and ours differ in nothing but rounding
         assert same or (one - two).abs().max() < 1e-9 * (1 + one.abs().max())
+
+
+@torch.no_grad()
+def test_a_copy_hides_padding_too():
+    model = build().double()
+    mask = torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[:, :40, :70] = True
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64) * mask[:, None]
+    model.register_forward_hook(lambda *_: None)
+    assert torch.equal(copied(model)(images, mask)["logits"], model(images, mask)["logits"])
+    assert len(model._forward_hooks) == 1 and not copied(model)._forward_hooks
 
 
 def test_a_frozen_trunk_keeps_its_norms():

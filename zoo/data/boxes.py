@@ -342,7 +342,7 @@ class Boxes(DataModule):
         """Augmented images in random order; a last batch that is not full is dropped."""
         source, workers = self.source("train"), self.processes(self.files)
         plain_from, size = self._plain_from(), self.preprocess.size
-        most = max(size, *(self.scales or ())) if self.preprocess.fit != "shortest" else self.preprocess.longest
+        most = max([size, *(self.scales or ())]) if self.preprocess.fit != "shortest" else self.preprocess.longest
         options = (self.augmentation, self.seed, plain_from, most, self._memory(workers))
         sampler = EpochSampler(len(source), training=True, seed=self.seed)
         batches: Any = BatchSampler(cast(Any, sampler), self.batch, drop_last=len(sampler) >= self.batch)

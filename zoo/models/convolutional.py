@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.fusion import fold_out
 from zoo.layer import Fold
-from zoo.norms import statistics
+from zoo.norms import statistics, world_size
 from zoo.spec import parse
 from zoo.stems.images import coarsened
 from zoo.tensors import compiling, exporting, to_map, to_tokens
@@ -72,10 +72,12 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         self.outside, self.stride = outside, stride
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not self.outside:
+        # Ranks exchange their statistics all or none, whether or not their own batch has padding.
+        if not self.training or not self.outside and world_size() == 1:
             return super().forward(input)
         tokens = to_tokens(input)
-        mean, variance, number = statistics(tokens, ~self.outside[self.stride].flatten(1))
+        real = ~self.outside[self.stride].flatten(1) if self.outside else None
+        mean, variance, number = statistics(tokens, real)
         self._track(mean.detach(), (variance * number / (number - 1).clamp(min=1)).detach())
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return to_map(

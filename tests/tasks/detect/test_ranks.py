@@ -24,6 +24,8 @@ step = Detect.training_step
 def without_objects(self, batch, batch_idx):
     if str(self.global_rank) in os.environ["EMPTY"]:
         batch = batch._replace(truth=type(batch.truth)(*(each[:, :0] for each in batch.truth)))
+    if str(self.global_rank) in os.environ["WHOLE"]:
+        batch = batch._replace(mask=None)
     return step(self, batch, batch_idx)
 
 
@@ -40,15 +42,17 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("empty", ["1", "01"])
-def test_training_continues_where_ranks_have_no_objects(empty: str, tmp_path: Path):
-    """Three steps; every parameter has a finite gradient on both ranks, and the run ends by itself."""
+@pytest.mark.parametrize(("empty", "whole"), [("1", ""), ("01", ""), ("1", "1")])
+def test_training_continues_where_ranks_differ(empty: str, whole: str, tmp_path: Path):
+    """Three steps with ranks that have no objects or no padding; every parameter has a finite gradient on both, and the
+    run ends by itself. Batch norms of a trunk of timm exchange their statistics, so that none may be left waiting."""
     (tmp_path / "patched.py").write_text(PATCHED)
     two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_train_batches=3"]
     line = [sys.executable, tmp_path / "patched.py", "detect", "fit", *flags_of(tmp_path / "run"), *two]
+    line += ["--model.backbone.trunk=timm:resnet18", "--data.fit=pad"] if whole else []
     done = subprocess.run(
         list(map(str, line)),
-        env={**os.environ, "EMPTY": empty, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "EMPTY": empty, "WHOLE": whole, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
