@@ -169,7 +169,9 @@ def apart(got: Tensor, wanted: Tensor) -> float:
     return max(between.amin(0).max().item(), between.amin(1).max().item())
 
 
-@pytest.mark.parametrize(("kind", "most"), [(torch.float64, 1e-5), pytest.param(torch.float32, 1e-4, marks=pytest.mark.all)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [(torch.float64, 1e-5), pytest.param(torch.float32, 1e-4, marks=pytest.mark.all)]
+)
 @pytest.mark.parametrize("trunk", TRUNKS + TIMM, ids=named)
 @torch.no_grad()
 def test_padding_and_batch_mates_change_nothing(trunk, kind, most):
