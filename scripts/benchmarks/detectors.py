@@ -87,7 +87,7 @@ def against_transformers(options: argparse.Namespace) -> Iterator[Row]:
         compared = calls(name, options.detector_side)
         taken = interleaved(compared, compared["theirs"], options)
         for form in ("ours", "ours, folded"):
-            row: Row = {"model": name, "form": form, "side": options.detector_side}
+            row: Row = {"model": name, "what": form, "side": options.detector_side}
             row |= {"base": f"transformers {version('transformers')}", "ms": milliseconds(taken[form])}
             row |= {"base_ms": milliseconds(taken["theirs"]), "pairs": len(taken[form])}
             yield row | timed("ratio", taken[form], taken["theirs"]) | timed("noise", taken["again"], taken["theirs"])
@@ -95,10 +95,10 @@ def against_transformers(options: argparse.Namespace) -> Iterator[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """A row for each model, as it is and folded."""
-    header = ("model", "form", "px", "ms", "ms against", "ratio (quartiles)", "noise (quartiles)")
+    header = ("model", "what", "px", "ms", "ms against", "ratio (quartiles)", "noise (quartiles)")
     lines = []
     for row in rows:
         times = [f"{row['ms']:.1f}", f"{row['base_ms']:.1f}"]
-        named = [str(row[column]) for column in ("model", "form", "side")]
+        named = [str(row[column]) for column in ("model", "what", "side")]
         lines.append([*named, *times, ratio_cell(row, "ratio"), ratio_cell(row, "noise")])
     return f"{markdown(header, lines)}\n\nAgainst {rows[0]['base']}, with the same weights."

@@ -123,7 +123,7 @@ def test_losses_have_a_row_for_matching_and_one_for_all(measured):
 
 def test_detectors_have_a_row_for_each_form(measured):
     rows = rows_of(measured[1], "detectors")
-    assert [(row["model"], row["form"]) for row in rows] == [
+    assert [(row["model"], row["what"]) for row in rows] == [
         ("RT-DETRv2-R18", "ours"),
         ("RT-DETRv2-R18", "ours, folded"),
     ]
