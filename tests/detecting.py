@@ -3,8 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import zoo
+from helpers import randomise
 from training import QUIET
 from zoo.__main__ import main
+from zoo.inputs.boxes import BoxPreprocess
+from zoo.outputs.label_map import LabelMap
+from zoo.weights import save_model
 
 TRUNK = "flash_internimage_t(dim=(8, 8, 16, 16), depth=(1, 1, 1, 1), heads=(1, 1, 2, 2))"
 TINY: dict[str, Any] = {"name": "rtdetr_micro", "trunk": TRUNK, "dim": 16, "depth": 2, "heads": 2, "queries": 12}
@@ -29,3 +36,13 @@ def flags_of(root: Path, logs: bool = False) -> list[str]:
 def fit(root: Path, *flags: Any, logs: bool = False) -> None:
     """Trains the tiny detector; later flags win."""
     main(["detect", "fit", *flags_of(root, logs), *map(str, flags)])
+
+
+def saved(folder: Path, labels: LabelMap, size: int) -> str:
+    """A checkpoint of the tiny detector with random weights whose scores differ."""
+    torch.manual_seed(0)
+    made: Any = randomise(zoo.create_model(**TINY, classes=len(labels)))
+    for head in made.scores:
+        torch.nn.init.normal_(head.weight)
+    preprocess = BoxPreprocess(size=size, fit="pad")
+    return str(save_model(made, folder, preset="rtdetr_micro", preprocess=preprocess, labels=labels))

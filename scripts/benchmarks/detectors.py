@@ -83,7 +83,7 @@ def calls(name: str, side: int) -> dict[str, Call]:
 
 def against_transformers(options: argparse.Namespace) -> Iterator[Row]:
     """Time of ours as a share of transformers'."""
-    for name in tqdm(options.detectors_of_transformers, desc="detectors"):
+    for name in tqdm(options.detectors, desc="detectors"):
         compared = calls(name, options.detector_side)
         taken = interleaved(compared, compared["theirs"], options)
         for form in ("ours", "ours, folded"):

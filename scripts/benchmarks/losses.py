@@ -27,7 +27,7 @@ from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import hungarian
 
 CLASSES = 80
-DETECTORS = ((6, 8, 300, 7), (6, 8, 300, 40), (3, 16, 100, 7))  # layers, images, queries, objects of each image
+SHAPES = ((6, 8, 300, 7), (6, 8, 300, 40), (3, 16, 100, 7))  # layers, images, queries, objects of each image
 
 
 def boxes(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def calls(layers: int, images: int, queries: int, objects: int) -> dict[str, tup
 
 def losses(options: argparse.Namespace) -> Iterator[Row]:
     """Time of ours as a share of transformers' RT-DETRv2."""
-    for shape in tqdm(options.detectors, desc="losses"):
+    for shape in tqdm(options.losses_of, desc="losses"):
         compared = calls(*shape)
         base = f"transformers {version('transformers')} RTDetrV2"
         for what, (ours, theirs) in compared.items():

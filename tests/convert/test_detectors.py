@@ -132,6 +132,9 @@ def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
     found = from_transformers(written(theirs, tmp_path, 4))
     assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
     compare_rtdetr(theirs, found.model)
+    theirs.model.decoder.reg_scale.data += 1.0
+    with pytest.raises(ValueError, match=r"reg_scale' is not the 4 of the config"):
+        from_transformers(written(theirs, tmp_path, 4))
 
 
 # The original code

@@ -16,11 +16,11 @@ from transformers.models.d_fine import modeling_d_fine as theirs_of
 
 import zoo
 from helpers import prepared, random_truth, randomise, rectangle, relative
-from models.test_rtdetr import FREE, TINY, TRUNKS, Theirs, apart, noise, rows, together
+from models.test_rtdetr import FREE, TINY, TRUNKS, Theirs, apart, noise, rows, together, trained_alike
 from zoo.convert.detection import DFINE_NAMES, hgnet_name, names_of
 from zoo.layer import Context
 from zoo.mixers.deformable import DCNv4
-from zoo.models.detection import Noised, Trained
+from zoo.models.detection import Trained
 from zoo.models.distribution import Boxes, Distribution, offsets_of
 from zoo.models.neck import ELAN, Neck
 from zoo.models.rtdetr import RTDETR, RTDETRConfig
@@ -173,37 +173,13 @@ def test_the_whole_of_dfine_s_gives_what_it_gives_in_transformers():
 
 
 def test_training_gives_what_it_gives_in_transformers(models, monkeypatch):
-    """With their noise: its classes and boxes are kept on their way into their decoder."""
-    theirs, ours = (copy.deepcopy(each).train() for each in models)
-    boxes = torch.rand(2, 3, 4, dtype=torch.float64) * 0.3 + 0.2
-    labels = [{"class_labels": torch.tensor([0, 2, 4]), "boxes": each} for each in boxes]
-    kept = {}
-
-    def keep(*args: Any, **rest: Any) -> Any:
-        embed = rest.pop("class_embed")
-        result = group(*args, **rest, class_embed=lambda labels: kept.setdefault("labels", labels) * 0.0)
-        kept["boxes"] = result[1].sigmoid()
-        return embed(kept["labels"]), *result[1:]
-
-    group = theirs_of.get_contrastive_denoising_training_group
-    monkeypatch.setattr(theirs_of, "get_contrastive_denoising_training_group", keep)
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    wanted = theirs.model(images, labels=labels)
-    number = kept["labels"].shape[1]
-    given = Noised(kept["labels"].long(), kept["boxes"], torch.ones(2, number, dtype=torch.bool), number // 6)
-    found = ours.predict(images, noised=given)
-    assert found.noised is not None and found.proposals is not None
+    wanted, found = trained_alike(models, theirs_of, monkeypatch)
+    assert len(found.layers.logits) == 4  # three layers, and the start
     assert found.refined is not None and found.refined_noised is not None
-    both = [torch.cat([one, other], 2).transpose(0, 1) for one, other in zip(found.noised, found.layers, strict=True)]
-    assert both[0].shape[1] == 4  # three layers, and the start
-    assert (both[0] - wanted.intermediate_logits).abs().max() < 1e-5
-    assert (both[1] - wanted.intermediate_reference_points).abs().max() < 1e-5
     bins = torch.cat([found.refined_noised.bins, found.refined.bins], 2).transpose(0, 1).flatten(3)
     assert (bins - wanted.intermediate_predicted_corners).abs().max() < 1e-5
     first = torch.cat([found.refined_noised.first, found.refined.first], 1)
     assert (first[:, None] - wanted.initial_reference_points).abs().max() < 1e-5
-    assert (found.proposals.logits - wanted.enc_topk_logits).abs().max() < 1e-5
-    assert (found.proposals.boxes - wanted.enc_topk_bboxes).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("bins", "scale"), [(32, 4.0), (32, 8.0), (8, 1.0), (4, 2.0)])

@@ -18,7 +18,7 @@ from zoo.convert.detection import RTDETR_NAMES, names_of
 from zoo.layer import Context, Groups
 from zoo.mixers.deformable import DCNv4
 from zoo.models import PRESETS
-from zoo.models.detection import Noised
+from zoo.models.detection import Noised, Trained
 from zoo.models.rtdetr import OUTSIDE, RTDETR, RTDETRConfig
 from zoo.tensors import to_tokens
 
@@ -118,8 +118,9 @@ def test_an_image_gives_what_it_gives_in_transformers(models, size):
     assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
 
 
-def test_training_gives_what_it_gives_in_transformers(models, monkeypatch):
-    """With their noise: its classes and boxes are kept on their way into their decoder."""
+def trained_alike(models: tuple[Any, RTDETR], module: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Trained]:
+    """What both predict in training, with the noise of transformers: its classes and boxes are kept on their way into
+    the decoder. What the families share is compared."""
     theirs, ours = (copy.deepcopy(each).train() for each in models)
     boxes = torch.rand(2, 3, 4, dtype=torch.float64) * 0.3 + 0.2
     labels = [{"class_labels": torch.tensor([0, 2, 4]), "boxes": each} for each in boxes]
@@ -131,8 +132,8 @@ def test_training_gives_what_it_gives_in_transformers(models, monkeypatch):
         kept["boxes"] = result[1].sigmoid()
         return embed(kept["labels"]), *result[1:]
 
-    group = theirs_of.get_contrastive_denoising_training_group
-    monkeypatch.setattr(theirs_of, "get_contrastive_denoising_training_group", keep)
+    group = module.get_contrastive_denoising_training_group
+    monkeypatch.setattr(module, "get_contrastive_denoising_training_group", keep)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     wanted = theirs.model(images, labels=labels)
     number = kept["labels"].shape[1]
@@ -144,6 +145,12 @@ def test_training_gives_what_it_gives_in_transformers(models, monkeypatch):
     assert (both[1] - wanted.intermediate_reference_points).abs().max() < 1e-5
     assert (found.proposals.logits - wanted.enc_topk_logits).abs().max() < 1e-5
     assert (found.proposals.boxes - wanted.enc_topk_bboxes).abs().max() < 1e-5
+    return wanted, found
+
+
+def test_training_gives_what_it_gives_in_transformers(models, monkeypatch):
+    _, found = trained_alike(models, theirs_of, monkeypatch)
+    assert len(found.layers.logits) == 2 and found.refined is None
 
 
 # Padding

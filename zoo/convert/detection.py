@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from zoo.convert.source import Source
+from zoo.convert.timm.parts import with_width
+from zoo.ffns import FFNS
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.models.detection import DetectorConfig
 from zoo.models.detr import DETR, DETRConfig
@@ -18,8 +20,17 @@ from zoo.models.rtdetr import RTDETR
 from zoo.outputs.label_map import LabelMap
 from zoo.text import one_line
 
-Named = Callable[..., str | list[str]]
-Table = Sequence[tuple[str, Named]]
+Table = Sequence[tuple[str, Callable[..., str | list[str]]]]
+Named = Callable[[str], str]
+"""From a part of timm's net to the name of that part in a file."""
+
+# The resnets that are supported: whether their blocks are basic, and how many each stage has.
+RESNETS = {
+    "resnet18": (True, [2, 2, 2, 2]),
+    "resnet34": (True, [3, 4, 6, 3]),
+    "resnet50": (False, [3, 4, 6, 3]),
+    "resnet101": (False, [3, 4, 23, 3]),
+}
 
 
 class ConvertedDetector(NamedTuple):
@@ -148,7 +159,17 @@ def table_of(config: DetectorConfig) -> Table:
     return DFINE_NAMES if getattr(config, "box", "delta") != "delta" else RTDETR_NAMES
 
 
-def names_of(key: str, table: Table, trunk: Callable[[str], str] = str) -> list[str]:
+def resnet_of(basic: bool, depths: Sequence[int]) -> str | None:
+    """The name of the resnet with these blocks; None if it is not supported."""
+    return next((name for name, known in RESNETS.items() if known == (basic, [*depths])), None)
+
+
+def ffn_of(hidden: int, activation: str, dim: int) -> str:
+    """The feed-forward layer of a block."""
+    return with_width(FFNS, "mlp", 4.0, hidden, [] if activation == "gelu" else [f"activation='{activation}'"], dim)
+
+
+def names_of(key: str, table: Table, trunk: Named = str) -> list[str]:
     """transformers' names of what one of our tensors is made of, in the order in which they are joined."""
     owner, _, last = key.rpartition(".")
     if owner.startswith("trunk.model.net."):
@@ -164,7 +185,7 @@ def build(
     config: DetectorConfig,
     tensors: Mapping[str, Tensor],
     where: str,
-    trunk: Callable[[str], str] = str,
+    trunk: Named = str,
     rows: Sequence[int] | None = None,
     theirs: int | None = None,
 ) -> Any:

@@ -49,7 +49,7 @@ class Alignment(nn.Module):
             tokens: of the model in training.
             grid: their height and width.
             mask: which of them are real [B, H W]; None if all are.
-            images: what both models see [B, channels, height, width], its sides multiples of the grid's stride.
+            images: what both models see [B, channels, height, width], its sides multiples of the strides of both.
             pixels: which pixels are real [B, height, width]; None if all are.
         """
         (teacher,) = self._teacher

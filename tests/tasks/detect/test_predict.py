@@ -7,31 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import zoo
-from detecting import TINY
-from helpers import randomise
+from detecting import saved
 from training import refused
 from zoo.__main__ import main
-from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.label_map import LabelMap
 from zoo.tasks.detect.answers import summary
-from zoo.weights import load_checkpoint, save_model
+from zoo.weights import load_checkpoint
 
 LABELS = LabelMap(("cat", "dog", "a very long name of a category"), (7, 3, 90))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    made: Any = randomise(zoo.create_model(**TINY, classes=3))
-    for head in made.scores:
-        torch.nn.init.normal_(head.weight)
-    preprocess = BoxPreprocess(size=64, fit="pad")
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    return str(save_model(made, folder, preset="rtdetr_micro", preprocess=preprocess, labels=LABELS))
+    return saved(tmp_path_factory.mktemp("checkpoint") / "model", LABELS, 64)
 
 
 @pytest.fixture

@@ -9,38 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-import zoo
 
 av = pytest.importorskip("av")
 
-from detecting import TINY  # noqa: E402
+from detecting import saved  # noqa: E402
 from filming import film, turned  # noqa: E402
-from helpers import randomise  # noqa: E402
 from training import refused  # noqa: E402
 from zoo.__main__ import main  # noqa: E402
 from zoo.inputs import videos as inputs  # noqa: E402
-from zoo.inputs.boxes import BoxPreprocess  # noqa: E402
 from zoo.inputs.videos import Video  # noqa: E402
 from zoo.outputs.label_map import LabelMap  # noqa: E402
 from zoo.tasks.detect import videos  # noqa: E402
 from zoo.tasks.detect.answers import Detector  # noqa: E402
-from zoo.weights import load_checkpoint, save_model  # noqa: E402
+from zoo.weights import load_checkpoint  # noqa: E402
 
 LABELS = LabelMap(("cat\nor two", "犬", "a very long name of a category"), (7, 3, 90))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    made: Any = randomise(zoo.create_model(**TINY, classes=3))
-    for head in made.scores:
-        torch.nn.init.normal_(head.weight)
-    preprocess = BoxPreprocess(size=32, fit="pad")
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    return str(save_model(made, folder, preset="rtdetr_micro", preprocess=preprocess, labels=LABELS))
+    return saved(tmp_path_factory.mktemp("checkpoint") / "model", LABELS, 32)
 
 
 @pytest.fixture(autouse=True)

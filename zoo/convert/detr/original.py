@@ -1,7 +1,7 @@
 """The checkpoints of the original DETR and RT-DETRv2 as ours, from the names and shapes of their tensors."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.convert.detection import ConvertedDetector, build, resnet_name
-from zoo.convert.timm.parts import with_width
-from zoo.ffns import FFNS
+from zoo.convert.detection import RESNETS, ConvertedDetector, Named, build, ffn_of, resnet_name, resnet_of
 from zoo.models.detection import DetectorConfig
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
@@ -64,7 +62,6 @@ _RTDETR = (
     *_SHARED,
 )
 _DROPPED = (".num_points_scale", "decoder.anchors", "decoder.valid_mask")
-_DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101}
 
 
 def _short(stage: str, block: str, pooled: bool) -> str:
@@ -168,30 +165,26 @@ class _Facts:
         """How many numbered parts begin so."""
         return len({name[len(prefix) :].partition(".")[0] for name in self.tensors if name.startswith(prefix)})
 
-    def resnet(self, layers: Sequence[str], basic: bool) -> int:
-        """The number in the name of a resnet with these layers."""
-        depths = tuple(self.depth(layer) for layer in layers)
-        if depths not in _DEPTHS:
-            raise ValueError(f"{self.where}: a backbone of {depths} blocks; the zoo supports resnet18, 34, 50 and 101")
-        number = _DEPTHS[depths]
-        return 50 if number == 34 and not basic else number
+    def resnet(self, layers: Sequence[str], basic: bool) -> str:
+        """The name of a resnet with these layers."""
+        depths = [self.depth(layer) for layer in layers]
+        if (name := resnet_of(basic, depths)) is None:
+            found = f"a backbone of {depths} {'basic' if basic else 'bottleneck'} blocks"
+            raise ValueError(f"{self.where}: {found}; the zoo supports {', '.join(RESNETS)}")
+        return name
 
     def ffn(self, path: str, activation: str) -> str:
         """The feed-forward layer of a block."""
-        hidden, dim = self.size(f"{path}.mlp.fc1.weight"), self.size(f"{path}.mlp.fc1.weight", 1)
-        options = [] if activation == "gelu" else [f"activation='{activation}'"]
-        return with_width(FFNS, "mlp", 4.0, hidden, options, dim)
-
-
-Named = Callable[[str], str]
+        name = f"{path}.mlp.fc1.weight"
+        return ffn_of(self.size(name), activation, self.size(name, 1))
 
 
 def _detr(facts: _Facts, heads: int, queries: int, dilated: bool) -> tuple[DetectorConfig, Named]:
     backbone = "model.backbone.model.layer"
     basic = f"{backbone}1.0.conv3.weight" not in facts.tensors
-    number = facts.resnet([f"{backbone}{stage}." for stage in (1, 2, 3, 4)], basic)
+    net = facts.resnet([f"{backbone}{stage}." for stage in (1, 2, 3, 4)], basic)
     config = DETRConfig(
-        trunk=f"timm:resnet{number}" + "(output_stride=16)" * dilated,
+        trunk=f"timm:{net}" + "(output_stride=16)" * dilated,
         trunk_norm="frozen",
         dim=facts.size("model.input_projection.weight"),
         heads=heads,
@@ -212,12 +205,12 @@ def _rtdetr(facts: _Facts, heads: int, queries: int, dilated: bool) -> tuple[Det
         raise ValueError(f"{facts.where}: dilated is for a DETR, and this is an RT-DETRv2")
     backbone = "model.backbone.model.encoder.stages."
     basic = f"{backbone}0.layers.0.layer.2.convolution.weight" not in facts.tensors
-    number = facts.resnet([f"{backbone}{stage}.layers." for stage in range(4)], basic)
+    net = facts.resnet([f"{backbone}{stage}.layers." for stage in range(4)], basic)
     dim = facts.size("model.enc_output.0.weight")
     samples = facts.size("model.decoder.layers.0.encoder_attn.attention_weights.weight")
     points = samples // (3 * heads)
     config = RTDETRConfig(
-        trunk=f"timm:resnet{number}d" + "(shortcut=True)" * basic,
+        trunk=f"timm:{net}d" + "(shortcut=True)" * basic,
         trunk_norm="batch" if basic else "frozen",
         dim=dim,
         heads=heads,

@@ -1,18 +1,26 @@
 """DETR, RT-DETR, RT-DETRv2 and D-FINE of Hugging Face's transformers, read from their files without that library."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from zoo.convert.detection import ConvertedDetector, build, hgnet_name, resnet_name
+from zoo.convert.detection import (
+    RESNETS,
+    ConvertedDetector,
+    Named,
+    build,
+    ffn_of,
+    hgnet_name,
+    resnet_name,
+    resnet_of,
+)
 from zoo.convert.source import Section
-from zoo.convert.timm.parts import spelled, with_width
+from zoo.convert.timm.parts import spelled
 from zoo.convert.transformers.files import HARMLESS, read_folder, read_json
-from zoo.ffns import FFNS
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
@@ -36,7 +44,6 @@ _TRAINING = (
     "eos_coefficient",
     "focal_loss_alpha",
     "focal_loss_gamma",
-    "freeze_backbone_batch_norms",
     "giou_cost",
     "giou_loss_coefficient",
     "init_std",
@@ -106,12 +113,6 @@ _RENAMED = (
     (r"(coder\.(?:aifi\.\d+\.)?layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.fc2."),
     (r"^model\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
 )
-_RESNETS = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-}
 # Channels behind the stages, their numbers of blocks, and layers of a block.
 _HGNETS = {
     ((64, 256, 512, 1024), (1, 1, 2, 1), (3, 3, 3, 3)): "hgnetv2_b0",
@@ -119,8 +120,7 @@ _HGNETS = {
     ((128, 512, 1024, 2048), (1, 1, 3, 1), (6, 6, 6, 6)): "hgnetv2_b4",
     ((128, 512, 1024, 2048), (1, 2, 5, 2), (6, 6, 6, 6)): "hgnetv2_b5",
 }
-_DROPPED = (".n_points_scale", ".num_points_scale", "model.anchors", "model.valid_mask", ".reg_scale", "decoder.up")
-Named = Callable[[str], str]
+_DROPPED = (".n_points_scale", ".num_points_scale", "model.anchors", "model.valid_mask")
 
 
 def convert_detector(folder: Path) -> ConvertedDetector:
@@ -137,6 +137,8 @@ def convert_detector(folder: Path) -> ConvertedDetector:
         config, trunk = _rtdetr(whole, shared, fine=kind == "d_fine")
     whole.finish(*HARMLESS, *_TRAINING, *_REPEATED)
     tensors = _renamed(read_folder(folder))
+    if kind == "d_fine":
+        _check_constants(tensors, values, str(folder))
     model = build(config, tensors, str(folder), trunk, rows if len(rows) < count else None, count + (kind == "detr"))
     return ConvertedDetector(model, _preprocess(folder), LabelMap(tuple(names), tuple(rows[: len(names)])))
 
@@ -171,8 +173,8 @@ def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]
             depth=whole.whole("decoder_layers", 6),
             encoder_depth=whole.whole("encoder_layers", 6),
             queries=whole.whole("num_queries", 100),
-            ffn=_ffn(whole.whole("encoder_ffn_dim", 2048), act, dim),
-            decoder_ffn=_ffn(whole.whole("decoder_ffn_dim", 2048), act, dim),
+            ffn=ffn_of(whole.whole("encoder_ffn_dim", 2048), act, dim),
+            decoder_ffn=ffn_of(whole.whole("decoder_ffn_dim", 2048), act, dim),
             padding="published",
             dropout=0.1,
             **shared,
@@ -215,14 +217,14 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
     trunk, named = _trunk(whole, False)
     config = RTDETRConfig(
         trunk=trunk,
-        trunk_norm="frozen",
+        trunk_norm="frozen" if whole.take("freeze_backbone_batch_norms", bool, True) else "batch",
         dim=dim,
         encoder_dim=0 if inside == dim else inside,
         heads=heads,
         encoder_depth=whole.whole("encoder_layers", 1),
         queries=whole.whole("num_queries", 300),
-        ffn=_ffn(whole.whole("encoder_ffn_dim", 1024), encoder, inside),
-        decoder_ffn=_ffn(whole.whole("decoder_ffn_dim", 1024), decoder, dim),
+        ffn=ffn_of(whole.whole("encoder_ffn_dim", 1024), encoder, inside),
+        decoder_ffn=ffn_of(whole.whole("decoder_ffn_dim", 1024), decoder, dim),
         neck_ratio=whole.take("hidden_expansion", float, 1.0),
         cross=spelled("deformable", options),
         denoising=whole.take("num_denoising", int, 100) > 0,
@@ -245,16 +247,20 @@ def _fine(whole: Section, depth: int, width: int) -> dict[str, Any]:
     return {"neck": "elan", "neck_depth": blocks, "box": spelled("distribution", options)}
 
 
+def _check_constants(tensors: dict[str, Tensor], values: Mapping[str, Any], where: str) -> None:
+    """Takes out the tensors that repeat numbers of a D-FINE's config; ValueError if they differ."""
+    for key, usual in (("up", 0.5), ("reg_scale", 4.0)):
+        found, wanted = tensors.pop(f"model.decoder.{key}", None), float(values.get(key, usual))
+        if found is not None and (found.numel() != 1 or abs(found.item() - wanted) > 1e-3):
+            raise ValueError(f"{where}: the tensor 'model.decoder.{key}' is not the {wanted:g} of the config")
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def _activation(whole: Section, key: str, usual: str) -> str:
     return whole.fixed(key, usual, *({"relu", "gelu", "silu"} - {usual}))
-
-
-def _ffn(hidden: int, activation: str, dim: int) -> str:
-    return with_width(FFNS, "mlp", 4.0, hidden, [] if activation == "gelu" else [f"activation='{activation}'"], dim)
 
 
 def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
@@ -279,11 +285,10 @@ def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
         net, named = _hgnet(inside), hgnet_name
     else:
         deep = kind == "rt_detr_resnet"
-        layer, depths = inside.take("layer_type", str, "bottleneck"), inside.take("depths", list, [3, 4, 6, 3])
-        basic = layer == "basic"
-        net = next((name for known, name in _RESNETS.items() if known[0] == layer and [*known[1]] == depths), None)
-        if net is None:
-            raise inside.refused("depths", f"the zoo supports those of resnet18, 34, 50 and 101, not {depths}")
+        basic = inside.fixed("layer_type", "bottleneck", "basic") == "basic"
+        depths = inside.take("depths", list, [3, 4, 6, 3])
+        if (net := resnet_of(basic, depths)) is None:
+            raise inside.refused("depths", f"the zoo supports those of {', '.join(RESNETS)}, not {depths}")
         inside.fixed("hidden_sizes", [64, 128, 256, 512] if basic else [256, 512, 1024, 2048])
         inside.fixed("embedding_size", 64)
         inside.fixed("hidden_act", "relu")

@@ -12,7 +12,6 @@ from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.layer import Context
 from zoo.models.base import Model
-from zoo.models.detection import padded
 from zoo.outputs.boxes import best
 from zoo.tasks.alignment import Alignment
 from zoo.tasks.detect.denoise import denoising_queries
@@ -182,8 +181,9 @@ class Detect(Task):
         finally:
             hook.remove()
         losses = detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
-        (tokens, context), (images, pixels) = seen[0], padded(batch.images, batch.mask, model.config.channels, 32)
-        losses["alignment"] = self.alignment_weight * self.alignment(tokens, context.grid, context.mask, images, pixels)
+        tokens, context = seen[0]
+        apart = self.alignment(tokens, context.grid, context.mask, batch.images, batch.mask)
+        losses["alignment"] = self.alignment_weight * apart
         return losses | {"total": losses["total"] + losses["alignment"]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
