@@ -16,7 +16,8 @@ from transformers.models.d_fine import modeling_d_fine as theirs_of
 
 import zoo
 from helpers import prepared, random_truth, randomise, rectangle, relative
-from models.test_rtdetr import FREE, TINY, TRUNKS, Theirs, apart, noise, rows, together, trained_alike
+from models.test_rtdetr import TINY, TRUNKS, Theirs, apart, noise, rows, together, trained_alike
+from models.test_rtdetr_forms import FREE
 from zoo.convert.detection import DFINE_NAMES, hgnet_name, names_of
 from zoo.layer import Context
 from zoo.mixers.deformable import DCNv4

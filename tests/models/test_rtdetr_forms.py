@@ -1,0 +1,202 @@
+"""RT-DETR in its other forms: maps for other models, folded, saved, compiled, exported."""
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+
+import zoo
+from helpers import prepared, rectangle, relative
+from models.test_rtdetr import TRUNKS, apart, build, named, noise, rows, together, total
+from zoo.layer import Context
+from zoo.models import PRESETS
+from zoo.models.rtdetr import RTDETRConfig
+from zoo.tensors import to_tokens
+
+# Features, folding, checkpoints
+
+
+def test_features_are_the_maps_behind_the_neck():
+    model = build()
+    maps = model.features(torch.randn(2, 3, 70, 50))
+    assert model.strides == [8, 16, 32] and model.num_features == 32
+    assert [tuple(each.shape) for each in maps] == [(2, 32, 12, 8), (2, 32, 6, 4), (2, 32, 3, 2)]
+    images = torch.randn(1, 3, 64, 64)
+    (last,) = model.features(images, [-1])
+    memory, _ = model.encode(images)
+    assert torch.equal(model.levels[-1](to_tokens(last), Context(grid=(2, 2))), memory.tokens[:, -4:])
+    with pytest.raises(ValueError, match="level 3 does not exist"):
+        model.features(images, [3])
+
+
+FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0": ("stem.stem2a.bn",)}
+
+
+@pytest.mark.parametrize(
+    ("trunk", "choice"),
+    [
+        (TRUNKS[0], {}),
+        (TRUNKS[1], {"norm": "prepbn", "neck_channel": "eca"}),
+        (TRUNKS[2], {"neck_ratio": 1.0}),
+        ("timm:resnet18d", {}),
+        ("timm:hgnetv2_b0", {}),
+        ("timm:convnext_atto", {"neck_norm": "layernorm"}),
+    ],
+    ids=named,
+)
+@torch.no_grad()
+def test_a_fused_model_gives_the_same(trunk, choice):
+    model: Any = prepared(build(trunk, **choice))
+    fused = zoo.fuse(model)
+    assert fused.fusion is not None
+    done = {fold.layer for fold in fused.fusion if fold.into}
+    if "neck_norm" not in choice:
+        for part in ("inputs.0.norm", "neck.laterals.1.norm", "neck.down.0.blocks.0.narrow", "levels.2.norm"):
+            assert part in done
+        assert fused.neck.up[1].blocks[0].narrow is None and not [
+            name for name in fused.state_dict() if "running" in name and name.startswith("neck")
+        ]
+    if trunk in FOLDED:
+        assert not [name for name in fused.state_dict() if "running" in name]
+        assert done >= {f"trunk.model.net.{norm}" for norm in FOLDED[trunk]}
+    images, mask = together([torch.randn(3, 70, 50).double(), torch.randn(3, 64, 96).double()], (80, 96))
+    for given in ((images, mask), (images[:, :, :64], None)):
+        one, other = (each.encode(*given)[0] for each in (model, fused))
+        real = 1.0 if one.mask is None else one.mask[..., None]
+        assert relative(other.tokens * real, one.tokens * real) < 1e-12
+        assert apart(rows(fused(*given))[0], rows(model(*given))[0]) < 1e-9
+
+
+@torch.no_grad()
+def test_a_branch_of_a_rep_block_is_folded_exactly():
+    block: Any = prepared(build()).neck.down[0].blocks[0]
+    x, mask = torch.randn(2, 30, 16).double(), torch.stack([rectangle((5, 6), size) for size in ((5, 6), (3, 4))])
+    for context in (Context(grid=(5, 6)), Context(grid=(5, 6), mask=mask)):
+        real = 1.0 if context.mask is None else context.mask[..., None]
+        folded = zoo.fuse(block)
+        assert folded.narrow is None and relative(folded(x, context) * real, block(x, context) * real) < 1e-12
+    assert [fold.layer for fold in folded.fusion if fold.layer == "narrow"] == ["narrow"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:resnet18d"], ids=named)
+@torch.no_grad()
+def test_a_checkpoint_round_trips(trunk, fused, tmp_path):
+    model: Any = build(trunk)
+    model = zoo.fuse(model) if fused else model
+    zoo.save_model(model, tmp_path / "detector")
+    loaded = zoo.load_checkpoint(tmp_path / "detector").model
+    images = torch.randn(1, 3, 70, 50)
+    assert torch.equal(rows(loaded(images)), rows(model.eval()(images)))
+
+
+@torch.no_grad()
+def test_a_near_tie_does_not_upset_the_probe():
+    """The least change of a weight turns the ranking of the queries, and hardly the probe."""
+    model = build().double()
+    inputs = model.config.probe_inputs(torch.Generator().manual_seed(0))
+    inputs = {name: each.double() for name, each in inputs.items()}
+    model.score.weight *= 1e-9
+    model.score.bias.fill_(-2.0)
+    near = copy.deepcopy(model)
+    near.score.weight *= -1
+    assert (rows(model(**inputs)) - rows(near(**inputs))).abs().max() > 0.01
+    wanted, got = (each.config.probe_outputs(each, inputs) for each in (model, near))
+    assert got.keys() == wanted.keys() and all(relative(got[name], wanted[name]) < 1e-6 for name in wanted)
+    near.boxes[0].layers[0].weight *= 1.1
+    assert max(relative(each, wanted[name]) for name, each in near.config.probe_outputs(near, inputs).items()) > 1e-3
+
+
+DETECTORS = [name for name, config in PRESETS.items() if isinstance(config, RTDETRConfig)]
+MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_r101": 76.7}
+MILLIONS |= {"dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_presets_build_without_memory(name):
+    with torch.device("meta"):
+        model = zoo.create_model(name)
+    assert all(each.is_meta for each in model.parameters())
+    if name in MILLIONS:
+        assert round(sum(each.numel() for each in model.parameters()) / 1e6, 1) == MILLIONS[name]
+
+
+# Compilers and exporters
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:resnet18d"], ids=named)
+@pytest.mark.parametrize("size", [(64, 96), (70, 50)])
+def test_it_compiles_as_one_graph(trunk, size):
+    torch._dynamo.reset()
+    model, images, given = build(trunk), torch.randn(2, 3, *size), noise()
+    with torch.no_grad():
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+        assert all(apart(got, wanted) < 1e-4 for got, wanted in zip(rows(found), rows(model(images)), strict=True))
+    plain = model.train()
+    compiled = copy.deepcopy(plain)
+    predict = torch.compile(compiled.predict, backend="aot_eager", fullgraph=True)
+    one, other = total(plain.predict(images, noised=given)), total(predict(images, noised=given))
+    assert relative(other, one) < 1e-4
+    one.backward()
+    other.backward()
+    largest = max(each.grad.abs().max() for each in plain.parameters() if each.grad is not None)
+    for wanted, got in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert wanted.grad is not None and got.grad is not None
+        assert (got.grad - wanted.grad).abs().max() < 1e-3 * largest
+
+
+FREE = {
+    "images": {
+        0: torch.export.Dim("batch", max=64),
+        2: torch.export.Dim("height", min=33),
+        3: torch.export.Dim("width", min=33),
+    }
+}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(
+    ("trunk", "mixer"),
+    [
+        *((trunk, "softmax") for trunk in (*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0")),
+        (TRUNKS[0], "area(areas=2)"),
+    ],
+    ids=named,
+)
+@torch.no_grad()
+def test_a_program_takes_any_batch_and_size(trunk, mixer):
+    model = build(trunk, mixer=mixer)
+    program = torch.export.export(model, (torch.randn(2, 3, 70, 100),), dynamic_shapes=FREE, strict=False).module()
+    for shape in ((2, 3, 70, 100), (1, 3, 64, 64), (3, 3, 130, 90)):
+        images = torch.randn(shape)
+        for got, wanted in zip(rows(program(images)), rows(model(images)), strict=True):
+            assert apart(got, wanted) < 1e-4
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("trunk", "mixer"), [(TRUNKS[0], "area(areas=2)"), ("timm:resnet18d", "softmax")], ids=named)
+@torch.no_grad()
+def test_onnxruntime_gives_the_same(trunk, mixer):
+    model = build(trunk, mixer=mixer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            model, (torch.randn(2, 3, 70, 100),), dynamo=True, dynamic_shapes=FREE, verbose=False
+        )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for shape in ((2, 3, 70, 100), (1, 3, 64, 96), (3, 3, 130, 90)):
+        images = torch.randn(shape)
+        logits, boxes = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        found = rows({"logits": torch.from_numpy(logits), "boxes": torch.from_numpy(boxes)})
+        for got, wanted in zip(found, rows(model(images)), strict=True):
+            assert apart(got, wanted) < 1e-3
+
+
+def test_configs_of_a_preset_can_be_changed():
+    config = PRESETS["rtdetr_micro"]
+    assert isinstance(config, RTDETRConfig) and replace(config, classes=3).labelled == 3
