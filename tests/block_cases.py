@@ -16,7 +16,7 @@ DECODER = BlockConfig(
 DIFFUSION = BlockConfig(
     **BASE, modulation="adaln", norm="layernorm(affine=False, eps=1e-6)", writes=frozenset({"mask", "cond"})
 )
-PARALLEL = BlockConfig(**BASE, layout=("mixer+ffn",), mixer="softmax(qk_norm=True)")
+PARALLEL = BlockConfig(**BASE, layout=("mixer+ffn",), mixer="softmax(qk_norm='layernorm')")
 LAYOUTS = {
     "vit": BlockConfig(**BASE),
     "conformer": CONFORMER,

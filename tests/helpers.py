@@ -25,7 +25,7 @@ from zoo.spec import make, parse
 DIM, HEADS = 32, 2
 MAPS = ((3, 4), (2, 3), (2, 2), (1, 2))  # of a memory
 ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
-SPECS = ("softmax(qk_norm=True)", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
+SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)",)
 

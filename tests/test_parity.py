@@ -104,7 +104,7 @@ def test_softmax_is_timm_attention(qk_norm, head_dim):
     norm = partial(nn.LayerNorm, eps=1e-6)
     theirs = Attention(DIM, HEADS, head_dim or None, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm)
     scattered(theirs)
-    ours = MIXERS["softmax"](DIM, HEADS, qk_norm=qk_norm, head_dim=head_dim)
+    ours = MIXERS["softmax"](DIM, HEADS, qk_norm="layernorm" if qk_norm else "none", head_dim=head_dim)
     copied(ours, renamed(theirs, q_norm="query", k_norm="key", proj="out"))
     context = GRID._replace(prefix=2)
     x = tokens(context)

@@ -26,6 +26,11 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
         "zoo.data.boxes:Boxes",
         {"predict": "zoo.tasks.detect.predict:main", "export": "zoo.tasks.detect.export:main"},
     ),
+    "generate": (
+        "zoo.tasks.generate.train:Generate",
+        "zoo.data.generation:WholeImages",
+        {"sample": "zoo.tasks.generate.sample:main"},
+    ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",
         "zoo.data.speech:Speech",

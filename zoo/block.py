@@ -5,7 +5,7 @@ One residual; parts in [brackets] exist if the config has them:
         x
         +-------------------+
         |                [before]        a norm
-        |                [modulation]    shift and scale, computed from a condition
+        |                [modulation]    shift and scale, computed from a condition; none around cross-attention
         |                 branch         mixer, cross-attention, convolution or feed-forward layer, or several, summed
      [stream]            [after]         a norm
         |                [channel]       channel attention
@@ -35,6 +35,7 @@ A site holds the norm that the config names, or as stated: `affine`, a learned s
 scale for each head.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -84,8 +85,9 @@ def _joined(parts: list[list[nn.Linear] | str]) -> list[nn.Linear] | str:
 class Residual(Layer):
     """One entry of the layout as drawn above. A bare branch has none of these parts: x + branch(x)."""
 
-    def __init__(self, config: BlockConfig, entry: str, drop: float) -> None:
+    def __init__(self, config: BlockConfig, index: int, drop: float) -> None:
         super().__init__()
+        entry = config.layout[index]
         words, plan = entry.split("+"), config.plan(entry)
         leaves = [branch(config, word) for word in words]
         for leaf, fillings in zip(leaves, plan.inner, strict=True):
@@ -112,8 +114,9 @@ class Residual(Layer):
             self.channel = make(CHANNELS, config.channel, config.dim, config.place, field="channel")
         if config.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
-        if parse(config.modulation)[0] != "none":
-            self.modulation = make(MODULATIONS, config.modulation, config.dim, config.place, field="modulation")
+        if parse(config.modulation)[0] != "none" and words != ["cross"]:
+            place = replace(config.place, branch=index, branches=len(config.layout))
+            self.modulation = make(MODULATIONS, config.modulation, config.dim, place, field="modulation")
 
     @property
     def leaves(self) -> list[Layer]:
@@ -188,8 +191,8 @@ class Block(Layer):
     def __init__(self, config: BlockConfig, drop: float = 0.0) -> None:
         super().__init__()
         self.steps = nn.ModuleList(
-            filling(config, Filling("", "norm", Site(config.dim))) if entry == "norm" else Residual(config, entry, drop)
-            for entry in config.layout
+            filling(config, Filling("", "norm", Site(config.dim))) if entry == "norm" else Residual(config, index, drop)
+            for index, entry in enumerate(config.layout)
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

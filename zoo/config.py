@@ -52,6 +52,15 @@ def names_of(choice: Choice) -> list[str]:
     return [choice] if isinstance(choice, str) else [name for each in choice for name in names_of(each)]
 
 
+def _renamed(choice: Any) -> Any:
+    """A choice of mixers with qk_norm spelled as a name, which was true or false in earlier versions."""
+    if isinstance(choice, list | tuple):
+        return tuple(_renamed(each) for each in choice)
+    if not isinstance(choice, str):
+        return choice
+    return choice.replace("qk_norm=True", "qk_norm='layernorm'").replace("qk_norm=False", "qk_norm='none'")
+
+
 def readable(value: Any, between: str = ", ") -> str:
     """A field's value in readable form: stages are separated by commas, choices in turn by slashes."""
     if isinstance(value, tuple):
@@ -236,6 +245,8 @@ class ModelConfig(Config):
         modulated = isinstance(given.get("modulate"), bool) and given.pop("modulate")
         if modulated and given.setdefault("modulation", "adaln") != "adaln":
             raise ValueError(f"modulate=True and modulation '{given['modulation']}' contradict each other")
+        if "mixer" in given:
+            given["mixer"] = _renamed(given["mixer"])
         return given
 
     # The description of a family

@@ -95,18 +95,23 @@ class MLP(Layer):
 class SwiGLU(Layer):
     """W3 (silu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202).
 
-    The hidden width is ratio * dim, rounded up to a multiple of 8; the default has the size of an MLP of ratio 4.
+    The hidden width is ratio * dim, rounded up to a multiple of `multiple`, or down with multiple=1; the default has
+    the size of an MLP of ratio 4.
     """
 
-    def __init__(self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, multiple: int = 8, bias: bool = True
+    ) -> None:
         super().__init__()
-        hidden = hidden_width(dim, ratio, 8)
+        hidden = hidden_width(dim, ratio, multiple)
         self.expand, self.out = linear(dim, 2 * hidden, bias), linear(hidden, dim, bias)
         self.inner: Layer | None = None
 
     @classmethod
-    def sites_of(cls, dim: int, heads: int, *, ratio: float = 8 / 3, **options: Any) -> dict[str, Site]:
-        return {"inner": Site(hidden_width(dim, ratio, 8))}
+    def sites_of(
+        cls, dim: int, heads: int, *, ratio: float = 8 / 3, multiple: int = 8, **options: Any
+    ) -> dict[str, Site]:
+        return {"inner": Site(hidden_width(dim, ratio, multiple))}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, value = self.expand(x).chunk(2, -1)

@@ -80,6 +80,8 @@ class Place:
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
     levels: int = 1  # grids of the memory that cross-attention reads
+    branch: int = 0  # of the layout's `branches`; a modulation behind the last block has branch = branches
+    branches: int = 1
 
 
 ANYWHERE = Place()

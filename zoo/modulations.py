@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,17 +12,51 @@ from zoo.layer import ANYWHERE, Context, Layer, Place
 class Modulation(Layer):
     """forward(y, context) -> (y changed by `context.cond`, the gate of the branch's result or None).
 
-    `cond` describes what the Context must hold for this row.
+    `cond` describes what the Context must hold for this row, and `condition` makes it, once for all blocks. `labels`:
+    whether the condition contains the label.
     """
 
     reads = frozenset({"cond"})
     cond: ClassVar[str] = ""
+    labels: ClassVar[bool] = True
+
+    @classmethod
+    def condition(cls, dim: int, branches: int) -> nn.Module:
+        """Maps the embedding of time and label [B, 1, dim], and the logarithm of the signal-to-noise ratio [B, 1, 1],
+        to the condition of blocks with this many branches."""
+        return Embedded()
 
     def read(self, context: Context) -> Tensor:
         """The condition; ValueError if it is missing."""
         if context.cond is None:
             raise ValueError(f"a modulated block needs cond in the Context: {self.cond}")
         return context.cond
+
+
+class Embedded(nn.Module):
+    """The embedding of time and label."""
+
+    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:
+        return embedding
+
+
+class SharedLinear(nn.Linear):
+    """A linear of silu(embedding), zero at the start, that serves all blocks."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__(dim, outputs)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(F.silu(embedding))
+
+
+class Ratio(nn.Module):
+    """A quarter of the logarithm of the signal-to-noise ratio."""
+
+    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:
+        return ratio / 4
 
 
 class NoModulation(Modulation):
@@ -38,19 +73,69 @@ class NoModulation(Modulation):
 
 class AdaLN(Modulation, nn.Linear):
     """y * (1 + scale) + shift, and a gate on the branch; a linear of silu(cond), zero at the start, predicts all three,
-    so that a block starts as the identity (adaLN-Zero, Peebles and Xie 2023, arXiv:2212.09748)."""
+    so that a block starts as the identity (adaLN-Zero, Peebles and Xie 2023, arXiv:2212.09748). gate=False omits the
+    gate."""
 
     cond = "[B, 1 or N, dim]"
 
-    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
-        nn.Linear.__init__(self, dim, 3 * dim)
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, gate: bool = True) -> None:
+        nn.Linear.__init__(self, dim, (2 + gate) * dim)
+        self.gated = gate
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:  # pyright: ignore
-        shift, scale, gate = F.linear(F.silu(self.read(context)), self.weight, self.bias).chunk(3, -1)
-        return x * (1 + scale) + shift, gate
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:  # pyright: ignore
+        shift, scale, *gate = F.linear(F.silu(self.read(context)), self.weight, self.bias).chunk(2 + self.gated, -1)
+        return torch.addcmul(x, x, scale) + shift, gate[0] if gate else None
 
 
-MODULATIONS: dict[str, type[Modulation]] = {"none": NoModulation, "adaln": AdaLN}
+class AdaLNSingle(Modulation):
+    """As `adaln`, but one linear predicts the shifts, scales and gates of all branches once for all blocks; each block
+    adds a table of its own (PixArt-alpha, Chen et al. 2023, arXiv:2310.00426). gate=False omits the gate."""
+
+    cond = "[B, 1 or N, (3 * branches + 2) * dim]; the last two parts are for the norm behind the last block"
+
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, gate: bool = True) -> None:
+        super().__init__()
+        self.first, self.gated = 3 * place.branch, gate
+        self.table = nn.Parameter(torch.randn(2 + gate, dim) / dim**0.5)
+
+    @classmethod
+    def condition(cls, dim: int, branches: int) -> nn.Module:
+        return SharedLinear(dim, (3 * branches + 2) * dim)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:  # pyright: ignore
+        size = x.shape[-1]
+        found = self.read(context)[..., self.first * size : (self.first + 2 + self.gated) * size]
+        shift, scale, *gate = (found + self.table.flatten()).chunk(2 + self.gated, -1)
+        return torch.addcmul(x, x, scale) + shift, gate[0] if gate else None
+
+
+class TimeDependent(Modulation):
+    """y * (s * first + (1 - s) * second) with s = sigmoid(weight * cond + bias), four learned vectors: the gain of the
+    norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416)."""
+
+    cond = "[B, 1, 1], a quarter of the logarithm of the signal-to-noise ratio"
+    labels = False
+
+    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(dim) * 0.02), nn.Parameter(torch.zeros(dim))
+        self.first, self.second = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+
+    @classmethod
+    def condition(cls, dim: int, branches: int) -> nn.Module:
+        return Ratio()
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
+        share = torch.addcmul(self.bias, self.read(context), self.weight).sigmoid()
+        return x * torch.lerp(self.second, self.first, share).to(x.dtype), None
+
+
+MODULATIONS: dict[str, type[Modulation]] = {
+    "none": NoModulation,
+    "adaln": AdaLN,
+    "adaln_single": AdaLNSingle,
+    "tdn": TimeDependent,
+}
 """Each row is constructed as row(dim, place, *, options)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.cache import rows, table
 from zoo.layer import Context, Layer, Place, extent
 from zoo.tensors import filtered, zeroed
+from zoo.text import unknown
 
 
 class Position(Layer):
@@ -74,19 +75,32 @@ class NoPosition(Position):
     streams = True
 
 
-class SinCos(Position):
-    """Adds fixed sines and cosines of each axis (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do)."""
+def _check_axes(name: str, dim: int, place: Place) -> None:
+    if dim % (2 * place.axes):
+        raise ValueError(f"{name} on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}")
 
-    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+
+def _added(x: Tensor, context: Context, last_first: bool) -> Tensor:
+    """x [B, N, D] + sines and cosines of each axis; the last axis has the first channels if `last_first`."""
+    waves = _on_grid(_sincos, context.grid, x.shape[-1] // len(context.grid), device=x.device).to(x.dtype)
+    if last_first and len(context.grid) > 1:
+        waves = torch.cat(waves.chunk(len(context.grid), -1)[::-1], -1)
+    return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
+
+
+class SinCos(Position):
+    """Adds fixed sines and cosines of each axis (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do). On
+    images, order says which axis has the first half of the channels: `yx` or `xy`."""
+
+    def __init__(self, dim: int, head_dim: int, place: Place, *, order: str = "yx") -> None:
         super().__init__(dim, head_dim, place)
-        if dim % (2 * place.axes):
-            raise ValueError(
-                f"sincos on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}"
-            )
+        _check_axes("sincos", dim, place)
+        if order not in ("yx", "xy"):
+            raise ValueError(f"sincos: {unknown('order', order, ('yx', 'xy'))}")
+        self.last_first = order == "xy"
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        waves = _on_grid(_sincos, context.grid, self.dim // len(context.grid), device=x.device).to(x.dtype)
-        return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
+        return _added(x, context, self.last_first)
 
 
 def _linear(distance: Tensor) -> Tensor:
@@ -147,13 +161,14 @@ class Learned(Position):
 class Rotary(Position):
     """Rotates queries and keys by angles that grow with the position (RoPE, Su et al. 2021, arXiv:2104.09864); on
     images each axis has half of the channels. Prefix tokens are not rotated. Of n pairs, pair k is rotated by
-    position / base^(k / n)."""
+    position / base^(k / n). absolute=True also adds `sincos(order='xy')` to the tokens (LightningDiT, Yao et al. 2025,
+    arXiv:2501.01423)."""
 
     writes = frozenset({"rotary"})
     streams = True
     anchor: Tensor
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, base: float = 10000.0) -> None:
+    def __init__(self, dim: int, head_dim: int, place: Place, *, base: float = 10000.0, absolute: bool = False) -> None:
         super().__init__(dim, head_dim, place)
         if head_dim % (2 * place.axes):
             raise ValueError(
@@ -161,8 +176,13 @@ class Rotary(Position):
             )
         if base <= 0:
             raise ValueError(f"rope: base must be > 0, got {base}")
-        self.base = base
+        if absolute:
+            _check_axes("rope(absolute=True)", dim, place)
+        self.base, self.absolute = base, absolute
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return _added(x, context, True) if self.absolute else x
 
     def place(self, context: Context) -> Context:
         width = self.head_dim // (2 * len(context.grid))
@@ -207,8 +227,7 @@ class Sine(Position):
 
     def __init__(self, dim: int, head_dim: int, place: Place, *, extent: bool = True) -> None:
         super().__init__(dim, head_dim, place)
-        if dim % (2 * place.axes):
-            raise ValueError(f"sine on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}")
+        _check_axes("sine", dim, place)
         self.extent = extent
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device and the dtype
 

@@ -23,11 +23,13 @@ VERBS = {
     "test": "measure a model on the test data",
     "predict": "run a model on your own files",
     "stream": "transcribe audio while it arrives",
+    "sample": "draw images from a model",
     "export": "write a model as an ONNX file",
 }
 EXAMPLES = {
     "classify": ["--config configs/classify/vit_micro_digits.yaml"],
     "detect": ["--config configs/detect/rtdetr_micro_bccd.yaml", "--data.root DIR"],
+    "generate": ["--config configs/generate/dit_micro_digits.yaml"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
 # The options in short help, if the task has them, each in a line of 80 columns; the others are in --help-all.

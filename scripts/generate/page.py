@@ -34,7 +34,7 @@ Configs for your own data, and configs without a measured result so far. They do
 """
 CHOICES = """## Choices
 
-A choice is written as in a call: `mixer="softmax(qk_norm=True)"`. The options below have their default values. One name
+A choice is written as in a call: `mixer="softmax(qk_norm='layernorm')"`. The options below have their default values. One name
 is for all blocks. A tuple gives names to blocks in turn; in models with stages it has one entry per stage, and an inner
 tuple alternates within that stage.
 

@@ -72,7 +72,7 @@ LAYOUT = {"layout": ("mixer", "ffn", "conv", "ffn"), "conv": "swish(kernel=9)", 
     [
         LAYOUT,
         {"first_norm": True, "scale_input": False},
-        {"mixer": "softmax(kv_heads=1, qk_norm=True)", "position": "rope"},
+        {"mixer": "softmax(kv_heads=1, qk_norm='rmsnorm')", "position": "rope"},
         {"mixer": "softmax"},
         {"conv": "glu(kernel=1)"},
         {"left": 0},

@@ -47,7 +47,7 @@ def test_they_have_every_row_and_every_model(facts: dict[str, Any]):
         assert facts["models"]["caformer_s18"]["parameters"] == count_parameters(zoo.create_model("caformer_s18"))
     page = (ROOT / "configs/README.md").read_text()
     assert all(f"\n| `{name}` | " in page for table in tables.values() for name in [*table, *PRESETS])
-    assert "| `softmax` | softmax(q k^T / sqrt(d) + bias) v | `qk_norm=False`, " in page
+    assert "| `softmax` | softmax(q k^T / sqrt(d) + bias) v | `qk_norm='none'`, " in page
 
 
 def test_every_field_and_preset_is_explained(facts: dict[str, Any]):

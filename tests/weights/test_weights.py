@@ -101,7 +101,12 @@ CASES: dict[str, dict[str, Any]] = {
     "folded buffers": {"channel": "fca", "position": "rope", "norm": "batchnorm", "fused": True},
     "deit": {"position": "learned", "pool": "token", "class_token": True},
     "distilled": {"position": "learned", "pool": "distilled", "class_token": True, "registers": 2},
-    "parallel": {"layout": ("mixer+ffn",), "placement": "sub", "mixer": "softmax(qk_norm=True)", "ffn": "swiglu"},
+    "parallel": {
+        "layout": ("mixer+ffn",),
+        "placement": "sub",
+        "mixer": "softmax(qk_norm='layernorm')",
+        "ffn": "swiglu",
+    },
     "headless": {"classes": 0, "norm": "dyt", "position": "cpe"},
 }
 

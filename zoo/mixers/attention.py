@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
-from zoo.norms import LayerNorm
+from zoo.norms import LayerNorm, Norm, RMSNorm
 from zoo.spec import options_of
 from zoo.tensors import exporting, linear, shortfall
+from zoo.text import unknown
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -145,12 +146,15 @@ class Attention(Projected):
         return whole
 
 
+HEAD_NORMS: dict[str, type[Norm] | None] = {"none": None, "layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
 class Softmax(Attention):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
-    qk_norm normalizes queries and keys per head (Dehghani et al. 2023, arXiv:2302.05442). kv_heads below `heads` shares
-    keys and values between heads; 0 means `heads` (Shazeer 2019, arXiv:1911.02150). head_dim=0 means dim / heads.
-    bias=False omits the biases of both projections.
+    qk_norm normalizes queries and keys per head: `none`, `layernorm` or `rmsnorm` (Dehghani et al. 2023,
+    arXiv:2302.05442). kv_heads below `heads` shares keys and values between heads; 0 means `heads` (Shazeer 2019,
+    arXiv:1911.02150). head_dim=0 means dim / heads. bias=False omits the biases of both projections.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
@@ -161,18 +165,20 @@ class Softmax(Attention):
         heads: int,
         place: Place = ANYWHERE,
         *,
-        qk_norm: bool = False,
+        qk_norm: str = "none",
         kv_heads: int = 0,
         head_dim: int = 0,
         bias: bool = True,
     ) -> None:
         super().__init__(dim, heads, head_dim, kv_heads, bias)
-        if qk_norm:
-            self.query, self.key = LayerNorm(self.head_dim, place), LayerNorm(self.head_dim, place)
+        if qk_norm not in HEAD_NORMS:
+            raise ValueError(unknown("qk_norm", qk_norm, HEAD_NORMS))
+        if (norm := HEAD_NORMS[qk_norm]) is not None:
+            self.query, self.key = norm(self.head_dim, place), norm(self.head_dim, place)
 
     @classmethod
-    def sites_of(cls, dim: int, heads: int, *, qk_norm: bool = False, **options: Any) -> dict[str, Site]:
-        taken = ("query", "key") if qk_norm else ()
+    def sites_of(cls, dim: int, heads: int, *, qk_norm: str = "none", **options: Any) -> dict[str, Site]:
+        taken = ("query", "key") if qk_norm != "none" else ()
         return {site: size for site, size in super().sites_of(dim, heads, **options).items() if site not in taken}
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:

@@ -144,7 +144,7 @@ class Output(ProgressBar):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         self.erase()
-        name = self.keep.name.rpartition("/")[2]
+        name = self.keep.name.rpartition("/")[2].replace("loss", "val loss")
         latest, best, now = self.keep.latest, self.keep.best, time.monotonic()
         done, total = trainer.global_step, pl_module.total
         left = (now - self.start) / max(1, done - self.first) * (total - done)
@@ -182,6 +182,6 @@ class Output(ProgressBar):
             return
         self.say("next")
         self.say(f"  zoo {self.task} validate --model.weights {folder}/{name}")
-        self.say(f"  zoo {self.task} predict {folder}/{name} {pl_module.files}")
+        self.say(f"  zoo {self.task} {pl_module.use} {folder}/{name} {pl_module.files}".rstrip())
         limit = "max_steps" if by_steps(trainer, pl_module) else "max_epochs"
         self.say(f"  zoo {self.task} fit --ckpt_path={folder}/{STATE} --trainer.{limit} MORE")

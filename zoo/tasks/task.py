@@ -40,10 +40,10 @@ class NotFinite(ValueError):
 class Task(lightning.LightningModule):
     """A model in training, with the options that all tasks share.
 
-    `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored, and
-    `max` or `min`; `counted` is the field of the model's config with the number of outputs; `files` names what a
-    trained model predicts on, in a line of a command; `faulty` lists possible faults of samples; `batching` is the
-    option that sets the size of a batch.
+    `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored,
+    and `max` or `min`; `counted` is the field of the model's config with the number of outputs; `use` is the verb
+    that uses a trained model, and `files` what it takes, in a line of a command; `faulty` lists possible faults of
+    samples; `batching` is the option that sets the size of a batch.
 
     Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
@@ -73,6 +73,7 @@ class Task(lightning.LightningModule):
     command: ClassVar[str]
     score: ClassVar[tuple[str, str]]
     counted: ClassVar[str]
+    use: ClassVar[str] = "predict"
     files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
     batching: ClassVar[str] = "data.batch"
@@ -288,7 +289,12 @@ class Task(lightning.LightningModule):
 
     def raise_bad_step(self) -> None:
         if (step := int(self.bad_step.item())) >= 0:
-            raise NotFinite(f"the loss was NaN or infinite at step {step} (epoch {self.current_epoch}); {HINT}")
+            place = f"step {step} (epoch {self.current_epoch}){self.where()}"
+            raise NotFinite(f"the loss was NaN or infinite at {place}; {HINT}")
+
+    def where(self) -> str:
+        """What else is known of a loss that is NaN or infinite, for the error."""
+        return ""
 
     def raise_bad_weights(self) -> None:
         """Stops before weights that are NaN or infinite are evaluated or saved."""

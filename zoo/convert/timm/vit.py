@@ -250,7 +250,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
     if "reg_token" in tensors and "dist_token" in tensors:
         raise ValueError("from_timm needs either registers or a distillation token, not both")
     head_dim = len(tensors["blocks.0.attn.qkv.weight"]) // 3 // facts.heads
-    options = ["qk_norm=True"] if facts.qk_norm else []
+    options = ["qk_norm='layernorm'"] if facts.qk_norm else []
     options += [f"head_dim={head_dim}"] if head_dim * facts.heads != dim else []
     pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
     return ViTConfig(

@@ -1,0 +1,1 @@
+"""Generation: training, objectives, sampling."""

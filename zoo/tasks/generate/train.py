@@ -1,0 +1,188 @@
+"""Training a generator: `zoo generate fit|validate|test`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from zoo.data.images import Batch
+from zoo.outputs.samplers import Guidance, Noise, sample
+from zoo.schedules import SCHEDULES
+from zoo.tasks.generate.images import grid, to_bytes
+from zoo.tasks.generate.objectives import Objective, Times
+from zoo.tasks.task import Task
+
+UNREADABLE = "skipped {}: cannot be read as an image"
+BUCKETS = 8  # equal parts of 0..1 whose losses are measured
+STEPS, MOST = 25, 10  # of the samples that are shown during training: steps, and classes
+
+
+class Generate(Task):
+    """A diffusion model in training.
+
+    The score is the loss on the validation data, with noise and times that are the same in every validation.
+
+    Args:
+        backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
+        loss: the quantity whose squared error is the loss: velocity, noise or data; null for what the model predicts.
+        times: the times of training: uniform or logit_normal.
+        times_mean: of logit_normal, the mean of logit(time); above 0 it is nearer to the noise.
+        times_std: of logit_normal, its standard deviation.
+        times_shift: above 1, moves times to the noise, for large images.
+        label_drop: share of the labels that are dropped, for guidance.
+        equal: of MeanFlow (until=true), the share of samples trained as flow matching.
+        derivative: of MeanFlow, difference or jvp.
+        show: samples of each class in the grid that is drawn after each validation; 0 for none.
+        guidance: its guidance.
+        options: those of every task.
+    """
+
+    command = "generate"
+    score = ("val/loss", "min")
+    counted = "classes"
+    use, files = "sample", ""
+    faulty = ("unreadable images",)
+    betas = (0.9, 0.99)
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
+        loss: str | None = None,
+        times: str = "uniform",
+        times_mean: float = 0.0,
+        times_std: float = 1.0,
+        times_shift: float = 1.0,
+        label_drop: float = 0.1,
+        equal: float = 0.75,
+        derivative: str = "difference",
+        show: int = 4,
+        guidance: float = 2.0,
+        **options: Any,
+    ) -> None:
+        if not 0.0 <= label_drop < 1.0 or show < 0:
+            raise ValueError(f"model.label_drop must be >= 0 and < 1, and show >= 0, got {label_drop} and {show}")
+        found = Times(name=times, mean=times_mean, std=times_std, shift=times_shift)
+        self.objective = Objective(times=found, loss=loss, equal=equal, derivative=derivative)
+        self.label_drop, self.show, self.guidance = label_drop, show, Guidance(scale=guidance)
+        super().__init__(backbone, **options)
+        self.losses = nn.ModuleList(MeanMetric() for _ in range(BUCKETS))
+        self.seen, self.bucket = 0, -1
+
+    def complete(self) -> None:
+        super().complete()
+        self.objective.check(self.config)
+
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.images, torch.rand(len(batch.images), device=batch.images.device)
+
+    @property
+    def labels(self) -> list[str]:
+        return self.data.classes
+
+    def labels_of(self, batch: Batch) -> Tensor | None:
+        """The labels that the model takes."""
+        return batch.labels if self.config.classes else None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
+        images, labels, config = batch.images, self.labels_of(batch), self.config
+        if len(images) == 0:
+            return self.no_loss()
+        times = self.objective.times(len(images), config.schedule, images.device)  # pyright: ignore
+        noise = torch.randn_like(images)
+        if labels is not None:
+            dropped = torch.rand(len(images), device=images.device) < self.label_drop
+            labels = labels.masked_fill(dropped, config.classes)  # pyright: ignore[reportAttributeAccessIssue]
+        losses = self.objective(self.model, images, labels, times, noise)
+        self.remember(losses, times)
+        loss = losses.mean()
+        self.log("train/loss", self.checked(loss))
+        return loss
+
+    def remember(self, losses: Tensor, times: Tensor) -> None:
+        """Notes the part of 0..1 in which a loss is NaN or infinite, for the error."""
+        if losses.device.type == "cpu" and not bool((good := losses.detach().isfinite()).all()):
+            self.bucket = int((times[~good][0] * BUCKETS).clamp(max=BUCKETS - 1))
+
+    def where(self) -> str:
+        if self.bucket < 0:
+            return ""
+        return f", at times {self.bucket / BUCKETS:g} to {(self.bucket + 1) / BUCKETS:g}"
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.report("training")
+
+    def on_validation_epoch_start(self) -> None:
+        self.seen = 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
+        images, number = batch.images, len(batch.images)
+        if number == 0:
+            return
+        # A sample's noise depends on its place alone; its part of 0..1 is its place modulo their number.
+        places = [(self.seen + index) * self.trainer.world_size + self.global_rank for index in range(number)]
+        self.seen += number
+        noise = Noise(0, places, images.shape[1:], images.device)()
+        shares = Noise(1, places, (1,), images.device)()[:, 0]
+        buckets = torch.tensor(places, device=images.device) % BUCKETS
+        times = (buckets + torch.special.ndtr(shares)) / BUCKETS
+        model, schedule = self.measured, SCHEDULES[self.config.schedule]  # pyright: ignore[reportAttributeAccessIssue]
+        if schedule.steps:
+            times = ((times * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
+        losses = self.objective(model, images, self.labels_of(batch), times, noise)
+        for bucket, metric in enumerate(self.losses):
+            if len(chosen := losses[buckets == bucket]):
+                metric.update(chosen)  # pyright: ignore[reportCallIssue]
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("validation")
+        values = [metric.compute() if metric.update_count else None for metric in self.losses]  # pyright: ignore
+        known = [value for value in values if value is not None]
+        part = "test" if self.trainer.testing else "val"
+        if not known and not self.trainer.sanity_checking:
+            raise ValueError("no image of the validation set could be read")
+        if known and not self.trainer.sanity_checking:
+            loss = torch.stack(known).mean()
+            self.log(f"{part}/loss", loss)
+            self.log_dict({f"{part}/loss_{index}": value for index, value in enumerate(values) if value is not None})
+            number = int(self.trainer.world_size * self.seen)
+            self.said = f"loss {float(loss):.4f} (n = {number})"
+            self.sample = {"n": number}
+            if self.trainer.state.fn != "fit":
+                spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
+                lines = [f"time {span}  {float(value):.4f}" for span, value in zip(spans, values, strict=True) if value]
+                self.said = "\n".join([*lines, self.said])
+        for metric in self.losses:
+            metric.reset()  # pyright: ignore[reportCallIssue]
+        if self.fitting and self.show:
+            self.draw()
+
+    @rank_zero_only
+    def draw(self) -> None:
+        """Draws a grid of samples, and writes it into the run's folder as samples/NUMBER.png; a row for each class."""
+        config: Any = self.config
+        rows = min(MOST, config.classes) or 1
+        labels = None
+        if config.classes:
+            labels = torch.arange(rows, device=self.device).repeat_interleave(self.show)
+        side = (self.data.preprocess.size,) * 2
+        guidance = self.guidance if config.classes else None
+        indices = range(rows * self.show)
+        training = self.measured.training
+        try:
+            made = sample(self.measured.eval(), labels, indices, side, steps=STEPS, guidance=guidance)
+        finally:
+            self.measured.train(training)
+        image = grid(to_bytes(made.x, self.data.preprocess), self.show)
+        folder = Path(self.trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{self.current_epoch + 1:05d}.png")
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_epoch_start = on_validation_epoch_start
