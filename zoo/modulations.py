@@ -12,13 +12,13 @@ from zoo.layer import ANYWHERE, Context, Layer, Place
 class Modulation(Layer):
     """forward(y, context) -> (y changed by `context.cond`, the gate of the branch's result or None).
 
-    `cond` describes what the Context must hold for this row, and `condition` makes it, once for all blocks. `labels`:
-    whether the condition contains the label.
+    `cond` describes what the Context must hold for this row, and `condition` makes it, once for all blocks. `embedded`:
+    whether it is made from the embedding of time and label.
     """
 
     reads = frozenset({"cond"})
     cond: ClassVar[str] = ""
-    labels: ClassVar[bool] = True
+    embedded: ClassVar[bool] = True
 
     @classmethod
     def condition(cls, dim: int, branches: int) -> nn.Module:
@@ -63,6 +63,7 @@ class NoModulation(Modulation):
     """No modulation."""
 
     reads = frozenset()
+    embedded = False
 
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class TimeDependent(Modulation):
     norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416)."""
 
     cond = "[B, 1, 1], a quarter of the logarithm of the signal-to-noise ratio"
-    labels = False
+    embedded = False
 
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
         super().__init__()

@@ -91,8 +91,14 @@ class DiTConfig(FlatConfig):
         if len(rows) > 1:
             raise ValueError(f"modulation must be the same in all blocks, got {', '.join(sorted(rows))}")
         row = MODULATIONS.get(rows.pop())
-        if row is not None and not row.labels and self.classes and not self.class_tokens:
+        if row is None or row.embedded:
+            return
+        if row is MODULATIONS["none"]:
+            raise ValueError("modulation 'none' does not see the time; choose another (adaln, adaln_single, tdn)")
+        if self.classes and not self.class_tokens:
             raise ValueError(f"modulation '{self.modulation}' does not see the class; set class_tokens, or classes=0")
+        if self.until:
+            raise ValueError(f"until needs a modulation that sees it (adaln, adaln_single), got '{self.modulation}'")
 
     @property
     def prefix(self) -> int:
@@ -162,13 +168,13 @@ class DiT(Model[DiTConfig]):
         else:
             self.stem = Patches(config.channels, config.dim, config.patch)
         self.position = make_position(config)
-        self.time = TimeEmbedding(config.dim, config.time)
+        row, options = MODULATIONS[parse(first.modulation)[0]], check(MODULATIONS, first.modulation)
+        self.time = TimeEmbedding(config.dim, config.time) if row.embedded else None
         self.until = TimeEmbedding(config.dim, config.time) if config.until else None
         self.label_table = LabelEmbedding(config.classes, config.dim) if config.classes else None
         self.tokens = None
         if config.class_tokens:
             self.tokens = nn.Parameter(0.02 * torch.randn(1, config.class_tokens, config.dim))
-        row, options = MODULATIONS[parse(first.modulation)[0]], check(MODULATIONS, first.modulation)
         self.condition = row.condition(config.dim, len(config.layout))
         rates = drop_rates(config.drop_path, config.depth)
         self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
@@ -191,9 +197,9 @@ class DiT(Model[DiTConfig]):
     def conditions(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The condition of the blocks, and the labels' vectors [B, dim]."""
         check_times(time, "time")
-        embedding = self.time(time)
+        embedding = time.new_zeros(time.shape[0], 1) if self.time is None else self.time(time)
         if self.until is not None:
-            embedding = embedding + self.until(time if until is None else time - until)
+            embedding = embedding + self.until(torch.zeros_like(time) if until is None else time - until)
         elif until is not None:
             raise ValueError("this model takes no `until`; its config has until=False")
         vectors = None
@@ -251,10 +257,8 @@ class DiT(Model[DiTConfig]):
         *_, (tokens, context) = self.tokens_after(x, time, labels, until, mask, self.config.depth - 1)
         grid = Context(grid=context.grid, mask=context.grid_mask, cond=context.cond)
         tokens, _ = self.modulation(self.norm(tokens, grid), grid)
-        patch, (height, width) = self.config.patch, context.grid
-        y = self.out(tokens).view(-1, height, width, patch, patch, self.config.outputs)
-        y = y.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.outputs, height * patch, width * patch)
-        y = y[:, :, : x.shape[2], : x.shape[3]]
+        patch, grid = self.config.patch, (context.grid[0], context.grid[1])
+        y = joined(self.out(tokens).view(-1, *grid, patch, patch, self.config.outputs), x.shape[2], x.shape[3])
         return y if mask is None else y.masked_fill(~mask[:, None], 0.0)
 
     def features(
@@ -277,6 +281,17 @@ class DiT(Model[DiTConfig]):
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name in ("tokens", "position.table")}
+
+
+def joined(patches: Tensor, height: int, width: int) -> Tensor:
+    """Patches [B, H', W', p, p, C] as maps [B, C, height, width], without what they have beyond."""
+    patch = patches.shape[3]
+    if compiling():  # a slice would tie a traced program to sides that the patch divides
+        rows, columns = (torch.arange(size, device=patches.device) for size in (height, width))
+        rows = rows[:, None]
+        return patches[:, rows // patch, columns // patch, rows % patch, columns % patch].permute(0, 3, 1, 2)
+    maps = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return maps[:, :, :height, :width]
 
 
 def check_times(time: Tensor, name: str) -> None:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     made = Parser(
         "zoo generate sample",
-        "Draws images from a diffusion model: writes a PNG of each, grid.png, samples.json\nand samples.npz. How they "
-        "were made is in the JSON, and in the text of each PNG.",
+        "Draws images from a diffusion model, and records how in samples.json.",
         "zoo generate sample dit_micro.digits --classes 3,8 --each 8 --guidance 2",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
@@ -30,11 +29,11 @@ def parser() -> Parser:
     made.add_argument("--each", metavar="N", type=count, default=8, help="images of each class (default: 8)")
     made.add_argument("--size", metavar="HxW", type=size, help="height and width in pixels (default: the model's)")
     made.add_argument("--steps", metavar="N", type=count, default=50, help="steps of the sampler (default: 50)")
-    kinds = "euler, heun, ab2, ddim, dpm, ddpm, euler_maruyama or meanflow"
-    made.add_argument("--sampler", metavar="S", help=f"{kinds} (default: what fits the model)")
     made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="1 (default) for none")
-    made.add_argument("--seed", metavar="N", type=seed, default=0, help="chooses the noise (default: 0)")
     made.add_argument("--output", metavar="DIR", default="runs/sample", help="where files go (default: %(default)s)")
+    kinds = "euler, heun, ab2, ddim, dpm, ddpm, euler_maruyama or meanflow"
+    made.add_rare("--sampler", metavar="S", help=f"{kinds} (default: what fits the model)")
+    made.add_rare("--seed", metavar="N", type=seed, default=0, help="chooses the noise (default: 0)")
     files.add_device(made)
     made.add_rare("--interval", metavar="A,B", type=interval, default=(0.0, 1.0), help="times that are guided")
     made.add_rare("--channels", metavar="N", type=count, default=0, help="guide the first N channels alone")
