@@ -325,7 +325,9 @@ def test_where_it_looked(tmp_path: Path):
         Yolo(str(tmp_path), "val")
     with pytest.raises(ValueError, match=r"looked for .*ImageSets/Main/val.txt, .*valid/\*.xml"):
         Voc(str(tmp_path), "val")
-    with pytest.raises(ValueError, match=r"is not a folder of objects; it needs data.yaml, .*, or train/\*.xml"):
+    with pytest.raises(
+        ValueError, match=r"no COCO, YOLO or Pascal VOC annotations in .*; it needs data.yaml, .*, or train/\*.xml"
+    ):
         recognised(str(tmp_path))
     write_coco(tmp_path)
     for path in (tmp_path / "images/train").iterdir():

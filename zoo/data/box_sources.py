@@ -363,6 +363,8 @@ def _touch(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def recognised(root: str) -> str:
     """The name in `SOURCES` of the format of a folder, from what is in it; ValueError if it is none of them."""
     base = Path(root).expanduser()
+    if not base.exists():
+        raise ValueError(f"folder not found: {base}")
     splits = [base / name for names in SPLITS.values() for name in names]
     signs = [
         ("yolo", base.is_file() or any((base / name).is_file() for name in YAMLS)),
@@ -375,7 +377,7 @@ def recognised(root: str) -> str:
         if found:
             return name
     wanted = "data.yaml, Annotations and JPEGImages, annotations/*.json, */_annotations.coco.json, or train/*.xml"
-    raise ValueError(f"{base} is not a folder of objects; it needs {wanted}")
+    raise ValueError(f"no COCO, YOLO or Pascal VOC annotations in {base}; it needs {wanted}")
 
 
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml")

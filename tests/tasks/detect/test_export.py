@@ -233,5 +233,6 @@ def test_the_arrays_for_supervision(threshold: str, monkeypatch: pytest.MonkeyPa
     assert made.class_id.dtype == int and made.xyxy.dtype == made.confidence.dtype == float
     assert (number == 0) == (threshold == "1.1") or threshold == "0.3"
     labels = names["detector"].labels
-    assert [labels.names[index] for index in made.class_id] == [each.label for each in names["found"]]
+    wanted = [each.label for each in names["found"]]
+    assert [labels.names[index] for index in made.class_id] == list(made.data["class_name"]) == wanted
     assert (made.xyxy[:, 2:] >= made.xyxy[:, :2]).all()
