@@ -55,6 +55,7 @@ class Yolo(BoxSource):
             for number, line in enumerate(read_text(text).splitlines(), 1):
                 if not line.strip():
                     continue
+                table.given += 1
                 try:
                     category, box = _yolo_line(line)
                 except ValueError as error:
@@ -97,12 +98,15 @@ class Voc(BoxSource):
             path = notes / f"{stem}.xml"
             try:
                 tree = _xml(path)
+                if tree.tag != "annotation":
+                    raise ValueError(f"{path}: its outermost element must be annotation, got {one_line(tree.tag, 60)}")
                 size = _voc_size(tree)
             except ValueError as error:
                 kind = "unreadable annotations" if path.exists() else "missing annotations"
                 faults.add("omitted", kind, str(error))
                 continue
             for number, each in enumerate(tree.findall("object"), 1):
+                table.given += 1
                 try:
                     name, box, difficult = _voc_object(each, behind)
                 except ValueError as error:

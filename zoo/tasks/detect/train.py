@@ -138,7 +138,10 @@ class Detect(Task):
             size = config.stages[0]
             if size.depth == 0:
                 raise ValueError("model.teacher needs a detector with an encoder; encoder_depth is 0")
-            self.alignment = Alignment(size.dim, teacher, weights, config.channels, config.image)
+            try:
+                self.alignment = Alignment(size.dim, teacher, weights, config.channels, config.image)
+            except ValueError as error:
+                raise ValueError(f"model.teacher: {error}") from error
 
     def groups(self) -> list[dict[str, Any]]:
         trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
