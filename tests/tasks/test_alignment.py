@@ -99,7 +99,7 @@ def test_it_counts_in_the_loss_and_in_the_optimizer():
     assert {id(each) for each in task.alignment.parameters()} <= inside
     with pytest.raises(ValueError, match="alignment must be"):
         Detect(backbone, teacher="vit_tiny", teacher_weights=None, alignment=0.0)
-    with pytest.raises(ValueError, match="model.teacher: trunk: unknown model 'nothing'"):
+    with pytest.raises(ValueError, match="model.teacher: trunk: unknown image model 'nothing'"):
         Detect(backbone, teacher="nothing")
     with pytest.raises(ValueError, match="model.teacher: trunk 'vit_tiny' has no published weights"):
         Detect(backbone, teacher="vit_tiny")
