@@ -9,6 +9,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from zoo.data.box_entries import BoxSource
+
 NAMES = ("bird", "cat", "dog")
 # For each image: name, (height, width), and its objects: index of a category, (left, top, right, bottom), crowd.
 IMAGES: list[tuple[str, tuple[int, int], list[tuple[int, tuple[int, int, int, int], bool]]]] = [
@@ -96,3 +98,20 @@ def write_voc_export(root: Path, split: str = "train") -> Path:
     write_images(root / split)
     write_xml(root / split, behind=1)
     return root / split
+
+
+def check(source: BoxSource, crowd: bool = True) -> None:
+    """The source holds the objects of `IMAGES`."""
+    assert source.labels.names == NAMES and len(source) == len(IMAGES)
+    assert [Path(source.name(index)).stem for index in range(3)] == ["a", "b", "c"]
+    for index, (_, size, wanted) in enumerate(IMAGES):
+        found = source.objects(index)
+        assert tuple(source.sizes[index]) == size and found.boxes.shape == (len(wanted), 4)
+        assert found.labels.tolist() == [label for label, _, _ in wanted]
+        if wanted:
+            np.testing.assert_allclose(found.boxes, [box for _, box, _ in wanted], atol=1e-5)
+        assert found.crowd.tolist() == [crowd and many for _, _, many in wanted]
+        np.testing.assert_allclose(
+            found.area, [(box[2] - box[0]) * (box[3] - box[1]) for _, box, _ in wanted], rtol=1e-5
+        )
+        assert np.asarray(source.image(index)).shape == (*size, 3)

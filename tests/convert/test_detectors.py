@@ -25,6 +25,8 @@ from transformers import (
 from helpers import prepared
 from models.test_distribution import published
 from zoo.convert import from_detr, from_transformers
+from zoo.convert.transformers.detectors import _preprocess
+from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.label_map import LabelMap
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "num_queries": 10}
@@ -137,6 +139,31 @@ def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
         from_transformers(written(theirs, tmp_path, 4))
 
 
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ({"size": {"height": 96, "width": 96}}, {"size": 96, "fit": "stretch"}),
+        ({"size": {"shortest_edge": 96, "longest_edge": 200}}, {"size": 96, "longest": 200, "fit": "shortest"}),
+        ({"size": 96, "max_size": 200}, {"size": 96, "longest": 200, "fit": "shortest"}),
+        ({"size": 96}, "size: it must be an object, got 96"),
+        ({"size": {"height": 96, "width": 90}}, "size: the zoo supports a square"),
+        ({"size": {"height": 96, "width": 96}, "resample": 3}, "resample: the zoo supports 2, not 3"),
+        ({"size": {"height": 96, "width": 96}, "rescale_factor": 1.0}, "rescale_factor: the zoo supports"),
+    ],
+    ids=str,
+)
+def test_the_preprocessing_is_that_of_the_file(size, wanted, tmp_path):
+    values = size | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            _preprocess(tmp_path)
+        return
+    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **wanted)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | {"do_normalize": False}))
+    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **wanted)
+
+
 # The original code
 
 DETR_TO_ORIGINAL = (
@@ -242,6 +269,7 @@ def test_faulty_files_are_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
     refused("model_type: the zoo supports", model_type="yolos")
+    refused("model_type: the zoo supports", model_type=["detr"])
     refused("position_embedding_type", position_embedding_type="learned")
     refused("does not know this key", new_key=1)
     refused("id2label", id2label={"1": "a"})
@@ -249,12 +277,16 @@ def test_faulty_files_are_one_line(tmp_path, monkeypatch):
     refused("not used", decoder_layers=1)
     refused("d_model|shape", d_model=64)
     refused("backbone", backbone_config={"model_type": "swin"})
+    refused("depths: it must be a list, got 5", backbone_config={"model_type": "resnet", "depths": 5})
     for name, value in (("evil.pth", {"model": {"a": Evil()}}), ("other.pth", {"model": {"a": torch.ones(1)}})):
         torch.save(value, tmp_path / name)
         with pytest.raises(ValueError, match="cannot be read|neither") as caught:
             from_detr(tmp_path / name)
         assert "\n" not in str(caught.value) and not (tmp_path / "evil").exists()
+        assert "weights_only" not in str(caught.value)
     state = original(theirs, DETR_TO_ORIGINAL)
+    with pytest.raises(ValueError, match=r"input_projection\.weight' is NaN or infinite"):
+        from_detr(state | {"input_proj.weight": state["input_proj.weight"] * float("nan")}, heads=4)
     state.pop("transformer.encoder.layers.0.self_attn.in_proj_weight")
     with pytest.raises(ValueError, match=r"q_proj\.weight' is missing"):
         from_detr(state, heads=4)

@@ -415,9 +415,9 @@ def test_the_preprocessing_of_a_checkpoint_is_taken():
     [
         ({"dataset": "voc2012"}, "unknown dataset 'voc2012'; allowed: auto, coco, coco_export, yolo, voc, shapes"),
         ({"dataset": "coco"}, "'coco' needs root"),
-        ({"root": "somewhere"}, "'shapes' takes no root"),
+        ({"root": "somewhere"}, "'shapes' is generated and takes no root; for your own images set dataset to auto"),
         ({"dataset": "auto"}, "'auto' needs root"),
-        ({"dataset": "auto", "root": "nowhere"}, "nowhere is not a folder of objects"),
+        ({"dataset": "auto", "root": "nowhere"}, "folder not found: nowhere"),
         ({"batch": 0}, "batch must be >= 1"),
         ({"workers": -1}, "workers must be >= 0"),
         ({"cache": -1}, "cache must be >= 0"),

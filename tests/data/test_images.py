@@ -485,7 +485,7 @@ def test_a_batch_is_what_its_images_are_alone(channels: int):
     [
         ({"dataset": "mnist"}, "unknown dataset 'mnist'; allowed: digits, imagefolder, synthetic"),
         ({"dataset": "imagefolder"}, "needs root"),
-        ({"root": "somewhere"}, "takes no root"),
+        ({"root": "somewhere"}, "'digits' takes no root; for your own images set dataset to imagefolder"),
         ({"batch": 0}, "batch must be >= 1"),
         ({"workers": -1}, "workers must be >= 0"),
         ({"flip": 1.5}, "flip must be a probability"),

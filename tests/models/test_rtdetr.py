@@ -215,12 +215,12 @@ def test_a_pool_that_reads_beyond_the_edge_is_refused():
 
 
 WRONG = {
-    "vit_tin": "^trunk: unknown model 'vit_tin'; did you mean vit_tiny",
+    "vit_tin": "^trunk: unknown image model 'vit_tin'; did you mean vit_tiny",
     "vit_tiny(mixr='sla')": "^trunk: unknown field of vit_tiny 'mixr'; did you mean mixer",
     "vit_tiny(mixer='slaa')": "^trunk: mixer: ",
     "vit_tiny(patch=12)": "^a trunk of patch 12 does not fit the strides",
-    "conformer_ctc_s": "^trunk 'conformer_ctc_s' is not an image model with maps",
-    "rtdetr_r18": "^trunk 'rtdetr_r18' is not an image model with maps",
+    "conformer_ctc_s": "^trunk: unknown image model 'conformer_ctc_s'; .*",
+    "resnet50": "^trunk: unknown image model 'resnet50'; choose from: vit_micro, .*, timm:NAME$",
     "poolformer_s12(dim=(8, 16), depth=(1, 1), heads=(1, 1))": r"has the strides \[4, 8\], but .* needs stride 16$",
     "timm:resnet": "^timm has no model 'resnet'",
     "timm:hf-hub:someone/model": "^timm has no model 'hf-hub:someone/model'",

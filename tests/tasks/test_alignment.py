@@ -52,6 +52,26 @@ def test_a_teacher_of_another_stride_is_resized():
     assert abs(module(tokens, (2, 3), None, images).item() - wanted) < 1e-5
 
 
+def test_padding_changes_nothing():
+    """An image of 40 x 48 pixels on two canvases."""
+    module, losses = Alignment(12, "vit_tiny(dim=16, depth=1, heads=2)", None, hidden=16), []
+    image, tokens = torch.randn(3, 40, 48), torch.randn(2, 2, 12)
+    for height, width in ((64, 64), (96, 160)):
+        images, pixels = torch.zeros(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
+        images[0, :, :40, :48], pixels[:, :40, :48] = image, True
+        grid = height // 32, width // 32
+        placed, mask = torch.randn(*grid, 12), torch.zeros(grid, dtype=torch.bool)
+        placed[:2, :2], mask[:2, :2] = tokens, True
+        losses.append(module(placed.flatten(0, 1)[None], grid, mask.flatten()[None], images, pixels).item())
+    assert abs(losses[0] - losses[1]) < 1e-6
+
+
+def test_a_stride_that_does_not_divide_is_refused():
+    module = Alignment(12, "vit_tiny(dim=16, depth=1, heads=2, patch=14)", None, hidden=16)
+    with pytest.raises(ValueError, match="has the stride 14, which does not divide 56 x 64 pixels"):
+        module(torch.randn(1, 4, 12), (2, 2), None, torch.randn(1, 3, 56, 64))
+
+
 def test_the_teacher_learns_nothing_and_is_not_saved():
     module = Alignment(12, TEACHER, None, hidden=16).train()
     (teacher,) = module._teacher
@@ -79,5 +99,9 @@ def test_it_counts_in_the_loss_and_in_the_optimizer():
     assert {id(each) for each in task.alignment.parameters()} <= inside
     with pytest.raises(ValueError, match="alignment must be"):
         Detect(backbone, teacher="vit_tiny", teacher_weights=None, alignment=0.0)
+    with pytest.raises(ValueError, match="model.teacher: trunk: unknown image model 'nothing'"):
+        Detect(backbone, teacher="nothing")
+    with pytest.raises(ValueError, match="model.teacher: trunk 'vit_tiny' has no published weights"):
+        Detect(backbone, teacher="vit_tiny")
     with pytest.raises(ValueError, match="encoder_depth is 0"):
         Detect(backbone | {"encoder_depth": 0}, teacher="vit_tiny", teacher_weights=None)

@@ -1,12 +1,13 @@
 """Files of other libraries: their configs key by key, their tensors one by one, so that nothing is left unnoticed."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.text import one_line
+from zoo.text import one_line, reason
 
 _NOT_GIVEN: Any = object()
 LARGEST = 1_000_000
@@ -69,7 +70,8 @@ class Section:
         return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
+_KINDS |= {dict: "an object"}
 
 
 def _shown(value: Any) -> str:
@@ -79,10 +81,18 @@ def _shown(value: Any) -> str:
     return repr(value)[:80]
 
 
+def refusal(error: Exception) -> str:
+    """Why torch.load did not read a file, without its advice to read it with weights_only=False."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values; that could run code and is never read"
+    return reason(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason(error)}"
+
+
 class Source:
     """The tensors of a file, in the widest dtype among them. Each must be used once; counts of batches are dropped.
 
-    ValueError, in one line, if a tensor is missing, unused, of a wrong shape or not of floating-point numbers.
+    ValueError, in one line, if a tensor is missing, unused, of a wrong shape, not of floating-point numbers, or NaN or
+    infinite.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -107,6 +117,8 @@ class Source:
         if value.shape[: len(shape)] != shape or value.shape[len(shape) :].numel() != 1:
             found, wanted = list(value.shape), list(shape)
             raise ValueError(f"{self.where}: '{name}' has shape {found}, but this model needs {wanted}")
+        if not value.isfinite().all():
+            raise ValueError(f"{self.where}: '{name}' is NaN or infinite")
         return value.reshape(shape).to(self.dtype)
 
     def finish(self) -> None:

@@ -75,6 +75,7 @@ class Table:
 
     def __init__(self, word: str, relative: bool = False) -> None:
         self.word, self.relative = word, relative  # how a message calls an object; whether boxes are in 0..1
+        self.given = 0  # objects in the files, malformed ones too
         self.rows: list[int] = []  # index of the entry
         self.labels: list[int] = []
         self.boxes: list[Sequence[float]] = []  # left, top, right, bottom
@@ -127,11 +128,10 @@ class BoxSource:
         if not len(self.ids):
             raise ValueError(plain(f"{place}: no image can be used{faults.first}"))
         where = np.where(kept, np.cumsum(kept) - 1, -1)  # from the index of an entry to that of a kept one
-        given = len(table.rows)
         self._fill(where, table, faults)
         faults.report(place)
-        if given and not len(self.labels_of):
-            raise ValueError(plain(f"{place}: none of its {given} objects can be used{faults.first}"))
+        if table.given and not len(self.labels_of):
+            raise ValueError(plain(f"{place}: none of its {table.given} objects can be used{faults.first}"))
 
     def _fill(self, where: np.ndarray, table: Table, faults: Faults) -> None:
         rows = where[np.array(table.rows, dtype=np.int64)]
@@ -141,7 +141,8 @@ class BoxSource:
         boxes = np.array(table.boxes, dtype=np.float64).reshape(-1, 4)[at]
         limits = np.tile(self.sizes[rows][:, ::-1], 2).astype(np.float64)  # width, height, width, height
         if table.relative:
-            boxes = boxes * limits
+            with np.errstate(over="ignore"):  # what becomes infinite is reported below
+                boxes = boxes * limits
         finite = np.all(np.isfinite(boxes), axis=1)
         boxes = np.where(finite[:, None], boxes, 0.0)
         empty = finite & (boxes[:, 2:] <= boxes[:, :2]).any(1)

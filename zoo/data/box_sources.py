@@ -55,6 +55,7 @@ class Yolo(BoxSource):
             for number, line in enumerate(read_text(text).splitlines(), 1):
                 if not line.strip():
                     continue
+                table.given += 1
                 try:
                     category, box = _yolo_line(line)
                 except ValueError as error:
@@ -97,12 +98,15 @@ class Voc(BoxSource):
             path = notes / f"{stem}.xml"
             try:
                 tree = _xml(path)
+                if tree.tag != "annotation":
+                    raise ValueError(f"{path}: its outermost element must be annotation, got {one_line(tree.tag, 60)}")
                 size = _voc_size(tree)
             except ValueError as error:
                 kind = "unreadable annotations" if path.exists() else "missing annotations"
                 faults.add("omitted", kind, str(error))
                 continue
             for number, each in enumerate(tree.findall("object"), 1):
+                table.given += 1
                 try:
                     name, box, difficult = _voc_object(each, behind)
                 except ValueError as error:
@@ -363,6 +367,8 @@ def _touch(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def recognised(root: str) -> str:
     """The name in `SOURCES` of the format of a folder, from what is in it; ValueError if it is none of them."""
     base = Path(root).expanduser()
+    if not base.exists():
+        raise ValueError(f"folder not found: {base}")
     splits = [base / name for names in SPLITS.values() for name in names]
     signs = [
         ("yolo", base.is_file() or any((base / name).is_file() for name in YAMLS)),
@@ -375,7 +381,7 @@ def recognised(root: str) -> str:
         if found:
             return name
     wanted = "data.yaml, Annotations and JPEGImages, annotations/*.json, */_annotations.coco.json, or train/*.xml"
-    raise ValueError(f"{base} is not a folder of objects; it needs {wanted}")
+    raise ValueError(f"no COCO, YOLO or Pascal VOC annotations in {base}; it needs {wanted}")
 
 
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml")

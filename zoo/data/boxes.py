@@ -245,9 +245,10 @@ class Boxes(DataModule):
         super().__init__()
         if dataset != "auto" and dataset not in SOURCES:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: auto, {', '.join(SOURCES)}")
-        if (root is not None) != (dataset != "shapes"):
-            verb = "takes no root" if root is not None else "needs root, a folder"
-            raise ValueError(f"dataset {dataset!r} {verb}")
+        if root is not None and dataset == "shapes":
+            raise ValueError("dataset 'shapes' is generated and takes no root; for your own images set dataset to auto")
+        if root is None and dataset != "shapes":
+            raise ValueError(f"dataset {dataset!r} needs root, a folder")
         chances = {"flip": flip, "turn": turn, "photometric": photometric, "zoom": zoom, "iou_crop": iou_crop}
         chances |= {"mosaic": mosaic, "mixup": mixup}
         least = {"batch": (batch, 1), "workers": (workers, 0), "plain_epochs": (plain_epochs, 0), "cache": (cache, 0)}

@@ -51,6 +51,7 @@ def _from_coco(path: Path, folders: Sequence[Path]) -> tuple[str, LabelMap, list
         raise ValueError(f"{path}: {error}") from None
     categories = {id: index for index, (_, id) in enumerate(labels)}
     table, seen = Table("annotation"), set()
+    table.given = len(read["annotations"])
     for number, each in enumerate(read["annotations"]):
         try:
             box, id, crowd, area = _coco_object(each, faults)
@@ -139,7 +140,7 @@ def _coco_object(values: Any, faults: Faults) -> tuple[list[float], int, bool, f
 def _folder_of(names: list[str], folders: Sequence[Path], json: Path) -> Path:
     """The folder that has most of the images."""
     some = names[:100]
-    counts = {folder: sum((folder / name).is_file() for name in some) for folder in folders if folder.is_dir()}
+    counts = {folder: sum(os.path.isfile(folder / name) for name in some) for folder in folders if folder.is_dir()}
     best = max(counts, key=lambda folder: counts[folder], default=None)
     if best is None or (some and not counts[best]):
         example = f", such as {some[0]}" if some else ""

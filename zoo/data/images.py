@@ -151,9 +151,10 @@ class Images(DataModule):
         super().__init__()
         if dataset not in SOURCES:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(SOURCES)}")
-        if (root is not None) != (dataset == "imagefolder"):
-            verb = "takes no root" if root is not None else "needs root, a folder"
-            raise ValueError(f"dataset {dataset!r} {verb}")
+        if root is not None and dataset != "imagefolder":
+            raise ValueError(f"dataset {dataset!r} takes no root; for your own images set dataset to imagefolder")
+        if root is None and dataset == "imagefolder":
+            raise ValueError(f"dataset {dataset!r} needs root, a folder")
         check_numbers({"batch": (batch, 1), "workers": (workers, 0)}, {"flip": flip, "erasing": erasing})
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must be from 0 to 1, got {fraction}")

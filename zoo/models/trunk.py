@@ -13,6 +13,7 @@ from zoo.models.vit import ViT, ViTConfig
 from zoo.spec import parse
 from zoo.stems.images import coarsened
 from zoo.tensors import to_tokens
+from zoo.text import unknown
 
 STRIDES = (8, 16, 32)
 
@@ -43,8 +44,9 @@ class Trunk(nn.Module):
             self.model: Any = Convolutional(name.removeprefix(TIMM), channels)
         else:
             word, options = parse(name)
-            if word in PRESETS and not isinstance(PRESETS[word], ViTConfig | PyramidConfig):
-                raise ValueError(f"trunk '{name}' is not an image model with maps; choose a ViT or a pyramid")
+            images = [each for each, preset in PRESETS.items() if isinstance(preset, ViTConfig | PyramidConfig)]
+            if word not in images:
+                raise ValueError(f"trunk: {unknown('image model', word, [*images, 'timm:NAME'])}")
             try:
                 self.model = create_model(word, **{"channels": channels, "image": image, "classes": 0} | dict(options))
             except ValueError as error:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.models.trunk import Trunk
-from zoo.tensors import to_map, to_tokens
+from zoo.tensors import to_map, to_tokens, zeroed
 from zoo.weights.adapt import load_trunk
 
 
@@ -51,11 +51,19 @@ class Alignment(nn.Module):
             mask: which of them are real [B, H W]; None if all are.
             images: what both models see [B, channels, height, width], its sides multiples of the strides of both.
             pixels: which pixels are real [B, height, width]; None if all are.
+
+        Raises:
+            ValueError: a side is not a multiple of the teacher's stride.
         """
         (teacher,) = self._teacher
+        stride = teacher.strides[-1]
+        if any(side % stride for side in images.shape[2:]):
+            sides = " x ".join(map(str, images.shape[2:]))
+            raise ValueError(f"teacher '{teacher.name}' has the stride {stride}, which does not divide {sides} pixels")
         with torch.no_grad():
             ((wanted, context),) = teacher.to(images.device)(images, pixels)
-            maps = F.interpolate(to_map(wanted, context.grid).float(), size=grid, mode="bilinear", antialias=True)
+            wanted = zeroed(wanted, context.mask).float()  # what padding adds to a mean would turn it
+            maps = F.interpolate(to_map(wanted, context.grid), size=grid, mode="bilinear", antialias=True)
         similar = F.cosine_similarity(self.project(tokens).float(), to_tokens(maps), dim=-1)
         if mask is None:
             return 1.0 - similar.mean()

@@ -129,7 +129,7 @@ def to_onnx(
             )
             proto = program.model_proto
     except Exception as error:  # a part that the exporter cannot trace or translate may raise anything
-        raise ValueError(f"PyTorch cannot export this model: {reason(error)}") from error
+        raise ValueError(f"PyTorch cannot export this model: {reason(error.__cause__ or error)}") from error
     if (written := next(each.version for each in proto.opset_import if not each.domain)) != opset:
         raise ValueError(f"PyTorch cannot export this model with opset {opset}; use --opset {written}")
     for key, value in notes.items():

@@ -118,10 +118,15 @@ def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
 
 
 def make_output(folder: Path) -> None:
-    """Makes the folder of --output if it is missing; ValueError if a file has its name."""
+    """Makes the folder of --output if it is missing; ValueError if a file has its name, OSError if it cannot be made
+    or written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder; {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".predictions-", dir=folder).cleanup()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {reason(error)}") from error
 
 
 def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, drawn: Path | None = None) -> list[str]:

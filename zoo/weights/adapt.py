@@ -76,6 +76,8 @@ def load_trunk(trunk: Trunk, name: str, channels: int) -> None:
             why = f"cannot be read from {name}: {reason(error)}"
             raise ValueError(f"the weights of trunk '{trunk.name}' {why}") from error
         return
+    if name == "pretrained":
+        raise ValueError(f"trunk '{trunk.name}' has no published weights; give a checkpoint, or null for random ones")
     found = load_checkpoint(name).model.state_dict()
     wanted = trunk.model.state_dict()
     if wrong := [key for key in misfits(wanted, found) if key in wanted]:

@@ -86,6 +86,14 @@ def test_a_checkpoint_of_another_task_is_refused(monkeypatch: pytest.MonkeyPatch
     assert not list(Path().iterdir())
 
 
+def test_a_detr_that_sees_padding_is_refused():
+    model: Any = zoo.create_model(
+        "detr_r50", trunk=TINY["trunk"], dim=16, depth=1, heads=2, classes=3, padding="published"
+    )
+    save_model(model, "detr", preset="detr_r50", preprocess=BoxPreprocess(size=64), labels=LABELS)
+    assert refused("detect", "export", "detr").startswith("detr has padding 'published', which cannot be exported")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -118,7 +126,7 @@ def test_the_help_fits_a_screen(capsys: pytest.CaptureFixture[str]):
 
 def test_a_fault_of_the_exporter_leaves_no_file(model: str, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no translation\nof zoo::part")
+        raise RuntimeError("step 1 of 3, with advice") from ValueError("no translation\nof zoo::part")
 
     monkeypatch.setattr(torch.onnx, "export", broken)
     assert refused("detect", "export", model) == "PyTorch cannot export this model: no translation of zoo::part"
@@ -233,5 +241,6 @@ def test_the_arrays_for_supervision(threshold: str, monkeypatch: pytest.MonkeyPa
     assert made.class_id.dtype == int and made.xyxy.dtype == made.confidence.dtype == float
     assert (number == 0) == (threshold == "1.1") or threshold == "0.3"
     labels = names["detector"].labels
-    assert [labels.names[index] for index in made.class_id] == [each.label for each in names["found"]]
+    wanted = [each.label for each in names["found"]]
+    assert [labels.names[index] for index in made.class_id] == list(made.data["class_name"]) == wanted
     assert (made.xyxy[:, 2:] >= made.xyxy[:, :2]).all()

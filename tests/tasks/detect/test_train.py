@@ -179,6 +179,13 @@ def test_precision_does_not_depend_on_the_batch():
         assert near.min(1).values.max() < 0.05  # in pixels; near ties may change places
 
 
+def test_detections_are_joined_on_their_own_device():
+    """Meta tensors stand for those of a GPU."""
+    found, rows = Detections().to("meta"), torch.zeros(2, 3, device="meta")
+    found.update(torch.zeros(2, dtype=torch.int64, device="meta"), rows.long(), rows, rows[..., None].expand(2, 3, 4))
+    assert [(each.device.type, len(each)) for each in found.compute()] == [("meta", 6), ("meta", 2)]
+
+
 def test_a_validation_set_without_objects_ends_in_one_line(tmp_path: Path):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from zoo.convert.detection import RESNETS, ConvertedDetector, Named, build, ffn_of, resnet_name, resnet_of
+from zoo.convert.source import refusal
 from zoo.models.detection import DetectorConfig
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
 from zoo.outputs.label_map import LabelMap
-from zoo.text import one_line, reason
+from zoo.text import one_line
 
 # From the original names to those of transformers, in the order in which they are replaced.
 _SHARED = (
@@ -123,7 +124,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the system, of zip files, and of what the file asks for
-        raise ValueError(one_line(f"{path} cannot be read: {reason(error)}", 300)) from error
+        raise ValueError(one_line(f"{path} cannot be read: {refusal(error)}", 300)) from error
     for key in ("ema", "module", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

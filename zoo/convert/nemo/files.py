@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from zoo.convert.source import refusal
 from zoo.text import one_line
 
 HEADER, CONFIG, PIECES = 2**20, 2**20, 2**26
@@ -151,7 +152,7 @@ def tensors_of(content: bytes, where: str) -> dict[str, Tensor]:
         stream.seek(0)
         loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling other data raises errors of many kinds
-        raise ValueError(one_line(f"{where} is not a complete file of plain tensors: {error}")) from error
+        raise ValueError(one_line(f"{where} is not a complete file of plain tensors: {refusal(error)}")) from error
     tensors = named(loaded, where)
     if sum(each.numel() * each.element_size() for each in tensors.values()) > 4 * len(content):
         raise ValueError(f"{where}: its tensors claim far more values than it stores")

@@ -24,8 +24,7 @@ def from_transformers(name: str | Path) -> Converted | ConvertedDetector:
     - DetrForObjectDetection becomes a DETR with padding="published", so that padded batches are as there too;
       `dataclasses.replace(model.config, padding="hidden")` hides it. RTDetrForObjectDetection,
       RTDetrV2ForObjectDetection and DFineForObjectDetection become an RTDETR. Backbones are resnets, or for D-FINE
-      HGNetV2. Classes named N/A, ids that COCO does not
-      use, are left out.
+      HGNetV2. Classes named N/A, ids that COCO does not use, are left out.
 
     Args:
         name: a folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
@@ -41,6 +40,6 @@ def from_transformers(name: str | Path) -> Converted | ConvertedDetector:
     """
     folder = located(str(name))
     kind = read_json(folder / "config.json").get("model_type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{folder / 'config.json'}: model_type: the zoo supports {', '.join(_KINDS)}, not {kind!r}")
-    return _KINDS[str(kind)](folder)
+    return _KINDS[kind](folder)

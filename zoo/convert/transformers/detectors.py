@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Resampling
 from torch import Tensor
 
 from zoo.convert.detection import (
@@ -334,7 +335,12 @@ def _preprocess(folder: Path) -> BoxPreprocess | None:
     given = Section(read_json(path), "", str(path))
     given.fixed("do_resize", True)
     given.fixed("do_rescale", True)
-    size = given.take("size", dict)
+    given.fixed("rescale_factor", 1 / 255)
+    given.fixed("resample", Resampling.BILINEAR.value)
+    if "max_size" in given.left:  # DETR's files of version 4.26 and before
+        size = {"shortest_edge": given.take("size", int), "longest_edge": given.take("max_size", int)}
+    else:
+        size = given.take("size", dict)
     normal = given.take("do_normalize", bool, True)
     options: dict[str, Any] = {"mean": given.take("image_mean", list, null=[0.0] * 3, default=[0.485, 0.456, 0.406])}
     options["std"] = given.take("image_std", list, null=[1.0] * 3, default=[0.229, 0.224, 0.225])

@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> None:
 
     model, preprocess, labels, _ = files.load_for("detect", given.name)
     assert isinstance(preprocess, BoxPreprocess)
+    if getattr(model.config, "padding", "hidden") == "published":
+        raise ValueError(f"{given.name} has padding 'published', which cannot be exported for free sizes; use 'hidden'")
     preprocess = replace(preprocess, size=given.size or preprocess.size)
     if labels is None:
         labels = LabelMap.from_names(class_names(None, model.config.labelled))

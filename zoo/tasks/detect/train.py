@@ -1,4 +1,4 @@
-"""Training a detector: `zoo detect fit|validate|test`."""
+"""Object detection: `zoo detect fit|validate|test`."""
 
 import math
 from typing import Any
@@ -45,8 +45,11 @@ class Detections(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """The rows [n, 7] in fp64 and the ids."""
-        found = self.rows if isinstance(self.rows, Tensor) else torch.cat([*self.rows, torch.empty(0, 7).double()])
-        ids = self.images if isinstance(self.images, Tensor) else torch.cat([*self.images, torch.empty(0).long()])
+        found, ids = self.rows, self.images  # joined already where they come from several ranks
+        if not isinstance(found, Tensor):
+            found = torch.cat([*found, torch.empty(0, 7, dtype=torch.float64, device=self.device)])
+        if not isinstance(ids, Tensor):
+            ids = torch.cat([*ids, torch.empty(0, dtype=torch.int64, device=self.device)])
         return found, ids
 
 
@@ -135,7 +138,10 @@ class Detect(Task):
             size = config.stages[0]
             if size.depth == 0:
                 raise ValueError("model.teacher needs a detector with an encoder; encoder_depth is 0")
-            self.alignment = Alignment(size.dim, teacher, weights, config.channels, config.image)
+            try:
+                self.alignment = Alignment(size.dim, teacher, weights, config.channels, config.image)
+            except ValueError as error:
+                raise ValueError(f"model.teacher: {error}") from error
 
     def groups(self) -> list[dict[str, Any]]:
         trunk = {id(each) for each in self.model.trunk.parameters()}  # pyright: ignore
