@@ -86,6 +86,12 @@ def test_a_checkpoint_of_another_task_is_refused(monkeypatch: pytest.MonkeyPatch
     assert not list(Path().iterdir())
 
 
+def test_suppression_of_proposals_is_refused(tmp_path: Path):
+    name = save(tmp_path / "checkpoint", proposal_nms=0.9)
+    assert refused("detect", "export", name).startswith("a model with proposal_nms=0.9 cannot be exported")
+    assert not list(Path().glob("*.onnx"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

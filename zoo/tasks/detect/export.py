@@ -59,7 +59,15 @@ def main(arguments: list[str]) -> None:
     preprocess = replace(preprocess, size=given.size or preprocess.size)
     if labels is None:
         labels = LabelMap.from_names(class_names(None, model.config.labelled))
-    notes = exporting.metadata(model, preprocess, labels) | {"outputs": MEANING}
+    config: Any = model.config
+    if getattr(config, "proposal_nms", 1.0) < 1.0:
+        raise ValueError(
+            f"a model with proposal_nms={config.proposal_nms} cannot be exported, since ONNX has no non-maximum "
+            "suppression of a fixed number of boxes; train one with proposal_nms=1"
+        )
+    suppression = f"; of two boxes of a class with an IoU over {config.detection_nms}, the one with the lower score"
+    meaning = MEANING + (f"{suppression} does not count" if config.detection_nms < 1.0 else "")
+    notes = exporting.metadata(model, preprocess, labels) | {"outputs": meaning}
     if given.fuse and model.fusion is None:
         model = fuse(model)
     files.report("exporting; this takes a minute or more")
