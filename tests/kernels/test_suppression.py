@@ -31,8 +31,12 @@ def naive(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, tried: 
 
 @pytest.mark.parametrize("overlap", [0.3, 0.7])
 @pytest.mark.parametrize("tried", [60, 15])
-def test_ranks_are_those_of_a_naive_loop(overlap: float, tried: int):
+@pytest.mark.parametrize("far", [False, True])
+def test_ranks_are_those_of_a_naive_loop(overlap: float, tried: int, far: bool):
+    """Also of small boxes in a large image, in groups with large numbers."""
     boxes, scores, groups = crowded(3, 60)
+    if far:
+        boxes, groups = boxes + 5000, 10_000 * groups
     scores[1, 20:] = -INF
     ranks = suppressed(boxes, scores, groups, overlap, tried)
     assert ranks.dtype == torch.float32

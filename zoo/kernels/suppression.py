@@ -24,13 +24,10 @@ def suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, tr
     ranks = scores.new_empty(scores.shape, dtype=torch.float32)
     orders = scores.argsort(dim=1, descending=True, stable=True)
     for row, order, *image in zip(ranks, orders, boxes, scores, groups, strict=True):
-        box, score, group = (each[order] for each in image)
-        real = int((score != -torch.inf).sum())
-        first = slice(min(tried, real))
+        box, score, group = (each[order[:tried]] for each in image)
         row[order] = -torch.arange(size, device=row.device, dtype=row.dtype)
-        row[order[batched_nms(box[first].double(), score[first].double(), group[first], overlap)]] += size
-        row[order[real:]] = -torch.inf
-    return ranks
+        row[order[batched_nms(box.double(), score.double(), group, overlap)]] += size
+    return ranks.masked_fill_(scores == -torch.inf, -torch.inf)
 
 
 @suppressed.register_fake

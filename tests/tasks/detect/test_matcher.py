@@ -271,8 +271,9 @@ def test_of_the_anchors_inside_a_large_object_the_one_nearest_to_its_centre_is_t
 
 
 def test_what_shares_the_batch_and_padding_change_no_assignment():
-    """Neither more objects in another image, nor tokens of no image behind the own ones."""
+    """Neither more objects in another image, whatever stands beside the own ones, nor tokens of no image."""
     truth = random_truth([6, 2], CLASSES)
+    truth.boxes[1, 2:] = truth.boxes[1, :1] * 1.01
     real = torch.ones(2, 60, dtype=torch.bool)
     real[1, 40:] = False
     proposals = Predicted(torch.randn(1, 2, 30, CLASSES), near(truth, 30, 0.06)[None])

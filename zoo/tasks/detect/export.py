@@ -65,9 +65,7 @@ def main(arguments: list[str]) -> None:
             f"a model with proposal_nms={config.proposal_nms} cannot be exported, since ONNX has no non-maximum "
             "suppression of a fixed number of boxes; train one with proposal_nms=1"
         )
-    suppression = f"; of two boxes of a class with an IoU over {config.detection_nms}, the one with the lower score"
-    meaning = MEANING + (f"{suppression} does not count" if config.detection_nms < 1.0 else "")
-    notes = exporting.metadata(model, preprocess, labels) | {"outputs": meaning}
+    notes = exporting.metadata(model, preprocess, labels) | {"outputs": meaning(config)}
     if given.fuse and model.fusion is None:
         model = fuse(model)
     files.report("exporting; this takes a minute or more")
@@ -81,6 +79,14 @@ def main(arguments: list[str]) -> None:
     tried = ", ".join(" x ".join(map(str, each)) for each in shapes)
     files.report(f"largest difference: {worst:.1e} of the largest value of an output (batches of {tried} pixels)")
     files.report(f"wrote {output} ({len(contents) / 1e6:.1f} MB)")
+
+
+def meaning(config: Any) -> str:
+    """What the outputs are, in one line."""
+    if config.detection_nms == 1.0:
+        return MEANING
+    overlap = f"an IoU over {config.detection_nms}"
+    return f"{MEANING}; of two boxes of a class with {overlap}, the one with the lower score is to be left out"
 
 
 def to_onnx(model: Any, opset: int, notes: dict[str, str]) -> bytes:
