@@ -34,9 +34,9 @@ Configs for your own data, and configs without a measured result so far. They do
 """
 CHOICES = """## Choices
 
-A choice is written as in a call: `mixer="softmax(qk_norm='layernorm')"`. The options below have their default values. One
-name is for all blocks. A tuple gives names to blocks in turn; in models with stages it has one entry per stage, and an
-inner tuple alternates within that stage.
+A choice is written as in a call: `mixer="softmax(qk_norm='layernorm')"`. The options below have their default values.
+One name is for all blocks. A tuple gives names to blocks in turn; in models with stages it has one entry per stage, and
+an inner tuple alternates within that stage.
 
 All choices work with any image size or length, with padding, in bf16, compiled and exported. A program from
 `torch.export` also takes other sizes than that of its example, unless the model has windows, learned positions, or

@@ -8,10 +8,11 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import torchvision
 
 import zoo
 from helpers import prepared, rectangle, relative
-from models.test_rtdetr import TRUNKS, apart, build, named, noise, rows, together, total
+from models.test_rtdetr import SIZES, TRUNKS, apart, build, named, noise, rows, together, total
 from zoo.layer import Context
 from zoo.models import PRESETS
 from zoo.models.rtdetr import RTDETRConfig
@@ -200,3 +201,102 @@ def test_onnxruntime_gives_the_same(trunk, mixer):
 def test_configs_of_a_preset_can_be_changed():
     config = PRESETS["rtdetr_micro"]
     assert isinstance(config, RTDETRConfig) and replace(config, classes=3).labelled == 3
+
+
+# Non-maximum suppression of proposals
+
+
+def naively_chosen(model: Any, image: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[list[int], int]:
+    """The tokens of one image that become queries, and how many of them overlap no better one of their level."""
+    memory, anchors = model.encode(image[None], mask)
+    scores, starts = model.rank(memory, anchors)
+    boxes = model.boxed(starts, anchors)[0].double()
+    corners = torchvision.ops.box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1)
+    overlaps = torchvision.ops.box_iou(corners, corners)
+    levels = [level for level, (rows, columns) in enumerate(memory.grids) for _ in range(rows * columns)]
+    order = [
+        token
+        for token in scores[0].amax(-1).argsort(descending=True, stable=True).tolist()
+        if memory.mask is None or memory.mask[0, token]
+    ]
+    kept: list[int] = []
+    for token in order:
+        if all(
+            levels[token] != levels[other] or not overlaps[token, other] > model.config.proposal_nms for other in kept
+        ):
+            kept.append(token)
+    return (kept + [token for token in order if token not in kept])[: model.config.queries], len(kept)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 50), (33, 47)])
+@torch.no_grad()
+def test_proposals_of_a_level_that_overlap_better_ones_become_queries_last(size):
+    """More queries than tokens that are left, and than tokens."""
+    model = build(queries=50, proposal_nms=0.3).double()
+    for layer in model.box.layers:
+        layer.weight.mul_(3.0)
+    image = torch.randn(3, *size, dtype=torch.float64)
+    wanted, kept = naively_chosen(model, image)
+    memory, anchors = model.encode(image[None])
+    scores, starts = model.rank(memory, anchors)
+    index, real = model.best(scores, memory.mask, model.boxed(starts, anchors), memory.grids)
+    number = 50 if real is None else int(real.sum())
+    assert index[0, :number].tolist() == wanted and kept < number
+    plain, _ = model.best(scores, memory.mask)
+    assert size == (33, 47) or set(plain[0].tolist()) != set(wanted)
+
+
+@torch.no_grad()
+def test_padding_and_batch_mates_do_not_change_which_proposals_are_suppressed():
+    model = build(queries=50, proposal_nms=0.3).double()
+    images = [torch.randn(3, *size, dtype=torch.float64) for size in SIZES]
+    found = model.predict(*together(images, (161, 640)), tokens=True)
+    assert found.tokens is not None and found.tokens.real is not None
+    logits, boxes = (each[-1] for each in found.layers)
+    for number, image in enumerate(images):
+        alone = model.predict(image[None], tokens=True)
+        wanted = rows({"logits": alone.layers.logits[-1], "boxes": alone.layers.boxes[-1]})[0]
+        assert apart(torch.cat([logits[number], boxes[number]], -1), wanted) < 1e-5
+        assert alone.tokens is not None
+        real = slice(None) if alone.tokens.real is None else alone.tokens.real[0]
+        mine = found.tokens.real[number]
+        for one, other in zip(found.tokens.predicted, alone.tokens.predicted, strict=True):
+            assert relative(one[number, mine], other[0, real]) < 1e-5
+        assert relative(found.tokens.anchors[number, mine], alone.tokens.anchors[0, real]) < 1e-6
+
+
+@torch.no_grad()
+def test_anchors_are_boxes_around_tokens():
+    """Those near an edge have no size: none starts there. All tokens include those that queries start from."""
+    model = build().train()
+    found = model.predict(torch.randn(2, 3, 640, 64), tokens=True)
+    assert found.tokens is not None and found.tokens.real is None and found.proposals is not None
+    anchors, number = found.tokens.anchors[0], 80 * 8
+    assert torch.equal(found.tokens.anchors[1], anchors) and not anchors[:8].any()
+    torch.testing.assert_close(anchors[8], torch.tensor([4 / 64, 12 / 640, 0.05, 0.05]))
+    torch.testing.assert_close(anchors[number], torch.tensor([8 / 64, 8 / 640, 0.1, 0.1]))
+    between = found.proposals.boxes[:, :, None] - found.tokens.predicted.boxes[:, None]
+    assert between.abs().amax(-1).amin(-1).max() < 1e-6 and model.predict(torch.randn(1, 3, 64, 64)).tokens is None
+
+
+def test_all_tokens_train_every_parameter():
+    model = build(proposal_nms=0.5).train()
+    found = model.predict(torch.randn(2, 3, 70, 50), noised=noise(), tokens=True)
+    assert found.tokens is not None
+    total(found._replace(proposals=found.tokens.predicted)).backward()
+    assert not [name for name, each in model.named_parameters() if each.grad is None]
+
+
+@torch.no_grad()
+def test_a_model_with_suppression_compiles_as_one_graph():
+    torch._dynamo.reset()
+    model, images = build(proposal_nms=0.3), torch.randn(2, 3, 70, 50)
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+    assert all(apart(got, wanted) < 1e-4 for got, wanted in zip(rows(found), rows(model(images)), strict=True))
+
+
+@pytest.mark.parametrize("field", ["proposal_nms", "detection_nms"])
+@pytest.mark.parametrize("value", [0.0, 1.5, -1.0])
+def test_an_overlap_that_cannot_be_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be > 0 and <= 1, got {value}$"):
+        build(**{field: value})

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from zoo.inputs.boxes import BoxPreprocess
@@ -45,6 +46,40 @@ def test_the_last_class_is_found():
     assert best(logits, torch.rand(1, 3, 4), torch.tensor([[8, 8]]), 80, 1).labels.item() == 79
 
 
+def test_boxes_of_a_class_that_overlap_a_better_one_are_left_out():
+    """As a naive loop in fp64 finds them; the places of an image with fewer boxes have a score of -1."""
+    logits, boxes = torch.randn(3, 30, 4), 0.3 + 0.04 * torch.randn(3, 30, 4)
+    boxes[2] = 0.3
+    boxes[2, :10] = torch.tensor([0.8, 0.8, 0.1, 0.1])
+    sizes = torch.tensor([[50, 80], [900, 700], [30, 30]])
+    found = best(logits, boxes, sizes, 4, 25, overlap=0.7)
+    corners = to_pixels(boxes, sizes).double()
+    lacking = 0
+    for image, (labels, scores, places) in enumerate(zip(*found, strict=True)):
+        kept: list[tuple[int, int]] = []
+        overlaps = torchvision.ops.box_iou(corners[image], corners[image])
+        for place in logits[image].flatten().argsort(descending=True).tolist():
+            query, label = divmod(place, 4)
+            if all(label != other or overlaps[query, one] <= 0.7 for one, other in kept):
+                kept.append((query, label))
+        kept = kept[:25]
+        real = int((scores >= 0).sum())
+        lacking += 25 - real
+        assert real == len(kept) and (scores[real:] == -1).all()
+        assert labels[:real].tolist() == [label for _, label in kept]
+        queries = [query for query, _ in kept]
+        torch.testing.assert_close(places[:real].double(), corners[image, queries])
+        torch.testing.assert_close(scores[:real], logits[image].sigmoid()[queries, labels[:real]])
+        alone = best(*(each[image : image + 1] for each in (logits, boxes, sizes)), 4, 25, overlap=0.7)
+        for one, other in zip(alone, found, strict=True):
+            torch.testing.assert_close(one[0, :real], other[image, :real])
+    assert 0 < lacking < 75
+    every = best(logits, boxes, sizes, 4, 120)
+    assert all(
+        torch.equal(one, other) for one, other in zip(every, best(logits, boxes, sizes, 4, 120, 1.0), strict=True)
+    )
+
+
 def test_what_is_refused():
     boxes, size = torch.rand(1, 2, 4), torch.tensor([[8, 8]])
     with pytest.raises(ValueError, match="logits for 3 classes must have 3 or 4, got 2"):
@@ -60,7 +95,7 @@ class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.tensor([[[1.0, 2.0]]]))
-        self.config: Any = SimpleNamespace(labelled=2)
+        self.config: Any = SimpleNamespace(labelled=2, detection_nms=1.0)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         assert images.shape == (1, 3, 16, 32)
@@ -75,3 +110,19 @@ def test_the_answer_is_in_pixels_of_the_original_image():
     box = (0.0, 0.0, 120.0, 60.0)
     assert found == [Detection("bee", pytest.approx(high), box), Detection("ant", pytest.approx(low), box)]
     assert answer(Detector(), prepare.parts(image), None)[0].label == "class 1"
+
+
+def test_the_answer_leaves_boxes_out_as_the_model_says():
+    class Twins(Detector):
+        def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+            found = super().forward(images, mask)
+            return {
+                "logits": torch.cat([found["logits"], found["logits"] - 1], 1),
+                "boxes": found["boxes"].repeat(1, 2, 1),
+            }
+
+    prepare, image, model = BoxPreprocess(size=32, fit="pad"), np.zeros((60, 120, 3), dtype=np.uint8), Twins()
+    assert len(LABELS["categories"].answer(model, prepare.parts(image), None)) == 4
+    model.config.detection_nms = 0.7
+    found = LABELS["categories"].answer(model, prepare.parts(image), None)
+    assert [each.label for each in found] == ["class 1", "class 0"]

@@ -2,5 +2,6 @@
 
 from zoo.kernels.deformable import deformable, multiscale
 from zoo.kernels.linear import linear_attention
+from zoo.kernels.suppression import suppressed
 
-__all__ = ["deformable", "linear_attention", "multiscale"]
+__all__ = ["deformable", "linear_attention", "multiscale", "suppressed"]

@@ -40,6 +40,7 @@ class DetectorConfig(ModelConfig):
         channels: channels of the images.
         classes: number of classes.
         queries: number of queries.
+        detection_nms: largest IoU of two detections of a class in an answer; 0.7 in DETA, 1 for all detections.
         encoder_depth: number of encoder blocks.
         decoder_mixer: self-attention of the queries.
         decoder_ffn: feed-forward layer of the decoder.
@@ -67,6 +68,7 @@ class DetectorConfig(ModelConfig):
     channels: int = 3
     classes: int = 80
     queries: int = 300
+    detection_nms: float = 1.0
     encoder_depth: int = 1
     decoder_mixer: str = "softmax"
     decoder_ffn: str = "mlp(activation='relu')"
@@ -81,11 +83,17 @@ class DetectorConfig(ModelConfig):
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.encoder_depth < 0:
             raise ValueError(f"encoder_depth must be >= 0, got {self.encoder_depth}")
+        self.check_share("detection_nms")
         if self.trunk_norm not in TRUNK_NORMS:
             raise ValueError(f"trunk_norm: {unknown('name', self.trunk_norm, TRUNK_NORMS)}")
         if not self.trunk.startswith(TIMM):
             parse(self.trunk)
         self.check_rows({"decoder_norm": NORMS})
+
+    def check_share(self, name: str) -> None:
+        """ValueError if a field is not > 0 and <= 1."""
+        if not 0.0 < getattr(self, name) <= 1.0:
+            raise ValueError(f"{name} must be > 0 and <= 1, got {getattr(self, name)}")
 
     def check_rows(self, tables: Mapping[str, Mapping[str, type]]) -> None:
         """ValueError if a field does not name a row of its table."""
@@ -177,6 +185,14 @@ class Refined(NamedTuple):
     scale: float
 
 
+class Tokens(NamedTuple):
+    """The predictions of all tokens that queries may start from."""
+
+    predicted: Predicted  # [B, M, ...]
+    anchors: Tensor  # the box around each token [B, M, 4]; 0 for a token that no query should start from
+    real: Tensor | None  # [B, M], False on padding; None if all are real
+
+
 class Trained(NamedTuple):
     """What a detector predicts in training, for its losses.
 
@@ -189,6 +205,7 @@ class Trained(NamedTuple):
     noised: Predicted | None  # of the denoising queries after each decoder layer: [L, B, groups * 2 G, ...]
     refined: Refined | None = None  # of the layers
     refined_noised: Refined | None = None  # of the denoising queries
+    tokens: Tokens | None = None  # where they were asked for
 
 
 def xavier(inputs: int, outputs: int, bias: float = 0.0) -> nn.Linear:

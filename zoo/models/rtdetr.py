@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
 from zoo.config import Choice, Size
+from zoo.kernels import suppressed
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import (
@@ -18,6 +19,7 @@ from zoo.models.detection import (
     Noised,
     Predicted,
     Refined,
+    Tokens,
     Trained,
     class_head,
     gathered,
@@ -34,6 +36,7 @@ from zoo.tensors import exporting, linear, to_map
 from zoo.text import unknown
 
 OUTSIDE = -30.0  # logit of a query that an image has no token for
+TRIED = 10  # tokens that take part in non-maximum suppression, for each query
 INVALID = 1e4  # logits of the anchor of a token that no query should start from
 
 
@@ -51,6 +54,8 @@ class RTDETRConfig(DetectorConfig):
         neck_ratio: channels inside these layers, as a share of those of the encoder.
         neck_norm: norm behind every convolution of the neck.
         neck_channel: channel attention behind every layer of the neck.
+        proposal_nms: largest IoU of the boxes of two tokens of a level that both become queries, if there are enough
+            others; 0.9 in DETA, 1 for the tokens with the highest scores, whatever their boxes.
         box: how the decoder refines boxes: `delta`, or `distribution(bins=32, scale=4.0)` as in D-FINE.
         denoising: whether the model has an embedding of classes for denoising queries in training.
     """
@@ -65,6 +70,7 @@ class RTDETRConfig(DetectorConfig):
     neck_ratio: float = 1.0
     neck_norm: str = "batchnorm"
     neck_channel: str = "none"
+    proposal_nms: float = 1.0
     box: str = "delta"
     denoising: bool = True
     cross: str = "deformable"
@@ -75,6 +81,7 @@ class RTDETRConfig(DetectorConfig):
         for name in ("encoder_dim", "neck_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        self.check_share("proposal_nms")
         if not 0.0 < self.neck_ratio <= 8.0:
             raise ValueError(f"neck_ratio must be > 0 and <= 8, got {self.neck_ratio}")
         if self.neck not in NECKS:
@@ -160,18 +167,28 @@ class RTDETR(Model[RTDETRConfig]):
         found = self.predict(images, mask).layers
         return {"logits": found.logits[-1], "boxes": found.boxes[-1]}
 
-    def predict(self, images: Tensor, mask: Tensor | None = None, noised: Noised | None = None) -> Trained:
+    def predict(
+        self, images: Tensor, mask: Tensor | None = None, noised: Noised | None = None, tokens: bool = False
+    ) -> Trained:
         """What the losses need: the predictions of every decoder layer, of the tokens that the queries start from, and
-        of denoising queries. In eval mode, only those of the last layer."""
+        of denoising queries; with tokens=True also those of all tokens. In eval mode, only those of the last layer, and
+        of tokens with tokens=True."""
         memory, anchors = self.encode(images, mask)
-        scores, tokens = self.rank(memory, anchors)
-        index, real = self.best(scores, memory.mask)
-        x, boxes = self.start(tokens, anchors, index)
-        proposals = hidden(Predicted(gathered(scores, index), boxes), real) if self.training else None
+        scores, starts = self.rank(memory, anchors)
+        every = None
+        if tokens or self.config.proposal_nms < 1.0:
+            every = Predicted(scores, self.boxed(starts, anchors))
+        index, real = self.best(scores, memory.mask, None if every is None else every.boxes.detach(), memory.grids)
+        x, boxes = self.start(starts, anchors, index)
+        proposals = hidden(Predicted(gathered(scores, index), boxes), real) if self.training or tokens else None
+        asked = None
+        if tokens and every is not None:
+            around = anchors.sigmoid().where(anchors < INVALID, 0.0)
+            asked = Tokens(every, around.expand_as(every.boxes), memory.mask)
         x, boxes = x.detach(), boxes.detach()
         if noised is None:
             found, refined = self.decode(x, boxes, memory, real)
-            return Trained(found, proposals, None, refined)
+            return Trained(found, proposals, None, refined, tokens=asked)
         assert self.noise is not None
         number = noised.labels.shape[1]
         x = torch.cat([self.noise(noised.labels).to(x.dtype), x], 1)
@@ -181,7 +198,7 @@ class RTDETR(Model[RTDETRConfig]):
         found, refined = self.decode(x, boxes, memory, torch.cat([noised.valid, kept], 1), visible)
         parts = slice(number), slice(number, None)
         first, last = (Predicted(*(each[:, :, part] for each in found)) for part in parts)
-        return Trained(last, proposals, first, part_of(refined, parts[1]), part_of(refined, parts[0]))
+        return Trained(last, proposals, first, part_of(refined, parts[1]), part_of(refined, parts[0]), asked)
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
@@ -214,11 +231,22 @@ class RTDETR(Model[RTDETRConfig]):
         tokens = self.select_norm(tokens, Context(grid=(tokens.shape[1],)))
         return self.score(tokens), tokens
 
-    def best(self, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The tokens with the highest scores [B, Q], and which of them are real [B, Q]; None if all are."""
-        ranks = scores.amax(-1)
+    def best(
+        self, scores: Tensor, mask: Tensor | None, boxes: Tensor | None = None, grids: Sequence[tuple[int, ...]] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens with the highest scores [B, Q], and which of them are real [B, Q]; None if all are.
+
+        With `proposal_nms`, by the boxes of all tokens [B, M, 4] and the grids of the levels, tokens whose boxes
+        overlap better ones come behind all others.
+        """
+        ranks = scores.detach().amax(-1)
         if mask is not None:
             ranks = ranks.masked_fill(~mask, -torch.inf)
+        if self.config.proposal_nms < 1.0 and boxes is not None:
+            levels = torch.cat([ranks.new_full(grid, index).flatten() for index, grid in enumerate(grids)]).long()
+            corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+            limits = self.config.proposal_nms, TRIED * self.config.queries
+            ranks = suppressed(corners.clamp(0.0, 1.0), ranks, levels.expand_as(ranks), *limits)
         # An exported program takes any number of tokens, so it always adds some.
         missing = self.config.queries if exporting() else self.config.queries - ranks.shape[1]
         if missing > 0:
@@ -231,7 +259,11 @@ class RTDETR(Model[RTDETRConfig]):
     def start(self, tokens: Tensor, anchors: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The first queries [B, Q, D] and their boxes [B, Q, 4] from the tokens at `index`."""
         chosen = gathered(tokens, index)
-        return chosen, (wide(self.box(chosen)) + gathered(anchors, index)).sigmoid()
+        return chosen, self.boxed(chosen, gathered(anchors, index))
+
+    def boxed(self, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """The boxes that tokens propose [B, N, 4]."""
+        return (wide(self.box(tokens)) + anchors).sigmoid()
 
     def decode(
         self, x: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None = None, visible: Groups | None = None

@@ -80,9 +80,10 @@ def best_boxes(model: Any, parts: Iterable[Any], labels: LabelMap | None) -> lis
     device = next(model.parameters()).device
     output = model(part.image[None].to(device))
     classes = model.config.labelled
-    found = best(output["logits"], output["boxes"], torch.tensor([part.size], device=device), classes)
+    sizes, overlap = torch.tensor([part.size], device=device), model.config.detection_nms
+    found = best(output["logits"], output["boxes"], sizes, classes, overlap=overlap)
     names = class_names(None if labels is None else labels.names, classes)
-    columns = (found.labels[0].tolist(), found.scores[0].tolist(), found.boxes[0].tolist())
+    columns = (each[found.scores >= 0].tolist() for each in found)
     return [Detection(names[label], score, tuple(box)) for label, score, box in zip(*columns, strict=True)]
 
 

@@ -5,6 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.kernels import suppressed
+
+TRIED = 10_000  # pairs of a query and a class that take part in non-maximum suppression
+MISSING = -1.0  # score of a box that is not there
+
 
 class Truth(NamedTuple):
     """The objects of a batch, padded to the number of the image with most of them.
@@ -18,7 +23,8 @@ class Truth(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The best boxes of each image of a batch, the highest score first. N is at most the number asked for."""
+    """The best boxes of each image of a batch, the highest score first. N is at most the number asked for; where
+    an image has fewer, the last scores are MISSING."""
 
     labels: Tensor  # [B, N] int64, the index of a class
     scores: Tensor  # [B, N] float32, 0..1
@@ -41,7 +47,7 @@ def to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.cat([torch.minimum(low, scale), torch.minimum(high, scale)], -1)
 
 
-def best(logits: Tensor, boxes: Tensor, sizes: Tensor, classes: int, most: int = 100) -> Found:
+def best(logits: Tensor, boxes: Tensor, sizes: Tensor, classes: int, most: int = 100, overlap: float = 1.0) -> Found:
     """The best pairs of a query and a class; a query may stand for several classes.
 
     Args:
@@ -51,6 +57,7 @@ def best(logits: Tensor, boxes: Tensor, sizes: Tensor, classes: int, most: int =
         sizes: [B, 2], the height and width of each original image in pixels.
         classes: number of classes.
         most: most boxes of an image.
+        overlap: the largest IoU of two boxes of a class; 1 for all boxes.
 
     Raises:
         ValueError: logits do not fit the number of classes, or logits or boxes are NaN or infinite.
@@ -62,6 +69,15 @@ def best(logits: Tensor, boxes: Tensor, sizes: Tensor, classes: int, most: int =
     logits = logits.float()
     scores = logits.sigmoid() if logits.shape[-1] == classes else logits.softmax(-1)[..., :classes]
     ranked, places = scores.flatten(1).sort(dim=1, descending=True, stable=True)
+    found = to_pixels(boxes.float(), sizes)
+    if overlap < 1.0:
+        ranked, places = ranked[:, :TRIED], places[:, :TRIED]
+        ranks = suppressed(_chosen(found, places // classes), ranked, places % classes, overlap, TRIED)
+        ranks, order = ranks.sort(dim=1, descending=True)
+        ranked, places = ranked.gather(1, order).masked_fill(ranks <= 0, MISSING), places.gather(1, order)
     ranked, places = ranked[:, :most], places[:, :most]
-    queries = (places // classes)[..., None].expand(-1, -1, 4)
-    return Found(places % classes, ranked, to_pixels(boxes.float().gather(1, queries), sizes))
+    return Found(places % classes, ranked, _chosen(found, places // classes))
+
+
+def _chosen(boxes: Tensor, queries: Tensor) -> Tensor:
+    return boxes.gather(1, queries[..., None].expand(-1, -1, 4))

@@ -21,7 +21,7 @@ from zoo.__main__ import main
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.label_map import LabelMap
 from zoo.tasks import exporting
-from zoo.tasks.detect.export import inputs, paired
+from zoo.tasks.detect.export import MEANING, inputs, meaning, paired
 from zoo.weights import load_checkpoint, save_model
 
 LABELS = LabelMap(("a cat\nor two", "犬 🐕", '"quoted", \udcff'), (7, 3, 90))
@@ -94,6 +94,12 @@ def test_a_detr_that_sees_padding_is_refused():
     assert refused("detect", "export", "detr").startswith("detr has padding 'published', which cannot be exported")
 
 
+def test_suppression_of_proposals_is_refused(tmp_path: Path):
+    name = save(tmp_path / "checkpoint", proposal_nms=0.9)
+    assert refused("detect", "export", name).startswith("a model with proposal_nms=0.9 cannot be exported")
+    assert not list(Path().glob("*.onnx"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -140,6 +146,12 @@ def test_inputs_have_one_padded_image():
         assert images.shape == (batch, 3, height, width) and mask.shape == (batch, height, width)
         assert mask.any((1, 2)).all() and mask[1:].all() and not images[~mask[:, None].expand_as(images)].any()
     assert not mask[0].all()
+
+
+def test_the_file_says_which_boxes_to_leave_out():
+    assert meaning(zoo.create_model(**TINY).config) == MEANING
+    said = meaning(zoo.create_model(**TINY, detection_nms=0.7).config)
+    assert said.startswith(MEANING) and "an IoU over 0.7" in said and "\n" not in said
 
 
 def test_queries_are_paired_whatever_their_order():

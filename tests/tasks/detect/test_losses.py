@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from helpers import listed, random_boxes, random_truth, relative
-from zoo.models.detection import Noised, Predicted, Refined, Trained
+from zoo.models.detection import Noised, Predicted, Refined, Tokens, Trained
 from zoo.models.distribution import offsets_of
 from zoo.outputs.boxes import Truth
 from zoo.tasks.detect.denoise import denoising_queries
@@ -38,6 +39,16 @@ def trained(truth: Truth, noised: Noised | None) -> Trained:
         predictions(images, QUERIES),
         None if noised is None else predictions(LAYERS, *noised.labels.shape),
     )
+
+
+def all_tokens(truth: Truth, real: Tensor | None = None) -> Tokens:
+    """Predictions of 40 tokens, half of whose anchors are near objects."""
+    images, most = truth.labels.shape
+    anchors = random_boxes(images, 40)
+    if most:
+        near = truth.boxes[:, torch.arange(20) % most] * (1 + 0.15 * torch.randn(images, 20, 4))
+        anchors[:, 20:] = near.where(near.sum(-1, keepdim=True) > 0, anchors[:, 20:])
+    return Tokens(predictions(images, 40), anchors, real)
 
 
 def leaves(given: Trained) -> list[Tensor]:
@@ -165,12 +176,71 @@ def test_losses_of_classes_are_those_of_transformers(name, assigner):
     with torch.no_grad():
         given.proposals.boxes[:, :3] = truth.boxes[:, :3] + 0.01
     proposals = Predicted(*(each[None] for each in given.proposals))
-    found = ASSIGNERS[assigner](given.layers, proposals, truth, False)
+    given = given._replace(tokens=all_tokens(truth))
+    found = ASSIGNERS[assigner](given.layers, proposals, given.tokens, truth, False)
     ours = detection_loss(given, None, truth, loss=name, assigner=assigner)["layers_class"]
     theirs = class_loss(name, given.layers, truth, found.layers)
     assert len(found.layers.query) and relative(ours, theirs) < 1e-5
     (one,), (other,) = (torch.autograd.grad(each, [given.layers.logits]) for each in (ours, theirs))
     assert relative(one, other) < 1e-5
+
+
+def test_tokens_learn_from_their_own_objects_as_by_a_naive_loop():
+    """Focal loss of every token that is not ignored, and boxes of those with an object; the others get no gradient."""
+    truth, real = random_truth([3, 0, 2], CLASSES), torch.ones(3, 40, dtype=torch.bool)
+    real[2, 30:] = False
+    tokens = all_tokens(truth, real)
+    given = trained(truth, None)._replace(tokens=tokens)
+    assert given.proposals is not None
+    proposals = Predicted(*(each[None] for each in given.proposals))
+    found = ASSIGNERS["iou"](given.layers, proposals, tokens, truth, False)
+    assert found.proposals is not None and found.counted is not None
+    terms = detection_loss(given, None, truth, loss="focal", assigner="iou", weights=Weights(1.0, 1.0, 1.0))
+    objects = {(image, query): place for _, image, query, place in zip(*map(Tensor.tolist, found.proposals))}  # noqa: B905
+    wanted: dict[str, Any] = {"class": 0.0, "l1": 0.0, "giou": 0.0}
+    for image in range(3):
+        for query in found.counted[image].nonzero()[:, 0].tolist():
+            place = objects.get((image, query))
+            target = torch.zeros(CLASSES)
+            if place is not None:
+                target[truth.labels[image, place]] = 1.0
+                box, other = tokens.predicted.boxes[image, query], truth.boxes[image, place]
+                wanted["l1"] += (box - other).abs().sum() / 5
+                corners = [torchvision.ops.box_convert(each[None], "cxcywh", "xyxy") for each in (box, other)]
+                wanted["giou"] += (1.0 - torchvision.ops.generalized_box_iou(*corners).sum()) / 5
+            logits = tokens.predicted.logits[image, query]
+            wanted["class"] += torchvision.ops.sigmoid_focal_loss(logits, target, reduction="sum") / 5
+    assert len(objects) > 5 and (real & ~found.counted).sum() > 0
+    for name, value in wanted.items():
+        assert relative(terms[f"proposals_{name}"], value) < 1e-5
+    logits, boxes = torch.autograd.grad(terms["total"], list(tokens.predicted))
+    assert torch.equal(logits.any(-1), found.counted)
+    assert set(map(tuple, boxes.any(-1).nonzero().tolist())) == set(objects)
+    assert torch.autograd.grad(terms["total"], list(given.proposals), allow_unused=True) == (None, None)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [2, 0]])
+def test_assignment_by_overlap_without_objects_has_finite_gradients_and_is_exact_in_half_precision(counts):
+    truth = random_truth(counts, CLASSES)
+    given = Trained(*trained(truth, None)[:3], tokens=all_tokens(truth))
+    assert given.tokens is not None
+    terms = detection_loss(given, None, truth, assigner="iou")
+    reached = torch.autograd.grad(terms["total"], [*given.layers, *given.tokens.predicted])
+    assert all(each.isfinite().all() for each in reached)
+    assert (terms["proposals_l1"] == 0.0) == (sum(counts) == 0) and terms["proposals_class"] > 0.0
+
+    def cast(part: Predicted | None, kind: torch.dtype) -> Any:
+        return part and Predicted(*(each.detach().to(torch.bfloat16).to(kind) for each in part))
+
+    def every(kind: torch.dtype) -> Trained:
+        assert given.tokens is not None
+        tokens = given.tokens._replace(predicted=cast(given.tokens.predicted, kind))
+        return Trained(cast(given.layers, kind), cast(given.proposals, kind), None, tokens=tokens)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = detection_loss(every(torch.bfloat16), None, truth, assigner="iou")
+    for name, value in detection_loss(every(torch.float32), None, truth, assigner="iou").items():
+        assert got[name].dtype == torch.float32 and torch.equal(got[name], value)
 
 
 @pytest.mark.parametrize("loss", CLASS_LOSSES)
@@ -389,7 +459,7 @@ def test_every_loss_and_its_gradient_is_that_of_d_fine(counts):
     given = refined(truth, noised)
     assert given.proposals is not None and given.refined is not None
     proposals = Predicted(*(each[None] for each in given.proposals))
-    assigned = ASSIGNERS["hungarian"](given.layers, proposals, truth, False)
+    assigned = ASSIGNERS["hungarian"](given.layers, proposals, None, truth, False)
     objects, number = float(sum(counts)), len(assigned.union.layer)
     assert number > objects
     united = repeated(assigned.union, LAYERS + 1)
@@ -417,8 +487,13 @@ def test_distributions_without_objects_have_finite_gradients_everywhere(counts, 
     truth = random_truth(counts, CLASSES)
     noised = denoising_queries(truth, CLASSES, number=4)
     given = refined(truth, noised)
+    reached = ends(given)
+    if assigner == "iou":  # all tokens learn instead of those that were selected
+        given, tokens = given._replace(tokens=all_tokens(truth)), ends(given._replace(proposals=None))
+        assert given.tokens is not None
+        reached = [*tokens, *given.tokens.predicted]
     terms = detection_loss(given, noised, truth, assigner=assigner)
-    for gradient in torch.autograd.grad(terms["total"], ends(given)):  # which is an error where one is missing
+    for gradient in torch.autograd.grad(terms["total"], reached):  # which is an error where one is missing
         assert gradient.isfinite().all()
     assert (terms["layers_fgl"] == 0) == (sum(counts) == 0) and terms["layers_ddf"] > 0
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import listed, random_boxes, random_truth
-from zoo.models.detection import Predicted
+from zoo.models.detection import Predicted, Tokens
 from zoo.outputs.boxes import Truth
 from zoo.tasks.detect import matcher
 from zoo.tasks.detect.matcher import Matches, cheapest, hungarian, iou, overlapping, overlaps, pairwise, united
@@ -26,6 +26,10 @@ CLASSES = 5
 
 def predictions(*shape: int, classes: int = CLASSES) -> Predicted:
     return Predicted(2 * torch.randn(*shape, classes), random_boxes(*shape))
+
+
+def tokens(images: int, number: int, real: Tensor | None = None) -> Tokens:
+    return Tokens(predictions(images, number), random_boxes(images, number), real)
 
 
 def pairs_of(matches: Matches) -> set[tuple[int, ...]]:
@@ -73,12 +77,12 @@ def test_matches_of_all_layers_are_united(number):
 def test_the_union_holds_each_query_once_and_the_matches_that_agree():
     truth, given = random_truth([3, 0, 2], CLASSES), predictions(4, 3, 9)
     proposals = Predicted(*(each[:1] for each in predictions(1, 3, 9)))
-    found = hungarian(given, proposals, truth)
+    found = hungarian(given, proposals, None, truth)
     assert found.proposals is not None
     wanted = united_naively([torch.stack([*part]).numpy() for part in (found.layers, found.proposals)])
     assert pairs_of(found.union) == wanted and len(wanted) > 5
     same = Predicted(*(each[:1].repeat(4, *[1] * (each.ndim - 1)) for each in given))
-    again = hungarian(same, None, truth)
+    again = hungarian(same, None, None, truth)
     assert pairs_of(again.union) == {pair for pair in pairs_of(again.layers) if pair[0] == 0}
 
 
@@ -126,7 +130,7 @@ def test_layers_and_proposals_are_matched_as_by_transformers(softmax, counts):
     """More objects than queries, images without objects, and places that are not valid before some that are."""
     layers, proposals, truth = predictions(3, 3, 7), predictions(1, 3, 8), random_truth(counts, CLASSES)
     truth = Truth(*(each.flip(1) for each in truth))
-    found = hungarian(layers, proposals, truth, softmax)
+    found = hungarian(layers, proposals, None, truth, softmax)
     assert found.proposals is not None
     assert pairs_of(found.layers) == published(layers, truth, softmax)
     assert pairs_of(found.proposals) == published(proposals, truth, softmax)
@@ -138,7 +142,7 @@ def test_layers_and_proposals_are_matched_as_by_transformers(softmax, counts):
 def test_a_batch_without_objects_matches_nothing(most):
     truth = Truth(torch.zeros(2, most).long(), torch.zeros(2, most, 4), torch.zeros(2, most).bool())
     for assigner in (hungarian, iou):
-        found = assigner(predictions(2, 2, 6), predictions(1, 2, 6), truth)
+        found = assigner(predictions(2, 2, 6), predictions(1, 2, 6), tokens(2, 8), truth)
         assert found.proposals is not None and found.objects.shape == (2, 0)
         assert all(each.shape == (0,) and each.dtype == torch.long for each in (*found.layers, *found.proposals))
 
@@ -149,12 +153,12 @@ def test_predictions_that_are_not_finite_are_matched_only_where_nothing_else_is_
     predicted.boxes[0, 0, :2] = value  # four other queries for four objects
     predicted.logits[0, 1, :4] = float("nan")  # two others for three
     predicted.logits[0, 1, 4:] *= 100
-    found = hungarian(predicted, None, truth).layers
+    found = hungarian(predicted, None, None, truth).layers
     assert sorted(found.query[found.image == 0].tolist()) == [2, 3, 4, 5]
     queries = found.query[found.image == 1].tolist()
     assert {4, 5} < set(queries) and len(queries) == 3
     predicted.boxes[:] = value
-    assert len(hungarian(predicted, None, truth).layers.query) == 7
+    assert len(hungarian(predicted, None, None, truth).layers.query) == 7
 
 
 def test_the_least_cost_is_found_beside_costs_that_are_not_finite():
@@ -175,44 +179,123 @@ def test_the_least_cost_is_found_beside_costs_that_are_not_finite():
         assert judged(tuple(queries)) == pytest.approx(best)
 
 
-def naive_overlapping(one: Tensor, other: Tensor) -> set[tuple[int, int]]:
-    """The assignment by overlap of predictions [Q, 4] and objects [G, 4], pair by pair in fp64."""
-    table = [[overlaps(query.double(), each.double())[0].item() for query in one] for each in other]
-    found: dict[int, list[tuple[float, int]]] = {number: [] for number in range(len(other))}
-    for query in range(len(one)):
-        column = [row[query] for row in table]
-        favourite = max(range(len(other)), key=lambda number: column[number])
-        closest = any(row[query] == max(row) > 0 for row in table)
-        if column[favourite] >= 0.6 or closest:
-            found[favourite].append((-column[favourite], query))
+def naive_overlapping(table: list[list[float]], threshold: float) -> set[tuple[int, int]]:
+    """The pairs (object, query) of the assignment by overlap, query by query, for the IoU of each object and query."""
+    objects, queries = range(len(table)), range(len(table[0]))
+    found: dict[int, list[tuple[float, int]]] = {number: [] for number in objects}
+    for query in queries:
+        overlap = {number: table[number][query] for number in objects}
+        claims = [number for number in objects if overlap[number] == max(table[number]) > 0]
+        favourite = max(claims or objects, key=lambda number: overlap[number])
+        if claims or overlap[favourite] >= threshold:
+            found[favourite].append((-overlap[favourite], query))
     return {(number, query) for number, each in found.items() for _, query in sorted(each)[:4]}
 
 
-def test_queries_are_assigned_by_overlap_as_by_a_naive_loop():
-    truth = random_truth([4, 0, 2], CLASSES)
-    near = truth.boxes[:, torch.arange(30) % 4] * (1 + 0.06 * torch.randn(3, 30, 4))
-    proposals = Predicted(torch.randn(1, 3, 30, CLASSES), torch.cat([near, random_boxes(3, 5)], 1)[None, :, :30])
-    found = iou(predictions(2, 3, 30), proposals, truth)
-    wanted = set()
-    for image, count in enumerate((4, 0, 2)):
+def table_of(boxes: Tensor, objects: Tensor) -> list[list[float]]:
+    """The IoU of each object [G, 4] and box [Q, 4] in fp64, pair by pair, by corners."""
+
+    def area(low: list[float], high: list[float]) -> float:
+        return max(0.0, high[0] - low[0]) * max(0.0, high[1] - low[1])
+
+    def overlap(one: list[float], other: list[float]) -> float:
+        shared = area([max(one[0], other[0]), max(one[1], other[1])], [min(one[2], other[2]), min(one[3], other[3])])
+        return shared / (area(one[:2], one[2:]) + area(other[:2], other[2:]) - shared)
+
+    corners = [torchvision.ops.box_convert(each.double(), "cxcywh", "xyxy").tolist() for each in (objects, boxes)]
+    return [[overlap(one, other) for other in corners[1]] for one in corners[0]]
+
+
+def near(truth: Truth, number: int, spread: float) -> Tensor:
+    """Boxes [B, number, 4], most of them about objects; the others anywhere."""
+    boxes = random_boxes(len(truth.labels), number)
+    about = truth.boxes[:, torch.arange(number - 5) % truth.labels.shape[1]]
+    boxes[:, 5:] = torch.where(about.sum(-1, keepdim=True) > 0, about * (1 + spread * torch.randn_like(about)), 0.3)
+    return boxes
+
+
+def test_queries_and_tokens_are_assigned_by_overlap_as_by_a_naive_loop():
+    """An image without objects, one with padding among its tokens; many overlaps lie between the thresholds."""
+    counts, real = (4, 0, 2), torch.ones(3, 60, dtype=torch.bool)
+    real[2, 30:] = False
+    truth = random_truth([*counts], CLASSES)
+    proposals = Predicted(torch.randn(1, 3, 30, CLASSES), near(truth, 30, 0.06)[None])
+    every = tokens(3, 60, real)._replace(anchors=near(truth, 60, 0.15))
+    found = iou(predictions(2, 3, 30), proposals, every, truth)
+    assert found.proposals is not None and found.counted is not None
+    queries, chosen, kinds = set(), set(), Counter()
+    for image, count in enumerate(counts):
+        places = real[image].nonzero()[:, 0].tolist()
+        pairs: set[tuple[int, int]] = set()
+        most = [0.0] * len(places)
         if count:
-            naive = naive_overlapping(proposals.boxes[0, image], truth.boxes[image, :count])
-            wanted |= {(image, query, number) for number, query in naive}
+            objects = truth.boxes[image, :count]
+            naive = naive_overlapping(table_of(proposals.boxes[0, image], objects), 0.6)
+            queries |= {(image, query, number) for number, query in naive}
+            table = table_of(every.anchors[image, places], objects)
+            most = [max(column) for column in zip(*table, strict=True)]
+            pairs = naive_overlapping(table, 0.7)
+            chosen |= {(0, image, places[query], number) for number, query in pairs}
+        positive = {query for _, query in pairs}
+        wanted = [place for at, place in enumerate(places) if at in positive or most[at] < 0.3]
+        assert found.counted[image].nonzero()[:, 0].tolist() == wanted
+        kinds.update("positive" if at in positive else "negative" if most[at] < 0.3 else "ignored" for at in places)
+    assert pairs_of(found.proposals) == chosen
+    assert pairs_of(found.union) == {(0, *each) for each in queries}
+    assert pairs_of(found.layers) == {(layer, *each) for layer in (0, 1) for each in queries}
+    assert found.objects.T.tolist() == truth.valid.nonzero().tolist()
+    assert min(kinds["positive"], kinds["negative"], kinds["ignored"]) > 5
+    assert torch.bincount(found.union.image * 4 + found.union.object).max() == 4
+
+
+def test_an_object_keeps_the_query_that_overlaps_it_most():
+    """Also where that overlaps another object more, and where nothing overlaps it well; a query has one object."""
+    given = [[0.1, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0], [0.7, np.nan, 0.8, 0.0], [0.9, 0.0, 0.95, 0.0]]
+    found = overlapping(torch.tensor([given]), 0.6)
+    assert pairs_of(found) == {(0, 0, 1, 0), (0, 0, 2, 3), (0, 0, 0, 3)}
+    small = torch.tensor([[[0.1, 0.0], [0.5, 0.9]]])
+    assert pairs_of(overlapping(small, 0.6)) == {(0, 0, 0, 0), (0, 0, 1, 1)}
+    assert pairs_of(overlapping(small.flip(1), 0.6)) == {(0, 0, 0, 1), (0, 0, 1, 0)}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.013])
+def test_of_the_anchors_inside_a_large_object_the_one_nearest_to_its_centre_is_taken(shift):
+    at = (torch.arange(20) + 0.5) / 20
+    centres = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1).flatten(0, 1)
+    anchors = torch.cat([centres, torch.full_like(centres, 0.05)], -1)[None]
+    truth = Truth(torch.zeros(1, 1).long(), torch.tensor([[[0.42 + shift, 0.61, 0.5, 0.6]]]), torch.ones(1, 1).bool())
+    found = iou(predictions(1, 1, 4), predictions(1, 1, 4), tokens(1, 400)._replace(anchors=anchors), truth)
     assert found.proposals is not None
-    assert pairs_of(found.proposals) == {(0, *each) for each in wanted}
-    assert pairs_of(found.layers) == {(layer, *each) for layer in (0, 1) for each in wanted}
-    counts = torch.bincount(found.proposals.image * 4 + found.proposals.object)
-    assert counts.max() == 4 and (counts == 0).sum() >= 1
+    wanted = (centres - truth.boxes[0, 0, :2]).norm(dim=1).argmin()
+    assert found.proposals.query.tolist() == [wanted]
 
 
-def test_an_object_that_nothing_overlaps_well_has_its_closest_query():
-    objects, queries = overlapping(np.array([[0.1, 0.3, 0.2], [0.0, 0.0, 0.0], [0.7, np.nan, 0.0]]))
-    assert set(zip(objects.tolist(), queries.tolist(), strict=True)) == {(0, 1), (2, 0)}
+def test_what_shares_the_batch_and_padding_change_no_assignment():
+    """Neither more objects in another image, whatever stands beside the own ones, nor tokens of no image."""
+    truth = random_truth([6, 2], CLASSES)
+    truth.boxes[1, 2:] = truth.boxes[1, :1] * 1.01
+    real = torch.ones(2, 60, dtype=torch.bool)
+    real[1, 40:] = False
+    proposals = Predicted(torch.randn(1, 2, 30, CLASSES), near(truth, 30, 0.06)[None])
+    every = tokens(2, 60, real)._replace(anchors=near(truth, 60, 0.15))
+    together = iou(predictions(1, 2, 30), proposals, every, truth)
+    alone = iou(
+        predictions(1, 1, 30),
+        Predicted(*(each[:, 1:] for each in proposals)),
+        Tokens(Predicted(*(each[1:, :40] for each in every.predicted)), every.anchors[1:, :40], None),
+        Truth(*(each[1:, :2] for each in truth)),
+    )
+    for name in ("proposals", "union"):
+        one, other = (getattr(each, name) for each in (together, alone))
+        own = {(0, 0, *pair[2:]) for pair in pairs_of(one) if pair[1] == 1}
+        assert own == pairs_of(other) and own
+    assert together.counted is not None and alone.counted is not None
+    assert torch.equal(together.counted[1, :40], alone.counted[0]) and not together.counted[1, 40:].any()
 
 
 def test_assignment_by_overlap_needs_proposals():
     with pytest.raises(ValueError, match="^the iou assigner needs a model with proposals; use hungarian$"):
-        iou(predictions(1, 1, 3), None, random_truth([1], CLASSES))
+        iou(predictions(1, 1, 3), None, None, random_truth([1], CLASSES))
 
 
 class Largest(TorchDispatchMode):
@@ -233,7 +316,7 @@ def test_memory_is_linear_in_boxes_and_in_images():
     for images, most in ((1, 250), (1, 500), (2, 500)):
         predicted, truth = predictions(2, images, 40), random_truth([most] * images, CLASSES)
         with Largest() as largest:
-            hungarian(predicted, None, truth)
+            hungarian(predicted, None, None, truth)
         assert largest.number == 2 * images * 40 * most + images * most
 
 
@@ -248,6 +331,6 @@ def test_matching_is_five_times_as_fast_as_by_the_full_matrix():
 
     ours, theirs = ([], [])
     for _ in range(8):
-        ours.append(seconds(lambda: hungarian(predicted, None, truth)))
+        ours.append(seconds(lambda: hungarian(predicted, None, None, truth)))
         theirs.append(seconds(lambda: published(predicted, truth)))
     assert min(theirs) >= 5 * min(ours)

@@ -27,8 +27,8 @@ from zoo.weights import load_checkpoint, save_model
 NAMES = ("rectangle", "ellipse", "triangle")
 
 
-def detector(**options: Any) -> Detect:
-    task = Detect({**TINY, "classes": 3}, **options)
+def detector(backbone: dict[str, Any] | None = None, **options: Any) -> Detect:
+    task = Detect(backbone or {**TINY, "classes": 3}, **options)
     task._trainer = SimpleNamespace(  # pyright: ignore
         current_epoch=0, global_rank=0, global_step=0, training=True, log=lambda *given: None
     )
@@ -154,6 +154,38 @@ def test_the_rate_is_flat_and_then_half_a_cosine():
     assert rates[:3] == [1 / 21, 2 / 21, 3 / 21] and rates[20:51] == [1.0] * 31
     assert rates[75] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=2e-3)
     assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+# Assignment by overlap (DETA)
+
+NMS = ("proposal_nms", "detection_nms")
+DETA = {**TINY, "classes": 3, "proposal_nms": 0.9, "detection_nms": 0.7}
+
+
+@pytest.mark.parametrize("objects", [[2, 0, 3], [0, 0]])
+def test_assignment_by_overlap_leaves_no_parameter_without_a_gradient(objects: list[int]):
+    """More queries than an image has tokens, too."""
+    for queries in (12, 100):
+        task = detector(assigner="iou", backbone={**DETA, "queries": queries})
+        terms = task.losses(batch_of(objects))
+        assert "proposals_class" in terms
+        terms["total"].backward()
+        assert terms["total"].isfinite() and all(each.grad is not None for each in task.model.parameters())
+
+
+def test_a_run_by_overlap_keeps_its_suppression_in_the_checkpoint(tmp_path: Path):
+    fit(tmp_path, "--model.assigner=iou", *(f"--model.backbone.{each}={DETA[each]}" for each in NMS))
+    model = load_checkpoint(tmp_path / "last", check=True).model
+    assert [getattr(model.config, each) for each in NMS] == [0.9, 0.7]
+    found = Detections()
+    logits, boxes = torch.zeros(1, 12, 3), torch.full((1, 12, 4), 0.5)
+    found.update(torch.tensor([7]), *best(logits, boxes, torch.tensor([[64, 64]]), 3, 100, model.config.detection_nms))
+    assert found.compute()[0][:, :2].tolist() == [[7, 0], [7, 1], [7, 2]]
+
+
+def test_assignment_by_overlap_without_suppression_is_refused():
+    with pytest.raises(ValueError, match="^model.assigner: iou gives an object several queries; set model.backbone.d"):
+        detector(assigner="iou")
 
 
 # Precision

@@ -57,7 +57,8 @@ class Detector:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.model(batch.to(device), None if mask is None else mask.to(device))
         logits, boxes = output["logits"].float().cpu(), output["boxes"].float().cpu()
-        return best(logits, boxes, sizes, len(self.labels), self.top)
+        config: Any = self.model.config
+        return best(logits, boxes, sizes, len(self.labels), self.top, config.detection_nms)
 
     def _objects(self, labels: Tensor, scores: Tensor, boxes: Tensor) -> list[dict[str, Any]]:
         kept = scores >= self.threshold

@@ -61,7 +61,13 @@ def main(arguments: list[str]) -> None:
     preprocess = replace(preprocess, size=given.size or preprocess.size)
     if labels is None:
         labels = LabelMap.from_names(class_names(None, model.config.labelled))
-    notes = exporting.metadata(model, preprocess, labels) | {"outputs": MEANING}
+    config: Any = model.config
+    if getattr(config, "proposal_nms", 1.0) < 1.0:
+        raise ValueError(
+            f"a model with proposal_nms={config.proposal_nms} cannot be exported, since ONNX has no non-maximum "
+            "suppression of a fixed number of boxes; train one with proposal_nms=1"
+        )
+    notes = exporting.metadata(model, preprocess, labels) | {"outputs": meaning(config)}
     if given.fuse and model.fusion is None:
         model = fuse(model)
     files.report("exporting; this takes a minute or more")
@@ -75,6 +81,14 @@ def main(arguments: list[str]) -> None:
     tried = ", ".join(" x ".join(map(str, each)) for each in shapes)
     files.report(f"largest difference: {worst:.1e} of the largest value of an output (batches of {tried} pixels)")
     files.report(f"wrote {output} ({len(contents) / 1e6:.1f} MB)")
+
+
+def meaning(config: Any) -> str:
+    """What the outputs are, in one line."""
+    if config.detection_nms == 1.0:
+        return MEANING
+    overlap = f"an IoU over {config.detection_nms}"
+    return f"{MEANING}; of two boxes of a class with {overlap}, the one with the lower score is to be left out"
 
 
 def to_onnx(model: Any, opset: int, notes: dict[str, str]) -> bytes:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.sampling import rank_and_world
-from zoo.models.detection import Noised, Predicted, Refined, Trained, wide
+from zoo.models.detection import Noised, Predicted, Refined, Tokens, Trained, wide
 from zoo.outputs.boxes import Truth
 from zoo.tasks.detect.matcher import ASSIGNERS, Matches, distances, overlaps, repeated
 from zoo.text import unknown
@@ -152,6 +152,8 @@ def detection_loss(
     Where boxes are refined by distributions, layers and denoising queries also have `fgl` and `ddf` (see
     `interpolation_loss` and `distillation_loss`), and all boxes of layers and proposals learn from the matches of
     all of them, united, by whose number their losses are divided (D-FINE, Peng et al. 2024, arXiv:2410.13842).
+    With the assigner iou, the proposals are those of all tokens, and each part learns from its own matches (DETA,
+    Ouyang-Zhang et al. 2022, arXiv:2212.06137).
     All are computed in float32 at least, also under autocast; they are summed over layers and divided by the number of
     objects (the mean over ranks, at least 1), those of the denoising queries also by that of their groups. Without
     objects, boxes have losses of 0 that still reach every prediction.
@@ -173,16 +175,21 @@ def detection_loss(
     assert layers is not None
     if proposals is not None:
         proposals = Predicted(*(each[None] for each in proposals))
-    truth = truth._replace(boxes=truth.boxes.to(layers.boxes.dtype))
-    assigned = ASSIGNERS[assigner](layers, proposals, truth, loss == "softmax")
     kind = layers.boxes.dtype
+    truth = truth._replace(boxes=truth.boxes.to(kind))
+    tokens = None if trained.tokens is None else _all(trained.tokens)
+    assigned = ASSIGNERS[assigner](layers, proposals, tokens, truth, loss == "softmax")
     number = mean_over_ranks(truth.valid.sum()).to(kind)
     united, boxes = assigned.layers, number
     if trained.refined is not None:
         united = repeated(assigned.union, len(layers.boxes))
         boxes = mean_over_ranks(number.new_tensor(len(assigned.union.layer))).to(kind)
     parts = {"layers": Part(layers, assigned.layers, number, united, boxes, refined=trained.refined)}
-    if proposals is not None and assigned.proposals is not None:
+    if tokens is not None and assigned.proposals is not None and assigned.counted is not None:
+        every = Predicted(*(each[None] for each in tokens.predicted))
+        own = assigned.proposals
+        parts["proposals"] = Part(every, own, number, own, number, assigned.counted)
+    elif proposals is not None and assigned.proposals is not None:
         own = assigned.proposals if trained.refined is None else assigned.union
         parts["proposals"] = Part(proposals, assigned.proposals, number, own, boxes)
     if denoised is not None and noised is not None:
@@ -252,6 +259,12 @@ def _exact(predicted: Predicted | None) -> Predicted | None:
     if predicted is None:
         return None
     return Predicted(*(each.to(torch.promote_types(each.dtype, torch.float32)) for each in predicted))
+
+
+def _all(tokens: Tokens) -> Tokens:
+    predicted = _exact(tokens.predicted)
+    assert predicted is not None
+    return tokens._replace(predicted=predicted, anchors=tokens.anchors.to(predicted.boxes.dtype))
 
 
 def mean_over_ranks(number: Tensor) -> Tensor:

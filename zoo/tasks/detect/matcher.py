@@ -9,12 +9,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from zoo.models.detection import Predicted
+from zoo.models.detection import Predicted, Tokens
 from zoo.outputs.boxes import Truth
 
+QUERY, TOKEN, BACKGROUND = 0.6, 0.7, 0.3  # IoU of a query and of a token with its object, and of a negative token
 PAIRS = 2**16  # of queries and objects that are computed at a time; more would not fit a cache, and take memory
-
-Rule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Matches(NamedTuple):
@@ -33,6 +32,7 @@ class Assigned(NamedTuple):
     proposals: Matches | None  # their layer is 0
     objects: Tensor  # [2, N] int64, the image of each real object and its place there
     union: Matches  # those of any layer or of the proposals (see `united`); their layer is 0
+    counted: Tensor | None = None  # [B, M], where the proposals are all tokens, those that the loss of classes counts
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,23 +124,25 @@ def cheapest(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linear_sum_assignment(costs)
 
 
-def overlapping(iou: np.ndarray, threshold: float = 0.6, most: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Objects and queries of the assignment by overlap (DETA, Ouyang-Zhang et al. 2022, arXiv:2212.06137), for the IoU
-    [G, Q].
+def overlapping(iou: Tensor, threshold: float, most: int = 4) -> Matches:
+    """The assignment by overlap (DETA, Ouyang-Zhang et al. 2022, arXiv:2212.06137), for the IoU [B, G, Q].
 
-    A query takes the object that it overlaps most, if by the threshold or more, or if no query overlaps some object
-    more. Of the queries of an object the `most` best remain.
+    A query that overlaps an object most of all queries takes it, of several such objects the one that it overlaps most.
+    Any other query takes the object that it overlaps most, if by the threshold or more. Of the queries of an object
+    the `most` best remain. An IoU that is NaN or <= 0 is no overlap.
     """
-    iou = np.nan_to_num(iou)
-    if not iou.size:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    objects, best = iou.argmax(0), iou.max(0)
-    closest = ((iou == iou.max(1, keepdims=True)) & (iou > 0)).any(0)
-    (queries,) = np.nonzero((best >= threshold) | closest)
-    queries = queries[np.lexsort((-best[queries], objects[queries]))]
-    objects = objects[queries]
-    place = np.arange(len(objects)) - np.searchsorted(objects, objects)
-    return objects[place < most], queries[place < most]
+    _, objects, queries = iou.shape
+    if not objects:
+        return Matches(*iou.new_zeros(4, 0, dtype=torch.long))
+    iou = iou.nan_to_num()
+    closest = (iou == iou.amax(2, keepdim=True)) & (iou > 0)
+    claimed = closest.any(1)
+    best, taken = iou.where(closest | ~claimed[:, None], -1.0).max(1)
+    positive = claimed | (best >= threshold)
+    own = (taken[:, None] == torch.arange(objects, device=iou.device)[:, None]) & positive[:, None]
+    values, chosen = iou.where(own, -1.0).topk(min(most, queries), 2)
+    image, place, rank = (values > 0).nonzero(as_tuple=True)
+    return Matches(torch.zeros_like(image), image, chosen[image, place, rank], place)
 
 
 def united(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,22 +164,22 @@ def repeated(matches: Matches, layers: int) -> Matches:
     return Matches(layer, *(each.repeat(layers) for each in matches[1:]))
 
 
-def _assign(scores: Sequence[Tensor], truth: Truth, rule: Rule) -> tuple[list[Matches], Tensor]:
-    """Applies a rule to the [G, Q] of each layer and image; one copy to the host, and one back. The last matches are
-    those of all parts, united."""
+def _assign(costs: Sequence[Tensor], truth: Truth) -> tuple[list[Matches], Tensor]:
+    """Finds the cheapest matches for the [G, Q] of each layer and image; one copy to the host, and one back. The last
+    matches are those of all parts, united."""
     valid = truth.valid
-    copied = torch.cat([*(each.flatten() for each in scores), valid.flatten().to(scores[0])]).cpu().numpy()
-    *flat, known = np.split(copied, np.cumsum([each.numel() for each in scores]))
+    copied = torch.cat([*(each.flatten() for each in costs), valid.flatten().to(costs[0])]).cpu().numpy()
+    *flat, known = np.split(copied, np.cumsum([each.numel() for each in costs]))
     real = known.reshape(valid.shape) > 0
     places = [np.flatnonzero(row) for row in real]
     pairs = [np.stack(np.nonzero(real))]
-    for each, values in zip(scores, flat, strict=True):
+    for each, values in zip(costs, flat, strict=True):
         matrices = values.reshape(each.shape)
         found = [np.zeros((4, 0), np.int64)]
         for layer, of_layer in enumerate(matrices):
             for image, place in enumerate(places):
                 if len(place):
-                    objects, queries = rule(of_layer[image, place])
+                    objects, queries = cheapest(of_layer[image, place])
                     constant = np.full_like(queries, layer), np.full_like(queries, image)
                     found.append(np.stack([*constant, queries, place[objects]]))
         pairs.append(np.concatenate(found, 1))
@@ -190,31 +192,55 @@ def _assign(scores: Sequence[Tensor], truth: Truth, rule: Rule) -> tuple[list[Ma
 
 
 @torch.no_grad()
-def hungarian(layers: Predicted, proposals: Predicted | None, truth: Truth, softmax: bool = False) -> Assigned:
+def hungarian(
+    layers: Predicted, proposals: Predicted | None, tokens: Tokens | None, truth: Truth, softmax: bool = False
+) -> Assigned:
     """One query for each object, of least total cost; the layers, and the proposals, each on their own.
 
     Where there are more objects than queries, some remain without.
     """
     parts = [layers, *([proposals] if proposals is not None else [])]
-    scores = [pairwise(part, truth, lambda predicted, truth: cost(predicted, truth, softmax)) for part in parts]
-    matched, objects = _assign(scores, truth, cheapest)
+    costs = [pairwise(part, truth, lambda predicted, truth: cost(predicted, truth, softmax)) for part in parts]
+    matched, objects = _assign(costs, truth)
     return Assigned(matched[0], matched[1] if proposals is not None else None, objects, matched[-1])
 
 
 @torch.no_grad()
-def iou(layers: Predicted, proposals: Predicted | None, truth: Truth, softmax: bool = False) -> Assigned:
-    """Up to 4 queries for each object, those whose proposals overlap it (see `overlapping`); the same in all layers.
+def iou(
+    layers: Predicted, proposals: Predicted | None, tokens: Tokens | None, truth: Truth, softmax: bool = False
+) -> Assigned:
+    """Up to 4 queries, and up to 4 tokens, for each object, by overlap (see `overlapping`).
+
+    Queries are assigned by the boxes that they start from, from an IoU of 0.6, the same in all layers. Tokens are
+    assigned by their anchors, from an IoU of 0.7; of equal ones by the distance of the centres. The other tokens count
+    in the loss of classes if they overlap no object by 0.3 or more.
 
     ValueError for a model without proposals.
     """
-    if proposals is None:
+    if proposals is None or tokens is None:
         raise ValueError("the iou assigner needs a model with proposals; use hungarian")
-    scores = pairwise(proposals, truth, lambda predicted, truth: overlaps(predicted.boxes, truth.boxes)[0])
-    (matched, union), objects = _assign([scores], truth, overlapping)
-    return Assigned(repeated(matched, len(layers.boxes)), matched, objects, union)
+    valid = truth.valid[:, :, None]
+    overlap = pairwise(proposals, truth, lambda predicted, truth: overlaps(predicted.boxes, truth.boxes)[0])[0]
+    own = overlapping(overlap.where(valid, 0.0), QUERY)
+    real = valid if tokens.real is None else valid & tokens.real[:, None]
+    near = pairwise(Predicted(tokens.predicted.logits[None], tokens.anchors[None]), truth, nearness)[0].where(real, 0.0)
+    first = overlapping(near, TOKEN)
+    counted = (near < BACKGROUND).all(1)
+    if tokens.real is not None:
+        counted = counted & tokens.real
+    counted = counted.index_put((first.image, first.query), torch.ones_like(first.image, dtype=torch.bool))
+    objects = torch.stack(truth.valid.nonzero(as_tuple=True))
+    return Assigned(repeated(own, len(layers.boxes)), first, objects, own, counted)
 
 
-ASSIGNERS: dict[str, Callable[[Predicted, Predicted | None, Truth, bool], Assigned]] = {
+def nearness(predicted: Predicted, truth: Truth) -> Tensor:
+    """The IoU of each pair, less a ten thousandth of the distance of their centres: the anchors inside a large object
+    all have the same IoU."""
+    between = (predicted.boxes - truth.boxes)[..., :2].square().sum(-1).sqrt()
+    return overlaps(predicted.boxes, truth.boxes)[0] - 1e-4 * between
+
+
+ASSIGNERS: dict[str, Callable[[Predicted, Predicted | None, Tokens | None, Truth, bool], Assigned]] = {
     "hungarian": hungarian,
     "iou": iou,
 }

@@ -12,6 +12,7 @@ from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.layer import Context
 from zoo.models.base import Model
+from zoo.models.detection import Noised, Trained
 from zoo.outputs.boxes import best
 from zoo.tasks.alignment import Alignment
 from zoo.tasks.detect.denoise import denoising_queries
@@ -38,9 +39,9 @@ class Detections(Metric):
         self.add_state("images", [], dist_reduce_fx="cat")
 
     def update(self, ids: Tensor, labels: Tensor, scores: Tensor, boxes: Tensor) -> None:
-        """ids [B], labels and scores [B, N], boxes [B, N, 4]."""
+        """ids [B], labels and scores [B, N], boxes [B, N, 4]; those without a box have a score < 0."""
         columns = [ids[:, None].expand_as(labels)[..., None], labels[..., None], scores[..., None], boxes]
-        self.rows.append(torch.cat([each.double() for each in columns], -1).flatten(0, 1))
+        self.rows.append(torch.cat([each.double() for each in columns], -1)[scores >= 0])
         self.images.append(ids)
 
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ class Detect(Task):
             for a trunk of timm, `pretrained` or a file.
         trunk_rate: learning rate of the trunk, as a share of `rate`.
         loss: classification loss: vfl, mal, focal or ia_bce; softmax for a detr. Omit it for vfl or softmax.
-        assigner: hungarian, or iou for one object to several queries.
+        assigner: hungarian; or iou, as in DETA, for one object to several queries and tokens, by overlap. It needs
+            non-maximum suppression in model.backbone: detection_nms=0.7, and usually proposal_nms=0.9.
         denoising: number of denoising queries of an image, about; 0 for none.
         label_noise: share of their labels that are noised; half of these are replaced.
         box_noise: how far their boxes are moved; 1 for published models.
@@ -120,6 +122,10 @@ class Detect(Task):
             raise ValueError(f"model.loss: {unknown('name', loss, config.losses)}")
         if self.assigner == "iou" and not config.proposals:
             raise ValueError("model.assigner: iou needs a detector with proposals, such as rtdetr; use hungarian")
+        if self.assigner == "iou" and config.detection_nms == 1.0:
+            raise ValueError(
+                "model.assigner: iou gives an object several queries; set model.backbone.detection_nms, as to 0.7"
+            )
         return loss or config.losses[0]
 
     def built(self, backbone: dict[str, Any]) -> Model:
@@ -171,6 +177,15 @@ class Detect(Task):
     def labels(self) -> Any:
         return self.data.labels
 
+    def predicted(self, model: Any, batch: Batch, noised: Noised | None = None) -> Trained:
+        """What the losses of a batch need."""
+        every = {"tokens": True} if self.assigner == "iou" else {}
+        return model.predict(batch.images, batch.mask, noised, **every)
+
+    def compared(self, predicted: Trained, batch: Batch, noised: Noised | None = None) -> dict[str, Tensor]:
+        """The losses of what was predicted."""
+        return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch; with denoising queries in training."""
         noised = None
@@ -178,15 +193,14 @@ class Detect(Task):
             noised = denoising_queries(batch.truth, self.config.labelled, self.denoising, *self.noise)
         model: Any = self.model
         if self.alignment is None or not self.training:
-            predicted = model.predict(batch.images, batch.mask, noised)
-            return detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+            return self.compared(self.predicted(model, batch, noised), batch, noised)
         seen: list[tuple[Tensor, Context]] = []
         hook = model.encoder[-1].register_forward_hook(lambda _, inputs, output: seen.append((output, inputs[1])))
         try:
-            predicted = model.predict(batch.images, batch.mask, noised)
+            predicted = self.predicted(model, batch, noised)
         finally:
             hook.remove()
-        losses = detection_loss(predicted, noised, batch.truth, loss=self.loss, assigner=self.assigner)
+        losses = self.compared(predicted, batch, noised)
         tokens, context = seen[0]
         apart = self.alignment(tokens, context.grid, context.mask, batch.images, batch.mask)
         losses["alignment"] = self.alignment_weight * apart
@@ -209,11 +223,12 @@ class Detect(Task):
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
         if len(batch.images) == 0:
             return
-        predicted = self.measured.predict(batch.images, batch.mask)  # pyright: ignore
-        loss = detection_loss(predicted, None, batch.truth, loss=self.loss, assigner=self.assigner)["total"]
-        self.mean_loss.update(loss, len(batch.images))
+        predicted = self.predicted(self.measured, batch)
+        self.mean_loss.update(self.compared(predicted, batch)["total"], len(batch.images))
         logits, boxes = (each[-1] for each in predicted.layers)
-        self.found.update(batch.ids, *best(logits, boxes, batch.sizes, self.config.labelled, MOST))
+        config: Any = self.config
+        found = best(logits, boxes, batch.sizes, config.labelled, MOST, config.detection_nms)
+        self.found.update(batch.ids, *found)
 
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
