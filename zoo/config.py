@@ -119,6 +119,11 @@ class Config:
         return 0
 
     @property
+    def headed(self) -> bool:
+        """Whether the model gives answers as it is; a backbone without a head does not."""
+        return self.labelled > 0
+
+    @property
     def pipeline_tag(self) -> str:
         """The Hub's pipeline tag of the model."""
         return "feature-extraction"

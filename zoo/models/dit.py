@@ -109,6 +109,10 @@ class DiTConfig(FlatConfig):
         return self.classes
 
     @property
+    def headed(self) -> bool:
+        return True
+
+    @property
     def outputs(self) -> int:
         """Channels of the model's output."""
         return self.channels * (1 + self.variance)

@@ -83,7 +83,7 @@ class Denoiser:
 
     def output(self, x: Tensor, time: float, until: float | None = None) -> Tensor:
         """The guided output of the model."""
-        times = x.new_full((len(x),), time, dtype=torch.float32)
+        times = x.new_full((len(x),), time, dtype=torch.promote_types(x.dtype, torch.float32))
         more = {} if until is None else {"until": torch.full_like(times, until)}
         guidance, labels = self.guidance, self.labels
         if not guidance.at(time):

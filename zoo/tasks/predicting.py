@@ -104,7 +104,7 @@ def load_for(command: str, name: str) -> Checkpoint:
         raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
     if found.preprocess is None:
         raise ValueError(f"{name} has no preprocess in its config.json, so its input cannot be prepared")
-    if not config.labelled:
+    if not config.headed:
         raise ValueError(f"{name} is a backbone without a head, so it predicts nothing")
     return found
 

@@ -78,9 +78,14 @@ class Generate(Task):
     def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.images, torch.rand(len(batch.images), device=batch.images.device)
 
+    def outputs_wanted(self, data: Any) -> int:
+        """Without classes if the model is to have none."""
+        given = self.backbone.get("classes", None if self.start is None else self.config.labelled)
+        return 0 if given == 0 else data.labelled
+
     @property
-    def labels(self) -> list[str]:
-        return self.data.classes
+    def labels(self) -> list[str] | None:
+        return self.data.classes if self.config.labelled else None
 
     def labels_of(self, batch: Batch) -> Tensor | None:
         """The labels that the model takes."""

@@ -1,0 +1,153 @@
+"""Objectives: losses against naive forms, MeanFlow's derivative, times."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import prepared, relative
+from zoo.models.dit import DiTConfig
+from zoo.schedules import SCHEDULES
+from zoo.tasks.generate.objectives import Objective, Times, discretized, variance_loss
+
+TINY = {"dim": 32, "depth": 1, "heads": 2, "image": 8, "channels": 2, "classes": 3}
+
+
+def model_of(**fields: Any) -> Any:
+    return prepared(DiTConfig(**TINY | fields).build())
+
+
+def batch(number: int = 4) -> tuple[torch.Tensor, ...]:
+    x = (torch.rand(number, 2, 8, 8).double() * 2 - 1, torch.arange(number) % 4)
+    return (*x, torch.linspace(0.1, 0.9, number).double(), torch.randn(number, 2, 8, 8).double())
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+@pytest.mark.parametrize("loss", [None, "velocity", "noise", "data"])
+def test_the_loss_is_the_error_of_what_it_names(prediction, loss):
+    model, (x, labels, times, noise) = model_of(prediction=prediction), batch()
+    found = Objective(loss=loss)(model, x, labels, times, noise)
+    t = times.view(-1, 1, 1, 1)
+    mixed = (1 - t) * x + t * noise
+    output = model(mixed, times, labels)
+    if prediction == "velocity":
+        data, drawn = mixed - t * output, mixed + (1 - t) * output
+    elif prediction == "data":
+        data, drawn = output, (mixed - (1 - t) * output) / t
+    else:
+        data, drawn = (mixed - t * output) / (1 - t), output
+    error = {"data": data - x, "noise": drawn - noise, "velocity": (drawn - data) - (noise - x)}[loss or prediction]
+    assert relative(found.double(), error.square().flatten(1).mean(1)) < 1e-5
+
+
+def test_the_weight_of_clean_data_is_bounded():
+    """JiT's: an error of the data counts 1 / t^2 in the velocity, with t at least 0.05."""
+    model, (x, labels, _, noise) = model_of(prediction="data"), batch(2)
+    times = torch.tensor([0.01, 0.05]).double()
+    plain, scaled = (Objective(loss=loss)(model, x, labels, times, noise) for loss in ("data", "velocity"))
+    assert (scaled / plain).tolist() == pytest.approx([400.0, 400.0], rel=1e-4)
+
+
+def test_mean_flow_without_a_step_is_flow_matching():
+    model, (x, labels, times, noise) = model_of(until=True), batch()
+    objective = Objective(equal=1.0)
+    torch.manual_seed(0)
+    found = objective(model, x, labels, times, noise)
+    torch.manual_seed(0)
+    times = torch.maximum(times, objective.times(4, "linear", "cpu"))
+    t = times.view(-1, 1, 1, 1)
+    output = model((1 - t) * x + t * noise, times, labels, until=times)
+    total = (output - (noise - x)).square().flatten(1).sum(1)
+    assert relative(found.double(), total / (total + 1e-3)) < 1e-6
+
+
+def test_differences_agree_with_the_derivative():
+    model, (x, labels, times, noise) = model_of(until=True, time="sincos(scale=1.0)"), batch()
+    given = (model, x, noise - x, labels, times, times * 0.4)
+    found, exact = (Objective(derivative=each).change(*given) for each in ("difference", "jvp"))
+    assert relative(found, exact) < 1e-3
+    assert exact.abs().max() > 0.1
+
+
+def test_the_bound_of_a_learned_variance():
+    """Against the divergence of two Gaussians and the probability of an 8-bit value."""
+    schedule = SCHEDULES["ddpm"]
+    x = torch.tensor([0.2, -1.0, 1.0, 0.5]).double().view(4, 1, 1, 1)
+    data, variance = x + 0.01, torch.tensor([0.3, -0.2, 1.0, 0.0]).double().view(4, 1, 1, 1)
+    times = torch.tensor([0.5, 0.001, 0.001, 0.002]).double()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    kept = torch.cumprod(1 - betas, 0)
+    signal, noise = schedule.level(times.view(-1, 1, 1, 1))
+    mixed = signal * x + noise * 0.7
+    found = variance_loss(data, variance, x, mixed, times)
+    for index, step in enumerate((499, 0, 0, 1)):
+        before = kept[step - 1] if step else torch.ones(())
+        beta = betas[step]
+        true = beta * (1 - before) / (1 - kept[step])
+        least = betas[1] * (1 - kept[0]) / (1 - kept[1]) if step == 0 else true
+        share = (variance[index].item() + 1) / 2
+        log_variance = share * math.log(beta) + (1 - share) * math.log(least)
+        centre = [
+            (before.sqrt() * beta * of + (1 - beta).sqrt() * (1 - before) * mixed[index]) / (1 - kept[step])
+            for of in (x[index], data[index])
+        ]
+        if step:
+            one = torch.distributions.Normal(centre[0], math.sqrt(true))
+            other = torch.distributions.Normal(centre[1], math.exp(log_variance / 2))
+            wanted = torch.distributions.kl_divergence(one, other) / math.log(2)
+        else:
+            wanted = -discretized(x[index], centre[1], torch.tensor(log_variance / 2)) / math.log(2)
+        assert found[index].item() == pytest.approx(wanted.item(), rel=1e-5)
+    total = discretized(torch.linspace(-1, 1, 256).double(), torch.tensor(0.1).double(), torch.tensor(-1.0)).exp().sum()
+    assert total.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_learned_variance_moves_only_the_variance():
+    model, (x, labels, _, noise) = model_of(schedule="ddpm", prediction="noise", variance=True), batch()
+    times = torch.tensor([0.001, 0.1, 0.5, 1.0]).double()
+    plain = model_of(schedule="ddpm", prediction="noise")
+    whole = Objective()(model, x, labels, times, noise)
+    t = SCHEDULES["ddpm"].level(times.view(-1, 1, 1, 1))
+    output = model(t.signal * x + t.noise * noise, times, labels)[:, :2]
+    error = (output - noise).square().flatten(1).mean(1)
+    assert (whole > error).all() and Objective()(plain, x, labels, times, noise).isfinite().all()
+    whole.sum().backward()
+    gradient = model.out.bias.grad.view(4, 4)[:, :2].clone()
+    model.zero_grad()
+    output = model(t.signal * x + t.noise * noise, times, labels)[:, :2]
+    (output - noise).square().flatten(1).mean(1).sum().backward()
+    assert relative(gradient, model.out.bias.grad.view(4, 4)[:, :2]) < 1e-6
+
+
+def test_times():
+    torch.manual_seed(0)
+    uniform = Times()(10_000, "linear", "cpu")
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.02) and uniform.min() >= 0 and uniform.max() <= 1
+    logits = torch.logit(Times(name="logit_normal", mean=-0.4, std=0.8)(10_000, "linear", "cpu").double())
+    assert logits.mean().item() == pytest.approx(-0.4, abs=0.03) and logits.std().item() == pytest.approx(0.8, abs=0.03)
+    shifted = Times(shift=3.0)(10_000, "linear", "cpu")
+    assert (shifted > 0.5).float().mean().item() == pytest.approx(0.75, abs=0.02)
+    steps = Times()(5_000, "ddpm", "cpu") * 1000
+    assert torch.allclose(steps, steps.round(), atol=1e-3) and steps.min() >= 0.999 and steps.max() <= 1000.001
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "message"),
+    [
+        ({"loss": "score"}, {}, "model.loss: unknown name 'score'"),
+        ({"loss": "velocity"}, {"schedule": "ddpm", "prediction": "noise"}, "needs schedule 'linear'"),
+        ({"derivative": "exact"}, {}, "model.derivative"),
+        ({"equal": 1.5}, {}, "model.equal must be"),
+        ({}, {"until": True, "prediction": "data"}, "must predict the velocity"),
+        ({"loss": "noise"}, {"until": True}, "model.loss must be velocity"),
+    ],
+)
+def test_refused(options, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**options).check(DiTConfig(**TINY | fields))
+    for given in ({"name": "normal"}, {"std": -1.0}, {"shift": 0.0}, {"mean": math.inf}):
+        with pytest.raises(ValueError, match="model.times"):
+            Times(**given)
+    assert isinstance(model_of(), nn.Module)

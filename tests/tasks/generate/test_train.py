@@ -1,0 +1,163 @@
+"""`zoo generate fit|validate|sample`: a run from its start to images, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from PIL import Image
+
+import zoo
+from training import refused
+from zoo.__main__ import main
+from zoo.data.generation import WholeImages
+from zoo.data.images import Batch
+from zoo.models.dit import DiTConfig
+from zoo.tasks.generate.images import grid, to_bytes
+from zoo.tasks.generate.train import Generate
+
+TINY = ["--model.backbone.name=dit_micro", "--model.backbone.depth=1", "--model.backbone.dim=32"]
+TINY += ["--model.backbone.heads=2", "--data.dataset=digits", "--data.size=8", "--data.channels=1", "--data.flip=0"]
+FAST = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.workers=0", "--data.batch=32"]
+SHORT = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.max_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    main(["generate", "fit", *TINY, *FAST, *SHORT, f"--trainer.default_root_dir={folder}", "--model.average=0.9"])
+    return folder
+
+
+def test_a_run_leaves_a_checkpoint_and_its_samples(run, capsys):
+    found = zoo.load_checkpoint(run / "best")
+    assert found.labels == tuple("0123456789") and found.preprocess.mean == (0.5,) and found.preprocess.size == 8
+    with Image.open(run / "samples" / "00002.png") as image:
+        assert image.mode == "L" and image.size == (4 * 34 + 2, 10 * 34 + 2)
+    main(["generate", "validate", f"--model.weights={run / 'best'}", *FAST])
+    said = capsys.readouterr().out
+    assert said.count("time 0.") == 8 and "(n = 360)" in said
+    main(["generate", "validate", f"--model.weights={run / 'best'}", *FAST])
+    assert capsys.readouterr().out == said
+
+
+def test_samples_record_how_they_were_made(run, tmp_path, capsys):
+    common = [str(run / "best"), "--steps=3", "--guidance=1.5", "--device=cpu"]
+    main(["generate", "sample", *common, "--classes=3,8", "--each=2", "--size=8x12", "--output", str(tmp_path / "a")])
+    assert "wrote 4 images" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert facts["sampler"] == "heun" and facts["evaluations"] == 2 * 5 and facts["guidance"] == 1.5
+    assert [each["class"] for each in facts["samples"]] == ["3", "3", "8", "8"]
+    values = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
+    assert values.shape == (4, 8, 12, 3) and values.dtype == np.uint8
+    for entry, value in zip(facts["samples"], values, strict=True):
+        with Image.open(tmp_path / "a" / entry["file"]) as image:
+            text: Any = image
+            own = json.loads(text.text["zoo"])
+            assert own["index"] == entry["index"] and own["seed"] == 0 and own["class"] == entry["class"]
+            assert np.array_equal(np.asarray(image), value[..., 0])
+    main(
+        ["generate", "sample", *common, "--classes=3", "--each=2", "--size=8x12", "--batch=1", "--output"]
+        + [str(tmp_path / "b")]
+    )
+    again = np.load(tmp_path / "b" / "samples.npz")["arr_0"]
+    assert np.abs(again.astype(int) - values[:2].astype(int)).max() <= 1
+
+
+def test_a_model_without_classes(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--model.backbone.classes=0", f"--trainer.default_root_dir={folder}", "--model.show=1"]
+    main(["generate", "fit", *TINY, *FAST, *SHORT, *flags])
+    assert zoo.load_checkpoint(folder / "best").labels is None
+    common = [folder / "best", "--steps=2", "--each=3", "--device=cpu", "--output", tmp_path / "out"]
+    main(["generate", "sample", *map(str, common)])
+    facts = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert [each["class"] for each in facts["samples"]] == [None] * 3
+    assert "this model has no classes" in refused("generate", "sample", *common, "--classes=3")
+    assert "needs a model with classes" in refused("generate", "sample", *common, "--guidance=2")
+
+
+def module(**options: Any) -> Generate:
+    task = Generate({"name": "dit_micro", "depth": 1, "dim": 32, "heads": 2}, **options)
+    task.log = lambda *_, **__: None  # pyright: ignore
+    return task
+
+
+def test_labels_are_dropped_once_a_sample_and_never_in_eval():
+    task = module(label_drop=0.5)
+    seen: list[torch.Tensor] = []
+    task.model.label_table.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))  # pyright: ignore
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(2000, 1, 8, 8), torch.arange(2000) % 10, ())
+    task.training_step(batch, 0)
+    (labels,) = seen
+    dropped = labels == 10
+    assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(labels[~dropped], batch.labels[~dropped])
+    task.model.eval()
+    seen.clear()
+    task.model(batch.images[:4], torch.rand(4), batch.labels[:4])
+    assert torch.equal(seen[0], batch.labels[:4])
+
+
+def test_validation_draws_nothing_from_the_generators():
+    task, data = module(), WholeImages("digits", size=8, channels=1, batch=64, workers=0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    del task.log
+    before = torch.get_rng_state()
+    trainer.validate(task, data, verbose=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert task.said.endswith("(n = 360)")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_times():
+    task = module()
+    with torch.no_grad():
+        task.model.out.bias.fill_(float("nan"))  # pyright: ignore
+    task.__dict__["_trainer"] = None
+    batch = Batch(torch.randn(4, 1, 8, 8), torch.arange(4), ())
+    with pytest.raises(Exception, match="NaN or infinite|not attached"):
+        task.training_step(batch, 0)
+    assert 0 <= task.bucket < 8 and task.where().startswith(", at times 0")
+
+
+def test_bytes_are_the_inverse_of_the_preprocessing():
+    data = WholeImages("digits", size=8, channels=1)
+    source = data.source("val")
+    images = [source.image(index) for index in range(5)]
+    values = to_bytes(data.preprocess.normalized(images), data.preprocess)
+    assert all(np.array_equal(np.asarray(image), value[..., 0]) for image, value in zip(images, values, strict=True))
+    drawn = np.asarray(grid(values, 3))
+    assert drawn.shape == (2 * 34 + 2, 3 * 34 + 2) and np.array_equal(drawn[2:34:4, 36:68:4], values[1, :, :, 0])
+    assert DiTConfig(dim=32, depth=1, heads=2).outputs == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes=11"], "--classes: unknown class '11'"),
+        (["--sampler=ddm"], "sampler: unknown name 'ddm'"),
+        (["--sampler=meanflow"], "needs a model with until=True"),
+        (["--size=1x8"], "at least a patch of 2 pixels"),
+        (["--guidance=nan"], "scale of guidance must be finite"),
+        (["--interval=0.6,0.5"], "guidance must be from and to a time"),
+        (["--shift=0"], "shift must be > 0"),
+        (["--channels=2"], "at most 1 channels"),
+        (["--weak=nothing"], "'nothing' not found"),
+    ],
+)
+def test_refused_samples(run, arguments, message, tmp_path):
+    found = refused("generate", "sample", run / "best", "--device=cpu", "--output", tmp_path / "out", *arguments)
+    assert message in found and not list(tmp_path.glob("out/*.png"))
+
+
+def test_refused_runs(run, tmp_path):
+    assert "use `zoo generate" in refused("classify", "predict", run / "best", ".")
+    assert "use `zoo classify" in refused("generate", "fit", "--model.backbone.name=vit_micro")
+    assert "model.times: unknown name" in refused("generate", "fit", *TINY, "--model.times=normal")
+    for option in ("label_drop=1", "times_std=-1", "loss=score", "guidance=-1", "show=-1"):
+        assert "\n" not in refused("generate", "fit", *TINY, f"--model.{option}")
