@@ -113,7 +113,7 @@ def test_a_near_tie_does_not_upset_the_probe():
 
 DETECTORS = [name for name, config in PRESETS.items() if isinstance(config, RTDETRConfig)]
 MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_r101": 76.7}
-MILLIONS |= {"dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
+MILLIONS |= {"dfine_n": 3.8, "dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
