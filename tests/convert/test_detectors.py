@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DFineConfig,
+    DFineForObjectDetection,
     HGNetV2Config,
     ResNetConfig,
     RTDetrConfig,
@@ -22,9 +24,11 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
+import zoo
 from helpers import prepared
-from models.test_distribution import published
+from models.test_distribution import copy_weights, published
 from zoo.convert import from_detr, from_transformers
+from zoo.models import PRESETS
 from zoo.outputs.label_map import LabelMap
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "num_queries": 10}
@@ -118,17 +122,72 @@ def test_the_first_rtdetr_too(tmp_path):
     compare_rtdetr(theirs, from_transformers(written(theirs, tmp_path, 4)).model)
 
 
-def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
-    """The published S but for the width, with its trunk."""
-    stages = {"stage_in_channels": [16, 64, 256, 512], "stage_mid_channels": [16, 32, 64, 128]}
-    stages |= {"stage_out_channels": [64, 256, 512, 1024], "stage_num_blocks": [1, 1, 2, 1]}
-    stages |= {"stage_numb_of_layers": [3, 3, 3, 3], "stem_channels": [3, 16, 16], "hidden_sizes": [64, 256, 512, 1024]}
-    names = ["stage2", "stage3", "stage4"]
-    backbone = HGNetV2Config(**stages, depths=[1, 1, 2, 1], use_learnable_affine_block=True, out_features=names)
-    sizes = SMALL | {"decoder_layers": 3, "encoder_in_channels": [256, 512, 1024], "head_dim": 8}
-    sizes |= {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "decoder_n_points": [3, 6, 3]}
-    config = DFineConfig(**sizes, backbone_config=backbone, num_labels=5, hidden_expansion=0.5, depth_mult=0.34)
-    theirs = published(config)
+# HGNetV2: channels of the stem, in front of the stages, within and behind them, blocks, and layers of a block.
+HGNETS = {
+    "b0": ([3, 16, 16], [16, 64, 256, 512], [16, 32, 64, 128], [64, 256, 512, 1024], [1, 1, 2, 1], 3),
+    "b2": ([3, 24, 32], [32, 96, 384, 768], [32, 64, 128, 256], [96, 384, 768, 1536], [1, 1, 3, 1], 4),
+    "b4": ([3, 32, 48], [48, 128, 512, 1024], [48, 96, 192, 384], [128, 512, 1024, 2048], [1, 1, 3, 1], 6),
+    "b5": ([3, 32, 64], [64, 128, 512, 1024], [64, 128, 256, 512], [128, 512, 1024, 2048], [1, 2, 5, 2], 6),
+}
+# The published D-FINE: trunk, channels, decoder layers, expansion, depth, points, feed-forward, and scale.
+DFINES = {
+    "dfine_n": ("b0", 128, 128, 3, 0.34, 0.5, [6, 6], 512, 4.0),
+    "dfine_s": ("b0", 256, 256, 3, 0.5, 0.34, [3, 6, 3], 1024, 4.0),
+    "dfine_m": ("b2", 256, 256, 4, 1.0, 0.67, [3, 6, 3], 1024, 4.0),
+    "dfine_l": ("b4", 256, 256, 6, 1.0, 1.0, [3, 6, 3], 1024, 4.0),
+    "dfine_x": ("b5", 384, 256, 6, 1.0, 1.0, [3, 6, 3], 2048, 8.0),
+}
+
+
+def dfine(name: str, **options: Any) -> Any:
+    """The config of a published D-FINE in transformers."""
+    net, inside, dim, layers, expansion, depth, points, width, scale = DFINES[name]
+    stem, before, within, behind, blocks, each = HGNETS[net]
+    levels = len(points)
+    backbone = HGNetV2Config(
+        stem_channels=stem,
+        stage_in_channels=before,
+        stage_mid_channels=within,
+        stage_out_channels=behind,
+        stage_num_blocks=blocks,
+        stage_numb_of_layers=[each] * 4,
+        hidden_sizes=behind,
+        depths=blocks,
+        use_learnable_affine_block=net in ("b0", "b2"),
+        out_features=["stage2", "stage3", "stage4"][-levels:],
+    )
+    sizes: dict[str, Any] = {"backbone_config": backbone, "encoder_in_channels": behind[-levels:], "d_model": dim}
+    sizes |= {"feat_strides": [8, 16, 32][-levels:], "num_feature_levels": levels, "decoder_n_points": points}
+    sizes |= {"encode_proj_layers": [levels - 1], "encoder_hidden_dim": inside, "encoder_ffn_dim": width}
+    sizes |= {"decoder_in_channels": [inside] * levels, "decoder_ffn_dim": min(width, 1024), "reg_scale": scale}
+    sizes |= {"decoder_layers": layers, "hidden_expansion": expansion, "depth_mult": depth, "num_labels": 80}
+    return DFineConfig(**sizes | options)
+
+
+@pytest.mark.parametrize("name", DFINES)
+def test_the_weights_of_a_published_dfine_are_those_of_transformers(name):
+    """Their names and shapes, all of them, and the constants."""
+    config = dfine(name)
+    with torch.device("meta"):
+        theirs, ours = DFineForObjectDetection(config), zoo.create_model(name)
+    assert copy_weights(theirs, ours, []) == set()  # pyright: ignore[reportArgumentType]
+    assert ours.boxes.scale == config.reg_scale and ours.strides == config.feat_strides  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", [*DFINES][:1] + [pytest.param(name, marks=pytest.mark.all) for name in [*DFINES][1:]])
+def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path, name):
+    """In its published size."""
+    theirs = published(dfine(name, num_queries=10))
+    found = from_transformers(written(theirs, tmp_path, 4))
+    preset: Any = PRESETS[name]
+    trunk_norm = found.model.config.trunk_norm  # which their config holds, and ours chooses for training
+    assert found.model.config == replace(preset, queries=10, trunk_norm=trunk_norm)
+    compare_rtdetr(theirs, found.model)
+
+
+def test_a_dfine_of_other_sizes_too(tmp_path):
+    sizes = SMALL | {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "head_dim": 8}
+    theirs = published(dfine("dfine_s", **sizes))
     found = from_transformers(written(theirs, tmp_path, 4))
     assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
     compare_rtdetr(theirs, found.model)
@@ -248,6 +307,7 @@ def test_faulty_files_are_one_line(tmp_path, monkeypatch):
     refused(r"layers\.2\..* is missing", decoder_layers=3)
     refused("not used", decoder_layers=1)
     refused("d_model|shape", d_model=64)
+    refused("backbone_config.depths: it must be a list, got 3", backbone_config={"model_type": "resnet", "depths": 3})
     refused("backbone", backbone_config={"model_type": "swin"})
     for name, value in (("evil.pth", {"model": {"a": Evil()}}), ("other.pth", {"model": {"a": torch.ones(1)}})):
         torch.save(value, tmp_path / name)

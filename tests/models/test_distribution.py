@@ -108,10 +108,11 @@ def copy_weights(theirs: Any, ours: RTDETR, without: list[str]) -> set[str]:
     weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
     used = {"model.decoder.reg_scale", "model.decoder.up"}
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
-        if not name.startswith((*without, "position.anchor")):
+        if not name.startswith((*without, "position.anchor")) and not name.endswith("num_batches_tracked"):
             names = names_of(name, DFINE_NAMES, hgnet_name)
             used |= {*names}
-            value = torch.cat([weights[each] for each in names]) if slot.ndim else weights[names[0]]
+            value = torch.cat([weights[each] for each in names])
+            assert [each for each in value.shape if each > 1] == [each for each in slot.shape if each > 1]
             slot.data = value.clone().reshape(slot.shape)
     again = ("model.decoder.class_embed", "model.decoder.bbox_embed")
     left = {name for name in set(weights) - used if not name.startswith(again)}

@@ -69,7 +69,14 @@ class Section:
         return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _shown(value: Any) -> str:

@@ -187,10 +187,10 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
     dim, heads = whole.whole("d_model", 256), whole.whole("decoder_attention_heads", 8)
     inside = whole.whole("encoder_hidden_dim", 256)
     whole.fixed("encoder_attention_heads", heads)
+    strides = whole.take("feat_strides", list, [8, 16, 32])
     for key, value in (
-        ("num_feature_levels", 3),
-        ("feat_strides", [8, 16, 32]),
-        ("encode_proj_layers", [2]),
+        ("num_feature_levels", len(strides)),
+        ("encode_proj_layers", [len(strides) - 1]),
         ("positional_encoding_temperature", 10000),
         ("normalize_before", False),
         ("learn_initial_query", False),
@@ -211,12 +211,13 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
         given |= _fine(whole, given["depth"], dim // heads)
         options += ["project=False", "gated=True"]
     else:
-        whole.fixed("decoder_n_levels", 3)
+        whole.fixed("decoder_n_levels", len(strides))
     encoder = _activation(whole, "encoder_activation_function", "gelu")
     decoder = _activation(whole, "decoder_activation_function", "relu")
     trunk, named = _trunk(whole, False)
     config = RTDETRConfig(
         trunk=trunk,
+        strides=tuple(strides),
         trunk_norm="frozen" if whole.take("freeze_backbone_batch_norms", bool, True) else "batch",
         dim=dim,
         encoder_dim=0 if inside == dim else inside,
