@@ -49,12 +49,14 @@ def timm(name: str = "resnet18", **options: Any) -> dict[str, Any]:
     return {"backbone": name, "use_pretrained_backbone": False, "use_timm_backbone": True} | options
 
 
-def rtdetr(layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection) -> Any:
+def rtdetr(
+    layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection, inside: int = 32
+) -> Any:
     """transformers' RT-DETR with random weights."""
     backbone = {"layer_type": layer, "depths": DEPTHS[layer], "hidden_sizes": WIDTHS[layer]}
     sizes = SMALL | {
-        "encoder_hidden_dim": 32,
-        "decoder_in_channels": [32] * 3,
+        "encoder_hidden_dim": inside,
+        "decoder_in_channels": [inside] * 3,
         "encoder_in_channels": WIDTHS[layer][1:],
     }
     config = RTDetrResNetConfig(**backbone, out_features=["stage2", "stage3", "stage4"])
@@ -244,6 +246,22 @@ RTDETR_TO_ORIGINAL = (
 )
 
 
+DFINE_TO_ORIGINAL = (
+    (r"^model\.backbone\.model\.embedder\.", "backbone.stem."),
+    (r"^model\.backbone\.model\.encoder\.", "backbone."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".bn."),
+    (r"_blocks\.(\d)\.csp_rep([12])\.", lambda m: f"_blocks.{m[1]}.cv{int(m[2]) + 1}.0."),
+    (r"_blocks\.(\d)\.conv([23])\.", r"_blocks.\1.cv\2.1."),
+    (r"_blocks\.(\d)\.conv([14])\.", r"_blocks.\1.cv\2."),
+    (r"downsample_convs\.(\d)\.conv([12])\.", r"downsample_convs.\1.0.cv\2."),
+    (r"\.mlp\.layers\.0\.", ".linear1."),
+    (r"\.mlp\.layers\.1\.", ".linear2."),
+    (r"^model\.decoder\.pre_bbox_head\.", "decoder.pre_bbox_head."),
+    *RTDETR_TO_ORIGINAL[11:],
+)
+
+
 def original(model: Any, table: Any) -> dict[str, Tensor]:
     """The state dict of transformers' model in the names of the original code, queries, keys and values joined."""
     state, joined = {}, {}
@@ -267,9 +285,9 @@ def test_an_original_detr_file_gives_the_same(tmp_path):
     compare_detr(theirs, from_detr(path, heads=4).model, [0, 1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
-def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer):
-    theirs, path = rtdetr(layer), tmp_path / "rtdetrv2.pth"
+@pytest.mark.parametrize(("layer", "inside"), [("basic", 32), ("bottleneck", 48)])
+def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer, inside):
+    theirs, path = rtdetr(layer, inside=inside), tmp_path / "rtdetrv2.pth"
     state = original(theirs, RTDETR_TO_ORIGINAL)
     state["decoder.anchors"] = torch.zeros(1, 5, 4)
     state["decoder.valid_mask"] = torch.ones(1, 5, 1, dtype=torch.bool)
@@ -281,6 +299,70 @@ def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer):
     kept = from_detr(path, LabelMap(("a", "b"), (4, 2)), heads=4, queries=10).model
     assert torch.equal(kept.scores[0].weight, found.model.scores[0].weight[[4, 2]])  # pyright: ignore
     assert torch.equal(kept.noise.weight, found.model.noise.weight[[4, 2]])  # pyright: ignore
+
+
+def original_dfine(theirs: Any) -> dict[str, Tensor]:
+    """transformers' D-FINE as its original code has it: both modules that use the constants hold them."""
+    state = original(theirs, DFINE_TO_ORIGINAL)
+    for layer, points in enumerate([theirs.config.decoder_n_points] * theirs.config.decoder_layers):
+        scales = torch.tensor([1 / each for each in points for _ in range(each)])
+        state[f"decoder.decoder.layers.{layer}.cross_attn.num_points_scale"] = scales
+    assert "decoder.decoder.up" in state and "decoder.decoder.lqe_layers.0.reg_conf.layers.0.weight" in state
+    copies = {name.replace("decoder.decoder.", "decoder."): state[name] for name in state if name.endswith(CONSTANTS)}
+    return state | copies | {"decoder.anchors": torch.zeros(1, 5, 4), "decoder.valid_mask": torch.ones(1, 5, 1)}
+
+
+CONSTANTS = (".up", ".reg_scale")
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("dfine_n", {}), ("dfine_s", SMALL | {"encoder_hidden_dim": 48})])
+def test_an_original_dfine_file_gives_the_same(tmp_path, name, sizes):
+    """The whole N, and S with other channels, which are not those of its decoder, other bins and another scale."""
+    if sizes:
+        sizes = sizes | {"decoder_in_channels": [48] * 3, "head_dim": 8, "max_num_bins": 16, "reg_scale": 8.0}
+    theirs, path = published(dfine(name, **{"num_queries": 10} | sizes)), tmp_path / "dfine.pth"
+    state, heads = original_dfine(theirs), theirs.config.decoder_attention_heads
+    torch.save({"last_epoch": 3, "model": {n: each * 0 for n, each in state.items()}, "ema": {"module": state}}, path)
+    found = from_detr(path, heads=heads, queries=10)
+    compare_rtdetr(theirs, found.model)
+    torch.save({"model": state}, path)
+    kept = from_detr(path, LabelMap(("a", "b"), (4, 2)), heads=heads, queries=10).model
+    assert torch.equal(kept.scores[0].weight, found.model.scores[0].weight[[4, 2]])  # pyright: ignore
+    if not sizes:
+        preset: Any = PRESETS[name]
+        rest = {"neck_ratio": kept.config.neck_ratio, "cross": "deformable(points=6, project=False, gated=True)"}
+        assert found.model.config == replace(preset, queries=10, trunk_norm="frozen", **rest)
+
+
+@pytest.fixture(scope="module")
+def nano() -> dict[str, Tensor]:
+    return original_dfine(DFineForObjectDetection(dfine("dfine_n")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"decoder.up": torch.tensor([0.4]), "decoder.decoder.up": torch.tensor([0.4])},
+            "up' is 0.4; the zoo supports",
+        ),
+        ({"decoder.reg_scale": torch.tensor([8.0])}, "'decoder.reg_scale' must be the same positive number"),
+        ({"decoder.decoder.up": torch.tensor([0.5, 0.5])}, "'decoder.up' must be the same positive number"),
+        ({"decoder.decoder.reg_scale": None, "decoder.reg_scale": None}, "'decoder.reg_scale' is missing"),
+        ({"decoder.decoder.layers.0.cross_attn.num_points_scale": None}, "num_points_scale' is missing"),
+        ({"decoder.decoder.layers.0.cross_attn.num_points_scale": torch.zeros(12)}, "heads do not give its 96 samples"),
+        ({"heads": 4}, "points and 4 heads do not give its 96 samples in 2 levels"),
+        ({"backbone.stem.stem1.conv.weight": None}, "stem1.convolution.weight' is missing"),
+        ({"backbone.stages.3.blocks.0.aggregation.1.conv.weight": torch.zeros(7, 7)}, "the zoo supports hgnetv2_b0"),
+        ({"decoder.other": torch.zeros(1)}, "'decoder.other' is not used"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_faulty_dfine_file_is_one_line(nano, changed, message):
+    state = {name: each for name, each in (nano | changed).items() if name != "heads" and each is not None}
+    with pytest.raises(ValueError, match=message) as caught:
+        from_detr(state, heads=changed.get("heads", 8))
+    assert "\n" not in str(caught.value)
 
 
 class Evil:
@@ -311,7 +393,7 @@ def test_faulty_files_are_one_line(tmp_path, monkeypatch):
     refused("backbone", backbone_config={"model_type": "swin"})
     for name, value in (("evil.pth", {"model": {"a": Evil()}}), ("other.pth", {"model": {"a": torch.ones(1)}})):
         torch.save(value, tmp_path / name)
-        with pytest.raises(ValueError, match="cannot be read|neither") as caught:
+        with pytest.raises(ValueError, match="cannot be read|is not a DETR") as caught:
             from_detr(tmp_path / name)
         assert "\n" not in str(caught.value) and not (tmp_path / "evil").exists()
     state = original(theirs, DETR_TO_ORIGINAL)

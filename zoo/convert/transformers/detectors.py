@@ -15,6 +15,7 @@ from zoo.convert.detection import (
     build,
     ffn_of,
     hgnet_name,
+    hgnet_of,
     resnet_name,
     resnet_of,
 )
@@ -113,13 +114,6 @@ _RENAMED = (
     (r"(coder\.(?:aifi\.\d+\.)?layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.fc2."),
     (r"^model\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
 )
-# Channels behind the stages, their numbers of blocks, and layers of a block.
-_HGNETS = {
-    ((64, 256, 512, 1024), (1, 1, 2, 1), (3, 3, 3, 3)): "hgnetv2_b0",
-    ((96, 384, 768, 1536), (1, 1, 3, 1), (4, 4, 4, 4)): "hgnetv2_b2",
-    ((128, 512, 1024, 2048), (1, 1, 3, 1), (6, 6, 6, 6)): "hgnetv2_b4",
-    ((128, 512, 1024, 2048), (1, 2, 5, 2), (6, 6, 6, 6)): "hgnetv2_b5",
-}
 _DROPPED = (".n_points_scale", ".num_points_scale", "model.anchors", "model.valid_mask")
 
 
@@ -306,8 +300,7 @@ def _hgnet(inside: Section) -> str:
     keys = ("stage_out_channels", "stage_num_blocks", "stage_numb_of_layers")
     usual = ([128, 512, 1024, 2048], [1, 1, 3, 1], [6, 6, 6, 6])
     sizes = [inside.take(key, list, value) for key, value in zip(keys, usual, strict=True)]
-    net = next((name for known, name in _HGNETS.items() if [[*each] for each in known] == sizes), None)
-    if net is None:
+    if (net := hgnet_of(*sizes)) is None:
         raise inside.refused(keys[0], f"the zoo supports those of hgnetv2_b0, b2, b4 and b5, not {sizes[0]}")
     inside.fixed("use_learnable_affine_block", net in ("hgnetv2_b0", "hgnetv2_b2"))
     inside.fixed("hidden_act", "relu")
