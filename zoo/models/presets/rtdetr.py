@@ -1,8 +1,5 @@
 """RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks, and
-D-FINE (Peng et al. 2024, arXiv:2410.13842).
-
-The published D-FINE-M has a fifth decoder layer in training alone; here it has the four of inference.
-"""
+D-FINE (Peng et al. 2024, arXiv:2410.13842)."""
 
 from dataclasses import replace
 
