@@ -34,6 +34,7 @@ def test_features_are_the_maps_behind_the_neck():
 
 
 FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0": ("stem.stem2a.bn",)}
+FOLDED["timm:regnetx_002"] = ("stem.bn", "s4.b7.conv2.bn")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,8 @@ FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0":
         (TRUNKS[2], {"neck_ratio": 1.0}),
         ("timm:resnet18d", {}),
         ("timm:hgnetv2_b0", {}),
+        ("timm:regnetx_002", {}),
+        ("timm:resnetv2_18", {}),
         ("timm:convnext_atto", {"neck_norm": "layernorm"}),
     ],
     ids=named,

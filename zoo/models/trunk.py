@@ -72,7 +72,7 @@ class Trunk(nn.Module):
         super().train(mode)
         if self.frozen:
             for module in self.modules():
-                if hasattr(module, "running_mean"):
+                if hasattr(module, "running_var"):
                     module.eval().requires_grad_(False)
         return self
 
