@@ -80,7 +80,7 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         tokens = to_tokens(input)
         real = ~self.outside[self.stride].flatten(1) if self.outside else None
         mean, variance, number = statistics(tokens, real)
-        self._track(mean.detach(), (variance * number / (number - 1).clamp(min=1)).detach())
+        self._track(mean.detach(), (variance * number / (number - 1).clamp(min=1)).detach(), number > 0)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         tokens = torch.addcmul(self.bias - scale * mean, tokens, scale).to(input.dtype)
         return self.behind(to_map(tokens, (input.shape[2], input.shape[3])))
@@ -91,10 +91,11 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         return x if self.act is None else self.act(x)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, any_real: Tensor) -> None:
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        rate = self.momentum * any_real.to(self.running_var.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 

@@ -10,9 +10,10 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
+from zoo.data.sampling import rank_and_world
 from zoo.layer import Context
 from zoo.models.base import Model
-from zoo.outputs.boxes import best
+from zoo.outputs.boxes import Truth, best
 from zoo.tasks.alignment import Alignment
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import detection_loss
@@ -189,11 +190,17 @@ class Detect(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         if len(batch.images) == 0:
-            return self.no_loss()
+            return self.nothing(batch)
         losses = self.losses(batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items() if name != "total"})
         self.log("train/loss", self.checked(losses["total"]))
         return losses["total"]
+
+    def nothing(self, batch: Batch) -> Tensor:
+        """The loss of a batch without images: 0, after the same collective calls, so that no rank waits."""
+        if rank_and_world()[1] == 1:
+            return self.no_loss()
+        return self.losses(blank(batch))["total"] * 0.0
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -201,12 +208,11 @@ class Detect(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
-        if len(batch.images) == 0:
-            return
-        predicted = self.measured.predict(batch.images, batch.mask)  # pyright: ignore
-        loss = detection_loss(predicted, None, batch.truth, loss=self.loss, assigner=self.assigner)["total"]
+        given = batch if len(batch.images) else blank(batch)  # ranks exchange their numbers of objects
+        predicted = self.measured.predict(given.images, given.mask)  # pyright: ignore
+        loss = detection_loss(predicted, None, given.truth, loss=self.loss, assigner=self.assigner)["total"]
         self.mean_loss.update(loss, len(batch.images))
-        logits, boxes = (each[-1] for each in predicted.layers)
+        logits, boxes = (each[-1, : len(batch.images)] for each in predicted.layers)
         self.found.update(batch.ids, *best(logits, boxes, batch.sizes, self.config.labelled, MOST))
 
     def on_validation_epoch_end(self) -> None:
@@ -235,6 +241,13 @@ class Detect(Task):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def blank(batch: Batch) -> Batch:
+    """A batch of one image without pixels or objects, for what ranks compute together: it changes no statistics."""
+    images = batch.images.new_zeros(1, batch.images.shape[1], 64, 64)
+    truth = Truth(*(each.new_zeros(1, 0, *each.shape[2:]) for each in batch.truth))
+    return batch._replace(images=images, mask=torch.zeros_like(images[:, 0], dtype=torch.bool), truth=truth)
 
 
 def by_category(found: Precision) -> str:
