@@ -223,9 +223,10 @@ def test_a_command_of_a_header_builds_all_that_it_needs(case: Case, construct, m
     )
     module.setup("fit")
 
-    # The learning rate reaches its peak and falls from there.
+    # The learning rate reaches its peak and falls from there, if it is not flat to the end.
     (optimizer,), _ = module.configure_optimizers()
     trained = {id(value) for group in optimizer.param_groups for value in group["params"]}
     assert trained == {id(value) for value in module.model.parameters() if value.requires_grad}
     factors = [module.factor(step, 10, steps) for step in range(steps)]
-    assert max(factors) == 1.0 and factors[-1] < factors[steps // 2]
+    assert max(factors) == 1.0
+    assert factors[-1] < factors[steps // 2] or (getattr(module, "flat", None) == 1.0 and factors[-1] == 1.0)

@@ -175,7 +175,7 @@ def _all_reduce(x: Tensor) -> Tensor:
 def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [D], biased variance [D] and count [] of the real tokens of x [B, N, ..., D], over all ranks.
 
-    The squares are taken of centred values. No real token at all gives zeros.
+    The squares are taken of centred values. No real token at all gives a mean of 0 and a variance of 1.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     across = tuple(range(x.ndim - 1))
@@ -193,7 +193,7 @@ def statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         number = numbers.sum()
         mean = (means * numbers).sum(0) / number.clamp(min=1)
         squares = (spreads + numbers * (means - mean).square()).sum(0)
-    return mean, squares / number.clamp(min=1), number
+    return mean, torch.where(number > 0, squares / number.clamp(min=1), 1.0), number
 
 
 class BatchNorm(Norm):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DFineConfig,
+    DFineForObjectDetection,
     HGNetV2Config,
     ResNetConfig,
     RTDetrConfig,
@@ -22,11 +24,13 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
+import zoo
 from helpers import prepared
-from models.test_distribution import published
+from models.test_distribution import copy_weights, published
 from zoo.convert import from_detr, from_transformers
 from zoo.convert.transformers.detectors import _preprocess
 from zoo.inputs.boxes import BoxPreprocess
+from zoo.models import PRESETS
 from zoo.outputs.label_map import LabelMap
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "num_queries": 10}
@@ -47,12 +51,14 @@ def timm(name: str = "resnet18", **options: Any) -> dict[str, Any]:
     return {"backbone": name, "use_pretrained_backbone": False, "use_timm_backbone": True} | options
 
 
-def rtdetr(layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection) -> Any:
+def rtdetr(
+    layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection, inside: int = 32
+) -> Any:
     """transformers' RT-DETR with random weights."""
     backbone = {"layer_type": layer, "depths": DEPTHS[layer], "hidden_sizes": WIDTHS[layer]}
     sizes = SMALL | {
-        "encoder_hidden_dim": 32,
-        "decoder_in_channels": [32] * 3,
+        "encoder_hidden_dim": inside,
+        "decoder_in_channels": [inside] * 3,
         "encoder_in_channels": WIDTHS[layer][1:],
     }
     config = RTDetrResNetConfig(**backbone, out_features=["stage2", "stage3", "stage4"])
@@ -120,17 +126,72 @@ def test_the_first_rtdetr_too(tmp_path):
     compare_rtdetr(theirs, from_transformers(written(theirs, tmp_path, 4)).model)
 
 
-def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path):
-    """The published S but for the width, with its trunk."""
-    stages = {"stage_in_channels": [16, 64, 256, 512], "stage_mid_channels": [16, 32, 64, 128]}
-    stages |= {"stage_out_channels": [64, 256, 512, 1024], "stage_num_blocks": [1, 1, 2, 1]}
-    stages |= {"stage_numb_of_layers": [3, 3, 3, 3], "stem_channels": [3, 16, 16], "hidden_sizes": [64, 256, 512, 1024]}
-    names = ["stage2", "stage3", "stage4"]
-    backbone = HGNetV2Config(**stages, depths=[1, 1, 2, 1], use_learnable_affine_block=True, out_features=names)
-    sizes = SMALL | {"decoder_layers": 3, "encoder_in_channels": [256, 512, 1024], "head_dim": 8}
-    sizes |= {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "decoder_n_points": [3, 6, 3]}
-    config = DFineConfig(**sizes, backbone_config=backbone, num_labels=5, hidden_expansion=0.5, depth_mult=0.34)
-    theirs = published(config)
+# HGNetV2: channels of the stem, in front of the stages, within and behind them, blocks, and layers of a block.
+HGNETS = {
+    "b0": ([3, 16, 16], [16, 64, 256, 512], [16, 32, 64, 128], [64, 256, 512, 1024], [1, 1, 2, 1], 3),
+    "b2": ([3, 24, 32], [32, 96, 384, 768], [32, 64, 128, 256], [96, 384, 768, 1536], [1, 1, 3, 1], 4),
+    "b4": ([3, 32, 48], [48, 128, 512, 1024], [48, 96, 192, 384], [128, 512, 1024, 2048], [1, 1, 3, 1], 6),
+    "b5": ([3, 32, 64], [64, 128, 512, 1024], [64, 128, 256, 512], [128, 512, 1024, 2048], [1, 2, 5, 2], 6),
+}
+# The published D-FINE: trunk, channels, decoder layers, expansion, depth, points, feed-forward, and scale.
+DFINES = {
+    "dfine_n": ("b0", 128, 128, 3, 0.34, 0.5, [6, 6], 512, 4.0),
+    "dfine_s": ("b0", 256, 256, 3, 0.5, 0.34, [3, 6, 3], 1024, 4.0),
+    "dfine_m": ("b2", 256, 256, 4, 1.0, 0.67, [3, 6, 3], 1024, 4.0),
+    "dfine_l": ("b4", 256, 256, 6, 1.0, 1.0, [3, 6, 3], 1024, 4.0),
+    "dfine_x": ("b5", 384, 256, 6, 1.0, 1.0, [3, 6, 3], 2048, 8.0),
+}
+
+
+def dfine(name: str, **options: Any) -> Any:
+    """The config of a published D-FINE in transformers."""
+    net, inside, dim, layers, expansion, depth, points, width, scale = DFINES[name]
+    stem, before, within, behind, blocks, each = HGNETS[net]
+    levels = len(points)
+    backbone = HGNetV2Config(
+        stem_channels=stem,
+        stage_in_channels=before,
+        stage_mid_channels=within,
+        stage_out_channels=behind,
+        stage_num_blocks=blocks,
+        stage_numb_of_layers=[each] * 4,
+        hidden_sizes=behind,
+        depths=blocks,
+        use_learnable_affine_block=net in ("b0", "b2"),
+        out_features=["stage2", "stage3", "stage4"][-levels:],
+    )
+    sizes: dict[str, Any] = {"backbone_config": backbone, "encoder_in_channels": behind[-levels:], "d_model": dim}
+    sizes |= {"feat_strides": [8, 16, 32][-levels:], "num_feature_levels": levels, "decoder_n_points": points}
+    sizes |= {"encode_proj_layers": [levels - 1], "encoder_hidden_dim": inside, "encoder_ffn_dim": width}
+    sizes |= {"decoder_in_channels": [inside] * levels, "decoder_ffn_dim": min(width, 1024), "reg_scale": scale}
+    sizes |= {"decoder_layers": layers, "hidden_expansion": expansion, "depth_mult": depth, "num_labels": 80}
+    return DFineConfig(**sizes | options)
+
+
+@pytest.mark.parametrize("name", DFINES)
+def test_the_weights_of_a_published_dfine_are_those_of_transformers(name):
+    """Their names and shapes, all of them, and the constants."""
+    config = dfine(name)
+    with torch.device("meta"):
+        theirs, ours = DFineForObjectDetection(config), zoo.create_model(name)
+    assert copy_weights(theirs, ours, []) == set()  # pyright: ignore[reportArgumentType]
+    assert ours.boxes.scale == config.reg_scale and ours.strides == config.feat_strides  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", [*DFINES][:1] + [pytest.param(name, marks=pytest.mark.all) for name in [*DFINES][1:]])
+def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path, name):
+    """In its published size."""
+    theirs = published(dfine(name, num_queries=10))
+    found = from_transformers(written(theirs, tmp_path, 4))
+    preset: Any = PRESETS[name]
+    trunk_norm = found.model.config.trunk_norm  # which their config holds, and ours chooses for training
+    assert found.model.config == replace(preset, queries=10, trunk_norm=trunk_norm)
+    compare_rtdetr(theirs, found.model)
+
+
+def test_a_dfine_of_other_sizes_too(tmp_path):
+    sizes = SMALL | {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "head_dim": 8}
+    theirs = published(dfine("dfine_s", **sizes))
     found = from_transformers(written(theirs, tmp_path, 4))
     assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
     compare_rtdetr(theirs, found.model)
@@ -212,6 +273,22 @@ RTDETR_TO_ORIGINAL = (
 )
 
 
+DFINE_TO_ORIGINAL = (
+    (r"^model\.backbone\.model\.embedder\.", "backbone.stem."),
+    (r"^model\.backbone\.model\.encoder\.", "backbone."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".bn."),
+    (r"_blocks\.(\d)\.csp_rep([12])\.", lambda m: f"_blocks.{m[1]}.cv{int(m[2]) + 1}.0."),
+    (r"_blocks\.(\d)\.conv([23])\.", r"_blocks.\1.cv\2.1."),
+    (r"_blocks\.(\d)\.conv([14])\.", r"_blocks.\1.cv\2."),
+    (r"downsample_convs\.(\d)\.conv([12])\.", r"downsample_convs.\1.0.cv\2."),
+    (r"\.mlp\.layers\.0\.", ".linear1."),
+    (r"\.mlp\.layers\.1\.", ".linear2."),
+    (r"^model\.decoder\.pre_bbox_head\.", "decoder.pre_bbox_head."),
+    *RTDETR_TO_ORIGINAL[11:],
+)
+
+
 def original(model: Any, table: Any) -> dict[str, Tensor]:
     """The state dict of transformers' model in the names of the original code, queries, keys and values joined."""
     state, joined = {}, {}
@@ -235,9 +312,9 @@ def test_an_original_detr_file_gives_the_same(tmp_path):
     compare_detr(theirs, from_detr(path, heads=4).model, [0, 1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
-def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer):
-    theirs, path = rtdetr(layer), tmp_path / "rtdetrv2.pth"
+@pytest.mark.parametrize(("layer", "inside"), [("basic", 32), ("bottleneck", 48)])
+def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer, inside):
+    theirs, path = rtdetr(layer, inside=inside), tmp_path / "rtdetrv2.pth"
     state = original(theirs, RTDETR_TO_ORIGINAL)
     state["decoder.anchors"] = torch.zeros(1, 5, 4)
     state["decoder.valid_mask"] = torch.ones(1, 5, 1, dtype=torch.bool)
@@ -249,6 +326,70 @@ def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer):
     kept = from_detr(path, LabelMap(("a", "b"), (4, 2)), heads=4, queries=10).model
     assert torch.equal(kept.scores[0].weight, found.model.scores[0].weight[[4, 2]])  # pyright: ignore
     assert torch.equal(kept.noise.weight, found.model.noise.weight[[4, 2]])  # pyright: ignore
+
+
+def original_dfine(theirs: Any) -> dict[str, Tensor]:
+    """transformers' D-FINE as its original code has it: both modules that use the constants hold them."""
+    state = original(theirs, DFINE_TO_ORIGINAL)
+    for layer, points in enumerate([theirs.config.decoder_n_points] * theirs.config.decoder_layers):
+        scales = torch.tensor([1 / each for each in points for _ in range(each)])
+        state[f"decoder.decoder.layers.{layer}.cross_attn.num_points_scale"] = scales
+    assert "decoder.decoder.up" in state and "decoder.decoder.lqe_layers.0.reg_conf.layers.0.weight" in state
+    copies = {name.replace("decoder.decoder.", "decoder."): state[name] for name in state if name.endswith(CONSTANTS)}
+    return state | copies | {"decoder.anchors": torch.zeros(1, 5, 4), "decoder.valid_mask": torch.ones(1, 5, 1)}
+
+
+CONSTANTS = (".up", ".reg_scale")
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("dfine_n", {}), ("dfine_s", SMALL | {"encoder_hidden_dim": 48})])
+def test_an_original_dfine_file_gives_the_same(tmp_path, name, sizes):
+    """The whole N, and S with other channels, which are not those of its decoder, other bins and another scale."""
+    if sizes:
+        sizes = sizes | {"decoder_in_channels": [48] * 3, "head_dim": 8, "max_num_bins": 16, "reg_scale": 8.0}
+    theirs, path = published(dfine(name, **{"num_queries": 10} | sizes)), tmp_path / "dfine.pth"
+    state, heads = original_dfine(theirs), theirs.config.decoder_attention_heads
+    torch.save({"last_epoch": 3, "model": {n: each * 0 for n, each in state.items()}, "ema": {"module": state}}, path)
+    found = from_detr(path, heads=heads, queries=10)
+    compare_rtdetr(theirs, found.model)
+    torch.save({"model": state}, path)
+    kept = from_detr(path, LabelMap(("a", "b"), (4, 2)), heads=heads, queries=10).model
+    assert torch.equal(kept.scores[0].weight, found.model.scores[0].weight[[4, 2]])  # pyright: ignore
+    if not sizes:
+        preset: Any = PRESETS[name]
+        rest = {"neck_ratio": kept.config.neck_ratio, "cross": "deformable(points=6, project=False, gated=True)"}
+        assert found.model.config == replace(preset, queries=10, trunk_norm="frozen", **rest)
+
+
+@pytest.fixture(scope="module")
+def nano() -> dict[str, Tensor]:
+    return original_dfine(DFineForObjectDetection(dfine("dfine_n")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"decoder.up": torch.tensor([0.4]), "decoder.decoder.up": torch.tensor([0.4])},
+            "up' is 0.4; the zoo supports",
+        ),
+        ({"decoder.reg_scale": torch.tensor([8.0])}, "'decoder.reg_scale' must be the same positive number"),
+        ({"decoder.decoder.up": torch.tensor([0.5, 0.5])}, "'decoder.up' must be the same positive number"),
+        ({"decoder.decoder.reg_scale": None, "decoder.reg_scale": None}, "'decoder.reg_scale' is missing"),
+        ({"decoder.decoder.layers.0.cross_attn.num_points_scale": None}, "num_points_scale' is missing"),
+        ({"decoder.decoder.layers.0.cross_attn.num_points_scale": torch.zeros(12)}, "heads do not give its 96 samples"),
+        ({"heads": 4}, "points and 4 heads do not give its 96 samples in 2 levels"),
+        ({"backbone.stem.stem1.conv.weight": None}, "stem1.convolution.weight' is missing"),
+        ({"backbone.stages.3.blocks.0.aggregation.1.conv.weight": torch.zeros(7, 7)}, "the zoo supports hgnetv2_b0"),
+        ({"decoder.other": torch.zeros(1)}, "'decoder.other' is not used"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_faulty_dfine_file_is_one_line(nano, changed, message):
+    state = {name: each for name, each in (nano | changed).items() if name != "heads" and each is not None}
+    with pytest.raises(ValueError, match=message) as caught:
+        from_detr(state, heads=changed.get("heads", 8))
+    assert "\n" not in str(caught.value)
 
 
 class Evil:
@@ -276,11 +417,12 @@ def test_faulty_files_are_one_line(tmp_path, monkeypatch):
     refused(r"layers\.2\..* is missing", decoder_layers=3)
     refused("not used", decoder_layers=1)
     refused("d_model|shape", d_model=64)
+    refused("backbone_config.depths: it must be a list, got 3", backbone_config={"model_type": "resnet", "depths": 3})
     refused("backbone", backbone_config={"model_type": "swin"})
     refused("depths: it must be a list, got 5", backbone_config={"model_type": "resnet", "depths": 5})
     for name, value in (("evil.pth", {"model": {"a": Evil()}}), ("other.pth", {"model": {"a": torch.ones(1)}})):
         torch.save(value, tmp_path / name)
-        with pytest.raises(ValueError, match="cannot be read|neither") as caught:
+        with pytest.raises(ValueError, match="cannot be read|is not a DETR") as caught:
             from_detr(tmp_path / name)
         assert "\n" not in str(caught.value) and not (tmp_path / "evil").exists()
         assert "weights_only" not in str(caught.value)

@@ -353,6 +353,9 @@ def test_unreadable_images_are_omitted_and_listed(tmp_path: Path):
     (batch,) = data.train_dataloader()
     assert len(batch.skipped) == 3 and batch.images.shape == (0, 3, 32, 32) and batch.truth.boxes.shape == (0, 0, 4)
     assert batch.ids.shape == (0,) and batch.sizes.shape == (0, 2)
+    dataset = BoxDataset(data.source("train"), BoxPreprocess(size=50))  # no multiple of 32
+    batch = dataset[0, 0]
+    assert batch.images.shape == (0, 3, 50, 50) and batch.images.dtype == torch.float32 and batch.mask is None
 
 
 def test_a_batch_without_objects(root: Path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
@@ -15,10 +16,11 @@ import zoo
 from detecting import command
 from helpers import randomise
 from zoo.layer import copied
-from zoo.models import PRESETS
+from zoo.models import PRESETS, convolutional
 from zoo.models.convolutional import MaskedBatchNorm
 from zoo.models.detr import DETR, DETRConfig
 from zoo.tasks.detect.train import Detect
+from zoo.tensors import to_tokens
 
 PYRAMID = "flash_internimage_t(dim=(8, 16, 16, 24), depth=(1, 1, 1, 1), heads=(2, 2, 2, 2), layer_scale=None)"
 TRUNKS = [PYRAMID, "vit_tiny(dim=16, depth=2, heads=2)", "timm:resnet18", "timm:resnet50(output_stride=16)"]
@@ -64,11 +66,24 @@ def test_published_padding_sees_the_zeros_around_an_image():
     assert 1e-6 < (alone["logits"] - padded["logits"]).abs().max() < 1.0
 
 
-def test_batch_norms_of_a_timm_trunk_see_no_padding_in_training():
-    """Statistics and outputs of a padded batch are those of the same images without padding."""
-    model = build(trunk="timm:resnet18").double().train()
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("resnet18", 20),
+        ("regnetx_002", 44),
+        ("efficientnet_lite0", 48),
+        ("resnetv2_18", 16),
+        ("mobilenetv4_conv_small", 45),
+    ],
+)
+def test_batch_norms_of_a_timm_trunk_see_no_padding_in_training(name, number):
+    """Statistics and outputs of a padded batch are those of the same images without padding, and the outputs without
+    padding are those of timm's model, whose norms may have an activation of their own."""
+    model = build(trunk=f"timm:{name}").double().train()
     norms = [each for each in model.trunk.modules() if isinstance(each, MaskedBatchNorm)]
-    assert len(norms) == 20
+    assert len(norms) == number
+    net: Any = timm.create_model(name, features_only=True).double()
+    net.load_state_dict(model.trunk.model.net.state_dict())
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     mask = torch.zeros(2, 128, 128, dtype=torch.bool)
     mask[:, :64, :96] = True
@@ -76,11 +91,27 @@ def test_batch_norms_of_a_timm_trunk_see_no_padding_in_training():
     canvas[:, :, :64, :96] = images
     other = copy.deepcopy(model)
     (alone,), (padded,) = model.trunk(images, None), other.trunk(canvas * mask[:, None], mask)
+    assert (to_tokens(net.train()(images)[-1]) - alone[0]).abs().max() < 1e-9
     inside = padded[1].mask
     assert inside is not None
     assert (padded[0][inside].view(alone[0].shape) - alone[0]).abs().max() < 1e-9
     for one, two in zip(model.trunk.buffers(), other.trunk.buffers(), strict=True):
         assert (one - two).abs().max() < 1e-9 * (1 + one.abs().max())
+
+
+@torch.no_grad()
+def test_a_norm_that_would_learn_from_padding_is_refused_in_training(monkeypatch):
+    """Here those of SyncBatchNorm; without padding, frozen or in eval mode they do no harm."""
+    made, convert = convolutional.convolutional, nn.SyncBatchNorm.convert_sync_batchnorm
+    monkeypatch.setattr(convolutional, "convolutional", lambda *given: convert(made(*given)))
+    images, mask = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, :40] = True
+    model = build(trunk="timm:resnet18").eval()
+    model(images, mask)
+    with pytest.raises(ValueError, match="^trunk 'timm:resnet18' cannot be trained on images with padding") as error:
+        model.train()(images, mask)
+    assert "'bn1'" in str(error.value) and "\n" not in str(error.value)
+    build(trunk="timm:resnet18", trunk_norm="frozen").train()(images, mask)
 
 
 @torch.no_grad()

@@ -45,7 +45,6 @@ def build(trunk: str = TRUNKS[0], **choices: Any) -> RTDETR:
 # Parity
 
 THEIRS = {
-    "encoder_in_channels": [16, 24, 32],
     "encoder_ffn_dim": 64,
     "encoder_attention_heads": 4,
     "d_model": 32,
@@ -53,8 +52,6 @@ THEIRS = {
     "decoder_ffn_dim": 64,
     "decoder_layers": 3,
     "decoder_attention_heads": 4,
-    "decoder_n_points": [3, 6, 3],
-    "hidden_expansion": 0.5,
     "depth_mult": 0.67,
     "num_denoising": 20,
     "num_labels": 5,
@@ -62,18 +59,23 @@ THEIRS = {
 }
 
 
-def pair(inside: int, scale: float) -> tuple[Any, RTDETR]:
-    """transformers' model with random weights, and ours with the same, both in fp64."""
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
-    backbone = RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
-    rest = {"encoder_hidden_dim": inside, "decoder_in_channels": [inside] * 3, "reg_scale": scale}
+def pair(inside: int, scale: float, points: tuple[int, ...], ratio: float) -> tuple[Any, RTDETR]:
+    """transformers' model with random weights, and ours with the same, both in fp64; of as many levels as points."""
+    levels, widths = len(points), [8, 16, 24, 32]
+    sizes = {"embedding_size": 8, "hidden_sizes": widths, "depths": [1] * 4, "layer_type": "basic"}
+    backbone = RTDetrResNetConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"][-levels:])
+    strides = (4, 8, 16, 32)[-levels:]
+    rest = {"encoder_hidden_dim": inside, "decoder_in_channels": [inside] * levels, "reg_scale": scale}
+    rest |= {"encoder_in_channels": widths[-levels:], "feat_strides": strides, "num_feature_levels": levels}
+    rest |= {"encode_proj_layers": [levels - 1], "decoder_n_points": [*points], "hidden_expansion": ratio}
     config: Any = DFineConfig(**THEIRS | rest, backbone_config=backbone, attn_implementation="eager")
     theirs = published(config)
     given = {"ffn": f"mlp(ratio={64 / inside})", "decoder_ffn": "mlp(ratio=2.0, activation='relu')", "neck_depth": 2}
-    ours = build(**given, depth=3, encoder_dim=inside, box=f"distribution(scale={scale})")
+    given |= {"cross": f"deformable(points={points}, project=False, gated=True)", "strides": strides}
+    ours = build(**given, depth=3, encoder_dim=inside, neck_ratio=ratio, box=f"distribution(scale={scale})")
     ours.trunk = Theirs(theirs.model.backbone.model)  # pyright: ignore[reportAttributeAccessIssue]
     ours.inputs = nn.ModuleList(
-        type(each)(width, inside, "batchnorm") for each, width in zip(ours.inputs, (16, 24, 32), strict=True)
+        type(each)(width, inside, "batchnorm") for each, width in zip(ours.inputs, widths[-levels:], strict=True)
     )
     left = copy_weights(theirs, ours, ["trunk"])
     assert all(name.startswith("model.backbone.") for name in left)
@@ -106,17 +108,22 @@ def copy_weights(theirs: Any, ours: RTDETR, without: list[str]) -> set[str]:
     weights["model.denoising_class_embed.weight"] = weights["model.denoising_class_embed.weight"][:-1]
     used = {"model.decoder.reg_scale", "model.decoder.up"}
     for name, slot in [*ours.named_parameters(), *ours.named_buffers()]:
-        if not name.startswith((*without, "position.anchor")):
+        if not name.startswith((*without, "position.anchor")) and not name.endswith("num_batches_tracked"):
             names = names_of(name, DFINE_NAMES, hgnet_name)
             used |= {*names}
-            value = torch.cat([weights[each] for each in names]) if slot.ndim else weights[names[0]]
+            value = torch.cat([weights[each] for each in names])
+            assert [each for each in value.shape if each > 1] == [each for each in slot.shape if each > 1]
             slot.data = value.clone().reshape(slot.shape)
     again = ("model.decoder.class_embed", "model.decoder.bbox_embed")
     left = {name for name in set(weights) - used if not name.startswith(again)}
     return {name for name in left if not name.endswith(("num_batches_tracked", "num_points_scale"))}
 
 
-@pytest.fixture(scope="module", params=[(32, 4.0), (48, 8.0)])
+MODELS = [(32, 4.0, (3, 6, 3), 0.5), (48, 8.0, (3, 6, 3), 0.5), (32, 4.0, (6, 6), 0.37)]
+MODELS += [pytest.param((32, 4.0, (2, 3, 6, 3), 0.5), marks=pytest.mark.all)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def models(request) -> tuple[Any, RTDETR]:
     torch.manual_seed(0)
     return pair(*request.param)
@@ -301,6 +308,7 @@ def test_the_loss_reaches_every_parameter_with_and_without_objects(counts):
             {"cross": "deformable(points=(3, 6))"},
             "^cross 'deformable.*': points must be one number, or one for each of 3",
         ),
+        ({"cross": "deformable(points=(3, 6, 3))", "strides": (16, 32)}, "or one for each of 2 levels"),
     ],
     ids=str,
 )

@@ -228,6 +228,20 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+    ("trunk", "strides", "message"),
+    [
+        (TRUNKS[0], (8, 16), r"^strides must end with 32, the last of trunk '.*', got \(8, 16\)$"),
+        ("timm:resnet18", (16, 32, 64), r"has the strides \[2, 4, 8, 16, 32\], but the detector needs stride 64$"),
+        (TRUNKS[2], (6, 12), r"^a trunk of patch 16 does not fit the strides \(6, 12\)"),
+    ],
+)
+def test_strides_that_a_trunk_lacks_are_refused_in_one_line(trunk, strides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        RTDETRConfig(trunk=trunk, **TINY, strides=strides).build()
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("trunk", WRONG)
 def test_a_wrong_trunk_is_refused_in_one_line(trunk):
     with pytest.raises(ValueError, match=WRONG[trunk]) as error:
@@ -346,6 +360,8 @@ TURNED += [{"neck_channel": "eca"}, {"neck_norm": "prepbn"}, {"cross": "softmax"
 TURNED += [{"cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}]
 TURNED += [{"encoder_dim": 48}]
 TURNED += [{"encoder_depth": 2, "mixer": ("sla", "softmax")}]
+TURNED += [{"strides": (16, 32)}, {"strides": (4, 8, 16, 32), "cross": "deformable(points=(2, 3, 6, 3))"}]
+TURNED += [{"strides": (16, 32), "trunk": TRUNKS[2]}, {"strides": (16, 32), "trunk": "timm:hgnetv2_b0"}]
 TURNED += [{"encoder_depth": 0}, {"neck_depth": 0}, {"denoising": False}, {"position": "sine"}]
 
 
@@ -365,6 +381,9 @@ def test_choices_train_and_padding_changes_nothing(choice):
         assert apart(found[0], rows(model(image[None]))[0]) < 1e-5
 
 
+WRONG_STRIDES = [(), (32,), (8, 32), (32, 16), (0, 0), (-8, -16)]
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
@@ -381,6 +400,12 @@ def test_choices_train_and_padding_changes_nothing(choice):
         ({"neck_ratio": 0.0}, "^neck_ratio must be > 0"),
         ({"encoder_depth": -1}, "^encoder_depth must be >= 0, got -1"),
         ({"encoder_dim": -1}, "^encoder_dim must be >= 0, got -1"),
+        *(
+            ({"strides": each}, "^strides must be two or more, each twice the one before, got ")
+            for each in WRONG_STRIDES
+        ),
+        ({"strides": 8}, "^strides must be "),
+        ({"strides": (8.0, 16.0)}, "^strides must be "),
         ({"encoder_dim": 30}, "heads must divide dim 30"),
     ],
     ids=str,

@@ -35,6 +35,7 @@ def test_features_are_the_maps_behind_the_neck():
 
 
 FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0": ("stem.stem2a.bn",)}
+FOLDED["timm:regnetx_002"] = ("stem.bn", "s4.b7.conv2.bn")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,8 @@ FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0":
         (TRUNKS[2], {"neck_ratio": 1.0}),
         ("timm:resnet18d", {}),
         ("timm:hgnetv2_b0", {}),
+        ("timm:regnetx_002", {}),
+        ("timm:resnetv2_18", {}),
         ("timm:convnext_atto", {"neck_norm": "layernorm"}),
     ],
     ids=named,
@@ -95,6 +98,24 @@ def test_a_checkpoint_round_trips(trunk, fused, tmp_path):
     assert torch.equal(rows(loaded(images)), rows(model.eval()(images)))
 
 
+@pytest.mark.parametrize("strides", [(16, 32), (4, 8, 16, 32)])
+@pytest.mark.parametrize("trunk", [TRUNKS[2], "timm:resnet18d"], ids=named)
+@torch.no_grad()
+def test_any_levels_give_features_fold_and_round_trip(trunk, strides, tmp_path):
+    model: Any = prepared(build(trunk, strides=strides)).float().double()
+    images, mask = together([torch.randn(3, 70, 50).double(), torch.randn(3, 64, 96).double()], (80, 96))
+    assert model.strides == [*strides] and len(model.channels) == len(strides)
+    maps = model.features(images, mask=mask)
+    assert [tuple(each.shape) for each in maps] == [(2, 32, 96 // stride, 96 // stride) for stride in strides]
+    wanted, fused = model(images, mask), zoo.fuse(model)
+    done = {fold.layer for fold in fused.fusion if fold.into}  # pyright: ignore[reportOptionalIterable]
+    assert done >= {f"neck.laterals.{number}.norm" for number in range(len(strides) - 1)}
+    zoo.save_model(copy.deepcopy(model).float(), tmp_path / "detector")
+    for other in (fused, zoo.load_checkpoint(tmp_path / "detector").model.double()):
+        for got, each in zip(rows(other(images, mask)), rows(wanted), strict=True):
+            assert apart(got, each) < 1e-9
+
+
 @torch.no_grad()
 def test_a_near_tie_does_not_upset_the_probe():
     """The least change of a weight turns the ranking of the queries, and hardly the probe."""
@@ -114,7 +135,7 @@ def test_a_near_tie_does_not_upset_the_probe():
 
 DETECTORS = [name for name, config in PRESETS.items() if isinstance(config, RTDETRConfig)]
 MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_r101": 76.7}
-MILLIONS |= {"dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
+MILLIONS |= {"dfine_n": 3.8, "dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -162,16 +183,17 @@ FREE = {
 
 @pytest.mark.all
 @pytest.mark.parametrize(
-    ("trunk", "mixer"),
+    ("trunk", "choice"),
     [
-        *((trunk, "softmax") for trunk in (*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0")),
-        (TRUNKS[0], "area(areas=2)"),
+        *((trunk, {}) for trunk in (*TRUNKS[:3], "timm:resnet18d", "timm:hgnetv2_b0")),
+        (TRUNKS[0], {"mixer": "area(areas=2)"}),
+        (TRUNKS[0], {"strides": (16, 32)}),
     ],
     ids=named,
 )
 @torch.no_grad()
-def test_a_program_takes_any_batch_and_size(trunk, mixer):
-    model = build(trunk, mixer=mixer)
+def test_a_program_takes_any_batch_and_size(trunk, choice):
+    model = build(trunk, **choice)
     program = torch.export.export(model, (torch.randn(2, 3, 70, 100),), dynamic_shapes=FREE, strict=False).module()
     for shape in ((2, 3, 70, 100), (1, 3, 64, 64), (3, 3, 130, 90)):
         images = torch.randn(shape)

@@ -33,6 +33,15 @@ RESNETS = {
 }
 
 
+# Those of HGNetV2, with channels behind the stages, their numbers of blocks, and layers of a block.
+HGNETS = {
+    ((64, 256, 512, 1024), (1, 1, 2, 1), (3, 3, 3, 3)): "hgnetv2_b0",
+    ((96, 384, 768, 1536), (1, 1, 3, 1), (4, 4, 4, 4)): "hgnetv2_b2",
+    ((128, 512, 1024, 2048), (1, 1, 3, 1), (6, 6, 6, 6)): "hgnetv2_b4",
+    ((128, 512, 1024, 2048), (1, 2, 5, 2), (6, 6, 6, 6)): "hgnetv2_b5",
+}
+
+
 class ConvertedDetector(NamedTuple):
     """A detector of another library: the model in eval mode, its preprocessing, and its categories. The last two are
     None if the files do not hold them."""
@@ -162,6 +171,13 @@ def table_of(config: DetectorConfig) -> Table:
 def resnet_of(basic: bool, depths: Sequence[int]) -> str | None:
     """The name of the resnet with these blocks; None if it is not supported."""
     return next((name for name, known in RESNETS.items() if known == (basic, [*depths])), None)
+
+
+def hgnet_of(*sizes: Sequence[int]) -> str | None:
+    """The name of the HGNetV2 with these channels, blocks and layers; None if it is not supported."""
+    return next(
+        (name for known, name in HGNETS.items() if [[*each] for each in known] == [[*each] for each in sizes]), None
+    )
 
 
 def ffn_of(hidden: int, activation: str, dim: int) -> str:

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +71,14 @@ class Section:
         return ValueError(one_line(f"{self.where}: {self.name}{key}: {why}"))
 
 
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
-_KINDS |= {dict: "an object"}
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _shown(value: Any) -> str:
@@ -86,6 +93,27 @@ def refusal(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors and plain values; that could run code and is never read"
     return reason(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason(error)}"
+
+
+def state_dict_of(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    """The state dict in a file of PyTorch, of which only tensors and plain values are read: under one of the keys, the
+    first that is there, then inside that again, or at the top.
+
+    ValueError, in one line, if it cannot be read or holds none.
+    """
+    import argparse
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the system, of zip files, and of what the file asks for
+        raise ValueError(one_line(f"{path} cannot be read: {refusal(error)}", 300)) from error
+    for key in keys:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(each, Tensor) for each in found.values()):
+        raise ValueError(f"{path} holds no state dict, neither at the top nor under {' or '.join(map(repr, keys))}")
+    return {str(name): tensor for name, tensor in found.items()}
 
 
 class Source:

@@ -122,11 +122,11 @@ class BoxDataset(Dataset[Batch]):
 
     def batched(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Normalised images on one canvas, and the mask."""
-        size = self.preprocess.size
-        shapes = {tuple(image.shape[1:]) for image in images} or {(size, size)}
+        if not images:
+            return torch.zeros(0, self.preprocess.channels, self.preprocess.size, self.preprocess.size), None
+        shapes = {tuple(image.shape[1:]) for image in images}
         if len(shapes) == 1 and not any(side % MULTIPLE for side in next(iter(shapes))):  # normalised all at once
-            nothing = torch.zeros(0, self.preprocess.channels, *next(iter(shapes)), dtype=torch.uint8)
-            return self.preprocess.scaled(torch.stack(images) if images else nothing), None
+            return self.preprocess.scaled(torch.stack(images)), None
         return on_canvas([self.preprocess.scaled(image) for image in images], MULTIPLE)
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,48 +61,56 @@ def _add_shortcut(net: Any, spec: str) -> None:
 
 
 class MaskedBatchNorm(nn.BatchNorm2d):
-    """Batch norm that takes its statistics, in training, from the places inside the images alone, of all ranks.
+    """Batch norm that takes its statistics, in training, from the places inside the images alone, of all ranks. It has
+    the dropout and the activation of timm's BatchNormAct2d.
 
     outside holds, by stride, the places of a map that are padding; it is empty where there is none.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, outside: dict[int, Tensor], stride: int) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.drop, self.act = (getattr(norm, part, None) for part in ("drop", "act"))
         self.load_state_dict(norm.state_dict(), assign=True)
         self.outside, self.stride = outside, stride
 
     def forward(self, input: Tensor) -> Tensor:
         # Ranks exchange their statistics all or none, whether or not their own batch has padding.
         if not self.training or not self.outside and world_size() == 1:
-            return super().forward(input)
+            return self.behind(super().forward(input))
         tokens = to_tokens(input)
         real = ~self.outside[self.stride].flatten(1) if self.outside else None
         mean, variance, number = statistics(tokens, real)
-        self._track(mean.detach(), (variance * number / (number - 1).clamp(min=1)).detach())
+        self._track(mean.detach(), (variance * number / (number - 1).clamp(min=1)).detach(), number > 0)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return to_map(
-            torch.addcmul(self.bias - scale * mean, tokens, scale).to(input.dtype), (input.shape[2], input.shape[3])
-        )
+        tokens = torch.addcmul(self.bias - scale * mean, tokens, scale).to(input.dtype)
+        return self.behind(to_map(tokens, (input.shape[2], input.shape[3])))
+
+    def behind(self, x: Tensor) -> Tensor:
+        """The dropout and the activation of a map."""
+        x = x if self.drop is None else self.drop(x)
+        return x if self.act is None else self.act(x)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, any_real: Tensor) -> None:
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        rate = self.momentum * any_real.to(self.running_var.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 
 
 class Convolutional(nn.Module):
     """A convolutional model of timm. With a mask, all that reads windows of a map reads zeros outside the images, and
-    batch norms (those of the class nn.BatchNorm2d) read the inside alone, so that padding changes nothing.
-    `checkpointing` recomputes all activations in the backward pass."""
+    batch norms (BatchNorm2d of PyTorch, BatchNormAct2d of timm) read the inside alone, so that padding changes nothing.
+    Other norms with running statistics are refused in training with a mask. `checkpointing` recomputes all activations
+    in the backward pass."""
 
     checkpointing = False
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
-        self.net: Any = convolutional(name, channels)
+        self.name, self.net = name, cast(Any, convolutional(name, channels))
         info = self.net.feature_info
         self.strides, self.channels = list(info.reduction()), list(info.channels())
         self.outside: dict[int, Tensor] = {}  # the places of padding by stride, while a forward with a mask runs
@@ -114,10 +122,15 @@ class Convolutional(nn.Module):
                 " over whole maps and pools beyond the edge do not; choose a plain convolutional one, such as resnet18d"
             ) from None
         for path, module in list(self.net.named_modules()):
-            if module in scales and type(module) is nn.BatchNorm2d:
+            if module in scales and _is_batch_norm(module):
                 self.net.set_submodule(path, MaskedBatchNorm(module, self.outside, scales[module][0]))  # pyright: ignore
             elif module in scales:
                 module.register_forward_pre_hook(partial(self._zero, *scales[module]))
+        # Norms that learn statistics in other ways than batch norms of these classes; frozen ones have no momentum.
+        learning = [each for each in self.net.named_modules() if hasattr(each[1], "running_var")]
+        self.others = [
+            each for each in learning if hasattr(each[1], "momentum") and type(each[1]) is not MaskedBatchNorm
+        ]
         self.net.to(memory_format=torch.channels_last)  # as tokens lie in memory, and quicker on a CPU
 
     @torch.no_grad()
@@ -143,7 +156,7 @@ class Convolutional(nn.Module):
             scale = scale_of(inputs[0])
             if scales.setdefault(module, scale) != scale:
                 raise ValueError("a module reads maps of several strides")
-            return inputs if isinstance(module, nn.BatchNorm2d) else (masked(inputs[0], 0.0),)
+            return inputs if _is_batch_norm(module) else (masked(inputs[0], 0.0),)
 
         def behind(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             if not isinstance(module, nn.Conv2d) and _reach(module, inputs[0], output) > 0:
@@ -153,7 +166,7 @@ class Convolutional(nn.Module):
         hooks = []
         for module in self.net.modules():
             kernel = getattr(module, "kernel_size", 1)
-            if type(module) is nn.BatchNorm2d:
+            if _is_batch_norm(module):
                 hooks.append(module.register_forward_pre_hook(before))
             if not isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) or kernel in (1, (1, 1)):
                 continue
@@ -176,12 +189,14 @@ class Convolutional(nn.Module):
         for path, norm, conv in list(self._pairs()):
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
             fold_out(conv, scale, norm.bias - norm.running_mean * scale)
-            self.net.set_submodule(path, nn.Identity())
+            rest = [each for each in (norm.drop, norm.act) if each is not None]
+            self.net.set_submodule(path, nn.Sequential(*rest) if rest else nn.Identity())
             report.append(Fold(f"net.{path}", "the convolution in front of it"))
         return report
 
     def _pairs(self) -> Iterator[tuple[str, Any, nn.Conv2d]]:
         """Batch norms, and the convolutions that only they read."""
+        from timm.layers.conv_bn_act import ConvNormAct
         from timm.models.hgnet import ConvBNAct
         from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -190,7 +205,7 @@ class Convolutional(nn.Module):
             parts = list(parent.named_children())
             if isinstance(parent, nn.Sequential):
                 pairs = list(itertools.pairwise(parts))
-            elif isinstance(parent, ConvBNAct):
+            elif isinstance(parent, ConvBNAct | ConvNormAct):
                 pairs = [(("conv", parent.conv), ("bn", parent.bn))]
             elif isinstance(parent, BasicBlock | Bottleneck) or (parent is self.net and resnet):
                 found = dict(parts)
@@ -213,6 +228,11 @@ class Convolutional(nn.Module):
 
     def _maps(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
         if mask is not None:
+            if mixing := [path for path, norm in self.others if norm.training]:
+                raise ValueError(
+                    f"trunk 'timm:{self.name}' cannot be trained on images with padding: its norm '{mixing[0]}' would "
+                    "learn from it; set trunk_norm to frozen, or data.fit to stretch"
+                )
             for stride in (each for each in (1, 2, 4, 8, 16, 32) if each <= max(self.strides)):
                 real = coarsened(mask, stride)
                 assert real is not None
@@ -242,6 +262,15 @@ class Convolutional(nn.Module):
             return None
         outside = F.pad(self.outside[stride], (0, behind, 0, behind), value=True) if behind else self.outside[stride]
         return (inputs[0].masked_fill(outside, 0.0),)
+
+
+def _is_batch_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether a batch norm can be replaced by a MaskedBatchNorm."""
+    from timm.layers.norm_act import BatchNormAct2d
+
+    if type(module) not in (nn.BatchNorm2d, BatchNormAct2d):
+        return False
+    return bool(module.affine and module.track_running_stats)
 
 
 def _reach(pool: Any, x: Tensor, y: Tensor) -> int:

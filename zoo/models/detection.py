@@ -55,8 +55,6 @@ class DetectorConfig(ModelConfig):
     shown = ("trunk", *ModelConfig.shown, "cross", "queries", "classes")
     losses: ClassVar[tuple[str, ...]] = ("vfl", "mal", "focal", "ia_bce")  # of classes; the first is the usual one
     proposals: ClassVar[bool] = False  # whether queries start from tokens that are trained to propose objects
-    levels: ClassVar[int] = 1  # maps that the decoder reads
-    stride: ClassVar[int] = 32  # of the map that the encoder reads
     decoder_writes: ClassVar[frozenset[str]] = frozenset({"memory", "code"})
 
     trunk: str
@@ -102,6 +100,16 @@ class DetectorConfig(ModelConfig):
                 check(table, getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+
+    @property
+    def levels(self) -> int:
+        """How many maps the decoder reads."""
+        return 1
+
+    @property
+    def stride(self) -> int:
+        """That of the map that the encoder reads."""
+        return 32
 
     @property
     def words(self) -> list[str]:

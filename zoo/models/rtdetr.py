@@ -29,7 +29,7 @@ from zoo.models.detection import (
 )
 from zoo.models.distribution import BOXES, Boxes, Delta, Distribution
 from zoo.models.neck import NECKS, ConvNorm, Level, Neck
-from zoo.models.trunk import STRIDES, Trunk
+from zoo.models.trunk import Trunk
 from zoo.norms import NORMS, LayerNorm
 from zoo.spec import make, parse
 from zoo.tensors import exporting, linear, to_map
@@ -45,7 +45,8 @@ class RTDETRConfig(DetectorConfig):
     """A real-time detector: fields of every detector, and those of the neck and of the boxes.
 
     Args:
-        trunk: image model with maps at the strides 8, 16 and 32.
+        trunk: image model with maps at these strides.
+        strides: those of the maps, each twice the one before.
         encoder_dim: channels of the encoder and the neck, where they differ from dim; 0 for dim.
         encoder_depth: number of encoder blocks, on the coarsest map.
         neck: layers of the neck: `csp`, or `elan` as in D-FINE. With the latter, where the encoder has the decoder's
@@ -61,9 +62,9 @@ class RTDETRConfig(DetectorConfig):
     """
 
     proposals = True
-    levels = len(STRIDES)
     decoder_writes = DetectorConfig.decoder_writes | {"mask", "visible"}
 
+    strides: tuple[int, ...] = (8, 16, 32)
     encoder_dim: int = 0
     neck: str = "csp"
     neck_depth: int = 3
@@ -78,6 +79,9 @@ class RTDETRConfig(DetectorConfig):
 
     def check_sizes(self) -> None:
         super().check_sizes()
+        first = self.strides[0] if self.strides else 0
+        if first < 1 or self.levels < 2 or self.strides != tuple(first * 2**level for level in range(self.levels)):
+            raise ValueError(f"strides must be two or more, each twice the one before, got {self.strides}")
         for name in ("encoder_dim", "neck_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -93,6 +97,14 @@ class RTDETRConfig(DetectorConfig):
                 f"decoder_norm '{self.decoder_norm}' takes statistics over denoising queries, which inference does "
                 f"not have; choose another ({able})"
             )
+
+    @property
+    def levels(self) -> int:
+        return len(self.strides)
+
+    @property
+    def stride(self) -> int:
+        return self.strides[-1]
 
     @property
     def stages(self) -> tuple[Size, ...]:
@@ -115,9 +127,9 @@ class RTDETRConfig(DetectorConfig):
 class RTDETR(Model[RTDETRConfig]):
     """model(images [B, channels, H, W], mask [B, H, W] | None) -> {"logits": [B, Q, classes], "boxes": [B, Q, 4]}.
 
-    H and W are free; sides that 32 does not divide are padded. Boxes are (centre x, centre y, width, height) in 0..1
-    of each image's own extent: padding and the other images of a batch change nothing at inference. An image with fewer
-    tokens than queries has logits of -30 and boxes of 0 in the places of the missing ones.
+    H and W are free; sides that the last stride does not divide are padded. Boxes are (centre x, centre y, width,
+    height) in 0..1 of each image's own extent: padding and the other images of a batch change nothing at inference. An
+    image with fewer tokens than queries has logits of -30 and boxes of 0 in the places of the missing ones.
     """
 
     replaceable = ("score", "noise")  # of `score` and `scores`
@@ -125,19 +137,19 @@ class RTDETR(Model[RTDETRConfig]):
     def __init__(self, config: RTDETRConfig) -> None:
         super().__init__(config)
         dim, inside, first = config.dim, config.stages[0].dim, config.block().place
-        self.trunk = Trunk(config.trunk, config.channels, config.image, frozen=config.trunk_norm == "frozen")
+        self.trunk = Trunk(config.trunk, config.channels, config.image, config.strides, config.trunk_norm == "frozen")
         self.inputs = nn.ModuleList(
             ConvNorm(width, inside, config.neck_norm, place=first) for width in self.trunk.channels
         )
         self.position = make_position(config)
         rates = drop_rates(config.drop_path, config.encoder_depth)
         self.encoder = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
-        hidden = max(1, round(inside * config.neck_ratio))
+        hidden = max(1, int(inside * config.neck_ratio + 1e-6))  # rounded down, as published models have it
         neck = (config.neck, hidden, config.neck_depth, config.neck_norm, "silu", config.neck_channel)
-        self.neck = Neck(inside, len(STRIDES), *neck, place=first)
+        self.neck = Neck(inside, config.levels, *neck, place=first)
         self.levels = None
         if config.neck != "elan" or inside != dim:
-            self.levels = nn.ModuleList(ConvNorm(inside, dim, config.neck_norm, place=first) for _ in STRIDES)
+            self.levels = nn.ModuleList(ConvNorm(inside, dim, config.neck_norm, place=first) for _ in config.strides)
 
         self.select, self.select_norm = linear(dim, dim), LayerNorm(dim, eps=1e-5)
         self.score, self.box = class_head(dim, config.classes), MLP(dim, dim, 4, 3, zero=True)
@@ -149,17 +161,17 @@ class RTDETR(Model[RTDETRConfig]):
 
     @property
     def strides(self) -> list[int]:
-        return [*STRIDES]
+        return [*self.config.strides]
 
     @property
     def channels(self) -> list[int]:
-        return [self.config.stages[0].dim] * len(STRIDES)
+        return [self.config.stages[0].dim] * self.config.levels
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """The maps behind the neck [B, C, H', W'] at the given levels (all if None; -1 is the coarsest): sides are
         those of the padded images, divided by `strides`."""
-        wanted = chosen_layers(layers, len(STRIDES), "level")
-        levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, STRIDES[-1])))
+        wanted = chosen_layers(layers, self.config.levels, "level")
+        levels = self.neck(self.mixed(*padded(images, mask, self.config.channels, self.config.stride)))
         return [to_map(levels[layer][0], levels[layer][1].grid) for layer in wanted]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -202,18 +214,19 @@ class RTDETR(Model[RTDETRConfig]):
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and each token's anchor box as logits [1 or B, M, 4]."""
-        images, mask = padded(images, mask, self.config.channels, STRIDES[-1])
+        images, mask = padded(images, mask, self.config.channels, self.config.stride)
         levels = self.neck(self.mixed(images, mask))
         if self.levels is None:
             tokens = torch.cat([x for x, _ in levels], 1)
         else:
             tokens = torch.cat([each(x, place) for each, (x, place) in zip(self.levels, levels, strict=True)], 1)
         grids = tuple(place.grid for _, place in levels)
-        real, extent = None, None
+        real = extent = reach = None
         if mask is not None:
             real = torch.cat([place.mask for _, place in levels], 1)  # pyright: ignore
             extent = shares(mask)
-        memory = Memory(tokens, real, None, grids, None, None if extent is None else extent[:, None].expand(-1, 3, -1))
+            reach = extent[:, None].expand(-1, len(grids), -1)
+        memory = Memory(tokens, real, None, grids, None, reach)
         return memory, anchors_of(grids, extent, tokens.device)
 
     def mixed(self, images: Tensor, mask: Tensor | None) -> list[Level]:

@@ -15,8 +15,6 @@ from zoo.stems.images import coarsened
 from zoo.tensors import to_tokens
 from zoo.text import unknown
 
-STRIDES = (8, 16, 32)
-
 
 class Trunk(nn.Module):
     """An image model by name: a preset of the zoo, `"flash_internimage_t(depth=(1, 1, 3, 1))"`, or `"timm:NAME"`.
@@ -33,7 +31,7 @@ class Trunk(nn.Module):
     """
 
     def __init__(
-        self, name: str, channels: int, image: int, strides: tuple[int, ...] = STRIDES, frozen: bool = False
+        self, name: str, channels: int, image: int, strides: tuple[int, ...] = (8, 16, 32), frozen: bool = False
     ) -> None:
         super().__init__()
         from zoo.models import PRESETS, create_model
@@ -63,9 +61,11 @@ class Trunk(nn.Module):
             self.layers = [math.ceil(self.model.config.depth * share) - 1 for share in shares]
             self.adapter = Adapter(self.model.config.dim, self.model.config.patch, strides)
         elif missing := [stride for stride in strides if stride not in own]:
-            raise ValueError(f"trunk '{name}' has the strides {own}, but a detector needs stride {missing[0]}")
+            raise ValueError(f"trunk '{name}' has the strides {own}, but the detector needs stride {missing[0]}")
+        elif strides[-1] != own[-1]:  # the layers behind it would never learn
+            raise ValueError(f"strides must end with {own[-1]}, the last of trunk '{name}', got {strides}")
         else:
-            self.layers = [own.index(stride) for stride in strides]
+            self.layers = [len(own) - 1 - own[::-1].index(stride) for stride in strides]
         self.strides = strides or (own[-1],)
         self.channels: list[int] = [self.model.channels[layer] for layer in self.layers]
         self.train(self.training)
@@ -74,7 +74,7 @@ class Trunk(nn.Module):
         super().train(mode)
         if self.frozen:
             for module in self.modules():
-                if hasattr(module, "running_mean"):
+                if hasattr(module, "running_var"):
                     module.eval().requires_grad_(False)
         return self
 

@@ -21,14 +21,14 @@ from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.boxes import Truth, best
 from zoo.outputs.label_map import LabelMap
 from zoo.tasks.detect import train
-from zoo.tasks.detect.train import Detect, Detections
+from zoo.tasks.detect.train import Detect, Detections, blank
 from zoo.weights import load_checkpoint, save_model
 
 NAMES = ("rectangle", "ellipse", "triangle")
 
 
 def detector(backbone: dict[str, Any] | None = None, **options: Any) -> Detect:
-    task = Detect(backbone or {**TINY, "classes": 3}, **options)
+    task = Detect({**TINY, "classes": 3} if backbone is None else backbone, **options)
     task._trainer = SimpleNamespace(  # pyright: ignore
         current_epoch=0, global_rank=0, global_step=0, training=True, log=lambda *given: None
     )
@@ -135,6 +135,18 @@ def test_a_batch_of_unreadable_images_has_no_loss():
         loss = task.training_step(empty, 0)
     loss.backward()
     assert loss == 0 and all(each.grad is not None for each in task.model.parameters())
+
+
+@pytest.mark.parametrize("trunk", [TRUNK, "timm:resnet18"])
+def test_a_blank_image_changes_no_statistics(trunk: str):
+    """It stands for a batch of unreadable images where other ranks have some; alone, it must not leave NaN either."""
+    task = detector({**TINY, "classes": 3, "trunk": trunk})
+    before = {name: each.clone() for name, each in task.model.named_buffers() if "running" in name}
+    losses = task.losses(blank(batch_of([1])))
+    (losses["total"] * 0.0).backward()
+    assert losses["total"].isfinite() and len(before) > 10
+    assert all(torch.equal(each, before[name]) for name, each in task.model.named_buffers() if name in before)
+    assert all(bool(each.grad.isfinite().all()) for each in task.model.parameters() if each.grad is not None)
 
 
 def test_the_trunk_learns_at_its_own_rate():

@@ -1,22 +1,33 @@
-"""The checkpoints of the original DETR and RT-DETRv2 as ours, from the names and shapes of their tensors."""
+"""The checkpoints of the original DETR, RT-DETRv2 and D-FINE as ours, from the names and shapes of their tensors."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from zoo.convert.detection import RESNETS, ConvertedDetector, Named, build, ffn_of, resnet_name, resnet_of
-from zoo.convert.source import refusal
+from zoo.convert.detection import (
+    HGNETS,
+    RESNETS,
+    ConvertedDetector,
+    Named,
+    build,
+    ffn_of,
+    hgnet_name,
+    hgnet_of,
+    resnet_name,
+    resnet_of,
+)
+from zoo.convert.source import state_dict_of
+from zoo.convert.timm.parts import spelled
 from zoo.models.detection import DetectorConfig
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
 from zoo.outputs.label_map import LabelMap
-from zoo.text import one_line
 
 # From the original names to those of transformers, in the order in which they are replaced.
 _SHARED = (
@@ -46,8 +57,14 @@ _RTDETR = (
         lambda m: f"model.backbone.model.encoder.stages.{m[1]}.layers.{m[2]}.layer.{'abc'.index(m[3])}.",
     ),
     (_BRANCH + r"short\.(conv\.)?(?=conv\.|norm\.)", lambda m: _short(m[1], m[2], bool(m[3]))),
+    (r"^backbone\.stem\.", "model.backbone.model.embedder."),
+    (r"^backbone\.stages\.", "model.backbone.model.encoder.stages."),
     (r"^(model\.backbone\.model\..*)\.conv\.", r"\1.convolution."),
-    (r"^(model\.backbone\.model\..*)\.norm\.", r"\1.normalization."),
+    (r"^(model\.backbone\.model\..*)\.(norm|bn)\.", r"\1.normalization."),
+    (r"(_blocks\.\d)\.cv([14])\.", r"\1.conv\2."),
+    (r"(_blocks\.\d)\.cv([23])\.0\.", lambda m: f"{m[1]}.csp_rep{int(m[2]) - 1}."),
+    (r"(_blocks\.\d)\.cv([23])\.1\.", r"\1.conv\2."),
+    (r"(downsample_convs\.\d)\.0\.cv([12])\.", r"\1.conv\2."),
     (r"^(en|de)coder\.input_proj\.(\d)\.(conv|0)\.", r"model.\1coder_input_proj.\2.0."),
     (r"^(en|de)coder\.input_proj\.(\d)\.(norm|1)\.", r"model.\1coder_input_proj.\2.1."),
     (r"^encoder\.encoder\.0\.", "model.encoder.aifi.0."),
@@ -57,12 +74,14 @@ _RTDETR = (
     (r"^decoder\.dec_bbox_head\.", "bbox_embed."),
     (r"^decoder\.enc_output\.(proj|0)\.", "model.enc_output.0."),
     (r"^decoder\.enc_output\.(norm|1)\.", "model.enc_output.1."),
-    (r"^decoder\.query_pos_head\.", "model.decoder.query_pos_head."),
+    (r"^decoder\.(query_pos|pre_bbox)_head\.", r"model.decoder.\1_head."),
     (r"^decoder\.(?=enc_|denoising)", "model."),
     (r"\.cross_attn\.", ".encoder_attn."),
     *_SHARED,
 )
-_DROPPED = (".num_points_scale", "decoder.anchors", "decoder.valid_mask")
+_DROPPED = ("decoder.anchors", "decoder.valid_mask")
+_POINTS = ".num_points_scale"  # for each sample of an attention, 1 / the number of points of its level
+_STRIDES = (4, 8, 16, 32)
 
 
 def _short(stage: str, block: str, pooled: bool) -> str:
@@ -78,17 +97,17 @@ def from_detr(
     queries: int = 300,
     dilated: bool = False,
 ) -> ConvertedDetector:
-    """Converts a checkpoint of the original code of DETR or RT-DETRv2, with equal outputs in eval mode.
+    """Converts a checkpoint of the original code of DETR, RT-DETRv2 or D-FINE, with equal outputs in eval mode.
 
-    A DETR has padding="published", as in `from_transformers`. Of an RT-DETRv2 the averaged weights are taken if there
-    are any; its decoder must sample bilinearly. Backbones are resnets.
+    A DETR has padding="published", as in `from_transformers`. Of the others the averaged weights are taken if there are
+    any, and all decoder layers; the decoder must sample bilinearly. Backbones are resnets, and HGNetV2 for a D-FINE.
 
     Args:
         checkpoint: the file, which is read without running code, or a state dict.
         labels: categories of the classes that are kept, each with the id that is its row of the class heads: for the
             published DETR, the ids of COCO. None keeps all rows.
         heads: attention heads.
-        queries: queries of an RT-DETRv2; a DETR's are in its file.
+        queries: queries of an RT-DETRv2 or a D-FINE; a DETR's are in its file.
         dilated: whether the last stage of a DETR's backbone is dilated (DC5), which the file does not show.
 
     Returns:
@@ -98,11 +117,15 @@ def from_detr(
         ValueError: in one line: the file cannot be read, or a tensor is missing, unused or of a wrong shape.
     """
     where = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint).expanduser())
+    state = (
+        checkpoint
+        if isinstance(checkpoint, Mapping)
+        else state_dict_of(Path(checkpoint).expanduser(), ("ema", "module", "model"))
+    )
     classic = any(name.startswith("transformer.") for name in state)
     if not classic and not any(name.startswith("decoder.dec_score_head.") for name in state):
         raise ValueError(
-            f"{where} is neither a DETR nor an RT-DETRv2; their tensors are named transformer. or decoder."
+            f"{where} is not a DETR, an RT-DETRv2 or a D-FINE; their tensors are named transformer. or decoder."
         )
     tensors = _renamed(state, _DETR if classic else _RTDETR, where)
     facts = _Facts(tensors, where)
@@ -113,24 +136,8 @@ def from_detr(
             raise ValueError(f"{where} has {count} classes, so ids of labels must be below that, got {max(labels.ids)}")
         rows = [*labels.ids, *([count] if classic else [])]
         config = replace(config, classes=len(labels))
+    tensors = {name: each for name, each in tensors.items() if not name.endswith(_POINTS)}
     return ConvertedDetector(build(config, tensors, where, trunk, rows, count + classic), None, labels)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The weights in a file of PyTorch, of which only tensors and plain values are read."""
-    import argparse
-
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the system, of zip files, and of what the file asks for
-        raise ValueError(one_line(f"{path} cannot be read: {refusal(error)}", 300)) from error
-    for key in ("ema", "module", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(each, Tensor) for each in found.values()):
-        raise ValueError(f"{path} holds no state dict; DETR's is under 'model', RT-DETRv2's under 'ema' or 'model'")
-    return {str(name): tensor for name, tensor in found.items()}
 
 
 def _renamed(state: Mapping[str, Tensor], table: Sequence[tuple[str, Any]], where: str) -> dict[str, Tensor]:
@@ -153,7 +160,7 @@ def _renamed(state: Mapping[str, Tensor], table: Sequence[tuple[str, Any]], wher
 class _Facts:
     """What the names and shapes of tensors say about a network."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+    def __init__(self, tensors: dict[str, Tensor], where: str) -> None:
         self.tensors, self.where = tensors, where
 
     def size(self, name: str, axis: int = 0) -> int:
@@ -172,6 +179,42 @@ class _Facts:
         if (name := resnet_of(basic, depths)) is None:
             found = f"a backbone of {depths} {'basic' if basic else 'bottleneck'} blocks"
             raise ValueError(f"{self.where}: {found}; the zoo supports {', '.join(RESNETS)}")
+        return name
+
+    def points(self, path: str, levels: int, heads: int, required: bool) -> tuple[int, ...]:
+        """The points of each level that an attention samples; where the file does not hold them, equal ones."""
+        samples, scales = self.size(f"{path}.attention_weights.weight"), self.tensors.get(path + _POINTS)
+        if scales is None and not required:
+            return (samples // (levels * heads),) * levels
+        self.size(path + _POINTS)
+        given, found = cast(Tensor, scales).flatten().tolist(), list[int]()
+        while sum(found) < len(given):
+            share = given[sum(found)]
+            found.append(round(1 / share) if 0 < share <= 1 else len(given) + 1)
+        if len(found) != levels or sum(found) * heads != samples:
+            why = f"{len(found)} levels with {found} points and {heads} heads do not give its {samples} samples"
+            raise ValueError(f"{self.where}: '{path}': {why} in {levels} levels")
+        return tuple(found)
+
+    def constant(self, name: str) -> float:
+        """Takes out the number that the decoder and its layers both hold."""
+        found = [
+            self.tensors.pop(each) for each in (f"decoder.{name}", f"model.decoder.{name}") if each in self.tensors
+        ]
+        if not found:
+            raise ValueError(f"{self.where}: the tensor 'decoder.{name}' is missing")
+        if any(each.numel() != 1 or not 0 < each.item() < math.inf for each in found) or len({*map(float, found)}) > 1:
+            raise ValueError(f"{self.where}: the tensors 'decoder.{name}' must be the same positive number")
+        return float(found[0])
+
+    def hgnet(self) -> str:
+        """The name of an HGNetV2."""
+        stages = [f"model.backbone.model.encoder.stages.{stage}.blocks." for stage in range(4)]
+        widths = [self.size(f"{stage}0.aggregation.1.convolution.weight") for stage in stages]
+        sizes = widths, [self.depth(stage) for stage in stages], [self.depth(f"{stage}0.layers.") for stage in stages]
+        if (name := hgnet_of(*sizes)) is None:
+            known = ", ".join(HGNETS.values())
+            raise ValueError(f"{self.where}: an HGNetV2 with {widths} channels; the zoo supports {known}")
         return name
 
     def ffn(self, path: str, activation: str) -> str:
@@ -203,17 +246,24 @@ def _detr(facts: _Facts, heads: int, queries: int, dilated: bool) -> tuple[Detec
 
 def _rtdetr(facts: _Facts, heads: int, queries: int, dilated: bool) -> tuple[DetectorConfig, Named]:
     if dilated:
-        raise ValueError(f"{facts.where}: dilated is for a DETR, and this is an RT-DETRv2")
-    backbone = "model.backbone.model.encoder.stages."
-    basic = f"{backbone}0.layers.0.layer.2.convolution.weight" not in facts.tensors
-    net = facts.resnet([f"{backbone}{stage}.layers." for stage in range(4)], basic)
-    dim = facts.size("model.enc_output.0.weight")
-    samples = facts.size("model.decoder.layers.0.encoder_attn.attention_weights.weight")
-    points = samples // (3 * heads)
+        raise ValueError(f"{facts.where}: dilated is for a DETR, and this is another detector")
+    fine = any(name.startswith("model.decoder.pre_bbox_head.") for name in facts.tensors)
+    dim, inside = facts.size("model.enc_output.0.weight"), facts.size("model.encoder_input_proj.0.0.weight")
+    levels = facts.depth("model.encoder_input_proj.")
+    points = facts.points("model.decoder.layers.0.encoder_attn", levels, heads, fine)
+    if any(name.startswith("model.backbone.model.embedder.stem1.") for name in facts.tensors):
+        counted = any(re.match(r"model\.backbone\..*\.num_batches_tracked$", name) for name in facts.tensors)
+        trunk, named = {"trunk": f"timm:{facts.hgnet()}", "trunk_norm": "batch" if counted else "frozen"}, hgnet_name
+    else:
+        backbone = "model.backbone.model.encoder.stages."
+        basic = f"{backbone}0.layers.0.layer.2.convolution.weight" not in facts.tensors
+        net = facts.resnet([f"{backbone}{stage}.layers." for stage in range(4)], basic)
+        trunk = {"trunk": f"timm:{net}d" + "(shortcut=True)" * basic, "trunk_norm": "batch" if basic else "frozen"}
+        named = partial(resnet_name, deep=True, basic=basic)
     config = RTDETRConfig(
-        trunk=f"timm:{net}d" + "(shortcut=True)" * basic,
-        trunk_norm="batch" if basic else "frozen",
         dim=dim,
+        encoder_dim=0 if inside == dim else inside,
+        strides=_STRIDES[-levels:],
         heads=heads,
         depth=facts.depth("model.decoder.layers."),
         encoder_depth=facts.depth("model.encoder.aifi.0.layers."),
@@ -221,9 +271,39 @@ def _rtdetr(facts: _Facts, heads: int, queries: int, dilated: bool) -> tuple[Det
         classes=facts.size("model.enc_score_head.weight"),
         ffn=facts.ffn("model.encoder.aifi.0.layers.0", "gelu"),
         decoder_ffn=facts.ffn("model.decoder.layers.0", "relu"),
-        neck_depth=facts.depth("model.encoder.fpn_blocks.0.bottlenecks."),
-        neck_ratio=facts.size("model.encoder.fpn_blocks.0.conv1.conv.weight") / dim,
-        cross="deformable" if points == 4 else f"deformable(points={points})",
         denoising="model.denoising_class_embed.weight" in facts.tensors,
+        **trunk,
+        **(_fine if fine else _plain)(facts, inside, points),
     )
-    return config, partial(resnet_name, deep=True, basic=basic)
+    return config, named
+
+
+def _plain(facts: _Facts, inside: int, points: tuple[int, ...]) -> dict[str, Any]:
+    """The fields that are an RT-DETRv2's own."""
+    block = "model.encoder.fpn_blocks.0"
+    return {
+        "neck_depth": facts.depth(f"{block}.bottlenecks."),
+        "neck_ratio": facts.size(f"{block}.conv1.conv.weight") / inside,
+        "cross": spelled("deformable", _points(points)),
+    }
+
+
+def _fine(facts: _Facts, inside: int, points: tuple[int, ...]) -> dict[str, Any]:
+    """The fields that are a D-FINE's own."""
+    if (up := facts.constant("up")) != 0.5:
+        raise ValueError(f"{facts.where}: the tensor 'decoder.up' is {up:g}; the zoo supports 0.5")
+    block, scale = "model.encoder.fpn_blocks.0.csp_rep1", facts.constant("reg_scale")
+    bins = facts.size("bbox_embed.0.layers.2.weight") // 4 - 1
+    options = [f"bins={bins}"] * (bins != 32) + [f"scale={scale}"] * (scale != 4.0)
+    return {
+        "neck": "elan",
+        "neck_depth": facts.depth(f"{block}.bottlenecks."),
+        "neck_ratio": 2 * facts.size(f"{block}.conv1.conv.weight") / inside,
+        "cross": spelled("deformable", [*_points(points), "project=False", "gated=True"]),
+        "box": spelled("distribution", options),
+    }
+
+
+def _points(points: tuple[int, ...]) -> list[str]:
+    equal = len({*points}) == 1
+    return [] if equal and points[0] == 4 else [f"points={points[0] if equal else points}"]

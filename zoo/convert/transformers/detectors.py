@@ -16,6 +16,7 @@ from zoo.convert.detection import (
     build,
     ffn_of,
     hgnet_name,
+    hgnet_of,
     resnet_name,
     resnet_of,
 )
@@ -114,13 +115,6 @@ _RENAMED = (
     (r"(coder\.(?:aifi\.\d+\.)?layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.fc2."),
     (r"^model\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
 )
-# Channels behind the stages, their numbers of blocks, and layers of a block.
-_HGNETS = {
-    ((64, 256, 512, 1024), (1, 1, 2, 1), (3, 3, 3, 3)): "hgnetv2_b0",
-    ((96, 384, 768, 1536), (1, 1, 3, 1), (4, 4, 4, 4)): "hgnetv2_b2",
-    ((128, 512, 1024, 2048), (1, 1, 3, 1), (6, 6, 6, 6)): "hgnetv2_b4",
-    ((128, 512, 1024, 2048), (1, 2, 5, 2), (6, 6, 6, 6)): "hgnetv2_b5",
-}
 _DROPPED = (".n_points_scale", ".num_points_scale", "model.anchors", "model.valid_mask")
 
 
@@ -188,10 +182,10 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
     dim, heads = whole.whole("d_model", 256), whole.whole("decoder_attention_heads", 8)
     inside = whole.whole("encoder_hidden_dim", 256)
     whole.fixed("encoder_attention_heads", heads)
+    strides = whole.take("feat_strides", list, [8, 16, 32])
     for key, value in (
-        ("num_feature_levels", 3),
-        ("feat_strides", [8, 16, 32]),
-        ("encode_proj_layers", [2]),
+        ("num_feature_levels", len(strides)),
+        ("encode_proj_layers", [len(strides) - 1]),
         ("positional_encoding_temperature", 10000),
         ("normalize_before", False),
         ("learn_initial_query", False),
@@ -212,12 +206,13 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
         given |= _fine(whole, given["depth"], dim // heads)
         options += ["project=False", "gated=True"]
     else:
-        whole.fixed("decoder_n_levels", 3)
+        whole.fixed("decoder_n_levels", len(strides))
     encoder = _activation(whole, "encoder_activation_function", "gelu")
     decoder = _activation(whole, "decoder_activation_function", "relu")
     trunk, named = _trunk(whole, False)
     config = RTDETRConfig(
         trunk=trunk,
+        strides=tuple(strides),
         trunk_norm="frozen" if whole.take("freeze_backbone_batch_norms", bool, True) else "batch",
         dim=dim,
         encoder_dim=0 if inside == dim else inside,
@@ -306,8 +301,7 @@ def _hgnet(inside: Section) -> str:
     keys = ("stage_out_channels", "stage_num_blocks", "stage_numb_of_layers")
     usual = ([128, 512, 1024, 2048], [1, 1, 3, 1], [6, 6, 6, 6])
     sizes = [inside.take(key, list, value) for key, value in zip(keys, usual, strict=True)]
-    net = next((name for known, name in _HGNETS.items() if [[*each] for each in known] == sizes), None)
-    if net is None:
+    if (net := hgnet_of(*sizes)) is None:
         raise inside.refused(keys[0], f"the zoo supports those of hgnetv2_b0, b2, b4 and b5, not {sizes[0]}")
     inside.fixed("use_learnable_affine_block", net in ("hgnetv2_b0", "hgnetv2_b2"))
     inside.fixed("hidden_act", "relu")

@@ -1,8 +1,5 @@
 """RT-DETR (Zhao et al. 2024, arXiv:2304.08069; RT-DETRv2, Lv et al. 2024, arXiv:2407.17140) on several trunks, and
-D-FINE (Peng et al. 2024, arXiv:2410.13842).
-
-The published D-FINE-M has a fifth decoder layer in training alone; here it has the four of inference.
-"""
+D-FINE (Peng et al. 2024, arXiv:2410.13842)."""
 
 from dataclasses import replace
 
@@ -40,6 +37,16 @@ PRESETS: dict[str, RTDETRConfig] = {
         queries=100,
         neck_depth=1,
         neck_ratio=0.5,
+    ),
+    "dfine_n": replace(
+        _FINE,
+        trunk="timm:hgnetv2_b0",
+        strides=(16, 32),
+        dim=128,
+        depth=3,
+        neck_depth=2,
+        neck_ratio=0.34,
+        cross="deformable(points=(6, 6), project=False, gated=True)",
     ),
     "dfine_s": replace(_FINE, trunk="timm:hgnetv2_b0", depth=3, neck_depth=1, neck_ratio=0.5),
     "dfine_m": replace(_FINE, trunk="timm:hgnetv2_b2", depth=4, neck_depth=2),

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from zoo.data.images import Batch
+from zoo.data.sampling import rank_and_world
 from zoo.tasks.task import Task
 
 UNREADABLE = "skipped {}: cannot be read as an image"
@@ -98,7 +99,8 @@ class Classify(Task):
         if self.mix is not None and len(images) % 2:
             images, labels = images[:-1], labels[:-1]  # mixing needs pairs
         if len(images) == 0:
-            return self.no_loss()
+            # Ranks exchange the statistics of batch norms, and none may be left waiting.
+            return self.model(images).sum() * 0.0 if rank_and_world()[1] > 1 else self.no_loss()
         if self.mix is not None:
             images, labels = self.mix(images, labels)
             loss = F.cross_entropy(self.model(images), labels)

@@ -10,10 +10,11 @@ from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
+from zoo.data.sampling import rank_and_world
 from zoo.layer import Context
 from zoo.models.base import Model
 from zoo.models.detection import Noised, Trained
-from zoo.outputs.boxes import best
+from zoo.outputs.boxes import Truth, best
 from zoo.tasks.alignment import Alignment
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import detection_loss
@@ -209,11 +210,17 @@ class Detect(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         if len(batch.images) == 0:
-            return self.no_loss()
+            return self.nothing(batch)
         losses = self.losses(batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items() if name != "total"})
         self.log("train/loss", self.checked(losses["total"]))
         return losses["total"]
+
+    def nothing(self, batch: Batch) -> Tensor:
+        """The loss of a batch without images: 0, after the same collective calls, so that no rank waits."""
+        if rank_and_world()[1] == 1:
+            return self.no_loss()
+        return self.losses(blank(batch))["total"] * 0.0
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -221,11 +228,10 @@ class Detect(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
-        if len(batch.images) == 0:
-            return
-        predicted = self.predicted(self.measured, batch)
-        self.mean_loss.update(self.compared(predicted, batch)["total"], len(batch.images))
-        logits, boxes = (each[-1] for each in predicted.layers)
+        given = batch if len(batch.images) else blank(batch)  # ranks exchange their numbers of objects
+        predicted = self.predicted(self.measured, given)
+        self.mean_loss.update(self.compared(predicted, given)["total"], len(batch.images))
+        logits, boxes = (each[-1, : len(batch.images)] for each in predicted.layers)
         config: Any = self.config
         found = best(logits, boxes, batch.sizes, config.labelled, MOST, config.detection_nms)
         self.found.update(batch.ids, *found)
@@ -256,6 +262,13 @@ class Detect(Task):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def blank(batch: Batch) -> Batch:
+    """A batch of one image without pixels or objects, for what ranks compute together: it changes no statistics."""
+    images = batch.images.new_zeros(1, batch.images.shape[1], 64, 64)
+    truth = Truth(*(each.new_zeros(1, 0, *each.shape[2:]) for each in batch.truth))
+    return batch._replace(images=images, mask=torch.zeros_like(images[:, 0], dtype=torch.bool), truth=truth)
 
 
 def by_category(found: Precision) -> str:

@@ -1,0 +1,100 @@
+"""Conversions of diffusion transformers: equal to diffusers, the three kinds, and back."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+
+from helpers import prepared, relative
+from zoo.convert import from_diffusers, from_dit, to_dit
+from zoo.models.dit import DiT, DiTConfig
+from zoo.schedules import SCHEDULES
+
+
+def theirs(**options: Any) -> Any:
+    given = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2}
+    given |= {"sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_eps": 1e-6}
+    model: Any = prepared(DiTTransformer2DModel(**given | options)).eval()
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(first)
+    return model
+
+
+@torch.no_grad()
+def test_equal_to_diffusers():
+    """With its two deviations: the frequencies of shift=1, and here its second norm has our eps."""
+    model = theirs()
+    ours = from_diffusers(model.state_dict(), heads=2, image=8, shift=1.0)
+    x, steps, labels = torch.randn(3, 4, 8, 8).double(), torch.tensor([0, 417, 999]), torch.tensor([0, 3, 10])
+    wanted = model(x, timestep=steps, class_labels=labels).sample
+    assert relative(ours(x, (steps + 1).double() / 1000, labels), wanted) < 1e-6
+    plain = from_diffusers(model.state_dict(), heads=2, image=8)
+    assert relative(plain(x, (steps + 1).double() / 1000, labels), wanted) > 1e-4
+    deviating = theirs(norm_eps=1e-1)
+    assert relative(deviating(x, timestep=steps, class_labels=labels).sample, wanted) > 1e-3
+
+
+def original(kind: str, **fields: Any) -> tuple[dict[str, Tensor], DiT]:
+    """Random weights in the original layout, and a model with them in our own terms of DiT, SiT or REPA."""
+    names = {"dit": {"time": "sincos(count=True)", "schedule": "ddpm", "prediction": "noise"}}
+    names |= {"sit": {"time": "sincos(scale=1.0, reverse=True)"}, "repa": {"time": "sincos(scale=1.0)"}}
+    config = DiTConfig(dim=32, depth=2, heads=2, image=8, classes=5, **names[kind] | fields)
+    model: Any = prepared(config.build()).eval()
+    return to_dit(model), model
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit", "repa"])
+@torch.no_grad()
+def test_the_way_back(kind, tmp_path):
+    state, model = original(kind, **({"variance": True} if kind == "dit" else {}))
+    names = {name.split(".", 2)[2] for name in state if name.startswith("blocks.0.")}
+    assert {"attn.qkv.weight", "attn.proj.bias", "mlp.fc1.weight", "mlp.fc2.bias", "adaLN_modulation.1.bias"} <= names
+    assert state["pos_embed"].shape == (1, 16, 32) and state["blocks.1.adaLN_modulation.1.weight"].shape == (192, 32)
+    torch.save({"ema": state, "args": __import__("argparse").Namespace(a=1)}, tmp_path / "file.pt")
+    again = from_dit(tmp_path / "file.pt", kind, heads=2)
+    assert again.config == model.config
+    x, time, labels = torch.randn(2, 4, 8, 8).double(), torch.tensor([0.1, 0.8]).double(), torch.tensor([1, 5])
+    assert torch.equal(again(x, time, labels), model(x, time, labels))
+    assert all(torch.equal(each, to_dit(again)[name]) for name, each in state.items())
+
+
+@torch.no_grad()
+def test_the_time_and_the_sign_of_sit():
+    """A SiT model counts from the noise and predicts data - noise; the naive form calls DiT's layers so."""
+    state, _ = original("sit")
+    wide = {name: each.clone() for name, each in state.items()}
+    for leaf in ("weight", "bias"):  # SiT has as many channels again that it does not use
+        tensor = state[f"final_layer.linear.{leaf}"].unflatten(0, (4, 1, 4))
+        wide[f"final_layer.linear.{leaf}"] = torch.cat([tensor, torch.randn_like(tensor)], 1).flatten(0, 2)
+    ours = from_dit(wide, "sit", heads=2)
+    forward = from_dit(state, "repa", heads=2)  # the same weights, as a function of SiT's own time
+    x, time, labels = torch.randn(2, 4, 8, 8).double(), torch.tensor([0.3, 0.6]).double(), torch.tensor([1, 5])
+    assert relative(ours(x, time, labels), -forward(x, 1 - time, labels)) < 1e-6
+    data, noise = SCHEDULES["linear"].level(time)
+    assert torch.equal(data, 1 - time) and torch.equal(noise, time)
+
+
+def test_refused():
+    state, model = original("dit")
+    for change, message in (
+        ({"heads": None}, "width 32 is not a published one"),
+        ({"kind": "jit"}, "kind: unknown name 'jit'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_dit(state, **{"heads": 2} | change)  # pyright: ignore
+    with pytest.raises(ValueError, match="'blocks.1.mlp.fc1.bias' is missing"):
+        from_dit({name: each for name, each in state.items() if name != "blocks.1.mlp.fc1.bias"}, heads=2)
+    with pytest.raises(ValueError, match="'extra' is not used"):
+        from_dit(state | {"extra": torch.ones(1)}, heads=2)
+    with pytest.raises(ValueError, match="not the fixed table"):
+        from_dit(state | {"pos_embed": state["pos_embed"].flip(-1)}, heads=2)
+    given = theirs().state_dict()
+    name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    with pytest.raises(ValueError, match="differs from that of block 0"):
+        from_diffusers(given | {name: given[name] + 1}, heads=2)
+    with pytest.raises(ValueError, match="has its layout"):
+        to_dit(DiTConfig(dim=32, depth=1, heads=2, image=8, mixer="sla").build())
+    assert model.config.variance is False
