@@ -15,7 +15,7 @@ LAYERS = [
     ["spec", "tensors", "text"],
     ["quick"],
     ["spelling"],
-    ["layer", "cache"],
+    ["layer", "cache", "schedules"],
     ["kernels", "norms"],
     ["fusion", "channels", "positions", "ffns", "modulations"],
     ["mixers", "stems", "heads"],

@@ -124,6 +124,11 @@ class Config:
         return self.labelled > 0
 
     @property
+    def answers(self) -> bool:
+        """Whether the model has an answer, with labels, for one raw input."""
+        return self.labels is not None and self.labelled > 0
+
+    @property
     def pipeline_tag(self) -> str:
         """The Hub's pipeline tag of the model."""
         return "feature-extraction"

@@ -184,7 +184,7 @@ def _converted(
         for name, tensor in model.state_dict().items():
             tensor.copy_(source.take([_original(name)], tensor.shape))
     source.finish()
-    if positions is not None and not torch.allclose(positions.float().cpu(), _table(model), atol=1e-3):
+    if positions is not None and not torch.allclose(positions.double().cpu(), _table(model).double(), atol=1e-3):
         raise ValueError(f"{where}: 'pos_embed' is not the fixed table of sines and cosines")
     return model.eval()
 

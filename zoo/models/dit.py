@@ -113,6 +113,10 @@ class DiTConfig(FlatConfig):
         return True
 
     @property
+    def answers(self) -> bool:
+        return False
+
+    @property
     def outputs(self) -> int:
         """Channels of the model's output."""
         return self.channels * (1 + self.variance)
@@ -126,7 +130,9 @@ class DiTConfig(FlatConfig):
         return side, side
 
     def call(self, prepared: str) -> str:
-        return f"output = model({prepared}, torch.full((1,), 0.5), torch.zeros(1, dtype=torch.int64))"
+        labels = "torch.tensor([0, 1])" if self.classes else "None"
+        lines = ["import torch", "from zoo.outputs.samplers import sample", ""]
+        return "\n".join([*lines, f"drawn = sample(model, {labels}, range(2), ({self.image}, {self.image}), steps=20)"])
 
     def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         inputs = {

@@ -31,8 +31,7 @@ import zoo
 
 # this folder; on the Hub OWNER/{title}
 checkpoint = zoo.load_checkpoint({name!r})
-{given}
-{answer}model, preprocess, {labels}, config = checkpoint
+{given}{answer}model, preprocess, {labels}, config = checkpoint
 {call}
 ```
 """
@@ -98,7 +97,7 @@ def model_card(
         given, prepared = "# it has no preprocess, so prepare the model's inputs yourself", config.argument
     else:
         given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
-    answered = preprocess is not None and config.labels is not None and config.labelled
+    call = config.call(prepared)
     return CARD.format(
         head=CARD_HEAD,
         front=front.to_yaml(),
@@ -109,7 +108,7 @@ def model_card(
         source=one_line(written["source"]) if written["source"] else "not stated",
         version=zoo.__version__,
         labels="labels" if config.labels is None else LABELS[config.labels].variable,
-        given=given,
-        answer=f"answer = checkpoint({preprocess.raw})\n" if preprocess is not None and answered else "",
-        call=config.call(prepared),
+        given=f"{given}\n" if prepared in call else "",
+        answer=f"answer = checkpoint({preprocess.raw})\n" if preprocess is not None and config.answers else "",
+        call=call,
     )

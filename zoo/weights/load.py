@@ -45,11 +45,13 @@ class Checkpoint(NamedTuple):
         Raises:
             ValueError: the input cannot be read, or the checkpoint has no preprocessing or no head.
         """
-        kind = self.model.config.labels
+        kind, config = self.model.config.labels, self.model.config
         if self.preprocess is None:
             raise ValueError("the checkpoint has no preprocess; call its model with a prepared input")
-        if kind is None or not self.model.config.labelled:
+        if not config.headed:
             raise ValueError("the checkpoint is a backbone without a head, so it predicts nothing; call its model")
+        if kind is None or not config.answers:
+            raise ValueError(f"the checkpoint has no answer for an input; see `zoo {config.task} --help`")
         return LABELS[kind].answer(self.model, self.preprocess.parts(raw), self.labels)
 
 

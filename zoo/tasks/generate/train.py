@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
+from torchmetrics import Metric
 
 from zoo.data.images import Batch
 from zoo.outputs.samplers import Guidance, Noise, sample
@@ -18,6 +18,26 @@ from zoo.tasks.task import Task
 UNREADABLE = "skipped {}: cannot be read as an image"
 BUCKETS = 8  # equal parts of 0..1 whose losses are measured
 STEPS, MOST = 25, 10  # of the samples that are shown during training: steps, and classes
+
+
+class Buckets(Metric):
+    """The sum and the number of the losses in each part of 0..1, over all ranks."""
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(BUCKETS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(BUCKETS, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, buckets: Tensor) -> None:
+        """losses and their buckets [B]."""
+        self.sums.index_add_(0, buckets, losses.double())
+        self.counts += torch.bincount(buckets, minlength=BUCKETS)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        return self.sums, self.counts
 
 
 class Generate(Task):
@@ -68,7 +88,7 @@ class Generate(Task):
         self.objective = Objective(times=found, loss=loss, equal=equal, derivative=derivative)
         self.label_drop, self.show, self.guidance = label_drop, show, Guidance(scale=guidance)
         super().__init__(backbone, **options)
-        self.losses = nn.ModuleList(MeanMetric() for _ in range(BUCKETS))
+        self.losses = Buckets()
         self.seen, self.bucket = 0, -1
 
     def complete(self) -> None:
@@ -140,32 +160,30 @@ class Generate(Task):
         if schedule.steps:
             times = ((times * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
         losses = self.objective(model, images, self.labels_of(batch), times, noise)
-        for bucket, metric in enumerate(self.losses):
-            if len(chosen := losses[buckets == bucket]):
-                metric.update(chosen)  # pyright: ignore[reportCallIssue]
+        self.losses.update(losses, buckets)
 
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
-        values = [metric.compute() if metric.update_count else None for metric in self.losses]  # pyright: ignore
-        known = [value for value in values if value is not None]
-        part = "test" if self.trainer.testing else "val"
-        if not known and not self.trainer.sanity_checking:
-            raise ValueError("no image of the validation set could be read")
-        if known and not self.trainer.sanity_checking:
-            loss = torch.stack(known).mean()
-            self.log(f"{part}/loss", loss)
-            self.log_dict({f"{part}/loss_{index}": value for index, value in enumerate(values) if value is not None})
-            number = int(self.trainer.world_size * self.seen)
-            self.said = f"loss {float(loss):.4f} (n = {number})"
-            self.sample = {"n": number}
-            if self.trainer.state.fn != "fit":
-                spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
-                lines = [f"time {span}  {float(value):.4f}" for span, value in zip(spans, values, strict=True) if value]
-                self.said = "\n".join([*lines, self.said])
-        for metric in self.losses:
-            metric.reset()  # pyright: ignore[reportCallIssue]
+        sums, counts = self.losses.compute()
+        self.losses.reset()
+        if not self.trainer.sanity_checking:
+            self.conclude((sums / counts).tolist(), int(counts.sum()))
         if self.fitting and self.show:
             self.draw()
+
+    def conclude(self, means: list[float], number: int) -> None:
+        """Logs the mean loss of each part of 0..1, and the mean of these, and says it."""
+        if number == 0:
+            raise ValueError("no image of the validation set could be read")
+        part, known = "test" if self.trainer.testing else "val", [each for each in means if each == each]
+        loss = sum(known) / len(known)
+        self.log(f"{part}/loss", loss)
+        self.log_dict({f"{part}/loss_{index}": value for index, value in enumerate(means) if value == value})
+        self.said, self.sample = f"loss {loss:.4f} (n = {number})", {"n": number}
+        if self.trainer.state.fn != "fit":
+            spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
+            lines = [f"time {span}  {value:.4f}" for span, value in zip(spans, means, strict=True)]
+            self.said = "\n".join([*lines, self.said])
 
     @rank_zero_only
     def draw(self) -> None:
