@@ -223,10 +223,12 @@ def test_precision_does_not_depend_on_the_batch():
         assert near.min(1).values.max() < 0.05  # in pixels; near ties may change places
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_detections_are_joined_on_their_own_device():
     """Meta tensors stand for those of a GPU."""
-    found, rows = Detections().to("meta"), torch.zeros(2, 3, device="meta")
-    found.update(torch.zeros(2, dtype=torch.int64, device="meta"), rows.long(), rows, rows[..., None].expand(2, 3, 4))
+    found = Detections().to("meta")
+    found.rows.append(torch.zeros(6, 7, dtype=torch.float64, device="meta"))
+    found.images.append(torch.zeros(2, dtype=torch.int64, device="meta"))
     assert [(each.device.type, len(each)) for each in found.compute()] == [("meta", 6), ("meta", 2)]
 
 

@@ -52,7 +52,7 @@ class Ear(nn.Module):
         assert len(set(bands.tolist())) == 4
         self.weight = nn.Parameter(F.one_hot(bands, 80).float())
         self.config = SimpleNamespace(
-            task="transcribe", labelled=5, vocabulary=5, stride=STRIDE, transducer=head == "transducer"
+            headed=True, task="transcribe", labelled=5, vocabulary=5, stride=STRIDE, transducer=head == "transducer"
         )
         self.head: Any = Joint() if head == "transducer" else nn.Identity()
         self.batches: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ class Checkpoints:
             "vision": Checkpoint(Ear(), *parts),  # pyright: ignore
             "encoder": Checkpoint(Ear(), *parts),  # pyright: ignore
         }
-        self.made["encoder"].model.config.labelled = 0
+        self.made["encoder"].model.config.headed = False
         self.made["vision"].model.config.task = "classify"
 
     def __call__(self, name: str) -> Checkpoint:
