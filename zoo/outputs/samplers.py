@@ -264,6 +264,12 @@ def check_sampler(config: Any, sampler: str, guidance: Guidance) -> None:
         raise ValueError("sampler 'meanflow' needs a model with until=True")
     if guidance.scale != 1.0 and guidance.weak is None and not config.classes:
         raise ValueError("guidance needs a model with classes, or a weaker model")
+    if guidance.weak is not None:
+        other: Any = guidance.weak.config
+        for field in ("channels", "classes", "schedule", "prediction", "variance", "until"):
+            if getattr(other, field) != getattr(config, field):
+                ours, theirs = getattr(config, field), getattr(other, field)
+                raise ValueError(f"the weaker model must have the same {field}, {ours!r}, got {theirs!r}")
     if guidance.channels > config.channels:
         raise ValueError(f"guidance must be of at most {config.channels} channels, got {guidance.channels}")
 
@@ -287,7 +293,7 @@ def sample(
     sampler: str | None = None,
     guidance: Guidance | None = None,
     shift: float = 1.0,
-    watch: Callable[[], None] | None = None,
+    watch: Callable[[], Any] | None = None,
 ) -> Samples:
     """Samples of a model in eval mode, of H x W; each is a function of its label, its index and the seed, whatever
     else is in the batch.

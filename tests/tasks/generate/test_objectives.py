@@ -10,7 +10,7 @@ from torch import nn
 from helpers import prepared, relative
 from zoo.models.dit import DiTConfig
 from zoo.schedules import SCHEDULES
-from zoo.tasks.generate.objectives import Objective, Times, discretized, variance_loss
+from zoo.tasks.generate.objectives import Objective, Times, balanced, discretized, variance_loss
 
 TINY = {"dim": 32, "depth": 1, "heads": 2, "image": 8, "channels": 2, "classes": 3}
 
@@ -52,15 +52,25 @@ def test_the_weight_of_clean_data_is_bounded():
 
 def test_mean_flow_without_a_step_is_flow_matching():
     model, (x, labels, times, noise) = model_of(until=True), batch()
-    objective = Objective(equal=1.0)
-    torch.manual_seed(0)
-    found = objective(model, x, labels, times, noise)
-    torch.manual_seed(0)
-    times = torch.maximum(times, objective.times(4, "linear", "cpu"))
+    found = Objective()(model, x, labels, times, noise, times)
+    assert relative(found.double(), Objective()(model, x, labels, times, noise).double()) < 1e-6
+    until = times * 0.3
     t = times.view(-1, 1, 1, 1)
-    output = model((1 - t) * x + t * noise, times, labels, until=times)
-    total = (output - (noise - x)).square().flatten(1).sum(1)
-    assert relative(found.double(), total / (total + 1e-3)) < 1e-6
+    change = Objective(derivative="jvp").change(model, (1 - t) * x + t * noise, noise - x, labels, times, until)
+    output = model((1 - t) * x + t * noise, times, labels, until=until)
+    wanted = (output - (noise - x) + (t - until.view(-1, 1, 1, 1)) * change).square().flatten(1).mean(1)
+    found = Objective(derivative="jvp")(model, x, labels, times, noise, until)
+    assert relative(found.double(), wanted) < 1e-6
+    weighed = balanced(found, 128)
+    assert torch.allclose(weighed, found * 128 / (found * 128 + 1e-3)) and weighed.grad_fn is not None
+
+
+def test_steps_of_mean_flow():
+    torch.manual_seed(0)
+    times, until = Objective(equal=0.75).draw(4000, "linear", "cpu", True)
+    assert until is not None and (until <= times).all()
+    assert (until == times).float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert Objective().draw(4, "linear", "cpu", False)[1] is None
 
 
 def test_differences_agree_with_the_derivative():

@@ -80,8 +80,23 @@ class Objective:
         if config.until and self.loss not in (None, "velocity"):
             raise ValueError(f"model.loss must be velocity for a model with until=True, got {self.loss}")
 
-    def __call__(self, model: Any, x: Tensor, labels: Tensor | None, times: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, number: int, schedule: str, device: Any, until: bool) -> tuple[Tensor, Tensor | None]:
+        """Times [number], and of a model for MeanFlow the times at which their steps end."""
+        times = self.times(number, schedule, device)
+        if not until:
+            return times, None
+        other = self.times(number, schedule, device)
+        equal = torch.rand(number, device=device) < self.equal
+        times, ends = torch.maximum(times, other), torch.minimum(times, other)
+        return times, torch.where(equal, times, ends)
+
+    def __call__(
+        self, model: Any, x: Tensor, labels: Tensor | None, times: Tensor, noise: Tensor, until: Tensor | None = None
+    ) -> Tensor:
         """The loss of each sample [B], in fp32.
+
+        With `until` it is that of MeanFlow (Geng et al. 2025, arXiv:2505.13447): the output at time t for a step that
+        ends at r is to be v - (t - r) * du/dt, where du/dt is its total derivative along the velocity v.
 
         Args:
             model: a diffusion model.
@@ -89,12 +104,16 @@ class Objective:
             labels: classes [B].
             times: [B].
             noise: like x.
+            until: [B], of a model for MeanFlow.
         """
         config = model.config
-        if config.until:
-            return self._mean_flow(model, x, labels, times, noise)
         level = SCHEDULES[config.schedule].level(times.view(-1, 1, 1, 1))
         mixed = mix(x, noise, level)
+        if until is not None:
+            velocity = noise - x
+            change = self.change(model, mixed, velocity, labels, times, until)
+            wanted = velocity - (times - until).view(-1, 1, 1, 1) * change
+            return (model(mixed, times, labels, until=until).float() - wanted).square().flatten(1).mean(1)
         output = model(mixed, times, labels).float()
         output, variance = output.chunk(2, 1) if config.variance else (output, None)
         error = (output - predicted(config.prediction, Parts(x, noise))).square().flatten(1).mean(1)
@@ -103,20 +122,6 @@ class Objective:
             data = parts_of(config.prediction, output.detach(), mixed, level).data
             found = found + variance_loss(data, variance, x, mixed, times)
         return found
-
-    def _mean_flow(self, model: Any, x: Tensor, labels: Tensor | None, times: Tensor, noise: Tensor) -> Tensor:
-        """MeanFlow with its adaptive weight (Geng et al. 2025, arXiv:2505.13447): the output at (x, t) for a step that
-        ends at r is to be v - (t - r) * du/dt, the total derivative along the velocity v."""
-        other = self.times(len(x), model.config.schedule, x.device)
-        equal = torch.rand(len(x), device=x.device) < self.equal
-        times, until = torch.maximum(times, other), torch.minimum(times, other)
-        until = torch.where(equal, times, until)
-        mixed, velocity = mix(x, noise, SCHEDULES["linear"].level(times.view(-1, 1, 1, 1))), noise - x
-        change = self.change(model, mixed, velocity, labels, times, until)
-        wanted = velocity - (times - until).view(-1, 1, 1, 1) * change
-        error = (model(mixed, times, labels, until=until).float() - wanted).square().flatten(1)
-        total = error.sum(1)
-        return total / (total.detach() + 1e-3)
 
     @torch.no_grad()
     def change(
@@ -137,6 +142,12 @@ class Objective:
             for at in (after, before)
         )
         return (ahead - behind) / (after - before).view(-1, 1, 1, 1)
+
+
+def balanced(losses: Tensor, size: int) -> Tensor:
+    """MeanFlow's adaptive weight for losses that are means over so many values: each over its own sum + 1e-3."""
+    total = losses * size
+    return total / (total.detach() + 1e-3)
 
 
 def mix(data: Tensor, noise: Tensor, level: Level) -> Tensor:

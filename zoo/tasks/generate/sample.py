@@ -95,17 +95,18 @@ def main(arguments: list[str]) -> None:
     wanted = [(index, name) for index, name in chosen for _ in range(given.each)]
     values: list[Tensor] = []
     evaluations = 0
-    with tqdm(total=len(wanted), unit="image", ncols=79, disable=None) as bar:
+    batches = -(-len(wanted) // given.batch)
+    with tqdm(total=batches * steps, unit="step", ncols=79, disable=None) as bar:
         for first in range(0, len(wanted), given.batch):
             part = wanted[first : first + given.batch]
             labels = torch.tensor([index for index, _ in part], device=device) if config.classes else None
             numbers = range(first, first + len(part))
-            options = {"seed": given.seed, "steps": given.steps, "sampler": sampler, "shift": given.shift}
-            x, evaluations = sample(model.to(device), labels, numbers, sides, guidance=guidance, **options)
+            options: dict[str, Any] = {"seed": given.seed, "steps": given.steps, "sampler": sampler}
+            options |= {"shift": given.shift, "guidance": guidance, "watch": bar.update}
+            x, evaluations = sample(model.to(device), labels, numbers, sides, **options)
             if not bool(x.isfinite().all()):
                 raise ValueError(f"{given.name} gives samples that are NaN or infinite; nothing was written")
             values.append(to_bytes(x, preprocess))
-            bar.update(len(part))
     facts = {
         "checkpoint": given.name,
         "sampler": sampler,

@@ -12,7 +12,7 @@ from zoo.data.images import Batch
 from zoo.outputs.samplers import Guidance, Noise, sample
 from zoo.schedules import SCHEDULES
 from zoo.tasks.generate.images import grid, to_bytes
-from zoo.tasks.generate.objectives import Objective, Times
+from zoo.tasks.generate.objectives import Objective, Times, balanced
 from zoo.tasks.task import Task
 
 UNREADABLE = "skipped {}: cannot be read as an image"
@@ -95,9 +95,6 @@ class Generate(Task):
         super().complete()
         self.objective.check(self.config)
 
-    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.images, torch.rand(len(batch.images), device=batch.images.device)
-
     def outputs_wanted(self, data: Any) -> int:
         """Without classes if the model is to have none."""
         given = self.backbone.get("classes", None if self.start is None else self.config.labelled)
@@ -113,17 +110,18 @@ class Generate(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
-        images, labels, config = batch.images, self.labels_of(batch), self.config
+        images, labels = batch.images, self.labels_of(batch)
+        config: Any = self.config
         if len(images) == 0:
             return self.no_loss()
-        times = self.objective.times(len(images), config.schedule, images.device)  # pyright: ignore
+        times, until = self.objective.draw(len(images), config.schedule, images.device, config.until)
         noise = torch.randn_like(images)
         if labels is not None:
             dropped = torch.rand(len(images), device=images.device) < self.label_drop
-            labels = labels.masked_fill(dropped, config.classes)  # pyright: ignore[reportAttributeAccessIssue]
-        losses = self.objective(self.model, images, labels, times, noise)
+            labels = labels.masked_fill(dropped, config.classes)
+        losses = self.objective(self.model, images, labels, times, noise, until)
         self.remember(losses, times)
-        loss = losses.mean()
+        loss = (losses if until is None else balanced(losses, images[0].numel())).mean()
         self.log("train/loss", self.checked(loss))
         return loss
 
@@ -153,13 +151,15 @@ class Generate(Task):
         places = [(self.seen + index) * self.trainer.world_size + self.global_rank for index in range(number)]
         self.seen += number
         noise = Noise(0, places, images.shape[1:], images.device)()
-        shares = Noise(1, places, (1,), images.device)()[:, 0]
+        shares = torch.special.ndtr(Noise(1, places, (2,), images.device)())
         buckets = torch.tensor(places, device=images.device) % BUCKETS
-        times = (buckets + torch.special.ndtr(shares)) / BUCKETS
-        model, schedule = self.measured, SCHEDULES[self.config.schedule]  # pyright: ignore[reportAttributeAccessIssue]
+        times = (buckets + shares[:, 0]) / BUCKETS
+        config: Any = self.config
+        schedule = SCHEDULES[config.schedule]
         if schedule.steps:
             times = ((times * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
-        losses = self.objective(model, images, self.labels_of(batch), times, noise)
+        until = times * shares[:, 1] if config.until else None
+        losses = self.objective(self.measured, images, self.labels_of(batch), times, noise, until)
         self.losses.update(losses, buckets)
 
     def on_validation_epoch_end(self) -> None:
