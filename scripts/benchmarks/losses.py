@@ -77,7 +77,7 @@ def calls(layers: int, images: int, queries: int, objects: int) -> dict[str, tup
         return loss, *torch.autograd.grad(loss, inputs)
 
     def match() -> Tensor:
-        found = hungarian(own, None, truth).layers
+        found = hungarian(own, None, None, truth).layers
         result = torch.full((layers, images, objects), -1)
         result[found.layer, found.image, found.object] = found.query
         return result
