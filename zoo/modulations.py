@@ -12,8 +12,8 @@ from zoo.layer import ANYWHERE, Context, Layer, Place
 class Modulation(Layer):
     """forward(y, context) -> (y changed by `context.cond`, the gate of the branch's result or None).
 
-    `cond` describes what the Context must hold for this row, and `condition` makes it, once for all blocks. `embedded`:
-    whether it is made from the embedding of time and label.
+    `cond` describes what the Context must hold for this row. `embedded`: whether it is made from the embedding of time
+    and label, by `condition`, once for all blocks; if not, it is the logarithm of the signal-to-noise ratio.
     """
 
     reads = frozenset({"cond"})
@@ -22,22 +22,14 @@ class Modulation(Layer):
 
     @classmethod
     def condition(cls, dim: int, branches: int) -> nn.Module:
-        """Maps the embedding of time and label [B, 1, dim], and the logarithm of the signal-to-noise ratio [B, 1, 1],
-        to the condition of blocks with this many branches."""
-        return Embedded()
+        """Maps the embedding [B, 1, dim] to the condition of blocks with this many branches."""
+        return nn.Identity()
 
     def read(self, context: Context) -> Tensor:
         """The condition; ValueError if it is missing."""
         if context.cond is None:
             raise ValueError(f"a modulated block needs cond in the Context: {self.cond}")
         return context.cond
-
-
-class Embedded(nn.Module):
-    """The embedding of time and label."""
-
-    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:
-        return embedding
 
 
 class SharedLinear(nn.Linear):
@@ -48,15 +40,8 @@ class SharedLinear(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, embedding: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(F.silu(embedding))
-
-
-class Ratio(nn.Module):
-    """A quarter of the logarithm of the signal-to-noise ratio."""
-
-    def forward(self, embedding: Tensor, ratio: Tensor) -> Tensor:
-        return ratio / 4
 
 
 class NoModulation(Modulation):
@@ -113,10 +98,10 @@ class AdaLNSingle(Modulation):
 
 
 class TimeDependent(Modulation):
-    """y * (s * first + (1 - s) * second) with s = sigmoid(weight * cond + bias), four learned vectors: the gain of the
-    norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416)."""
+    """y * (s * first + (1 - s) * second) with s = sigmoid(weight * cond / 4 + bias), four learned vectors: the gain of
+    the norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416)."""
 
-    cond = "[B, 1, 1], a quarter of the logarithm of the signal-to-noise ratio"
+    cond = "[B, 1, 1], the logarithm of the signal-to-noise ratio"
     embedded = False
 
     def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
@@ -124,12 +109,8 @@ class TimeDependent(Modulation):
         self.weight, self.bias = nn.Parameter(torch.randn(dim) * 0.02), nn.Parameter(torch.zeros(dim))
         self.first, self.second = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
-    @classmethod
-    def condition(cls, dim: int, branches: int) -> nn.Module:
-        return Ratio()
-
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
-        share = torch.addcmul(self.bias, self.read(context), self.weight).sigmoid()
+        share = torch.addcmul(self.bias, self.read(context) / 4, self.weight).sigmoid()
         return x * torch.lerp(self.second, self.first, share).to(x.dtype), None
 
 

@@ -52,21 +52,24 @@ def _turns(start: int, stop: int, width: int, base: float, device: torch.device)
     return torch.stack([angles.cos(), angles.sin()], 1).float()
 
 
-def _on_grid(make: Callable[..., Tensor], grid: tuple[int, ...], *shape: Any, device: torch.device) -> Tensor:
-    """The rows of each axis for every position of the grid, one axis after the other: [N, ..., sum of the widths]."""
+def _on_grid(
+    make: Callable[..., Tensor], grid: tuple[int, ...], *shape: Any, device: torch.device, last_first: bool = False
+) -> Tensor:
+    """The rows of each axis for every position of the grid, one axis after the other: [N, ..., sum of the widths];
+    from the last axis to the first with `last_first`."""
     if len(grid) == 1:
         return rows(make, 0, grid[0], *shape, device=device)
-    return table(_product, make, grid, *shape, device=device)
+    return table(_product, make, last_first, grid, *shape, device=device)
 
 
-def _product(make: Callable[..., Tensor], grid: tuple[int, ...], *rest: Any) -> Tensor:
+def _product(make: Callable[..., Tensor], last_first: bool, grid: tuple[int, ...], *rest: Any) -> Tensor:
     parts = []
     for axis, size in enumerate(grid):
         row = make(0, size, *rest)
         shape = [1] * len(grid) + list(row.shape[1:])
         shape[axis] = size
         parts.append(row.view(shape).expand(*grid, *row.shape[1:]))
-    return torch.cat(parts, -1).flatten(0, len(grid) - 1)
+    return torch.cat(parts[::-1] if last_first else parts, -1).flatten(0, len(grid) - 1)
 
 
 class NoPosition(Position):
@@ -82,9 +85,8 @@ def _check_axes(name: str, dim: int, place: Place) -> None:
 
 def _added(x: Tensor, context: Context, last_first: bool) -> Tensor:
     """x [B, N, D] + sines and cosines of each axis; the last axis has the first channels if `last_first`."""
-    waves = _on_grid(_sincos, context.grid, x.shape[-1] // len(context.grid), device=x.device).to(x.dtype)
-    if last_first and len(context.grid) > 1:
-        waves = torch.cat(waves.chunk(len(context.grid), -1)[::-1], -1)
+    width = x.shape[-1] // len(context.grid)
+    waves = _on_grid(_sincos, context.grid, width, device=x.device, last_first=last_first).to(x.dtype)
     return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
 
 

@@ -6,6 +6,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.cache import table
+
 LEAST = 1e-4  # the least divisor in a conversion, so that it is finite at both ends
 
 
@@ -56,13 +58,17 @@ class DDPM(Schedule):
 
     def kept(self, time: Tensor) -> Tensor:
         """The product a, fp64."""
-        betas = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device=time.device)
-        logs = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+        logs = table(_log_kept, self.steps, device=time.device)
         place = time.double().clamp(0, 1) * self.steps
         # A time in fp32 is off its step by about 1e-5 of a step.
         place = torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
         below = place.floor().clamp(max=self.steps - 1).long()
         return torch.lerp(logs[below], logs[below + 1], place - below).exp()
+
+
+def _log_kept(steps: int, device: torch.device) -> Tensor:
+    betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device=device)
+    return torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": Linear(), "ddpm": DDPM()}

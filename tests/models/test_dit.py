@@ -112,7 +112,7 @@ def test_a_naive_block_with_a_shared_linear():
     block, x = model.blocks[1], torch.randn(2, 4, 32).double()
     embedding = torch.randn(2, 1, 32).double()
     shared = nn.functional.linear(nn.functional.silu(embedding), model.condition.weight, model.condition.bias)
-    context = Context(grid=(2, 2), cond=model.condition(embedding, embedding))
+    context = Context(grid=(2, 2), cond=model.condition(embedding))
     wanted = x
     for index, step in enumerate(block.steps):
         parts = shared[..., 96 * index : 96 * index + 96].unflatten(-1, (3, 32)) + step.modulation.table

@@ -15,7 +15,7 @@ from zoo.norms import NORMS, Norm
 from zoo.schedules import SCHEDULES
 from zoo.spec import check, make, parse
 from zoo.stems.conditions import TIMES, LabelEmbedding, TimeEmbedding
-from zoo.stems.images import Patches, checked, coarsened, convolve, stream
+from zoo.stems.images import Patches
 from zoo.tensors import compiling, to_map
 from zoo.text import unknown
 
@@ -145,20 +145,16 @@ class DiTConfig(FlatConfig):
         return DiT(self)
 
 
-class TwoLinears(nn.Module):
+class TwoLinears(Patches):
     """As `Patches`, in two linears with `width` channels between them (JiT, Li and He 2025, arXiv:2511.13720)."""
 
     def __init__(self, channels: int, width: int, dim: int, patch: int) -> None:
-        super().__init__()
-        self.channels, self.patch = channels, patch
-        self.conv = nn.Conv2d(channels, width, patch, stride=patch, bias=False)
+        super().__init__(channels, width, patch, bias=False)
         self.out = nn.Linear(width, dim)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""
-        maps = convolve(self.conv, checked(images, mask, self.channels))
-        tokens = self.out(stream(maps, self.conv))
-        return tokens, (maps.shape[2], maps.shape[3]), coarsened(mask, self.patch)
+        tokens, grid, mask = super().forward(images, mask)
+        return self.out(tokens), grid, mask
 
 
 class DiT(Model[DiTConfig]):
@@ -207,21 +203,24 @@ class DiT(Model[DiTConfig]):
     def conditions(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The condition of the blocks, and the labels' vectors [B, dim]."""
         check_times(time, "time")
-        embedding = time.new_zeros(time.shape[0], 1) if self.time is None else self.time(time)
-        if self.until is not None:
-            embedding = embedding + self.until(torch.zeros_like(time) if until is None else time - until)
-        elif until is not None:
+        if until is not None and self.until is None:
             raise ValueError("this model takes no `until`; its config has until=False")
         vectors = None
         if self.label_table is not None:
             if labels is None:
                 labels = torch.full(time.shape, self.config.classes, device=time.device)
             vectors = self.label_table(labels)
-            embedding = embedding + vectors
         elif labels is not None:
             raise ValueError("this model takes no labels; its config has classes=0")
-        ratio = SCHEDULES[self.config.schedule].log_ratio(time).to(embedding.dtype)
-        return self.condition(embedding[:, None], ratio[:, None, None]), vectors
+        if self.time is None:
+            ratio = SCHEDULES[self.config.schedule].log_ratio(time).to(self.out.weight.dtype)
+            return ratio[:, None, None], vectors
+        embedding = self.time(time)
+        if self.until is not None:
+            embedding = embedding + self.until(torch.zeros_like(time) if until is None else time - until)
+        if vectors is not None:
+            embedding = embedding + vectors
+        return self.condition(embedding[:, None]), vectors
 
     def embed(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
         """Tokens [B, N, dim] with positions, and the Context of the first block, without the condition."""

@@ -148,7 +148,7 @@ def ab2(denoiser: Denoiser, x: Tensor, times: Sequence[float], noise: Callable[[
 
 
 def ddim(denoiser: Denoiser, x: Tensor, times: Sequence[float], noise: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """Mixes the predicted data and noise anew (Song et al. 2021, arXiv:2010.02502); order 1."""
+    """Joins the predicted data and noise at the next level (Song et al. 2021, arXiv:2010.02502); order 1."""
     for time, then in pairwise(times):
         found = denoiser(x, time)
         ((signal, share),) = denoiser.levels(then)

@@ -14,8 +14,9 @@ class Waves(nn.Module):
     """Cosines, then sines of place / period^(k / (width / 2 - shift)) for k = 0 .. width / 2 - 1 (DiT, Peebles and Xie
     2023, arXiv:2212.09748).
 
-    The place is scale * time + offset: DiT counts 0 to 999, SiT and JiT take the time itself. reverse=True replaces the
-    time by 1 - time, for models whose time ends with the data. shift=1 is that of diffusers.
+    The place is scale * time: DiT counts 0 to 999, which is count=True, one less, with times k / 1000; SiT and JiT take
+    the time itself, scale=1. reverse=True replaces the time by 1 - time, for models whose time ends with the data.
+    shift=1 is that of diffusers; width is the number of cosines and sines.
     """
 
     def __init__(

@@ -65,10 +65,10 @@ class Patches(nn.Module):
     pixels: others are zeroed, and a patch is real if any of its pixels is.
     """
 
-    def __init__(self, channels: int, dim: int, patch: int) -> None:
+    def __init__(self, channels: int, dim: int, patch: int, bias: bool = True) -> None:
         super().__init__()
         self.channels, self.patch = channels, patch
-        self.conv = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.conv = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Tokens [B, N, dim], the grid (H', W') and the mask of the tokens [B, N] or None."""

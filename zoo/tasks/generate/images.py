@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +28,8 @@ def to_image(values: Tensor) -> Image:
 
 def grid(values: Tensor, columns: int, least: int = 32) -> Image:
     """Images uint8 [B, H, W, channels] row by row, enlarged by a whole number until their sides have `least` pixels."""
-    number, height, width, channels = values.shape
-    rows, times, gap = math.ceil(number / columns), max(1, -(-least // min(height, width))), 2
-    large = values.repeat_interleave(times, 1).repeat_interleave(times, 2)
-    step = (height * times + gap, width * times + gap)
-    canvas = torch.full((rows * step[0] + gap, columns * step[1] + gap, channels), 255, dtype=torch.uint8)
-    for index, each in enumerate(large):
-        top, left = (gap + place * size for place, size in zip(divmod(index, columns), step, strict=True))
-        canvas[top : top + height * times, left : left + width * times] = each
-    return to_image(canvas)
+    from torchvision.utils import make_grid
+
+    channels, times = values.shape[3], max(1, -(-least // min(values.shape[1:3])))
+    large = values.permute(0, 3, 1, 2).repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return to_image(make_grid(large, columns, pad_value=255)[:channels].permute(1, 2, 0))
