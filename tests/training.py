@@ -24,6 +24,13 @@ PLAIN: dict[str, Any] = {"randaugment": None, "flip": 0.0, "scale": (1.0, 1.0), 
 UNMIXED: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}
 PLAIN_FLAGS = ["--data.randaugment=null", "--data.flip=0", "--data.scale=[1.0,1.0]", "--data.erasing=0"]
 QUIET = ["accelerator=cpu", "enable_progress_bar=false", "enable_model_summary=false", "log_every_n_steps=1"]
+SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", *PLAIN_FLAGS]
+TINY = ["classify", "fit", "--trainer.accelerator=cpu", "--trainer.logger=false", "--data.dataset=synthetic"]
+TINY += [
+    "--data.size=16",
+    "--trainer.max_epochs=1",
+    *(f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()),
+]
 
 
 def command(verb: str, *flags: Any) -> None:

@@ -1,4 +1,4 @@
-"""Detectors of transformers and of the original code, in every layout of their files: equal outputs, plain errors."""
+"""Detectors of the original code, in every layout of their files: equal outputs, plain errors."""
 
 import json
 import re
@@ -8,222 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    DetrConfig,
-    DetrForObjectDetection,
-    DFineConfig,
     DFineForObjectDetection,
-    HGNetV2Config,
-    ResNetConfig,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrResNetConfig,
-    RTDetrV2Config,
-    RTDetrV2ForObjectDetection,
 )
 
-import zoo
-from helpers import prepared
-from models.test_distribution import copy_weights, published
+from models.test_distribution import published
+from published_detectors import (
+    SMALL,
+    compare_detr,
+    compare_rtdetr,
+    detr,
+    dfine,
+    rtdetr,
+    timm,
+    written,
+)
 from zoo.convert import from_detr, from_transformers
-from zoo.convert.transformers.detectors import _preprocess
-from zoo.inputs.boxes import BoxPreprocess
 from zoo.models import PRESETS
 from zoo.outputs.label_map import LabelMap
-
-SMALL = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "num_queries": 10}
-SMALL |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64}
-NAMES = {0: "N/A", 1: "cat", 2: "N/A", 3: "dog"}  # as COCO's ids have holes
-WIDTHS = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
-DEPTHS = {"basic": [2, 2, 2, 2], "bottleneck": [3, 4, 6, 3]}
-
-
-def detr(**options: Any) -> Any:
-    """transformers' DETR with random weights and labels with holes."""
-    config = DetrConfig(**SMALL, **options)
-    config.id2label = NAMES  # pyright: ignore[reportAttributeAccessIssue]
-    return prepared(DetrForObjectDetection(config))
-
-
-def timm(name: str = "resnet18", **options: Any) -> dict[str, Any]:
-    return {"backbone": name, "use_pretrained_backbone": False, "use_timm_backbone": True} | options
-
-
-def rtdetr(
-    layer: str = "basic", kind: Any = RTDetrV2Config, model: Any = RTDetrV2ForObjectDetection, inside: int = 32
-) -> Any:
-    """transformers' RT-DETR with random weights."""
-    backbone = {"layer_type": layer, "depths": DEPTHS[layer], "hidden_sizes": WIDTHS[layer]}
-    sizes = SMALL | {
-        "encoder_hidden_dim": inside,
-        "decoder_in_channels": [inside] * 3,
-        "encoder_in_channels": WIDTHS[layer][1:],
-    }
-    config = RTDetrResNetConfig(**backbone, out_features=["stage2", "stage3", "stage4"])
-    return prepared(model(kind(**sizes, backbone_config=config, num_labels=5, hidden_expansion=0.5)))
-
-
-def written(model: Any, folder: Path, version: int) -> Path:
-    """A folder as version 4 or 5 of transformers leaves it."""
-    model.save_pretrained(folder)
-    assert any("out_proj" in name for name in load_file(folder / "model.safetensors"))  # the layout of version 4
-    if version == 5:
-        state = {name: each.contiguous().clone() for name, each in model.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def padded_batch() -> tuple[Tensor, Tensor]:
-    mask = torch.zeros(2, 75, 96, dtype=torch.bool)
-    mask[0], mask[1, :40, :70] = True, True
-    return torch.randn(2, 3, 75, 96, dtype=torch.float64) * mask[:, None], mask
-
-
-@torch.no_grad()
-def compare_detr(theirs: Any, model: Any, rows: list[int]) -> None:
-    images, mask = padded_batch()
-    wanted, found = theirs(images, pixel_mask=mask.long()), model.double()(images, mask)
-    assert (found["logits"] - wanted.logits[..., rows]).abs().max() < 1e-5
-    assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
-
-
-@torch.no_grad()
-def compare_rtdetr(theirs: Any, model: Any) -> None:
-    images = torch.randn(2, 3, 96, 160, dtype=torch.float64)
-    wanted, found = theirs(images), model.double()(images)
-    assert (found["logits"] - wanted.logits).abs().max() < 1e-5
-    assert (found["boxes"] - wanted.pred_boxes).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize("backbone", ["timm", "resnet", "dilated"])
-def test_a_detr_gives_on_a_padded_batch_what_it_gives_in_transformers(tmp_path, backbone, version):
-    if backbone == "resnet":
-        config = ResNetConfig(layer_type="basic", hidden_sizes=WIDTHS["basic"], depths=DEPTHS["basic"])
-        config.out_features = ["stage4"]
-        theirs = detr(backbone_config=config, use_timm_backbone=False, backbone=None)
-    else:
-        theirs = detr(**(timm() if backbone == "timm" else timm("resnet50", dilation=True)))
-    found = from_transformers(written(theirs, tmp_path, version))
-    assert found.labels == LabelMap(("cat", "dog"), (1, 3))  # pyright: ignore
-    assert found.model.strides == [16 if backbone == "dilated" else 32]
-    compare_detr(theirs, found.model, [1, 3, 4])
-
-
-@pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
-def test_an_rtdetr_gives_what_it_gives_in_transformers(tmp_path, layer, version):
-    theirs = rtdetr(layer)
-    found = from_transformers(written(theirs, tmp_path, version))
-    assert found.model.config.trunk == ("timm:resnet18d(shortcut=True)" if layer == "basic" else "timm:resnet50d")
-    compare_rtdetr(theirs, found.model)
-
-
-def test_the_first_rtdetr_too(tmp_path):
-    theirs = rtdetr(kind=RTDetrConfig, model=RTDetrForObjectDetection)
-    compare_rtdetr(theirs, from_transformers(written(theirs, tmp_path, 4)).model)
-
-
-# HGNetV2: channels of the stem, in front of the stages, within and behind them, blocks, and layers of a block.
-HGNETS = {
-    "b0": ([3, 16, 16], [16, 64, 256, 512], [16, 32, 64, 128], [64, 256, 512, 1024], [1, 1, 2, 1], 3),
-    "b2": ([3, 24, 32], [32, 96, 384, 768], [32, 64, 128, 256], [96, 384, 768, 1536], [1, 1, 3, 1], 4),
-    "b4": ([3, 32, 48], [48, 128, 512, 1024], [48, 96, 192, 384], [128, 512, 1024, 2048], [1, 1, 3, 1], 6),
-    "b5": ([3, 32, 64], [64, 128, 512, 1024], [64, 128, 256, 512], [128, 512, 1024, 2048], [1, 2, 5, 2], 6),
-}
-# The published D-FINE: trunk, channels, decoder layers, expansion, depth, points, feed-forward, and scale.
-DFINES = {
-    "dfine_n": ("b0", 128, 128, 3, 0.34, 0.5, [6, 6], 512, 4.0),
-    "dfine_s": ("b0", 256, 256, 3, 0.5, 0.34, [3, 6, 3], 1024, 4.0),
-    "dfine_m": ("b2", 256, 256, 4, 1.0, 0.67, [3, 6, 3], 1024, 4.0),
-    "dfine_l": ("b4", 256, 256, 6, 1.0, 1.0, [3, 6, 3], 1024, 4.0),
-    "dfine_x": ("b5", 384, 256, 6, 1.0, 1.0, [3, 6, 3], 2048, 8.0),
-}
-
-
-def dfine(name: str, **options: Any) -> Any:
-    """The config of a published D-FINE in transformers."""
-    net, inside, dim, layers, expansion, depth, points, width, scale = DFINES[name]
-    stem, before, within, behind, blocks, each = HGNETS[net]
-    levels = len(points)
-    backbone = HGNetV2Config(
-        stem_channels=stem,
-        stage_in_channels=before,
-        stage_mid_channels=within,
-        stage_out_channels=behind,
-        stage_num_blocks=blocks,
-        stage_numb_of_layers=[each] * 4,
-        hidden_sizes=behind,
-        depths=blocks,
-        use_learnable_affine_block=net in ("b0", "b2"),
-        out_features=["stage2", "stage3", "stage4"][-levels:],
-    )
-    sizes: dict[str, Any] = {"backbone_config": backbone, "encoder_in_channels": behind[-levels:], "d_model": dim}
-    sizes |= {"feat_strides": [8, 16, 32][-levels:], "num_feature_levels": levels, "decoder_n_points": points}
-    sizes |= {"encode_proj_layers": [levels - 1], "encoder_hidden_dim": inside, "encoder_ffn_dim": width}
-    sizes |= {"decoder_in_channels": [inside] * levels, "decoder_ffn_dim": min(width, 1024), "reg_scale": scale}
-    sizes |= {"decoder_layers": layers, "hidden_expansion": expansion, "depth_mult": depth, "num_labels": 80}
-    return DFineConfig(**sizes | options)
-
-
-@pytest.mark.parametrize("name", DFINES)
-def test_the_weights_of_a_published_dfine_are_those_of_transformers(name):
-    """Their names and shapes, all of them, and the constants."""
-    config = dfine(name)
-    with torch.device("meta"):
-        theirs, ours = DFineForObjectDetection(config), zoo.create_model(name)
-    assert copy_weights(theirs, ours, []) == set()  # pyright: ignore[reportArgumentType]
-    assert ours.boxes.scale == config.reg_scale and ours.strides == config.feat_strides  # pyright: ignore
-
-
-@pytest.mark.parametrize("name", [*DFINES][:1] + [pytest.param(name, marks=pytest.mark.all) for name in [*DFINES][1:]])
-def test_a_dfine_gives_what_it_gives_in_transformers(tmp_path, name):
-    """In its published size."""
-    theirs = published(dfine(name, num_queries=10))
-    found = from_transformers(written(theirs, tmp_path, 4))
-    preset: Any = PRESETS[name]
-    trunk_norm = found.model.config.trunk_norm  # which their config holds, and ours chooses for training
-    assert found.model.config == replace(preset, queries=10, trunk_norm=trunk_norm)
-    compare_rtdetr(theirs, found.model)
-
-
-def test_a_dfine_of_other_sizes_too(tmp_path):
-    sizes = SMALL | {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "head_dim": 8}
-    theirs = published(dfine("dfine_s", **sizes))
-    found = from_transformers(written(theirs, tmp_path, 4))
-    assert found.model.config.trunk == "timm:hgnetv2_b0" and found.model.config.encoder_dim == 48
-    compare_rtdetr(theirs, found.model)
-    theirs.model.decoder.reg_scale.data += 1.0
-    with pytest.raises(ValueError, match=r"reg_scale' is not the 4 of the config"):
-        from_transformers(written(theirs, tmp_path, 4))
-
-
-@pytest.mark.parametrize(
-    ("size", "wanted"),
-    [
-        ({"size": {"height": 96, "width": 96}}, {"size": 96, "fit": "stretch"}),
-        ({"size": {"shortest_edge": 96, "longest_edge": 200}}, {"size": 96, "longest": 200, "fit": "shortest"}),
-        ({"size": 96, "max_size": 200}, {"size": 96, "longest": 200, "fit": "shortest"}),
-        ({"size": 96}, "size: it must be an object, got 96"),
-        ({"size": {"height": 96, "width": 90}}, "size: the zoo supports a square"),
-        ({"size": {"height": 96, "width": 96}, "resample": 3}, "resample: the zoo supports 2, not 3"),
-        ({"size": {"height": 96, "width": 96}, "rescale_factor": 1.0}, "rescale_factor: the zoo supports"),
-    ],
-    ids=str,
-)
-def test_the_preprocessing_is_that_of_the_file(size, wanted, tmp_path):
-    values = size | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    if isinstance(wanted, str):
-        with pytest.raises(ValueError, match=wanted):
-            _preprocess(tmp_path)
-        return
-    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **wanted)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | {"do_normalize": False}))
-    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **wanted)
-
 
 # The original code
 
