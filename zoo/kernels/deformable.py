@@ -189,9 +189,9 @@ def deformable(
             f"without the last axis, got {tuple(offsets.shape)} and {tuple(weights.shape)}"
         )
     kind = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), torch.float32)
-    base = table(_lattice, out, (stride,) * axes, origin, kind, device=value.device)
+    base = table(lattice, out, (stride,) * axes, origin, kind, device=value.device)
     first = tuple(-half for half in middle)
-    taps = table(_lattice, kernel, (dilation,) * axes, first, kind, device=value.device)
+    taps = table(lattice, kernel, (dilation,) * axes, first, kind, device=value.device)
     y = aggregate(value, offsets.flatten(1, axes), weights.flatten(1, axes), base, taps, scale)
     return y.unflatten(1, points)
 
@@ -231,7 +231,7 @@ def multiscale(
     return total
 
 
-def _lattice(
+def lattice(
     sizes: tuple[int, ...], steps: tuple[int, ...], origin: tuple[int, ...], kind: torch.dtype, device: torch.device
 ) -> Tensor:
     """All points origin + steps * (0 .. sizes - 1) in row-major order: [product(sizes), axes]."""

@@ -8,7 +8,7 @@ from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
-from zoo.mixers.linear import ChannelGroups, SimplifiedLinear
+from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.relative import Grouped, Local, Relative
 
@@ -20,6 +20,7 @@ MIXERS: dict[str, type[Layer]] = {
     "area": Area,
     "local": Local,
     "sla": SimplifiedLinear,
+    "linfusion": LinFusion,
     "dcnv4": DCNv4,
     "pool": Pool,
     "sepconv": SeparableConv,

@@ -83,6 +83,10 @@ class Projected(Headed):
             first, last = (None, None) if bias is None else (bias[:split], bias[split:])
             q, k = F.linear(x + context.code, weight[:split], first).split(self.widths[:2], -1)
             v = F.linear(x, weight[split:], last)
+        return self.split(q, k, v, context)
+
+    def split(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, N, width] by head, [B, N, H, d], each normalized if its site is filled."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.query is not None:
             q = self.query(q, context)

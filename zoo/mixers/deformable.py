@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.cache import table
 from zoo.kernels import deformable, multiscale
+from zoo.kernels.deformable import lattice
 from zoo.layer import ANYWHERE, Context, Layer, Place, Site
 from zoo.mixers.local import depthwise
 from zoo.tensors import filtered, linear, zeroed
@@ -33,7 +35,9 @@ class DCNv4(Layer):
 
     weights: `raw`, unbounded; `sigmoid`; `softmax` over the taps as in DCNv3 (Wang et al. 2023, arXiv:2211.05778).
     local > 0 is the kernel of a depthwise convolution before that linear. centre=True blends in the token's own
-    value, at a share that each group predicts. scale multiplies the positions of taps and the offsets.
+    value, at a share that each group predicts. scale multiplies the positions of taps and the offsets; with scales > 0
+    so does a learned factor of each group, between 0 and `scales` and at the start spread evenly there (FlowDCN, Wang
+    et al. 2024, arXiv:2410.22655, takes 6).
     """
 
     reads = frozenset({"mask"})
@@ -51,10 +55,13 @@ class DCNv4(Layer):
         weights: str = "raw",
         local: int = 0,
         centre: bool = False,
+        scales: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
         _check_weights("dcnv4", weights)
+        if not 0.0 <= scales < math.inf:
+            raise ValueError(f"dcnv4: scales must be finite and >= 0, got {scales}")
         self.axes, self.kernel, self.scale, self.weights = place.axes, kernel, scale, weights
         self.heads = groups or heads
         if dim % self.heads:
@@ -69,6 +76,10 @@ class DCNv4(Layer):
             with torch.no_grad():
                 self.sample.bias.view(self.heads, -1)[:, -self.taps :] = -math.log(max(self.taps - 1, 1e-3))
         self.centre = linear(dim, self.heads) if centre else None
+        self.largest = scales
+        self.scales = None
+        if scales:
+            self.scales = nn.Parameter(torch.logit((torch.arange(self.heads) + 0.5) / self.heads))
         self.inner: Layer | None = None
 
     @classmethod
@@ -85,11 +96,21 @@ class DCNv4(Layer):
         sample = self.sample(x).unflatten(1, grid).unflatten(-1, (self.heads, -1))
         offsets, scores = sample.split([self.taps * self.axes, self.taps], -1)
         offsets, weights = offsets.unflatten(-1, (self.taps, self.axes)), weigh(scores, self.weights)
+        if self.scales is not None:
+            offsets = self.scaled(offsets, self.scales)
         y = deformable(value.unflatten(1, grid), offsets, weights, kernel=self.kernel, scale=self.scale).flatten(1, -2)
         if self.centre is not None:
             share = self.centre(y).sigmoid()[..., None]
             y = torch.lerp(y.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1)), share).flatten(2)
         return self.out(y if self.inner is None else self.inner(y, context))
+
+    def scaled(self, offsets: Tensor, scales: Tensor) -> Tensor:
+        """Offsets [B, *grid, heads, taps, axes] that, with the positions of the taps, are a factor of each group times
+        the given ones."""
+        factor = (self.largest * scales.sigmoid()).to(offsets.dtype)[:, None, None]
+        sizes, ones, first = ((each,) * self.axes for each in (self.kernel, 1, -((self.kernel - 1) // 2)))
+        taps = table(lattice, sizes, ones, first, offsets.dtype, device=offsets.device)
+        return factor * (offsets + taps) - taps
 
     def inputs(self) -> list[nn.Linear] | str:
         return [self.value, self.sample] if self.local is None else "a depthwise convolution reads it"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.attention import Projected, rotate
-from zoo.tensors import filtered, relu, zeroed
+from zoo.tensors import filtered, linear, relu, zeroed
 
 
 class SimplifiedLinear(Projected):
@@ -48,6 +48,43 @@ class SimplifiedLinear(Projected):
         if context.prefix:
             near = F.pad(near, (0, 0, context.prefix, 0))
         return near.unflatten(-1, (self.heads, -1))
+
+
+class LinFusion(Projected):
+    """Linear attention q' (k'^T v) / (q' sum k') with q' = elu(W_q (x + f(x))) + 1, and k' likewise with a network of
+    its own (LinFusion, Liu et al. 2024, arXiv:2409.02097). f is a linear layer, LayerNorm, a leaky ReLU and a linear.
+
+    Sums over keys are means, so the result does not change with the number of tokens. hidden is the width inside f; 0
+    means dim. lift=False omits f.
+    """
+
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, hidden: int = 0, lift: bool = True) -> None:
+        super().__init__(dim, heads)
+        width = hidden or dim
+        if width < 0:
+            raise ValueError(f"linfusion: hidden must be >= 0, got {hidden}")
+
+        def network() -> nn.Sequential:
+            return nn.Sequential(linear(dim, width), nn.LayerNorm(width), nn.LeakyReLU(), linear(width, dim))
+
+        self.lifts = nn.ModuleList([network(), network()]) if lift else None
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        if self.lifts is None:
+            return super().project(x, context)
+        coded = x if context.code is None else x + context.code
+        sources = *(coded + lift(coded) for lift in self.lifts), x
+        weights = self.qkv.weight.split(self.widths)
+        biases = self.qkv.bias.split(self.widths)
+        query, key, value = map(F.linear, sources, weights, biases)
+        return self.split(query, key, value, context)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        query, key = (F.relu(each) + each.clamp(max=0).exp() for each in (query, key))  # elu + 1
+        return linear_attention(query, key, zeroed(value, context.mask), context.mask)
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.qkv] if self.lifts is None else "its networks read it"
 
 
 class ChannelGroups(Projected):
