@@ -131,7 +131,7 @@ class Conditioned(nn.Module):
     label_table: LabelEmbedding | None
 
     def add_embeddings(self, config: DiffusionConfig, dim: int) -> None:
-        """Gives the module the embeddings that the config asks for."""
+        """Gives the module the embeddings that the config asks for, for blocks of this width."""
         row = MODULATIONS[parse(names_of(config.modulation)[0])[0]]
         self.schedule = SCHEDULES[config.schedule]
         self.time = TimeEmbedding(dim, config.time) if row.embedded else None
