@@ -52,6 +52,7 @@ CASES = {
     "dcnv4": {"mixer": "dcnv4", "placement": "sub"},
     "pool": {"mixer": "pool"},
     "sepconv": {"mixer": "sepconv", "placement": "sub"},
+    "dico": {"mixer": "dico", "placement": "sub"},
     "channel": {"mixer": "channel", "placement": "hybrid"},
     "identity": {"mixer": "identity"},
     "shared keys": {"mixer": "softmax(kv_heads=1)", "placement": "hybrid"},

@@ -4,6 +4,7 @@ weights in fp64."""
 import itertools
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2SinePositionEmbedding
 
 from helpers import position as position_of
-from helpers import rectangle
+from helpers import randomise, rectangle, relative
 from zoo.block import Block
 from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
@@ -237,6 +238,19 @@ def test_sepconv_is_timm_sepconv(ratio, kernel):
     ours = copied(MIXERS["sepconv"](DIM, HEADS, ratio=ratio, kernel=kernel), renamed(theirs, **names))
     x = tokens()
     check(ours(x, GRID), to_tokens(theirs(to_map(x, GRID.grid))), (x,))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_dico_is_its_formula(kernel):
+    """On maps: 1x1, depthwise, GELU, a gate from the mean over the map, 1x1."""
+    layer: Any = randomise(MIXERS["dico"](DIM, HEADS, kernel=kernel)).double()
+    x = tokens().double()
+    maps = nn.functional.linear(x, layer.expand.weight, layer.expand.bias).transpose(1, 2).unflatten(2, GRID.grid)
+    maps = nn.functional.conv2d(maps, layer.conv.weight, layer.conv.bias, padding=kernel // 2, groups=DIM)
+    maps = maps * (1 + torch.erf(maps / 2**0.5)) / 2
+    gate = torch.einsum("bchw,dc->bd", maps, layer.gate.weight) / maps[0, 0].numel() + layer.gate.bias
+    wanted = torch.einsum("bchw,bc,dc->bhwd", maps, 1 / (1 + torch.exp(-gate)), layer.out.weight) + layer.out.bias
+    assert relative(layer(x, GRID), wanted.flatten(1, 2)) < 1e-12
 
 
 @pytest.mark.parametrize("grid", [(6, 9), (3, 3), (12,)])

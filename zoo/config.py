@@ -287,8 +287,12 @@ class ModelConfig(Config):
 
     @property
     def writes(self) -> frozenset[str]:
-        """The fields of the Context that this model sets, whatever its position, the mask among them."""
-        return frozenset({"mask"} | ({"prefix"} if self.prefix else set()))
+        """The fields of the Context that this model sets in every stage, whatever its position, the mask among them."""
+        return frozenset({"mask"})
+
+    def prefix_of(self, stage: int) -> int:
+        """The number of tokens before the grid of a stage."""
+        return self.prefix
 
     def path(self, stage: int, index: int) -> str:
         """Where a block is in the model, as its weights are named."""
@@ -332,13 +336,14 @@ class ModelConfig(Config):
     def place(self, stage: int = 0, index: int = 0) -> Place:
         """The Place of a block, given by its index in its stage."""
         before, depth = (sum(size.depth for size in part) for part in (self.stages[:stage], self.stages))
-        return Place(self.axes, self.grid(stage), self.prefix, min(before + index, depth - 1), depth)
+        return Place(self.axes, self.grid(stage), self.prefix_of(stage), min(before + index, depth - 1), depth)
 
     def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
         """One block, given by its index in its stage."""
         position = self.chosen("position", stage, index)
         chosen = {name: self.chosen(name, stage, index) for name in CHOICES}
         writes = self.writes | ({"memory"} if "cross" in self.words else set())
+        writes |= {"prefix"} if self.prefix_of(stage) else set()
         writes |= {"cond"} if chosen["modulation"] != "none" else set()
         writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
         return BlockConfig(

@@ -110,7 +110,8 @@ class TimeDependent(Modulation):
         self.first, self.second = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
-        share = torch.addcmul(self.bias, self.read(context) / 4, self.weight).sigmoid()
+        ratio = self.read(context).to(self.weight.dtype)
+        share = torch.addcmul(self.bias, ratio / 4, self.weight).sigmoid()
         return x * torch.lerp(self.second, self.first, share).to(x.dtype), None
 
 

@@ -9,7 +9,7 @@ from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
-from zoo.mixers.local import Convolution, Depthwise, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.relative import Grouped, Local, Relative
 
 MIXERS: dict[str, type[Layer]] = {
@@ -24,6 +24,7 @@ MIXERS: dict[str, type[Layer]] = {
     "dcnv4": DCNv4,
     "pool": Pool,
     "sepconv": SeparableConv,
+    "dico": GatedConv,
     "channel": ChannelGroups,
     "identity": Identity,
 }

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.channels import grid_mean
 from zoo.ffns import StarReLU, hidden_width
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site, halved
-from zoo.tensors import filtered, linear, silu, to_map, to_tokens, zeroed
+from zoo.tensors import filtered, gelu, linear, silu, to_map, to_tokens, zeroed
 
 
 class Identity(Layer):
@@ -96,6 +97,35 @@ class SeparableConv(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = zeroed(self.activation(self.expand(x)), context.mask)
         y = along(self.conv, y, context)
+        return self.out(y if self.inner is None else self.inner(y, context))
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+
+class GatedConv(Layer):
+    """Linear, depthwise convolution, GELU, y * sigmoid(W mean(y)) and linear (DiCo, Ai et al. 2025, arXiv:2505.11196).
+    The convolution is `kernel` tokens wide."""
+
+    reads = frozenset({"mask"})
+    mixes = True
+
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, kernel: int = 3) -> None:
+        super().__init__()
+        self.expand, self.gate, self.out = linear(dim, dim), linear(dim, dim), linear(dim, dim)
+        self.conv = depthwise(dim, kernel, place.axes, bias=True)
+        self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim)}
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = gelu(along(self.conv, zeroed(self.expand(x), context.mask), context))
+        y = y * torch.sigmoid(self.gate(grid_mean(y, context)))[:, None]
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:

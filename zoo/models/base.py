@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Model(nn.Module, Generic[Kind]):
     it without them.
     """
 
-    replaceable: ClassVar[tuple[str, ...]] = ("head",)  # parts that may start untrained in fine-tuning
+    replaceable: tuple[str, ...] = ("head",)  # parts that may start untrained in fine-tuning
 
     config: Kind
     fusion: list[Fold] | None = None

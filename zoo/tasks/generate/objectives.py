@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.models.dit import PREDICTIONS
+from zoo.models.diffusion import PREDICTIONS
 from zoo.schedules import SCHEDULES, Level, Parts, parts_of, predicted
 from zoo.text import unknown
 

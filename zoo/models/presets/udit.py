@@ -1,0 +1,28 @@
+"""DiCo (Ai et al. 2025, arXiv:2505.11196)."""
+
+from zoo.models.udit import UDiTConfig
+
+_SIZES = {
+    "s": (128, (5, 4, 4, 4, 4)),
+    "b": (256, (5, 4, 4, 4, 4)),
+    "l": (352, (9, 8, 9, 8, 9)),
+    "xl": (416, (9, 9, 10, 9, 9)),
+}
+_WIDTHS = (1, 2, 4, 2, 2)
+
+ABOUT = {"dico": "DiCo (Ai et al. 2025, arXiv:2505.11196)"}
+"""Descriptions of the presets, by the beginning of their names."""
+
+PRESETS: dict[str, UDiTConfig] = {
+    f"dico_{size}": UDiTConfig(
+        dim=tuple(dim * width for width in _WIDTHS),
+        depth=depth,
+        heads=tuple(dim * width // 32 for width in _WIDTHS),
+        time="sincos(count=True)",
+        schedule="ddpm",
+        prediction="noise",
+        variance=True,
+    )
+    for size, (dim, depth) in _SIZES.items()
+}
+"""The sizes and choices of published models, by name."""
