@@ -114,7 +114,7 @@ class Residual(Layer):
             self.channel = make(CHANNELS, config.channel, config.dim, config.place, field="channel")
         if config.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
-        if parse(config.modulation)[0] != "none" and words != ["cross"]:
+        if "cond" in config.writes and words != ["cross"]:
             place = replace(config.place, branch=index, branches=len(config.layout))
             self.modulation = make(MODULATIONS, config.modulation, config.dim, place, field="modulation")
 

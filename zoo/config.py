@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
+from zoo.modulations import MODULATIONS
 from zoo.positions import POSITIONS
 from zoo.spec import parse
 from zoo.text import unknown
@@ -344,7 +345,8 @@ class ModelConfig(Config):
         chosen = {name: self.chosen(name, stage, index) for name in CHOICES}
         writes = self.writes | ({"memory"} if "cross" in self.words else set())
         writes |= {"prefix"} if self.prefix_of(stage) else set()
-        writes |= {"cond"} if chosen["modulation"] != "none" else set()
+        modulation = MODULATIONS.get(parse(chosen["modulation"])[0])
+        writes |= set() if modulation is None else modulation.reads
         writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
         return BlockConfig(
             dim=self.stages[stage].dim,
@@ -403,7 +405,7 @@ class ModelConfig(Config):
     def located(self, stage: int, index: int) -> str:
         """The start of an error of a block: its path if blocks differ."""
         turned = any(len(self._turns(name, stage)) > 1 for name in CHOICES)
-        return f"{self.path(stage, index)}: " if turned or self.staged else ""
+        return f"{self.path(stage, index)}: " if turned or len(self.stages) > 1 else ""
 
     def _check_stage(self, stage: int, size: Size) -> None:
         """ValueError if a block is invalid; it names the block if blocks differ."""

@@ -1,6 +1,7 @@
 """The contract of a model's parts: a Layer maps tokens to tokens under a Context."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -63,6 +64,13 @@ class Context(NamedTuple):
     memory: Memory | None = None
     visible: Chunks | Groups | None = None
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
+
+    def moved(self, grid: tuple[int, ...], prefix: int = 0, mask: Tensor | None = None) -> "Context":
+        """The Context of other tokens of the same samples, with the condition and the memory of this one; ValueError
+        for a condition of single tokens on another number of them."""
+        if self.cond is not None and self.cond.shape[1] != 1 and self.cond.shape[1] != prefix + math.prod(grid):
+            raise ValueError(f"a condition of {self.cond.shape[1]} tokens does not fit the grid {grid}")
+        return Context(grid=grid, prefix=prefix, mask=mask, cond=self.cond, memory=self.memory)
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -204,7 +212,7 @@ def copied(model: Module) -> Module:
 def halved(context: Context) -> Context:
     """The Context of every second token along time."""
     mask = None if context.mask is None else context.mask[:, ::2]
-    return Context(grid=((context.grid[0] + 1) // 2,), mask=mask)
+    return context.moved(((context.grid[0] + 1) // 2,), mask=mask)
 
 
 def extent(context: Context) -> list[Tensor]:

@@ -14,11 +14,13 @@ class Modulation(Layer):
 
     `cond` describes what the Context must hold for this row. `embedded`: whether it is made from the embedding of time
     and label, by `condition`, once for all blocks; if not, it is the logarithm of the signal-to-noise ratio.
+    `remembered`: whether the condition is in the memory, as tokens, and not in `cond`.
     """
 
     reads = frozenset({"cond"})
     cond: ClassVar[str] = ""
     embedded: ClassVar[bool] = True
+    remembered: ClassVar[bool] = False
 
     @classmethod
     def condition(cls, dim: int, branches: int) -> nn.Module:
@@ -55,6 +57,16 @@ class NoModulation(Modulation):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
         return x, None
+
+
+class CrossModulation(NoModulation):
+    """Does not change the branches: the condition is two tokens of the memory, time and class, which the layout's
+    `cross` reads (the cross-attention block of DiT, Peebles and Xie 2023, arXiv:2212.09748; GenTron, Chen et al. 2023,
+    arXiv:2312.04557)."""
+
+    cond = "none; the memory holds it"
+    embedded = True
+    remembered = True
 
 
 class AdaLN(Modulation, nn.Linear):
@@ -120,5 +132,6 @@ MODULATIONS: dict[str, type[Modulation]] = {
     "adaln": AdaLN,
     "adaln_single": AdaLNSingle,
     "tdn": TimeDependent,
+    "cross": CrossModulation,
 }
 """Each row is constructed as row(dim, place, *, options)."""

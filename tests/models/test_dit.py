@@ -34,6 +34,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "mixers": {"mixer": ("sla", "dcnv4"), "position": "none", "depth": 2},
     "until": {"until": True},
     "variance": {"schedule": "ddpm", "prediction": "noise", "variance": True},
+    "decoupled": {"head_depth": 2, "head_dim": 48, "head_heads": 3, "class_tokens": 1, "until": True},
+    "decoupled, one width": {"head_depth": 1, "modulation": "adaln_single", "position": "rope"},
+    "crossed": {"layout": ("mixer", "cross", "ffn"), "modulation": "cross"},
+    "text": {"layout": ("mixer", "cross", "ffn"), "memory_dim": 6, "modulation": ("adaln", "adaln(gate=False)")},
 }
 
 
@@ -98,7 +102,7 @@ def test_it_starts_at_zero_and_every_parameter_gets_a_gradient(name):
 def test_blocks_start_as_the_identity():
     model = DiTConfig(**TINY).build()
     tokens, context = model.embed(torch.randn(1, 3, 8, 8), None)
-    cond, _ = model.conditions(torch.tensor([0.5]), torch.tensor([1]), None)
+    cond = model.conditions(torch.tensor([0.5]), torch.tensor([1]), None).cond
     for block in model.blocks:
         assert torch.equal(block(tokens, context._replace(cond=cond)), tokens)
     layer = model.blocks[0].steps[0].branch.qkv

@@ -3,6 +3,7 @@ patches as maps."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ class DiffusionConfig(ModelConfig):
             raise ValueError(f"modulation must be the same in all blocks, got {', '.join(sorted(rows))}")
         row = MODULATIONS.get(rows.pop())
         if row is None or row.embedded:
+            if row is not None and row.remembered and "cross" not in self.words:
+                raise ValueError(f"modulation '{self.modulation}' needs cross in the layout, as in mixer, cross, ffn")
             return
         if row is MODULATIONS["none"]:
             raise ValueError("modulation 'none' does not see the time; choose another (adaln, adaln_single, tdn)")
@@ -123,6 +126,14 @@ class DiffusionConfig(ModelConfig):
         return inputs | ({"labels": torch.zeros(1, dtype=torch.int64)} if self.classes else {})
 
 
+class Conditions(NamedTuple):
+    """The condition of the blocks, None if the memory holds it, and the vectors [B, dim] of times and labels."""
+
+    cond: Tensor | None
+    times: Tensor | None
+    labels: Tensor | None
+
+
 class Conditioned(nn.Module):
     """A module that embeds the time and the label of its blocks' condition."""
 
@@ -137,10 +148,10 @@ class Conditioned(nn.Module):
         self.time = TimeEmbedding(dim, config.time) if row.embedded else None
         self.until = TimeEmbedding(dim, config.time) if config.until else None
         self.label_table = LabelEmbedding(config.classes, dim) if config.classes else None
-        self.condition = row.condition(dim, len(config.layout))
+        self.condition, self.remembered = row.condition(dim, len(config.layout)), row.remembered
 
-    def conditions(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The condition of the blocks, and the labels' vectors [B, dim]."""
+    def conditions(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
+        """The condition of the blocks, and of what it is made."""
         check_times(time, "time")
         if until is not None and self.until is None:
             raise ValueError("this model takes no `until`; its config has until=False")
@@ -152,13 +163,14 @@ class Conditioned(nn.Module):
         elif labels is not None:
             raise ValueError("this model takes no labels; its config has classes=0")
         if self.time is None:
-            return self.schedule.log_ratio(time)[:, None, None], vectors
-        embedding = self.time(time)
+            return Conditions(self.schedule.log_ratio(time)[:, None, None], None, vectors)
+        times = self.time(time)
         if self.until is not None:
-            embedding = embedding + self.until(torch.zeros_like(time) if until is None else time - until)
-        if vectors is not None:
-            embedding = embedding + vectors
-        return self.condition(embedding[:, None]), vectors
+            times = times + self.until(torch.zeros_like(time) if until is None else time - until)
+        if self.remembered:
+            return Conditions(None, times, vectors)
+        embedding = times if vectors is None else times + vectors
+        return Conditions(self.condition(embedding[:, None]), times, vectors)
 
 
 def last_modulation(config: DiffusionConfig, spec: str, dim: int, place: Place) -> Modulation:

@@ -3,16 +3,20 @@ Ma et al. 2024, arXiv:2401.08740; JiT, Li and He 2025, arXiv:2511.13720)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.config import Choice, FlatConfig
-from zoo.layer import Context
+from zoo.config import Choice, FlatConfig, Size, names_of
+from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.diffusion import Conditioned, DiffusionConfig, joined, last_modulation, start
+from zoo.models.decoupled import DecoupledHead
+from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, start
+from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
-from zoo.spec import make
+from zoo.spec import make, parse
 from zoo.stems.images import Patches
 from zoo.tensors import to_map
 
@@ -24,23 +28,58 @@ class DiTConfig(DiffusionConfig, FlatConfig):
     Args:
         bottleneck: width between the two linears of the patch embedding; 0 for one linear.
         class_block: the first block that sees the class tokens.
+        memory_dim: channels of the tokens, such as those of a text, that the layout's `cross` reads; 0 for none.
+        head_depth: blocks of a decoupled head, which the tokens of the blocks before it modulate (DDT, Wang et al.
+            2025, arXiv:2504.05741); 0 for none.
+        head_dim: its channels; 0 for `dim`.
+        head_heads: its attention heads; 0 for `heads`.
     """
+
+    provides = frozenset({"cond", "memory"})
 
     bottleneck: int = 0
     class_block: int = 0
+    memory_dim: int = 0
+    head_dim: int = 0
+    head_depth: int = 0
+    head_heads: int = 0
     ffn: Choice = "mlp(activation='gelu_tanh')"
     position: str = "sincos(order='xy')"
 
     def check_sizes(self) -> None:
-        if self.bottleneck < 0:
-            raise ValueError(f"bottleneck must be >= 0, got {self.bottleneck}")
+        for name in ("bottleneck", "memory_dim", "head_depth", "head_dim", "head_heads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if (self.head_dim or self.head_heads) and not self.head_depth:
+            raise ValueError("head_dim and head_heads would be ignored; set head_depth")
+        if self.memory_dim and "cross" not in self.words:
+            raise ValueError("memory_dim would be ignored: the layout has no cross")
+        if "cross" in self.words and not self.memory_dim and self.modulation != "cross":
+            raise ValueError("layout: nothing for 'cross' to read; set memory_dim, or modulation='cross'")
+        if "cross" in self.words and (bad := {*names_of(self.cross)} - {"softmax"}):
+            raise ValueError(f"cross '{min(bad)}' needs the maps of a detector; choose softmax")
         if not 0 <= self.class_block <= max(0, self.depth - 1) or self.class_block and not self.class_tokens:
             raise ValueError(f"class_block must be a block that sees class_tokens, got {self.class_block}")
         super().check_sizes()
+        row = MODULATIONS.get(parse(names_of(self.modulation)[0])[0])
+        if self.head_depth and row is not None and (row.remembered or not row.embedded):
+            raise ValueError(f"head_depth needs modulation adaln or adaln_single, got '{self.modulation}'")
+
+    @property
+    def stages(self) -> tuple[Size, ...]:
+        whole = Size(self.dim, self.depth, self.heads)
+        head = Size(self.head_dim or self.dim, self.head_depth, self.head_heads or self.heads)
+        return (whole, head) if self.head_depth else (whole,)
 
     @property
     def prefix(self) -> int:
         return self.class_tokens
+
+    def prefix_of(self, stage: int) -> int:
+        return 0 if stage else self.prefix
+
+    def path(self, stage: int, index: int) -> str:
+        return f"head.blocks.{index}" if stage else f"blocks.{index}"
 
     def grid(self, stage: int) -> tuple[int, int]:
         side = -(-self.image // self.patch)
@@ -62,11 +101,19 @@ class TwoLinears(Patches):
         return self.out(tokens), grid, mask
 
 
+def stem(config: DiTConfig, dim: int) -> Patches:
+    """The patch embedding, for tokens of this width."""
+    if config.bottleneck:
+        return TwoLinears(config.channels, config.bottleneck, dim, config.patch)
+    return Patches(config.channels, dim, config.patch)
+
+
 class DiT(Conditioned, Model[DiTConfig]):
     """model(x [B, channels, H, W], time [B], labels [B]) -> the prediction [B, outputs, H, W].
 
     Without labels all are of no class. H and W are free; a mask [B, H, W] of real pixels lets several sizes share a
-    batch. `until` [B], of models made for it, is the time at which the step ends, by default the time itself.
+    batch. `until` [B], of models made for it, is the time at which the step ends, by default the time itself. `memory`,
+    of models with memory_dim, holds the tokens that `cross` reads; without it they are those of no text.
     """
 
     replaceable = ("label_table",)
@@ -74,22 +121,28 @@ class DiT(Conditioned, Model[DiTConfig]):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         first = config.block()
-        if config.bottleneck:
-            self.stem = TwoLinears(config.channels, config.bottleneck, config.dim, config.patch)
-        else:
-            self.stem = Patches(config.channels, config.dim, config.patch)
+        self.stem = stem(config, config.dim)
         self.position = make_position(config)
         self.add_embeddings(config, config.dim)
         self.tokens = None
         if config.class_tokens:
             self.tokens = nn.Parameter(0.02 * torch.randn(1, config.class_tokens, config.dim))
-        rates = drop_rates(config.drop_path, config.depth)
-        self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
-        self.norm: Norm = make(NORMS, first.norm, config.dim, first.place, field="norm")
-        self.modulation = last_modulation(config, first.modulation, config.dim, first.place)
-        self.out = nn.Linear(config.dim, config.patch**2 * config.outputs)
-        linears = [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
-        start(linears, self.stem.children(), self.out)
+        self.remember = self.nothing = None
+        if config.memory_dim:
+            self.remember = nn.Linear(config.memory_dim, config.dim)
+            self.nothing = nn.Parameter(0.02 * torch.randn(1, 1, config.memory_dim))
+        rates = drop_rates(config.drop_path, config.depth + config.head_depth)
+        before, behind = rates[: config.depth], rates[config.depth :]
+        self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(before))
+        self.head = DecoupledHead(config, partial(stem, config), behind) if behind else None
+        if self.head is None:
+            self.norm: Norm = make(NORMS, first.norm, config.dim, first.place, field="norm")
+            self.modulation = last_modulation(config, first.modulation, config.dim, first.place)
+        self.out = nn.Linear(config.stages[-1].dim, config.patch**2 * config.outputs)
+        blocks, patches = [*self.blocks.modules()], [*self.stem.children()]
+        if self.head is not None:
+            blocks, patches = [*blocks, *self.head.blocks.modules()], [*patches, *self.head.stem.children()]
+        start([layer for layer in blocks if isinstance(layer, nn.Linear)], patches, self.out)
 
     @property
     def strides(self) -> list[int]:
@@ -113,19 +166,36 @@ class DiT(Conditioned, Model[DiTConfig]):
         mask = context.mask
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
-        joined = self.position.place(Context(grid=context.grid, prefix=own.shape[1], mask=mask, cond=context.cond))
+        joined = self.position.place(context.moved(context.grid, own.shape[1], mask))
         return torch.cat([own.to(tokens.dtype), tokens], 1), joined
 
+    def memory(self, given: Memory | None, found: Conditions, batch: int) -> Memory | None:
+        """What the layout's `cross` reads: the given tokens, and those of time and label if they are not modulated."""
+        if given is not None and self.remember is None:
+            raise ValueError("this model takes no memory; its config has memory_dim=0")
+        parts, masks = [], []
+        if self.remembered:
+            own = [each for each in (found.times, found.labels) if each is not None]
+            parts.append(torch.stack(own, 1))
+        if self.remember is not None:
+            assert self.nothing is not None
+            tokens = self.nothing.expand(batch, -1, -1) if given is None else given.tokens
+            parts.append(self.remember(tokens))
+            if given is not None and given.mask is not None:
+                masks = [given.mask.new_ones(batch, each.shape[1]) for each in parts[:-1]] + [given.mask]
+        if not parts:
+            return None
+        return Memory(torch.cat(parts, 1), torch.cat(masks, 1) if masks else None)
+
     def tokens_after(
-        self, x: Tensor, time: Tensor, labels: Tensor | None, until: Tensor | None, mask: Tensor | None, block: int
+        self, x: Tensor, found: Conditions, memory: Memory | None, mask: Tensor | None, block: int
     ) -> Iterator[tuple[Tensor, Context]]:
         """The grid's tokens after each block up to `block`, and their Context."""
         tokens, context = self.embed(x, mask)
-        cond, vectors = self.conditions(time, labels, until)
-        context = context._replace(cond=cond)
+        context = context._replace(cond=found.cond, memory=self.memory(memory, found, len(x)))
         for index in range(block + 1):
             if index == self.config.class_block:
-                tokens, context = self.join(tokens, context, vectors)
+                tokens, context = self.join(tokens, context, found.labels)
             tokens = self.run((self.blocks[index],), tokens, context)
             yield tokens[:, context.prefix :], context
 
@@ -136,13 +206,21 @@ class DiT(Conditioned, Model[DiTConfig]):
         labels: Tensor | None = None,
         *,
         until: Tensor | None = None,
+        memory: Memory | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """x [B, channels, H, W], times [B] in 0..1 and labels [B] -> [B, outputs, H, W]; zeros where the mask [B, H, W]
         is False."""
-        *_, (tokens, context) = self.tokens_after(x, time, labels, until, mask, self.config.depth - 1)
-        grid = Context(grid=context.grid, mask=context.grid_mask, cond=context.cond)
-        tokens, _ = self.modulation(self.norm(tokens, grid), grid)
+        found = self.conditions(time, labels, until)
+        *_, (tokens, context) = self.tokens_after(x, found, memory, mask, self.config.depth - 1)
+        last: Any = self
+        context = context.moved(context.grid, mask=context.grid_mask)
+        if self.head is not None:
+            assert found.times is not None
+            last = self.head
+            tokens, context = self.head.placed(x, mask, tokens, found.times[:, None], context)
+            tokens = self.run(self.head.blocks, tokens, context)
+        tokens, _ = last.modulation(last.norm(tokens, context), context)
         patch, grid = self.config.patch, (context.grid[0], context.grid[1])
         y = joined(self.out(tokens).view(-1, *grid, patch, patch, self.config.outputs), x.shape[2], x.shape[3])
         return y if mask is None else y.masked_fill(~mask[:, None], 0.0)
@@ -154,16 +232,19 @@ class DiT(Conditioned, Model[DiTConfig]):
         mask: Tensor | None = None,
         time: Tensor | None = None,
         labels: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> list[Tensor]:
         """The grid's tokens after the given blocks (all if None; -1 is the last) as maps [B, dim, H', W']; time None is
         0, images without noise."""
         wanted = chosen_layers(layers, self.config.depth, "block")
         time = x.new_zeros(x.shape[0]) if time is None else time
-        found = [
+        found = self.conditions(time, labels, None)
+        maps = [
             to_map(tokens, context.grid)
-            for tokens, context in self.tokens_after(x, time, labels, None, mask, max(wanted, default=-1))
+            for tokens, context in self.tokens_after(x, found, memory, mask, max(wanted, default=-1))
         ]
-        return [found[layer] for layer in wanted]
+        return [maps[layer] for layer in wanted]
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name in ("tokens", "position.table")}
+        own = ("tokens", "nothing", "position.table", "head.position.table")
+        return {name for name, _ in self.named_parameters() if name in own}

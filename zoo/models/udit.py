@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.config import Choice, Size, names_of
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.diffusion import Conditioned, DiffusionConfig, joined, last_modulation, start
+from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -116,7 +116,7 @@ class Down(nn.Module):
             maps = F.pad(maps, padding)
         squares = maps.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
         grid = (squares.shape[1], squares.shape[2])
-        return squares.flatten(3).flatten(1, 2).to(x.dtype), Context(grid=grid, mask=mask)
+        return squares.flatten(3).flatten(1, 2).to(x.dtype), context.moved(grid, mask=mask)
 
 
 class Up(nn.Module):
@@ -142,7 +142,7 @@ class Embeddings(Conditioned):
         super().__init__()
         self.add_embeddings(config, dim)
 
-    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
         return self.conditions(time, labels, until)
 
 
@@ -205,7 +205,7 @@ class UDiT(Model[UDiTConfig]):
         found: list[tuple[Tensor, Context]] = []
         for index, stage in enumerate(self.stages[:stages]):
             assert isinstance(stage, Stage)
-            cond, vectors = conditions[self.embedding_of[index]]
+            cond, _, vectors = conditions[self.embedding_of[index]]
             if stage.up is not None:
                 skip, finer = found[len(self.stages) - 1 - index]
                 tokens, context = stage.up(*found[-1], skip, finer), finer
@@ -226,7 +226,7 @@ class UDiT(Model[UDiTConfig]):
         own, mask = self.tokens + vectors[:, None], context.mask
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
-        together = Context(grid=context.grid, prefix=own.shape[1], mask=mask, cond=context.cond)
+        together = context.moved(context.grid, own.shape[1], mask)
         return torch.cat([own.to(tokens.dtype), tokens], 1), together
 
     def forward(
