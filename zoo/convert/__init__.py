@@ -1,9 +1,21 @@
 """Converts models of other libraries, with their weights; one folder for each library."""
 
 from zoo.convert.detr import from_detr
-from zoo.convert.dit import from_diffusers, from_dit, to_dit
+from zoo.convert.dit import from_diffusers, from_dit, from_jit, from_lightningdit, to_dit, to_jit, to_lightningdit
 from zoo.convert.nemo import from_nemo
 from zoo.convert.timm import from_timm
 from zoo.convert.transformers import from_transformers
 
-__all__ = ["from_detr", "from_diffusers", "from_dit", "from_nemo", "from_timm", "from_transformers", "to_dit"]
+__all__ = [
+    "from_detr",
+    "from_diffusers",
+    "from_dit",
+    "from_jit",
+    "from_lightningdit",
+    "from_nemo",
+    "from_timm",
+    "from_transformers",
+    "to_dit",
+    "to_jit",
+    "to_lightningdit",
+]

@@ -1,4 +1,5 @@
-"""DiT (Peebles and Xie 2023, arXiv:2212.09748), JiT (Li and He 2025, arXiv:2511.13720), and small ones for images."""
+"""DiT (Peebles and Xie 2023, arXiv:2212.09748), JiT (Li and He 2025, arXiv:2511.13720), LightningDiT (Yao et
+al. 2025, arXiv:2501.01423), and small ones for images."""
 
 from dataclasses import replace
 
@@ -22,6 +23,18 @@ _JIT = DiTConfig(
     norm="rmsnorm",
     position="rope(absolute=True)",
 )
+_LIGHTNING = DiTConfig(
+    dim=1152,
+    depth=28,
+    heads=16,
+    image=16,
+    channels=32,
+    patch=1,
+    time="sincos(scale=1.0, reverse=True)",
+    ffn="swiglu(multiple=1)",
+    norm="rmsnorm",
+    position="rope(absolute=True)",
+)
 _SMALL = DiTConfig(dim=192, depth=12, heads=3, image=32, channels=3, patch=4, classes=10)
 
 ABOUT = {
@@ -29,6 +42,7 @@ ABOUT = {
     "dit_micro": "DiT (Peebles and Xie 2023, arXiv:2212.09748) for images of 8 to 32 pixels, with flow matching",
     "dit_tiny": "DiT (Peebles and Xie 2023, arXiv:2212.09748) for images of 32 to 64 pixels, with flow matching",
     "jit": "JiT (Li and He 2025, arXiv:2511.13720)",
+    "lightningdit": "LightningDiT (Yao et al. 2025, arXiv:2501.01423) for latents of 32 channels",
 }
 """Descriptions of the presets, by the beginning of their names."""
 
@@ -50,6 +64,8 @@ PRESETS |= {
     "jit_b_16": _JIT,
     "jit_l_16": replace(_JIT, dim=1024, depth=24, heads=16, class_block=8),
     "jit_h_16": replace(_JIT, dim=1280, depth=32, heads=16, bottleneck=256, class_block=10),
+    "lightningdit_xl_1": _LIGHTNING,
+    "lightningdit_b_1": replace(_LIGHTNING, dim=768, depth=12, heads=12),
     "dit_tiny": _SMALL,
     "dit_micro": replace(_SMALL, dim=96, depth=6, image=8, channels=1, patch=2),
 }
