@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from zoo.data.latents import Index, Tag, digest, write_index, write_shard
+
 SPLITS = {"train": 5, "val": 2}  # images of each class
 
 
@@ -34,4 +36,24 @@ def images(root: Path, splits: dict[str, int] = SPLITS, side: int = 20) -> Path:
                 draw = np.random.default_rng([len(split), label, index])
                 values = draw.integers(256, size=(4, 5, 3), dtype=np.uint8)
                 Image.fromarray(values).resize((side + 4, side)).save(folder / f"{index}.png")
+    return root
+
+
+def cache(root: Path, splits: dict[str, tuple[int, ...]], channels: int = 4, side: int = 4) -> Path:
+    """A folder of random latents as `zoo generate encode` writes it, with shards of so many images."""
+    root.mkdir()
+    generator, shards = torch.Generator().manual_seed(0), dict[str, dict[str, Any]]()
+    for split, counts in splits.items():
+        for number, count in enumerate(counts):
+            name, names = f"{split}-{number:05d}.safetensors", digest([split, str(number)])
+            mean = 2 + 3 * torch.randn(count, 2, channels, side, side, generator=generator)
+            std = 0.5 * torch.rand(mean.shape, generator=generator)
+            labels = torch.arange(count) % 2
+            write_shard(
+                root / name, Tag(autoencoder="a", image=2 * side, dtype="float32", names=names), mean, std, labels
+            )
+            shards[name] = {"count": count, "names": names}
+    facts: dict[str, Any] = {"decoder": "owner/name", "autoencoder": "a", "scaling": {}, "image": 2 * side, "factor": 2}
+    facts |= {"channels": channels, "dtype": "float32", "mean": [2.0] * channels, "std": [3.0] * channels}
+    write_index(root, Index(**facts, classes=["cats", "dogs"], shards=shards))
     return root

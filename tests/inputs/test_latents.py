@@ -128,7 +128,7 @@ def test_refused_autoencoders(copy: Path, monkeypatch: pytest.MonkeyPatch):
     config.write_text(config.read_text().replace("AutoencoderKL", "AutoencoderDC"))
     assert "must be that of an AutoencoderKL of diffusers, got AutoencoderDC" in refused()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **options: 1 / 0)
-    assert refused("owner/name/vae@main").endswith("or make the Hub reachable: division by zero")
+    assert refused("owner/name/vae@main").endswith("cannot be downloaded from the Hub: division by zero")
     monkeypatch.setattr("zoo.inputs.latents.find_spec", lambda name: None)
     assert refused() == 'latents need diffusers; run: pip install "zoo[latents]"'
 

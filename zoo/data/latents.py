@@ -180,7 +180,7 @@ class Shard:
         if found != wanted:
             differ = [name for name in wanted if not isinstance(found, Mapping) or found.get(name) != wanted[name]]
             what = ", ".join(differ) or "fields"
-            raise ValueError(f"{path} holds other latents (its {what} differ); delete it or choose another folder")
+            raise ValueError(f"{path} holds other latents (they differ in {what}); delete it or choose another folder")
 
     def __enter__(self) -> "Shard":
         self.file.__enter__()

@@ -99,7 +99,7 @@ class Autoencoder:
     """
 
     def __init__(self, name: str) -> None:
-        if find_spec("diffusers") is None:
+        if not is_installed():
             raise ValueError(MISSING)
         self.name = name
         folder = located(name)
@@ -136,6 +136,11 @@ class Autoencoder:
         return images
 
 
+def is_installed() -> bool:
+    """Whether the package of the autoencoder is installed."""
+    return find_spec("diffusers") is not None
+
+
 def located(name: str) -> Path:
     """The folder of an autoencoder, downloaded if it is on the Hub and not here yet; ValueError if not found."""
     if (folder := Path(name).expanduser()).is_dir():
@@ -151,8 +156,7 @@ def located(name: str) -> Path:
     try:
         here = huggingface_hub.snapshot_download(found[1], revision=revision or None, allow_patterns=allowed)
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
-        hint = "give a folder with --decoder, or make the Hub reachable"
-        raise ValueError(one_line(f"decoder '{name}' cannot be downloaded; {hint}: {reason(error)}")) from error
+        raise ValueError(one_line(f"decoder '{name}' cannot be downloaded from the Hub: {reason(error)}")) from error
     return Path(here, inside)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.inputs import Preprocess
-from zoo.inputs.latents import Autoencoder, LatentPreprocess
+from zoo.inputs.latents import Autoencoder, LatentPreprocess, is_installed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,11 @@ def decoder_for(preprocess: Preprocess, name: str | None = None) -> Autoencoder 
         if name is not None:
             raise ValueError("--decoder: this model gives pixels, which need no decoder")
         return None
-    found = Autoencoder(name or preprocess.decoder)
+    try:
+        found = Autoencoder(name or preprocess.decoder)
+    except ValueError as error:
+        hint = "; `zoo generate sample` takes another one with --decoder" if name is None and is_installed() else ""
+        raise ValueError(f"{error}{hint}") from error
     for field, what in (("channels", "channels of latents"), ("factor", "pixels per side of a latent")):
         if (theirs := getattr(found, field)) != (ours := getattr(preprocess, field)):
             raise ValueError(f"decoder {found.name} has {theirs} {what}, but the model has {ours}")
