@@ -21,8 +21,8 @@ SPLITS = ("train", "val", "test")
 def parser() -> Parser:
     made = Parser(
         "zoo generate encode",
-        "Writes the latents of images and their mirror images, for `--data.dataset latents`. Run it again to resume.",
-        "zoo generate encode --root DIR --decoder stabilityai/sd-vae-ft-ema --output latents",
+        "Writes latents of images, to train on. Run it again to resume.",
+        "zoo generate encode --root DIR --decoder stabilityai/sd-vae-ft-ema --output L",
     )
     layout = "root/train/<class>/*, root/val/<class>/*"
     made.add_argument("--root", metavar="DIR", required=True, help=f"folder of the images: {layout}")
