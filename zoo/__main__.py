@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "generate": (
         "zoo.tasks.generate.train:Generate",
         "zoo.data.generation:WholeImages",
-        {"sample": "zoo.tasks.generate.sample:main"},
+        {"sample": "zoo.tasks.generate.sample:main", "encode": "zoo.tasks.generate.encode:main"},
     ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",

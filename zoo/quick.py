@@ -24,6 +24,7 @@ VERBS = {
     "predict": "run a model on your own files",
     "stream": "transcribe audio while it arrives",
     "sample": "draw images from a model",
+    "encode": "write the latents of images, to train on them",
     "export": "write a model as an ONNX file",
 }
 EXAMPLES = {

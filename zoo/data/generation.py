@@ -1,30 +1,43 @@
-"""Images to train a generator on: as they are, but for flips, with values from -1 to 1."""
+"""Data to train a generator on: images as they are, but for flips, with values from -1 to 1; or latents of images."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.data.image_sources import SOURCES
 from zoo.data.images import Images
+from zoo.data.latents import INDEX, LatentDataset, Latents, read_index
 from zoo.inputs import Preprocess
-from zoo.inputs.images import ImagePreprocess
+from zoo.inputs.latents import LatentPreprocess
+
+
+def _latents(split: str, preprocess: Any, root: str | None, fraction: float) -> Latents:
+    return Latents(root or "", split)
 
 
 class WholeImages(Images):
-    """Labelled images for a diffusion model: the largest centred square, resized; values from -1 to 1.
+    """Labelled images for a diffusion model: the largest centred square, resized; values from -1 to 1. Or latents of
+    such images, normalised per channel; each epoch draws new ones, and validation takes their means.
 
     Args:
-        dataset: `digits`, `imagefolder` or `synthetic`, as for `zoo classify`.
-        root: folder of an imagefolder.
-        size: side of the images in pixels; null for that of the checkpoint, or 32.
-        channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
+        dataset: `digits`, `imagefolder` or `synthetic`, as for `zoo classify`; or `latents`, a folder that
+            `zoo generate encode` wrote.
+        root: folder of an imagefolder or of latents.
+        size: side of the images in pixels; null for that of the checkpoint, or 32. Latents have their own.
+        channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3. Latents have their own.
         batch: images in a batch, per device.
         workers: processes that read images; 0 reads in the main process; null for one per core if images are files.
-        seed: seed of order and flips, together with epoch and index; null for that of seed_everything.
+        seed: seed of order, flips and draws, together with epoch and index; null for that of seed_everything.
         fraction: share of the digits that is held out for validation and test.
         flip: probability of mirroring left and right.
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
     """
+
+    sources = {**SOURCES, "latents": _latents}
+    folders = ("imagefolder", "latents")
 
     def __init__(
         self,
@@ -39,6 +52,9 @@ class WholeImages(Images):
         flip: float = 0.5,
         interpolation: str | None = None,
     ):
+        given = {"size": size, "channels": channels, "interpolation": interpolation}
+        if dataset == "latents" and (wrong := [name for name, value in given.items() if value is not None]):
+            raise ValueError(f"dataset 'latents' takes no {wrong[0]}; it is set by `zoo generate encode`")
         super().__init__(
             dataset,
             root,
@@ -52,14 +68,39 @@ class WholeImages(Images):
             flip=flip,
             scale=(1.0, 1.0),
             erasing=0.0,
-            crop=1.0,
+            crop=None if dataset == "latents" else 1.0,
             interpolation=interpolation,
         )
 
-    def prepared(self, base: Preprocess | None) -> ImagePreprocess:
-        found = super().prepared(base)
+    @classmethod
+    def kind(cls, root: str) -> str:
+        return "latents" if Path(root, INDEX).is_file() else "imagefolder"
+
+    def prepared(self, base: Preprocess | None) -> Preprocess:
+        if self.dataset == "latents":
+            return self._of_latents(base)
+        found: Any = super().prepared(base)
         half = (0.5,) * found.channels
         return replace(found, mean=half, std=half)
+
+    def _of_latents(self, base: Preprocess | None) -> LatentPreprocess:
+        """That of the folder, with the statistics of the checkpoint if there is one."""
+        own = read_index(self.root or "").preprocess()
+        if base is None:
+            return own
+        if not isinstance(base, LatentPreprocess):
+            raise ValueError("the checkpoint takes images, and dataset 'latents' gives latents")
+        if base.channels != own.channels:
+            raise ValueError(
+                f"the checkpoint takes latents of {base.channels} channels, {self.root} has {own.channels}"
+            )
+        return replace(own, mean=base.mean, std=base.std)
+
+    def items(self, split: str) -> Any:
+        if self.dataset != "latents":
+            return super().items(split)
+        seed = self.seed if split == "train" else None
+        return LatentDataset(self.source(split), self.preprocess, self.flip, seed)
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
         (images,), named = super().example()

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +126,10 @@ class Images(DataModule):
         ValueError: an unknown name, or a value out of range.
     """
 
-    preprocess: ImagePreprocess
+    sources: ClassVar[Mapping[str, Callable[[str, Any, str | None, float], Any]]] = SOURCES
+    folders: ClassVar[tuple[str, ...]] = ("imagefolder",)  # the rows that take a root
+
+    preprocess: Any
 
     def __init__(
         self,
@@ -149,11 +152,11 @@ class Images(DataModule):
         std: list[float] | None = None,
     ):
         super().__init__()
-        if dataset not in SOURCES:
-            raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(SOURCES)}")
-        if root is not None and dataset != "imagefolder":
+        if dataset not in self.sources:
+            raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(self.sources)}")
+        if root is not None and dataset not in self.folders:
             raise ValueError(f"dataset {dataset!r} takes no root; for your own images set dataset to imagefolder")
-        if root is None and dataset == "imagefolder":
+        if root is None and dataset in self.folders:
             raise ValueError(f"dataset {dataset!r} needs root, a folder")
         check_numbers({"batch": (batch, 1), "workers": (workers, 0)}, {"flip": flip, "erasing": erasing})
         if not 0 < fraction < 1:
@@ -165,17 +168,18 @@ class Images(DataModule):
         fields = {"size": size, "channels": channels, "crop": crop, "interpolation": interpolation}
         fields |= {"mean": None if mean is None else tuple(mean), "std": None if std is None else tuple(std)}
         self.given = {name: value for name, value in fields.items() if value is not None}
-        self.preprocess = self.prepared(None)
         self.dataset, self.root, self.batch = dataset, root, batch
+        self.preprocess = self.prepared(None)
         self.workers = workers
         self.seed = global_seed() if seed is None else seed
         self.fraction, self.randaugment, self.flip = fraction, randaugment, flip
         self.scale, self.jitter, self.erasing = (scale[0], scale[1]), jitter, erasing
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, Any] = {}
 
-    def prepared(self, base: Preprocess | None) -> ImagePreprocess:
+    def prepared(self, base: Preprocess | None) -> Preprocess:
         """The preprocessing `base`, or the default at 32 pixels, with the fields that were given replaced."""
-        assert base is None or isinstance(base, ImagePreprocess)
+        if base is not None and not isinstance(base, ImagePreprocess):
+            raise ValueError(f"the checkpoint takes latents, and dataset '{self.dataset}' gives images")
         fields: dict[str, Any] = {"size": 32} if base is None else base.to_dict()
         if base is None or self.given.get("channels", base.channels) != base.channels:
             fields["mean"], fields["std"] = default_statistics(self.given.get("channels", 3))
@@ -194,7 +198,12 @@ class Images(DataModule):
         """The data to evaluate a checkpoint on: a folder in ImageNet's layout, or the digits."""
         if splits:
             raise ValueError("--splits is for speech; images take --split val or test")
-        return cls(dataset="imagefolder" if root else "digits", root=root, batch=batch, workers=workers)
+        return cls(dataset=cls.kind(root) if root else "digits", root=root, batch=batch, workers=workers)
+
+    @classmethod
+    def kind(cls, root: str) -> str:
+        """The row of `sources` that reads a folder."""
+        return "imagefolder"
 
     @property
     def classes(self) -> list[str]:
@@ -222,30 +231,36 @@ class Images(DataModule):
         for split in splits.get(stage, ()):
             self.source(split)
         if stage == "fit":
-            training_transform(self)
+            self.items("train")
 
-    def source(self, split: str) -> Source:
-        """The images of split `train`, `val` or `test` before any transform.
+    def source(self, split: str) -> Any:
+        """The images, a `Source`, of split `train`, `val` or `test` before any transform.
 
         Raises:
             ValueError: the folders of an imagefolder are invalid.
         """
         if split not in self._sources:
-            build = SOURCES[self.dataset]
+            build = self.sources[self.dataset]
             self._sources[split] = build(split, self.preprocess, self.root, self.fraction)
         return self._sources[split]
 
+    def items(self, split: str) -> Any:
+        """The data set of a split: augmented for `train`, else as in evaluation."""
+        if split != "train":
+            return ImageDataset(self.source(split), self.preprocess.cut, self.preprocess)
+        transform, erase = training_transform(self)
+        return ImageDataset(self.source(split), transform, self.preprocess, erase, self.seed)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented images in random order; a last batch that is not full is dropped."""
-        transform, erase = training_transform(self)
-        dataset = ImageDataset(self.source("train"), transform, self.preprocess, erase, self.seed)
+        dataset = self.items("train")
         sampler = EpochSampler(len(dataset), training=True, seed=self.seed)
         drop_last = len(sampler) >= self.batch
         return make_loader(
             dataset,
             BatchSampler(cast(Any, sampler), self.batch, drop_last),
             as_it_is,
-            self.processes(self.dataset == "imagefolder"),
+            self.processes(self.dataset in self.folders),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -257,10 +272,10 @@ class Images(DataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
-        dataset = ImageDataset(self.source(split), self.preprocess.cut, self.preprocess)
+        dataset = self.items(split)
         sampler = EpochSampler(len(dataset), training=False)
         return make_loader(
-            dataset, EvenBatches(sampler, self.batch), as_it_is, self.processes(self.dataset == "imagefolder")
+            dataset, EvenBatches(sampler, self.batch), as_it_is, self.processes(self.dataset in self.folders)
         )
 
 

@@ -15,9 +15,11 @@ class Preprocess:
 
     Called on one raw input it gives that input prepared, without a batch axis. `shared` names the fields that the
     config of the model has too, with the same value. `raw` is the name of a raw input in a line of code, and
-    `file` that of a file that holds one; the path of such a file is a raw input too.
+    `file` that of a file that holds one; the path of such a file is a raw input too. Models whose input is of the kind
+    `replaces` can have it instead of the usual one.
     """
 
+    replaces: ClassVar[str | None] = None
     shared: ClassVar[tuple[str, ...]] = ()
     raw: ClassVar[str] = "raw"
     file: ClassVar[str] = "file"

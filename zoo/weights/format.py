@@ -7,10 +7,10 @@ from typing import Any
 
 import zoo
 from zoo.config import Config
-from zoo.inputs import INPUTS, Preprocess
+from zoo.inputs import Preprocess, kinds_of
 from zoo.models import FAMILIES
 from zoo.outputs import LABELS
-from zoo.text import from_json, one_line, reason
+from zoo.text import from_json, one_line, reason, unknown
 from zoo.weights.names import CheckpointError
 
 FORMAT = 3
@@ -72,12 +72,28 @@ def read_config(path: Path) -> dict[str, Any]:
     return written
 
 
+def write_preprocess(config: Config, preprocess: Preprocess) -> dict[str, Any]:
+    """The field `preprocess` of config.json: its kind, if that is not the input kind of the config, and its fields."""
+    name = next(name for name, kind in kinds_of(config.input).items() if isinstance(preprocess, kind))
+    return ({} if name == config.input else {"kind": name}) | preprocess.to_dict()
+
+
+def read_preprocess(config: Config, written: dict[str, Any]) -> Preprocess:
+    """The inverse of `write_preprocess`; ValueError if the kind does not fit the config or a field is invalid."""
+    if config.input is None:
+        raise ValueError("this model takes no preprocess")
+    kinds, fields = kinds_of(config.input), dict(written)
+    if (name := fields.pop("kind", config.input)) not in kinds:
+        raise ValueError(unknown("kind of preprocess", str(name), kinds))
+    return kinds[name].from_dict(fields)
+
+
 def check_fit(config: Config, preprocess: Preprocess | None, labels: Any) -> None:
     """ValueError if the preprocessing or the labels do not fit such a model."""
     if preprocess is not None:
-        kind = None if config.input is None else INPUTS[config.input]
-        if kind is None or not isinstance(preprocess, kind):
-            wanted = "None" if kind is None else kind.__name__
+        kinds = (*kinds_of(config.input).values(),)
+        if not isinstance(preprocess, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds) or "None"
             raise ValueError(f"preprocess must be {wanted}, got {type(preprocess).__name__}")
         for name in preprocess.shared:
             if (given := getattr(preprocess, name)) != (taken := getattr(config, name)):

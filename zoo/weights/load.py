@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.config import Config
 from zoo.fusion import fuse
-from zoo.inputs import INPUTS, Preprocess
+from zoo.inputs import Preprocess
 from zoo.layer import advance
 from zoo.models import FAMILIES
 from zoo.models.base import Model
@@ -17,7 +17,7 @@ from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
 from zoo.text import reason
 from zoo.weights.card import kept_facts
-from zoo.weights.format import check_fit, read_config
+from zoo.weights.format import check_fit, read_config, read_preprocess
 from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
 from zoo.weights.probe import check_probe
 
@@ -110,9 +110,7 @@ def _load(folder: Path, check: bool) -> Checkpoint:
                 raise ValueError("this model's outputs take no labels")
             labels = LABELS[config.labels].read(written["labels"])
         if written["preprocess"] is not None:
-            if config.input is None:
-                raise ValueError("this model takes no preprocess")
-            preprocess = INPUTS[config.input].from_dict(written["preprocess"])
+            preprocess = read_preprocess(config, written["preprocess"])
         check_fit(config, preprocess, labels)
         if lacking := config.missing(tensors):
             raise ValueError(f"model.safetensors has no tensor '{lacking}'")

@@ -24,7 +24,7 @@ from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
 from zoo.text import reason, unknown
 from zoo.weights.card import model_card
-from zoo.weights.format import FORMAT, check_fit
+from zoo.weights.format import FORMAT, check_fit, write_preprocess
 from zoo.weights.load import load_checkpoint
 from zoo.weights.names import FILES, CheckpointError, previous_of
 from zoo.weights.probe import inputs_for, outputs_of, pack
@@ -94,7 +94,7 @@ def save_model(
         "family": family,
         "preset": preset,
         "model": asdict(config),
-        "preprocess": None if preprocess is None else preprocess.to_dict(),
+        "preprocess": None if preprocess is None else write_preprocess(config, preprocess),
         "labels": None if labels is None or config.labels is None else LABELS[config.labels].write(labels),
         "fused": model.fusion is not None,
         "source": said["source"],

@@ -39,6 +39,9 @@ def parser() -> Parser:
     made.add_rare("--channels", metavar="N", type=count, default=0, help="guide the first N channels alone")
     made.add_rare("--weak", metavar="NAME", help="guide by this weaker checkpoint instead of no class")
     made.add_rare("--shift", metavar="S", type=float, default=1.0, help="above 1, more steps near the noise")
+    made.add_rare(
+        "--decoder", metavar="NAME", help="of latents: a folder, or OWNER/NAME on the Hub (default: as stored)"
+    )
     made.add_rare("--batch", metavar="N", type=count, default=64, help="images per batch (default: 64)")
     return made
 
@@ -73,14 +76,13 @@ def main(arguments: list[str]) -> None:
     import torch
     from tqdm import tqdm
 
-    from zoo.inputs.images import ImagePreprocess
     from zoo.outputs.answers import class_names
     from zoo.outputs.samplers import Guidance, check_sampler, sample, times_of, usual
     from zoo.outputs.tokens import Tokenizer
-    from zoo.tasks.generate.images import to_bytes
+    from zoo.tasks.generate.images import decoder_for, sides_of, to_bytes
 
     model, preprocess, names, _ = files.load_for("generate", given.name)
-    assert isinstance(preprocess, ImagePreprocess) and not isinstance(names, Tokenizer)
+    assert preprocess is not None and not isinstance(names, Tokenizer)
     config: Any = model.config
     start, end = given.interval
     weak = None if given.weak is None else files.load_for("generate", given.weak).model.to(device)
@@ -89,7 +91,7 @@ def main(arguments: list[str]) -> None:
     check_sampler(config, sampler, guidance)
     steps = len(times_of(config, given.steps, given.shift)) - 1
     chosen = chosen_classes(given.classes, class_names(names, config.classes))
-    sides = given.size or (preprocess.size, preprocess.size)
+    sides, decoder = sides_of(given.size, preprocess), decoder_for(preprocess, given.decoder)
     files.make_output(output)
 
     wanted = [(index, name) for index, name in chosen for _ in range(given.each)]
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> None:
             x, evaluations = sample(model.to(device), labels, numbers, sides, **options)
             if not bool(x.isfinite().all()):
                 raise ValueError(f"{given.name} gives samples that are NaN or infinite; nothing was written")
-            values.append(to_bytes(x, preprocess))
+            values.append(to_bytes(x, preprocess, decoder))
     facts = {
         "checkpoint": given.name,
         "sampler": sampler,
@@ -118,8 +120,8 @@ def main(arguments: list[str]) -> None:
         "weak": given.weak,
         "shift": given.shift,
         "seed": given.seed,
-        "size": list(sides),
-        "decoder": None,
+        "size": list(values[0].shape[1:3]),
+        "decoder": decoder and decoder.name,
     }
     write(output, facts, wanted, torch.cat(values), given.each)
     files.report(f"wrote {counted(len(wanted), 'image')}, grid.png, samples.json and samples.npz to {output}")

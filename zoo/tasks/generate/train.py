@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.data.images import Batch
+from zoo.inputs.latents import Autoencoder
 from zoo.outputs.samplers import Guidance, Noise, sample
 from zoo.schedules import SCHEDULES
-from zoo.tasks.generate.images import grid, to_bytes
+from zoo.tasks.generate.images import decoder_for, grid, to_bytes
 from zoo.tasks.generate.objectives import Objective, Times, balanced
 from zoo.tasks.task import Task
 
@@ -90,6 +91,7 @@ class Generate(Task):
         super().__init__(backbone, **options)
         self.losses = Buckets()
         self.seen, self.bucket = 0, -1
+        self.decoder: Autoencoder | None = None  # of the samples that are shown
 
     def complete(self) -> None:
         super().complete()
@@ -188,12 +190,19 @@ class Generate(Task):
     @rank_zero_only
     def draw(self) -> None:
         """Draws a grid of samples, and writes it into the run's folder as samples/NUMBER.png; a row for each class."""
+        preprocess = self.data.preprocess
+        if self.decoder is None:
+            try:
+                self.decoder = decoder_for(preprocess)
+            except ValueError as error:
+                self.show = 0
+                return rank_zero_info(f"no samples are drawn: {error}")
         config: Any = self.config
         rows = min(MOST, config.classes) or 1
         labels = None
         if config.classes:
             labels = torch.arange(rows, device=self.device).repeat_interleave(self.show)
-        side = (self.data.preprocess.size,) * 2
+        side = (preprocess.size,) * 2
         guidance = self.guidance if config.classes else None
         indices = range(rows * self.show)
         training = self.measured.training
@@ -201,7 +210,7 @@ class Generate(Task):
             made = sample(self.measured.eval(), labels, indices, side, steps=STEPS, guidance=guidance)
         finally:
             self.measured.train(training)
-        image = grid(to_bytes(made.x, self.data.preprocess), self.show)
+        image = grid(to_bytes(made.x, preprocess, self.decoder), self.show)
         folder = Path(self.trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{self.current_epoch + 1:05d}.png")
