@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "generate": (
         "zoo.tasks.generate.train:Generate",
         "zoo.data.generation:WholeImages",
-        {"sample": "zoo.tasks.generate.sample:main"},
+        {"sample": "zoo.tasks.generate.sample:main", "predict": "zoo.tasks.generate.predict:main"},
     ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",
