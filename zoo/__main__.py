@@ -29,7 +29,11 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     "generate": (
         "zoo.tasks.generate.train:Generate",
         "zoo.data.generation:WholeImages",
-        {"sample": "zoo.tasks.generate.sample:main", "encode": "zoo.tasks.generate.encode:main"},
+        {
+            "sample": "zoo.tasks.generate.sample:main",
+            "predict": "zoo.tasks.generate.predict:main",
+            "encode": "zoo.tasks.generate.encode:main",
+        },
     ),
     "transcribe": (
         "zoo.tasks.transcribe.train:Transcribe",

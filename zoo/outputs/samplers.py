@@ -197,9 +197,9 @@ def euler_maruyama(
 ) -> Iterator[Tensor]:
     """The reverse stochastic equation with diffusion 2 * time (SiT, Ma et al. 2024, arXiv:2401.08740); the last step,
     from 0.04, is its mean."""
-    if len(times) > 2:
-        shrink = (1 - LAST) / (1 - times[-2])
-        times = [*(1 - (1 - time) * shrink for time in times[:-1]), 0.0]
+    if len(times) > 2 and (start := times[0]) > LAST:
+        shrink = (start - LAST) / (start - times[-2])
+        times = [*(start - (start - time) * shrink for time in times[:-1]), 0.0]
     for time, then in pairwise(times):
         found = denoiser(x, time)
         # velocity - time * score, where score = -noise / time
@@ -236,16 +236,21 @@ def usual(config: Any) -> str:
     return "heun" if SCHEDULES[config.schedule].moves else "ddim"
 
 
-def times_of(config: Any, steps: int, shift: float = 1.0) -> list[float]:
-    """The times of so many steps, from 1 to 0: evenly spaced, then t -> shift * t / (1 + (shift - 1) * t) (Esser et al.
-    2024, arXiv:2403.03206); for a schedule of steps, the nearest of them."""
+def times_of(config: Any, steps: int, shift: float = 1.0, start: float = 1.0) -> list[float]:
+    """The times of so many steps, from `start` to 0: evenly spaced between 1 and 0, then t -> shift * t / (1 +
+    (shift - 1) * t) (Esser et al. 2024, arXiv:2403.03206), then times `start`; for a schedule of steps, the nearest of
+    them."""
     most = SCHEDULES[config.schedule].steps
     if not 1 <= steps <= (most or 10_000):
         raise ValueError(f"steps must be from 1 to {most or 10_000}, got {steps}")
     if not 0.0 < shift < math.inf:
         raise ValueError(f"shift must be > 0, got {shift}")
+    if not 0.0 < start <= 1.0:
+        raise ValueError(f"samples must start at a time > 0 and <= 1, got {start}")
     times = [1 - step / steps for step in range(steps + 1)]
-    times = [shift * time / (1 + (shift - 1) * time) for time in times]
+    if most:
+        start = max(1, round(start * most)) / most
+    times = [start * shift * time / (1 + (shift - 1) * time) for time in times]
     if most:
         times = sorted({round(time * most) / most for time in times}, reverse=True)
     return times
@@ -293,6 +298,7 @@ def sample(
     sampler: str | None = None,
     guidance: Guidance | None = None,
     shift: float = 1.0,
+    start: tuple[Tensor, float] | None = None,
     watch: Callable[[], Any] | None = None,
 ) -> Samples:
     """Samples of a model in eval mode, of H x W; each is a function of its label, its index and the seed, whatever
@@ -306,6 +312,8 @@ def sample(
         sampler: a row of SAMPLERS; None for `meanflow` with a model made for it, `ddim` for schedule `ddpm`, else
             `heun`.
         shift: above 1, more steps near the noise.
+        start: images [B, channels, H, W] with noise, and their time, to start from instead of noise alone; the noise is
+            to be the first of `Noise(seed, indices, ...)`.
         watch: called after each step.
 
     Raises:
@@ -314,13 +322,15 @@ def sample(
     config, guidance = model.config, guidance or Guidance()
     sampler = sampler or usual(config)
     check_sampler(config, sampler, guidance)
-    times = times_of(config, steps, shift)
+    times = times_of(config, steps, shift, 1.0 if start is None else start[1])
     if min(size) < config.patch:
         raise ValueError(f"sides must be at least a patch of {config.patch} pixels, got {size[0]} x {size[1]}")
     first = next(model.parameters())
     noise = Noise(seed, indices, (config.channels, *size), first.device)
     denoiser = Denoiser(model, labels, guidance)
     x = noise()
+    if start is not None:
+        x = start[0]
     for after in SAMPLERS[sampler](denoiser, x, times, noise):
         x = after
         if watch is not None:

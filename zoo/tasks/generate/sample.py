@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -17,6 +16,8 @@ from zoo.text import counted, reason, unknown
 if TYPE_CHECKING:
     from torch import Tensor
 
+RECORD = "samples.json"
+
 
 def parser() -> Parser:
     made = Parser(
@@ -28,9 +29,17 @@ def parser() -> Parser:
     made.add_argument("--classes", metavar="A,B", help="classes by name (default: all)")
     made.add_argument("--each", metavar="N", type=count, default=8, help="images of each class (default: 8)")
     made.add_argument("--size", metavar="HxW", type=size, help="height and width in pixels (default: the model's)")
-    made.add_argument("--steps", metavar="N", type=count, default=50, help="steps of the sampler (default: 50)")
-    made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="1 (default) for none")
     made.add_argument("--output", metavar="DIR", default="runs/sample", help="where files go (default: %(default)s)")
+    add_options(made, 50)
+    return made
+
+
+def add_options(made: Parser, steps: int) -> None:
+    """Adds the options of a sampler, so many steps by default, and --device."""
+    made.add_argument(
+        "--steps", metavar="N", type=count, default=steps, help=f"steps of the sampler (default: {steps})"
+    )
+    made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="1 (default) for none")
     kinds = "euler, heun, ab2, ddim, dpm, ddpm, euler_maruyama or meanflow"
     made.add_rare("--sampler", metavar="S", help=f"{kinds} (default: what fits the model)")
     made.add_rare("--seed", metavar="N", type=seed, default=0, help="chooses the noise (default: 0)")
@@ -43,7 +52,6 @@ def parser() -> Parser:
         "--decoder", metavar="NAME", help="of latents: a folder, or OWNER/NAME on the Hub (default: as stored)"
     )
     made.add_rare("--batch", metavar="N", type=count, default=64, help="images per batch (default: 64)")
-    return made
 
 
 def size(text: str) -> tuple[int, int]:
@@ -73,58 +81,66 @@ def main(arguments: list[str]) -> None:
     """Draws samples as given by the arguments. ValueError or OSError if that is not possible."""
     given = parser().parse_args(arguments)
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
-    import torch
     from tqdm import tqdm
 
     from zoo.outputs.answers import class_names
-    from zoo.outputs.samplers import Guidance, check_sampler, sample, times_of, usual
+    from zoo.outputs.samplers import times_of
     from zoo.outputs.tokens import Tokenizer
-    from zoo.tasks.generate.images import decoder_for, sides_of, to_bytes
+    from zoo.tasks.generate.images import decoder_for, drawn, sides_of
 
     model, preprocess, names, _ = files.load_for("generate", given.name)
     assert preprocess is not None and not isinstance(names, Tokenizer)
-    config: Any = model.config
-    start, end = given.interval
-    weak = None if given.weak is None else files.load_for("generate", given.weak).model.to(device)
-    guidance = Guidance(scale=given.guidance, start=start, end=end, channels=given.channels, weak=weak)
-    sampler = given.sampler or usual(config)
-    check_sampler(config, sampler, guidance)
+    config: Any = model.to(device).config
+    options = settings(given, config, device)
     steps = len(times_of(config, given.steps, given.shift)) - 1
     chosen = chosen_classes(given.classes, class_names(names, config.classes))
     sides, decoder = sides_of(given.size, preprocess), decoder_for(preprocess, given.decoder)
     files.make_output(output)
 
     wanted = [(index, name) for index, name in chosen for _ in range(given.each)]
-    values: list[Tensor] = []
-    evaluations = 0
-    batches = -(-len(wanted) // given.batch)
-    with tqdm(total=batches * steps, unit="step", ncols=79, disable=None) as bar:
-        for first in range(0, len(wanted), given.batch):
-            part = wanted[first : first + given.batch]
-            labels = torch.tensor([index for index, _ in part], device=device) if config.classes else None
-            numbers = range(first, first + len(part))
-            options: dict[str, Any] = {"seed": given.seed, "steps": given.steps, "sampler": sampler}
-            options |= {"shift": given.shift, "guidance": guidance, "watch": bar.update}
-            x, evaluations = sample(model.to(device), labels, numbers, sides, **options)
-            if not bool(x.isfinite().all()):
-                raise ValueError(f"{given.name} gives samples that are NaN or infinite; nothing was written")
-            values.append(to_bytes(x, preprocess, decoder))
-    facts = {
-        "checkpoint": given.name,
+    labels = [index for index, _ in wanted] if config.classes else None
+    with tqdm(total=-(-len(wanted) // given.batch) * steps, unit="step", ncols=79, disable=None) as bar:
+        values, evaluations = drawn(
+            model, preprocess, labels, len(wanted), sides, given.batch, bar.update, decoder, **options
+        )
+    known = facts(given, options, steps, decoder) | {"evaluations": evaluations, "size": list(values.shape[1:3])}
+    write(output, known, wanted, values, given.each)
+    files.report(f"wrote {counted(len(wanted), 'image')}, grid.png, {RECORD} and samples.npz to {output}")
+
+
+def settings(given: argparse.Namespace, config: Any, device: str) -> dict[str, Any]:
+    """The arguments of `zoo.outputs.samplers.sample` that the options of a sampler give; ValueError if one does not fit
+    a model of this config."""
+    from zoo.outputs.samplers import Guidance, check_sampler, usual
+
+    start, end = given.interval
+    weak = None if given.weak is None else files.load_for("generate", given.weak).model.to(device)
+    guidance = Guidance(scale=given.guidance, start=start, end=end, channels=given.channels, weak=weak)
+    sampler = given.sampler or usual(config)
+    check_sampler(config, sampler, guidance)
+    return {
+        "seed": given.seed,
+        "steps": given.steps,
         "sampler": sampler,
+        "shift": given.shift,
+        "guidance": guidance,
+    }
+
+
+def facts(given: argparse.Namespace, options: dict[str, Any], steps: int, decoder: Any) -> dict[str, Any]:
+    """How samples were made, for JSON."""
+    return {
+        "checkpoint": given.name,
+        "sampler": options["sampler"],
         "steps": steps,
-        "evaluations": evaluations,
         "guidance": given.guidance,
-        "interval": [start, end],
+        "interval": list(given.interval),
         "channels": given.channels,
         "weak": given.weak,
         "shift": given.shift,
         "seed": given.seed,
-        "size": list(values[0].shape[1:3]),
         "decoder": decoder and decoder.name,
     }
-    write(output, facts, wanted, torch.cat(values), given.each)
-    files.report(f"wrote {counted(len(wanted), 'image')}, grid.png, samples.json and samples.npz to {output}")
 
 
 def chosen_classes(text: str | None, names: list[str]) -> list[tuple[int, str]]:
@@ -142,30 +158,28 @@ def chosen_classes(text: str | None, names: list[str]) -> list[tuple[int, str]]:
     return [(names.index(each), each) for each in dict.fromkeys(wanted)]
 
 
-def write(output: Path, facts: dict[str, Any], wanted: list[tuple[int, str]], values: Tensor, columns: int) -> None:
+def write(output: Path, known: dict[str, Any], wanted: list[tuple[int, str]], values: Tensor, columns: int) -> None:
     """Writes the images, the grid, the JSON and the npz (`arr_0`, uint8 [N, H, W, 3], as ADM's evaluator reads it).
-    All are written aside and renamed; OSError if a file cannot be written."""
+    All are written aside and renamed, and the images of an earlier run that this one has not are removed; OSError if a
+    file cannot be written."""
     import numpy as np
-    from PIL.PngImagePlugin import PngInfo
 
-    from zoo.tasks.generate.images import grid, to_image
+    from zoo.tasks.generate.images import grid, replace, save_image, to_image
 
     entries = []
     try:
         with tempfile.TemporaryDirectory(prefix=".samples-", dir=output) as folder:
             for number, ((index, name), each) in enumerate(zip(wanted, values, strict=True)):
                 own = {"index": number, "class": name or None, "label": index if name else None}
-                file, text = f"{number:05d}.png", PngInfo()
-                text.add_text("zoo", json.dumps(facts | own))
-                to_image(each).save(Path(folder, file), pnginfo=text)
+                file = f"{number:05d}.png"
+                save_image(to_image(each), Path(folder, file), known | own)
                 entries.append(own | {"file": file})
             grid(values, columns).save(Path(folder, "grid.png"))
             colour = values.expand(*values.shape[:3], 3) if values.shape[-1] == 1 else values
             np.savez(Path(folder, "samples.npz"), arr_0=colour.numpy())
-            Path(folder, "samples.json").write_text(
-                json.dumps(facts | {"samples": entries}, indent=2, ensure_ascii=False), encoding="utf-8"
+            Path(folder, RECORD).write_text(
+                json.dumps(known | {"samples": entries}, indent=2, ensure_ascii=False), encoding="utf-8"
             )
-            for file in sorted(os.listdir(folder)):
-                os.replace(Path(folder, file), output / file)
+            replace(folder, output, RECORD)
     except OSError as error:
         raise OSError(f"cannot write to {output}: {reason(error)}") from error

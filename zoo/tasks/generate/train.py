@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
@@ -10,15 +11,16 @@ from torchmetrics import Metric
 
 from zoo.data.images import Batch
 from zoo.inputs.latents import Autoencoder
-from zoo.outputs.samplers import Guidance, Noise, sample
+from zoo.outputs.samplers import Guidance, Noise, sample, times_of
 from zoo.schedules import SCHEDULES
+from zoo.tasks.generate.figures import Evaluator
 from zoo.tasks.generate.images import decoder_for, grid, to_bytes
 from zoo.tasks.generate.objectives import Objective, Times, balanced
 from zoo.tasks.task import Task
 
 UNREADABLE = "skipped {}: cannot be read as an image"
 BUCKETS = 8  # equal parts of 0..1 whose losses are measured
-STEPS, MOST = 25, 10  # of the samples that are shown during training: steps, and classes
+MOST = 10  # classes whose samples are shown during training
 
 
 class Buckets(Metric):
@@ -57,7 +59,12 @@ class Generate(Task):
         equal: of MeanFlow (until=true), the share of samples trained as flow matching.
         derivative: of MeanFlow, difference or jvp.
         show: samples of each class in the grid that is drawn after each validation; 0 for none.
-        guidance: its guidance.
+        guidance: their guidance.
+        steps: their steps.
+        samples: how many samples validate and test draw, with guidance and without, and measure; 0 for none.
+        features: a checkpoint or timm:NAME whose features compare them with images; null for pixels, without distances.
+        classifier: a checkpoint that reads their classes; null for that of features, if it knows the classes.
+        output: folder for the figures as JSON, and for grids of the samples.
         options: those of every task.
     """
 
@@ -81,13 +88,22 @@ class Generate(Task):
         derivative: str = "difference",
         show: int = 4,
         guidance: float = 2.0,
+        steps: int = 25,
+        samples: int = 0,
+        features: str | None = None,
+        classifier: str | None = None,
+        output: str = "runs/figures",
         **options: Any,
     ) -> None:
         if not 0.0 <= label_drop < 1.0 or show < 0:
             raise ValueError(f"model.label_drop must be >= 0 and < 1, and show >= 0, got {label_drop} and {show}")
+        if samples == 0 and (features or classifier):
+            raise ValueError("model.features and model.classifier measure samples; set model.samples to their number")
         found = Times(name=times, mean=times_mean, std=times_std, shift=times_shift)
         self.objective = Objective(times=found, loss=loss, equal=equal, derivative=derivative)
-        self.label_drop, self.show, self.guidance = label_drop, show, Guidance(scale=guidance)
+        self.label_drop, self.show, self.guidance, self.steps = label_drop, show, Guidance(scale=guidance), steps
+        self.samples, self.readers, self.output = samples, (features, classifier), Path(output).expanduser()
+        self.evaluator: Evaluator | None = None
         super().__init__(backbone, **options)
         self.losses = Buckets()
         self.seen, self.bucket = 0, -1
@@ -96,6 +112,14 @@ class Generate(Task):
     def complete(self) -> None:
         super().complete()
         self.objective.check(self.config)
+        times_of(self.config, self.steps)  # refuses a number of steps that cannot be
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit" and self.samples:
+            features, classifier = self.readers
+            given = (self.samples, self.steps, self.seed, self.guidance, features, classifier)
+            self.evaluator = Evaluator(*given, self.labels or [])
 
     def outputs_wanted(self, data: Any) -> int:
         """Without classes if the model is to have none."""
@@ -186,6 +210,18 @@ class Generate(Task):
             spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
             lines = [f"time {span}  {value:.4f}" for span, value in zip(spans, means, strict=True)]
             self.said = "\n".join([*lines, self.said])
+            self.compare(part)
+
+    @rank_zero_only
+    def compare(self, part: str) -> None:
+        """Draws samples, logs how they compare with images, and says it."""
+        if self.evaluator is None:
+            return
+        figures = self.evaluator.measure(self.measured, self.data, part, self.output)
+        for metric, values in figures.values.items():
+            named = {f"{part}/{metric}_{column}": value for column, value in values.items()}
+            self.log_dict(named, rank_zero_only=True)
+        self.said = "\n".join([self.said, *figures.lines()])
 
     @rank_zero_only
     def draw(self) -> None:
@@ -207,13 +243,16 @@ class Generate(Task):
         indices = range(rows * self.show)
         training = self.measured.training
         try:
-            made = sample(self.measured.eval(), labels, indices, side, steps=STEPS, guidance=guidance)
+            made = sample(self.measured.eval(), labels, indices, side, steps=self.steps, guidance=guidance)
         finally:
             self.measured.train(training)
         image = grid(to_bytes(made.x, preprocess, self.decoder), self.show)
         folder = Path(self.trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{self.current_epoch + 1:05d}.png")
+        for logger in self.trainer.loggers:
+            if (add := getattr(getattr(logger, "experiment", None), "add_image", None)) is not None:  # TensorBoard
+                add("samples", np.atleast_3d(np.asarray(image)), self.trainer.global_step, dataformats="HWC")
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -1,0 +1,265 @@
+"""Samples beside real images: the figures of a trained generator, and those of real images in place of samples."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler
+from tqdm import tqdm
+
+from zoo.data.images import ImageDataset, Images, as_it_is
+from zoo.data.loading import make_loader
+from zoo.inputs.latents import Autoencoder
+from zoo.models.convolutional import TIMM
+from zoo.outputs.samplers import Guidance, times_of, usual
+from zoo.tasks.generate.features import classifier_of, features_of
+from zoo.tasks.generate.images import decoder_for, drawn, grid, to_bytes
+from zoo.tasks.generate.metrics import (
+    agreement,
+    frechet_distance,
+    kernel_distance,
+    matched,
+    near_copies,
+    neighbour_accuracy,
+    spread,
+)
+from zoo.text import one_line, reason
+
+RECORD = "figures.json"
+INCEPTION = f"{TIMM}inception_v3"  # whose distances are called FID and KID
+SHOWN = 100  # samples in a grid
+
+
+class Seen(NamedTuple):
+    """Features [N, D] and labels [N] of images, and the classes [N] that a classifier reads in them, or None."""
+
+    features: Tensor
+    labels: Tensor
+    read: Tensor | None
+
+
+@dataclass
+class Figures:
+    """The values of each metric, by column, and why a metric has none."""
+
+    facts: dict[str, Any]
+    titles: dict[str, str] = field(default_factory=dict)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
+
+    def add(self, metric: str, title: str, value: Callable[[Any], float], columns: dict[str, Seen]) -> None:
+        """Adds a metric's value of the images of each column, or why it has none."""
+        self.titles[metric] = title
+        try:
+            self.values[metric] = {column: value(images) for column, images in columns.items()}
+        except ValueError as error:
+            self.omitted[metric] = one_line(error)
+
+    def lines(self) -> list[str]:
+        """How samples were made, and a line for each metric."""
+        facts, columns = self.facts, [*next(iter(self.values.values()))]
+        guided = f", guidance {facts['guidance']:g}" if "guided" in columns else ""
+        made = f"{facts['sampler']}, {facts['steps']} steps, seed {facts['seed']}{guided}"
+        left = max(map(len, (self.titles[metric] for metric in self.values)))
+        lines = [f"{facts['samples']} samples: {made}", " " * left + "".join(f"{each:>10}" for each in columns)]
+        for metric, title in self.titles.items():
+            found = self.values.get(metric, {})
+            row = title.ljust(left) + "".join(f"{found[each]:10.4f}" for each in columns if found)
+            lines.append(row if found else f"{title}: omitted; {self.omitted[metric]}")
+        held, training = facts["held_out"], facts["training"]
+        return [*lines, f"real: held-out images ({held}), or training images ({training}) in place of samples"]
+
+
+class Evaluator:
+    """What measures samples.
+
+    Args:
+        number: how many samples are drawn.
+        steps: steps of the sampler.
+        seed: chooses the noise.
+        guidance: of the guided samples; others are drawn without guidance.
+        features: a checkpoint or timm:NAME, whose features are compared; None for pixels, without distances.
+        classifier: a checkpoint that reads the classes of samples; None for that of `features`, if it knows them.
+        classes: names of the classes of samples; none for a model without classes.
+
+    Raises:
+        ValueError: a model cannot be used, the classifier lacks a class, or there are fewer samples than classes.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        steps: int,
+        seed: int,
+        guidance: Guidance,
+        features: str | None,
+        classifier: str | None,
+        classes: Sequence[str],
+    ) -> None:
+        if number < (least := max(2, len(classes))):
+            raise ValueError(f"model.samples must be 0 or at least {least}, one of each class, got {number}")
+        if classifier is not None and not classes:
+            raise ValueError("model.classifier: this model has no classes")
+        self.number, self.steps, self.seed, self.guidance = number, steps, seed, guidance.scale
+        self.guidances = {"plain": Guidance()}
+        if classes and guidance.scale != 1.0:
+            self.guidances = {"guided": guidance, "plain": Guidance()}
+        self.features, self.classifier = features_of(features), None
+        self.places, self.unread = torch.zeros(0), ""
+        self.decoder: Autoencoder | None = None
+        try:
+            own = features if features is not None and not features.startswith(TIMM) else None
+            if classes and (name := classifier or own):
+                reader = classifier_of(name)
+                self.places, self.classifier = matched(classes, reader.names, name), reader
+        except ValueError as error:
+            if classifier is not None:
+                raise ValueError(f"model.classifier: {error}") from None
+            self.unread = str(error)
+
+    def see(self, values: Tensor, labels: Tensor, batch: int, read: bool = True) -> Seen:
+        """8-bit images uint8 [N, H, W, channels] as features and classes."""
+        parts = values.split(batch)
+        classes = None
+        if read and self.classifier is not None:
+            classes = torch.cat([self.classifier(part).argmax(1) for part in parts])
+        return Seen(torch.cat([self.features(part) for part in parts]), labels, classes)
+
+    def real(self, data: Images, split: str, watch: Callable[[], Any]) -> Seen:
+        """The images of a split that can be read; those of `train` are not read by the classifier."""
+        dataset = ImageDataset(data.source(split), data.preprocess.cut, data.preprocess)
+        batches = BatchSampler([(0, index) for index in range(len(dataset))], data.batch, False)  # pyright: ignore
+        seen: list[Seen] = []
+        for batch in make_loader(dataset, batches, as_it_is, data.processes(data.dataset == "imagefolder")):
+            if len(batch.images):
+                values = to_bytes(batch.images, data.preprocess, self.decoder)
+                seen.append(self.see(values, batch.labels, data.batch, split != "train"))
+            watch()
+        if not seen:
+            raise ValueError(f"no image of split '{split}' could be read")
+        features, labels, read = zip(*seen, strict=True)
+        return Seen(torch.cat(features), torch.cat(labels), None if read[0] is None else torch.cat(read))
+
+    def measure(self, model: Any, data: Images, split: str, output: Path) -> Figures:
+        """Draws samples of a model in eval mode, with the classes of the images of the split in their shares, and
+        compares them with these. Writes the figures as JSON, and a grid of each kind of samples.
+
+        Raises:
+            ValueError: too few samples for a metric, or they are NaN or infinite.
+            OSError: a file cannot be written.
+        """
+        device, side = next(model.parameters()).device, data.preprocess.size
+        self.decoder = decoder_for(data.preprocess)
+        self.features.to(device)
+        if self.classifier is not None:
+            self.classifier.to(device)
+        steps = len(times_of(model.config, self.steps)) - 1
+        total = sum(math.ceil(len(data.source(each).labels) / data.batch) for each in ("train", split))
+        total += math.ceil(self.number / data.batch) * steps * len(self.guidances)
+        seen, grids, evaluations = dict[str, Seen](), dict[str, Any](), dict[str, int]()
+        with tqdm(total=total, desc="samples", unit="step", ncols=79, leave=False, disable=None) as bar:
+            training, held = (self.real(data, each, bar.update) for each in ("train", split))
+            width, fewest = held.features.shape[1], min(len(held.labels), len(training.labels))
+            if self.features.model is not None and self.number <= width < fewest:
+                needed = f"the Frechet distance of {width} features"
+                raise ValueError(f"model.samples must be > {width} for {needed}, got {self.number}")
+            labels = held.labels.sort().values[spread(self.number, len(held.labels))]
+            asked = labels.tolist() if model.config.classes else None
+            for column, guidance in self.guidances.items():
+                options: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "guidance": guidance}
+                values, evaluations[column] = drawn(
+                    model,
+                    data.preprocess,
+                    asked,
+                    self.number,
+                    (side, side),
+                    data.batch,
+                    bar.update,
+                    self.decoder,
+                    **options,
+                )
+                grids[column] = grid(values[spread(min(SHOWN, self.number), self.number)], 10)
+                seen[column] = self.see(values, labels, data.batch)
+        facts = {
+            "samples": self.number,
+            "sampler": usual(model.config),
+            "steps": steps,
+            "evaluations": evaluations,
+            "seed": self.seed,
+            "guidance": self.guidance,
+            "size": [side, side],
+            "features": self.features.name,
+            "classifier": None if self.classifier is None else self.classifier.name,
+            "data": data.dataset,
+            "split": split,
+            "held_out": len(held.labels),
+            "training": len(training.labels),
+        }
+        figures = self.compare(Figures(facts), seen, training, held, asked is not None)
+        write(output, figures, grids)
+        return figures
+
+    def compare(self, figures: Figures, seen: dict[str, Seen], training: Seen, held: Seen, labelled: bool) -> Figures:
+        """Adds each metric: of samples, and as `real` of held-out images, or of as many training images where samples
+        are compared with held-out ones."""
+        name, number = self.features.name, min(self.number, len(training.labels))
+        drawn_or_held = seen | {"real": held}
+        drawn_or_training = {key: thinned(each, number) for key, each in (seen | {"real": training}).items()}
+        if self.unread:
+            figures.titles["agreement"], figures.omitted["agreement"] = "classifier agreement", self.unread
+        if self.classifier is not None:
+            figures.add(
+                "agreement",
+                f"classifier agreement ({self.classifier.name})",
+                lambda each: agreement(each.read, self.places[each.labels]),
+                drawn_or_held,
+            )
+        if labelled:
+            figures.add(
+                "neighbours",
+                f"neighbour classifier ({name})",
+                lambda each: neighbour_accuracy(each.features, each.labels, held.features, held.labels),
+                drawn_or_training,
+            )
+        if self.features.model is not None:
+            title = "FID" if name.startswith(INCEPTION) else f"Frechet distance (features of {name})"
+            figures.add(
+                "frechet", title, lambda each: frechet_distance(each.features, held.features), drawn_or_training
+            )
+            title = "KID" if name.startswith(INCEPTION) else f"kernel distance (features of {name})"
+            figures.add("kernel", title, lambda each: kernel_distance(each.features, held.features), drawn_or_training)
+        figures.add(
+            "near_copies",
+            f"near copies of training images ({name})",
+            lambda each: near_copies(each.features, training.features, held.features),
+            drawn_or_held,
+        )
+        return figures
+
+
+def thinned(seen: Seen, number: int) -> Seen:
+    """So many of the images, evenly spread."""
+    chosen = spread(number, len(seen.labels))
+    return Seen(seen.features[chosen], seen.labels[chosen], None)
+
+
+def write(output: Path, figures: Figures, grids: dict[str, Any]) -> None:
+    """Writes figures.json and the grids, aside and renamed; OSError if that is not possible."""
+    known = figures.facts | {"figures": figures.values, "omitted": figures.omitted}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".figures-", dir=output) as folder:
+            for name, image in grids.items():
+                image.save(Path(folder, f"{name}.png"))
+            Path(folder, RECORD).write_text(json.dumps(known, indent=2, ensure_ascii=False), encoding="utf-8")
+            for file in sorted(os.listdir(folder)):
+                os.replace(Path(folder, file), output / file)
+    except OSError as error:
+        raise OSError(f"cannot write to {output}: {reason(error)}") from error
