@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import lightning
@@ -31,6 +31,13 @@ from zoo.weights.adapt import adapted, misfits
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
 # Readable names of fields that the data decides.
 NAMES = {"vocabulary": "tokens with the blank", "mels": "mel bands"}
+
+
+def differing(labels: Sequence[str], names: Sequence[str]) -> str:
+    """Where the classes of a checkpoint differ first from those of the data; empty if they are the same."""
+    if apart := next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None):
+        return f"it has '{apart[0]}' where the data has '{apart[1]}'"
+    return "" if len(labels) == len(names) else f"it has {len(labels)} classes"
 
 
 class NotFinite(ValueError):

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from zoo.data.images import Batch
 from zoo.data.sampling import rank_and_world
-from zoo.tasks.task import Task
+from zoo.tasks.task import Task, differing
 
 UNREADABLE = "skipped {}: cannot be read as an image"
 
@@ -78,9 +78,7 @@ class Classify(Task):
         if stage == "fit" and self.mix is not None and self.data.batch < 2:
             raise ValueError("mixup and cutmix mix pairs of images; raise data.batch, or set both to 0")
         labels, names = (None if self.start is None else self.start.labels), self.data.classes
-        if isinstance(labels, tuple) and list(labels) != names:
-            apart = next((pair for pair in zip(labels, names, strict=False) if pair[0] != pair[1]), None)
-            where = f"it has '{apart[0]}' where the data has '{apart[1]}'" if apart else f"it has {len(labels)} classes"
+        if isinstance(labels, tuple) and (where := differing(labels, names)):
             if stage != "fit":
                 raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
             head = "new head" if self.renewed else "head kept"

@@ -16,7 +16,7 @@ from zoo.schedules import SCHEDULES
 from zoo.tasks.generate.figures import Evaluator
 from zoo.tasks.generate.images import decoder_for, grid, to_bytes
 from zoo.tasks.generate.objectives import Objective, Times, balanced
-from zoo.tasks.task import Task
+from zoo.tasks.task import Task, differing
 
 UNREADABLE = "skipped {}: cannot be read as an image"
 BUCKETS = 8  # equal parts of 0..1 whose losses are measured
@@ -116,6 +116,9 @@ class Generate(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        labels = None if self.start is None else self.start.labels
+        if stage != "fit" and isinstance(labels, tuple) and (where := differing(labels, self.data.classes)):
+            raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
         if stage != "fit" and self.samples:
             features, classifier = self.readers
             given = (self.samples, self.steps, self.seed, self.guidance, features, classifier)
