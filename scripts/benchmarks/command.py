@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import detectors, layers, losses, models, operators, plots, speech, training
+from benchmarks import detectors, diffusion, layers, losses, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.tasks.predicting import Parser
 from zoo.text import one_line
@@ -90,6 +90,19 @@ CHOICES: dict[str, dict[str, Table]] = {
             dtype="float32",
         )
     },
+    "diffusion": {
+        "diffusion": Table(
+            "Diffusion transformers against diffusers', random weights, forward",
+            diffusion.against_diffusers,
+            diffusion.table,
+        ),
+        "diffusion_mixers": Table(
+            "A diffusion transformer by its mixer at many tokens, random weights, batch 1, forward",
+            diffusion.by_mixer,
+            diffusion.mixer_table,
+            dtype="bfloat16",
+        ),
+    },
     "losses": {
         "losses": Table(
             f"Losses of a detector with {losses.CLASSES} classes, matching included, against transformers'",
@@ -148,6 +161,10 @@ SHAPES = {
     "losses_of": losses.SHAPES,
     "detectors": list(detectors.RIVALS),
     "detector_side": detectors.SIDE,
+    "dit_batches": diffusion.BATCHES,
+    "dit_depth": diffusion.DEPTH,
+    "dit_side": diffusion.SIDE,
+    "dit_large_side": diffusion.LARGE_SIDE,
     "speech": speech.RIVALS,
     "depth": speech.DEPTH,
     "encoders": speech.ENCODERS,
@@ -169,6 +186,10 @@ QUICK = {
     "losses_of": ((2, 2, 9, 3),),
     "detectors": ["RT-DETRv2-R18"],
     "detector_side": 128,
+    "dit_batches": (2,),
+    "dit_depth": 1,
+    "dit_side": 8,
+    "dit_large_side": 16,
     "audio": [1],
     "speech": {"squeezeformer_xs": "conformer_ctc_s"},
     "depth": 1,

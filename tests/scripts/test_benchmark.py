@@ -39,6 +39,8 @@ TIMED = {
     "training": ("ratio", "noise"),
     "losses": ("ratio", "noise"),
     "detectors": ("ratio", "noise"),
+    "diffusion": ("ratio", "noise"),
+    "diffusion_mixers": ("ratio", "noise"),
 }
 LINUX = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 
@@ -144,6 +146,23 @@ def test_a_detector_that_differs_is_not_timed(command, monkeypatch):
         detectors.calls("RT-DETRv2-R18", 128)
 
 
+def test_diffusion_has_a_row_for_each_batch_and_each_mixer(measured):
+    (row,) = rows_of(measured[1], "diffusion")
+    assert (row["model"], row["batch"]) == ("dit_s_2", "2") and row["base"].startswith("diffusers ")
+    rows = rows_of(measured[1], "diffusion_mixers")
+    assert [row["mixer"] for row in rows][:3] == ["softmax", "sla", "dcnv4"]
+    assert {row["tokens"] for row in rows} == {"64"}
+
+
+def test_a_diffusion_transformer_that_differs_is_not_timed(command, monkeypatch):
+    diffusion = module("diffusion")
+    convert = diffusion.from_diffusers
+    monkeypatch.setattr(diffusion, "from_diffusers", lambda state, **options: convert(state, heads=6, image=8))
+    options = SimpleNamespace(dit_depth=1, dit_side=8, dtype="float32", compile=False)
+    with pytest.raises(ValueError, match="^zoo's DiT differs from diffusers' .*; neither was timed"):
+        diffusion.calls(1, options)
+
+
 def test_another_matching_is_not_timed(command, monkeypatch):
     losses = module("losses")
     found = losses.hungarian
@@ -238,7 +257,8 @@ def test_numbers_are_positive_and_say_how_they_were_taken(measured, name):
             assert math.isfinite(float(row[column])) and float(row[column]) > 0, (row, column)
         for ratio in TIMED[name]:
             assert float(row[f"{ratio}_low"]) <= float(row[ratio]) <= float(row[f"{ratio}_high"])
-        taken = {"threads": "1", "dtype": "float32", "form": "eager", "torch": torch.__version__}
+        dtype = "bfloat16" if name == "diffusion_mixers" else "float32"
+        taken = {"threads": "1", "dtype": dtype, "form": "eager", "torch": torch.__version__}
         taken |= {} if name == "training" else {"pairs": "1"}  # its pairs are epochs and steps
         assert row.items() >= taken.items()
 
