@@ -99,16 +99,20 @@ def read_index(root: str | os.PathLike[str]) -> Index:
 
 def write_index(folder: Path, index: Index) -> None:
     text = json.dumps(asdict(index), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    aside = folder / f".{INDEX}.new"
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    _rename(aside, folder / INDEX)
+    _write(folder / INDEX, text.encode("utf-8", "backslashreplace"))
 
 
-def _rename(aside: Path, path: Path) -> None:
-    """Renames a file that was written aside, once it is on the disk."""
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file aside and renames it once it is on the disk."""
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 # Shards
@@ -140,7 +144,7 @@ def digest(names: Sequence[str]) -> str:
 def write_shard(path: Path, tag: Tag, mean: Tensor, std: Tensor, labels: Tensor) -> None:
     """Writes a shard: means and standard deviations [N, 2, channels, H, W] of images and of their mirror images, and
     labels [N]. It is written aside and renamed."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     dtype = getattr(torch, tag.dtype)
     wide = mean.double()
@@ -151,9 +155,8 @@ def write_shard(path: Path, tag: Tag, mean: Tensor, std: Tensor, labels: Tensor)
         "first": wide.sum((0, 1, 3, 4)),
         "second": (wide.square() + std.double().square()).sum((0, 1, 3, 4)),
     }
-    aside = path.with_name(f".{path.name}.new")
-    save_file({name: each.contiguous() for name, each in tensors.items()}, aside, {"zoo": json.dumps(asdict(tag))})
-    _rename(aside, path)
+    content = save({name: each.contiguous() for name, each in tensors.items()}, {"zoo": json.dumps(asdict(tag))})
+    _write(path, content)
 
 
 class Shard:

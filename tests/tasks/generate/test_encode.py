@@ -163,6 +163,16 @@ def test_refused_encodes(home: Path, tmp_path: Path):
         assert "another process writes to" in text()
 
 
+def test_a_full_disk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    output = tmp_path / "latents"
+    assert refused(*command(home, output)) == f"cannot write to {output}: No space left on device"
+    assert not contents(output)
+
+
 def test_unreadable_images_are_left_out(home: Path, tmp_path: Path, capsys):
     root = Path(shutil.copytree(home / "images" / "train", tmp_path / "images" / "train")).parent
     for number in (0, 1, 2, 3):
