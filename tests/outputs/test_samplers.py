@@ -214,3 +214,33 @@ def test_refused_guidance(options):
         Guidance(**options)
     check_sampler(model_of().config, "ddim", Guidance())
     assert parts_of("data", torch.ones(1), torch.ones(1), SCHEDULES["linear"].level(torch.ones(1))).noise == 1.0
+
+
+def test_the_times_from_a_start():
+    config = Toy(0.0, 1.0).config
+    assert times_of(config, 2, start=0.5) == [0.5, 0.25, 0.0]
+    assert times_of(config, 2, 3.0, 0.5) == [0.5 * each for each in times_of(config, 2, 3.0)]
+    steps = Toy(0.0, 1.0, "ddpm").config
+    assert times_of(steps, 2, start=0.5004) == [0.5, 0.25, 0.0] and times_of(steps, 5, start=1e-5) == [0.001, 0.0]
+    for start in (0.0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="start at a time > 0 and <= 1"):
+            times_of(config, 2, start=start)
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_a_sample_from_a_start_follows_the_line(sampler):
+    """On the line of the velocity through the start, to the data at its end."""
+    noise = Noise(0, range(4), (1, 2, 2))()
+    start = (along(0.6, noise, 0.5, 0.3), 0.6)
+    found = drawn(Toy(0.3, 0.5), sampler, 200, start=start)
+    assert (found - along(0.0, noise, 0.5, 0.3)).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_maruyama"])
+@pytest.mark.parametrize("time", [0.6, LAST / 2])
+def test_stochastic_samplers_from_a_start_give_the_distribution(sampler, time):
+    """Data with the first noise of each sample; the sampler's own noise is independent of it."""
+    data = 0.3 + 0.5 * Noise(1, range(2000), (1, 2, 2))()
+    noised = (1 - time) * data + time * Noise(0, range(2000), (1, 2, 2))()
+    found = drawn(Toy(0.3, 0.5), sampler, 100, 2000, start=(noised, time))
+    assert found.mean().item() == pytest.approx(0.3, abs=0.03) and found.std().item() == pytest.approx(0.5, abs=0.03)

@@ -52,7 +52,9 @@ def test_a_model_of_timm(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *given, pretrained, **more: create(*given, **more))
     monkeypatch.setattr(timm.data, "resolve_model_data_config", lambda _: CONFIG)
+    before = torch.get_rng_state()
     found = features_of("timm:test_resnet")
+    assert torch.equal(torch.get_rng_state(), before)
     assert found.preprocess == ImagePreprocess(size=32, crop=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert found(IMAGES).shape[0] == 3 and found.name == "timm:test_resnet"
 

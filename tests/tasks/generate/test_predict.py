@@ -50,7 +50,7 @@ def test_images_are_noised_and_restored(model, images, tmp_path, capsys):
         model, images, "--times=0.5,0.25,1", *FAST, "--seed=7", "--classes=3", "--guidance=2", "--output", output
     )
     said = capsys.readouterr()
-    assert said.out.count("\n") == 3 and "3 of 3 images done" in said.err
+    assert said.out.count("rms difference") == said.out.count("\n") == 3 and "3 of 3 images done" in said.err
     assert {key: facts[key] for key in ("sampler", "steps", "guidance", "seed", "checkpoint")} == {
         "sampler": "euler",
         "steps": 2,

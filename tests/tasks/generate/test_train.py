@@ -1,5 +1,6 @@
 """`zoo generate fit|validate|sample`: a run from its start to images, and what is refused."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +40,26 @@ def test_a_run_leaves_a_checkpoint_and_its_samples(run, capsys):
     assert found.labels == tuple("0123456789") and found.preprocess.mean == (0.5,) and found.preprocess.size == 8
     with Image.open(run / "samples" / "00002.png") as image:
         assert image.mode == "L" and image.size == (4 * 34 + 2, 10 * 34 + 2)
+        drawn = np.asarray(image)
+    ((step, logged),) = logged_images(run)[-1:]
+    assert step == 6 and np.array_equal(logged, drawn)
     main(["generate", "validate", f"--model.weights={run / 'best'}", *FAST])
     said = capsys.readouterr().out
     assert said.count("time 0.") == 8 and "(n = 360)" in said
     main(["generate", "validate", f"--model.weights={run / 'best'}", *FAST])
     assert capsys.readouterr().out == said
+
+
+def logged_images(run: Path) -> list[tuple[int, np.ndarray]]:
+    """The step and the pixels of each image in TensorBoard's files of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard" / "version_0"), {"images": 0}).Reload().Images("samples")
+    found = []
+    for event in events:
+        with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+            found.append((event.step, np.asarray(image.convert("L"))))
+    return found
 
 
 def test_samples_record_how_they_were_made(run, tmp_path, capsys):

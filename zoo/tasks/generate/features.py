@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.data.sampling import kept_generators
 from zoo.inputs.images import ImagePreprocess, PixelPreprocess
 from zoo.models.base import ClassifierConfig
 from zoo.models.convolutional import TIMM
@@ -71,7 +72,8 @@ def features_of(name: str | None) -> Reader:
         )
     if found.config["fused"]:
         raise ValueError(f"model.features: {name} is fused; give the unfused checkpoint")
-    model, _ = adapted(found, {"classes": 0}, name)
+    with kept_generators():
+        model, _ = adapted(found, {"classes": 0}, name)
     assert isinstance(found.preprocess, PixelPreprocess)
     return Reader(name, model, found.preprocess)
 
@@ -83,7 +85,8 @@ def _timm(name: str) -> Reader:
     if not timm.is_model(word):
         raise ValueError(f"timm has no model '{word}'; timm.list_models() lists the names")
     try:
-        model: Any = timm.create_model(word, pretrained=True, num_classes=0)
+        with kept_generators():
+            model: Any = timm.create_model(word, pretrained=True, num_classes=0)
         wanted = timm.data.resolve_model_data_config(model)  # pyright: ignore[reportAttributeAccessIssue]
         channels, *_, size = wanted["input_size"]
         shared = {field: wanted[field] for field in ("mean", "std", "interpolation")}

@@ -25,17 +25,14 @@ SHOWN = 36  # rows of the grid
 def parser() -> Parser:
     made = Parser(
         "zoo generate predict",
-        "Adds noise to images and restores them: prints how far each restored image is from\n"
-        "its original (root mean squared difference, 0 to 255), and writes PNGs,\n"
-        f"{RECORD}, and {GRID} with a row for each image: the original, then for each\n"
-        "time the image with noise and the restored one.",
+        f"Adds noise to images and restores them; writes PNGs, a grid and {RECORD}.",
         "zoo generate predict dit_micro.digits scans/ --classes 3 --times 0.3,0.6",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
     made.add_argument("paths", metavar="PATH", nargs="+", help="an image, or a folder to search for images")
-    usual = "times of the noise, above 0 (the image) to 1 (noise alone) (default: 0.25,0.5,0.75)"
+    usual = "times of the noise, > 0 and <= 1 (default: 0.25,0.5,0.75)"
     made.add_argument("--times", metavar="A,B", type=times, default=(0.25, 0.5, 0.75), help=usual)
-    made.add_argument("--classes", metavar="A,B", help="one class for all images, or one for each (default: none)")
+    made.add_argument("--classes", metavar="A,B", help="one for all images, or one for each (default: none)")
     made.add_argument("--output", metavar="DIR", default="runs/predict", help="where files go (default: %(default)s)")
     add_options(made, 25)
     return made
@@ -179,5 +176,5 @@ def save(made: list[tuple[dict[str, Any], Tensor]], folder: Path, known: dict[st
             each |= {"noised": f"{name}_noised.png", "file": f"{name}.png"}
             for key, image in (("noised", images[1 + 2 * number]), ("file", images[2 + 2 * number])):
                 save_image(to_image(image), folder / each[key], known | own | {"time": each["time"]})
-        found = "  ".join(f"{each['time']:g}: {each['difference']:.1f}" for each in entry["restored"])
-        files.say(f"{plain(entry['path'])}  {found}")
+        found = ", ".join(f"{each['difference']:.1f} at {each['time']:g}" for each in entry["restored"])
+        files.say(f"{plain(entry['path'])}  rms difference {found}")
