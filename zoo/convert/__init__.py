@@ -1,6 +1,7 @@
 """Converts models of other libraries, with their weights; one folder for each library."""
 
 from zoo.convert.detr import from_detr
+from zoo.convert.dico import from_dico, to_dico
 from zoo.convert.dit import from_diffusers, from_dit, from_jit, from_lightningdit, to_dit, to_jit, to_lightningdit
 from zoo.convert.nemo import from_nemo
 from zoo.convert.timm import from_timm
@@ -8,6 +9,7 @@ from zoo.convert.transformers import from_transformers
 
 __all__ = [
     "from_detr",
+    "from_dico",
     "from_diffusers",
     "from_dit",
     "from_jit",
@@ -15,6 +17,7 @@ __all__ = [
     "from_nemo",
     "from_timm",
     "from_transformers",
+    "to_dico",
     "to_dit",
     "to_jit",
     "to_lightningdit",

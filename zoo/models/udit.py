@@ -99,6 +99,17 @@ class OverlappingPatches(nn.Module):
         return stream(maps, self.conv), context
 
 
+def squares_of(maps: Tensor) -> Tensor:
+    """Maps [B, C, H, W] in squares of 2 x 2, zeros beyond odd sides: [B, C, H', 2, W', 2]."""
+    if compiling():  # splitting the sides would tie a traced program to even ones
+        sides = (torch.arange((size - 1) // 2 + 1, device=maps.device) for size in maps.shape[2:])
+        rows, columns = (2 * side[:, None] + torch.arange(2, device=maps.device) for side in sides)
+        return F.pad(maps, (0, 1, 0, 1))[:, :, rows[:, :, None, None], columns]
+    if any(padding := padding_of(maps.shape[2:], 2)):
+        maps = F.pad(maps, padding)
+    return maps.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+
+
 class Down(nn.Module):
     """A convolution, then each 2 x 2 tokens become one; sides are halved and rounded up."""
 
@@ -111,10 +122,7 @@ class Down(nn.Module):
         if mask is not None:
             real = mask.unflatten(1, context.grid)
             maps, mask = maps.masked_fill(~real[:, None], 0.0), coarsened(real, 2)
-        padding = padding_of(maps.shape[2:], 2)
-        if compiling() or any(padding):  # a traced program takes any size
-            maps = F.pad(maps, padding)
-        squares = maps.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
+        squares = squares_of(maps).permute(0, 2, 4, 1, 3, 5)
         grid = (squares.shape[1], squares.shape[2])
         return squares.flatten(3).flatten(1, 2).to(x.dtype), context.moved(grid, mask=mask)
 
