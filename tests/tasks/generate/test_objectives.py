@@ -151,7 +151,8 @@ def test_times():
         ({"derivative": "exact"}, {}, "model.derivative"),
         ({"equal": 1.5}, {}, "model.equal must be"),
         ({}, {"until": True, "prediction": "data"}, "must predict the velocity"),
-        ({"loss": "noise"}, {"until": True}, "model.loss must be velocity"),
+        ({"loss": "noise"}, {"until": True, "time": "sincos(scale=10.0)"}, "model.loss must be velocity"),
+        ({}, {"until": True}, "an embedding of the time that changes slowly, of a scale <= 50, got 1000"),
     ],
 )
 def test_refused(options, fields, message):

@@ -123,7 +123,9 @@ def test_labels_are_dropped_once_a_sample_and_never_in_eval():
 
 @pytest.mark.parametrize("until", [False, True])
 def test_validation_draws_nothing_from_the_generators(until):
-    task = Generate({"name": "dit_micro", "depth": 1, "dim": 32, "heads": 2, "until": until})
+    task = Generate(
+        {"name": "dit_micro", "depth": 1, "dim": 32, "heads": 2, "until": until, "time": "sincos(scale=10.0)"}
+    )
     data = WholeImages("digits", size=8, channels=1, batch=64, workers=0)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     before = torch.get_rng_state()

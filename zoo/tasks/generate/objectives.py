@@ -9,10 +9,13 @@ from torch import Tensor
 
 from zoo.models.diffusion import PREDICTIONS
 from zoo.schedules import SCHEDULES, Level, Parts, parts_of, predicted
+from zoo.spec import make
+from zoo.stems.conditions import TIMES
 from zoo.text import unknown
 
 LEAST = 0.05  # the least divisor of a weight (JiT, Li and He 2025, arXiv:2511.13720)
 APART = 5e-3  # half the distance in time of the two outputs whose difference is MeanFlow's derivative
+FASTEST = 50.0  # the largest scale of the time for which such a difference is a derivative
 DISTRIBUTIONS = ("uniform", "logit_normal")
 DERIVATIVES = ("difference", "jvp")
 
@@ -77,6 +80,11 @@ class Objective:
             raise ValueError(f"model.equal must be from 0 to 1, got {self.equal}")
         if config.until and (config.prediction, config.schedule) != ("velocity", "linear"):
             raise ValueError("a model with until=True must predict the velocity with schedule 'linear'")
+        if config.until and self.derivative == "difference" and (scale := make(TIMES, config.time).scale) > FASTEST:
+            raise ValueError(
+                f"model.derivative 'difference' needs an embedding of the time that changes slowly, of a scale <= "
+                f"{FASTEST:g}, got {scale:g}; set model.backbone.time to sincos(scale=10.0, period=100.0)"
+            )
         if config.until and self.loss not in (None, "velocity"):
             raise ValueError(f"model.loss must be velocity for a model with until=True, got {self.loss}")
 

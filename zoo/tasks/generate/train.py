@@ -46,7 +46,8 @@ class Buckets(Metric):
 class Generate(Task):
     """A diffusion model in training.
 
-    The score is the loss on the validation data, with noise and times that are the same in every validation.
+    The score is the loss on the validation data, with noise and times that are the same in every validation. That of
+    MeanFlow is the loss of flow matching, as the model itself makes the targets of longer steps.
 
     Args:
         backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
@@ -180,15 +181,14 @@ class Generate(Task):
         places = [(self.seen + index) * self.trainer.world_size + self.global_rank for index in range(number)]
         self.seen += number
         noise = Noise(0, places, images.shape[1:], images.device)()
-        shares = torch.special.ndtr(Noise(1, places, (2,), images.device)())
+        shares = torch.special.ndtr(Noise(1, places, (), images.device)())
         buckets = torch.tensor(places, device=images.device) % BUCKETS
-        times = (buckets + shares[:, 0]) / BUCKETS
+        times = (buckets + shares) / BUCKETS
         config: Any = self.config
         schedule = SCHEDULES[config.schedule]
         if schedule.steps:
             times = ((times * schedule.steps).floor() + 1).clamp(max=schedule.steps) / schedule.steps
-        until = times * shares[:, 1] if config.until else None
-        losses = self.objective(self.measured, images, self.labels_of(batch), times, noise, until)
+        losses = self.objective(self.measured, images, self.labels_of(batch), times, noise)
         self.losses.update(losses, buckets)
 
     def on_validation_epoch_end(self) -> None:
