@@ -240,7 +240,32 @@ def test_a_sample_from_a_start_follows_the_line(sampler):
 @pytest.mark.parametrize("time", [0.6, LAST / 2])
 def test_stochastic_samplers_from_a_start_give_the_distribution(sampler, time):
     """Data with the first noise of each sample; the sampler's own noise is independent of it."""
-    data = 0.3 + 0.5 * Noise(1, range(2000), (1, 2, 2))()
-    noised = (1 - time) * data + time * Noise(0, range(2000), (1, 2, 2))()
-    found = drawn(Toy(0.3, 0.5), sampler, 100, 2000, start=(noised, time))
+    data = 0.3 + 0.5 * Noise(1, range(1000), (1, 2, 2))()
+    noised = (1 - time) * data + time * Noise(0, range(1000), (1, 2, 2))()
+    found = drawn(Toy(0.3, 0.5), sampler, 60, 1000, start=(noised, time))
     assert found.mean().item() == pytest.approx(0.3, abs=0.03) and found.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_noise_of_a_sampler_is_not_that_of_its_start(monkeypatch):
+    seen: list[Tensor] = []
+
+    def one(denoiser, x, times, noise):
+        seen.extend([x, noise()])
+        yield x
+
+    monkeypatch.setitem(SAMPLERS, "euler", one)
+    again = Noise(0, range(4), (1, 2, 2))
+    first, second = again(), again()
+    drawn(Toy(0.3, 0.5), "euler", 1)
+    drawn(Toy(0.3, 0.5), "euler", 1, start=(first + 1.0, 0.5))
+    assert all(map(torch.equal, seen, (first, second, first + 1.0, second)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_model_in_half_precision_is_sampled_in_single(scale, monkeypatch):
+    monkeypatch.undo()  # noise in fp32
+    labels, options = torch.tensor([0, 2]), {"steps": 4, "guidance": Guidance(scale=scale)}
+    exact = sample(model_of().float(), labels, range(2), (8, 8), **options).x
+    found = sample(model_of().bfloat16(), labels, range(2), (8, 8), **options).x
+    assert found.dtype == exact.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.05 * exact.abs().max()

@@ -80,9 +80,13 @@ class Denoiser:
     def __init__(self, model: Any, labels: Tensor | None, guidance: Guidance | None = None) -> None:
         self.model, self.labels, self.guidance = model, labels, guidance or Guidance()
         self.schedule, self.evaluations = SCHEDULES[model.config.schedule], 0
+        self.dtype = next(model.parameters()).dtype
 
     def output(self, x: Tensor, time: float, until: float | None = None) -> Tensor:
-        """The guided output of the model."""
+        """The guided output of the model, in the dtype of x, which the model sees in its own."""
+        return self._output(x.to(self.dtype), time, until).to(x.dtype)
+
+    def _output(self, x: Tensor, time: float, until: float | None) -> Tensor:
         times = x.new_full((len(x),), time, dtype=torch.promote_types(x.dtype, torch.float32))
         more = {} if until is None else {"until": torch.full_like(times, until)}
         guidance, labels = self.guidance, self.labels

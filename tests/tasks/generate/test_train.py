@@ -134,6 +134,17 @@ def test_validation_draws_nothing_from_the_generators(until):
     assert task.said.endswith("(n = 360)")
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions_give_nearly_the_same_loss(precision, run, tmp_path, capsys):
+    """bf16-true also casts the sums of the losses."""
+    losses = []
+    for each in ("32-true", precision):
+        flags = [f"--model.weights={run / 'best'}", f"--trainer.precision={each}", f"--model.output={tmp_path}"]
+        main(["generate", "validate", *FAST, *flags, "--model.samples=10", "--model.steps=1"])
+        losses.append(float(capsys.readouterr().out.partition("\nloss ")[2].split()[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_times():
     task = module()
     with torch.no_grad():

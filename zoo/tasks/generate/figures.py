@@ -30,7 +30,7 @@ from zoo.tasks.generate.metrics import (
     neighbour_accuracy,
     spread,
 )
-from zoo.text import one_line, reason
+from zoo.text import counted, one_line, reason
 
 RECORD = "figures.json"
 INCEPTION = f"{TIMM}inception_v3"  # whose distances are called FID and KID
@@ -66,7 +66,7 @@ class Figures:
         """How samples were made, and a line for each metric."""
         facts, columns = self.facts, [*next(iter(self.values.values()))]
         guided = f", guidance {facts['guidance']:g}" if "guided" in columns else ""
-        made = f"{facts['sampler']}, {facts['steps']} steps, seed {facts['seed']}{guided}"
+        made = f"{facts['sampler']}, {counted(facts['steps'], 'step')}, seed {facts['seed']}{guided}"
         left = max(map(len, (self.titles[metric] for metric in self.values)))
         lines = [f"{facts['samples']} samples: {made}", " " * left + "".join(f"{each:>10}" for each in columns)]
         for metric, title in self.titles.items():

@@ -36,7 +36,7 @@ class Buckets(Metric):
 
     def update(self, losses: Tensor, buckets: Tensor) -> None:
         """losses and their buckets [B]."""
-        self.sums.index_add_(0, buckets, losses.double())
+        self.sums = self.sums.double().index_add(0, buckets, losses.double())  # cast by trainer.precision=bf16-true
         self.counts += torch.bincount(buckets, minlength=BUCKETS)
 
     def compute(self) -> tuple[Tensor, Tensor]:
