@@ -1,12 +1,27 @@
 """A loss that brings the tokens of a model in training close to the features of a frozen teacher."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layer import Context
 from zoo.models.trunk import Trunk
 from zoo.tensors import to_map, to_tokens, zeroed
 from zoo.weights.adapt import load_trunk
+
+
+@contextmanager
+def watched(block: nn.Module) -> Iterator[list[tuple[Tensor, Context]]]:
+    """The outputs of a block while this is open, with their Contexts."""
+    seen: list[tuple[Tensor, Context]] = []
+    hook = block.register_forward_hook(lambda _, inputs, output: seen.append((output, inputs[1])))  # pyright: ignore
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 class Alignment(nn.Module):

@@ -74,6 +74,7 @@ class Task(lightning.LightningModule):
     Attributes:
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
+        alignment: a module that is trained beside the model and not saved with it, or None.
         sample: `n`, the number of samples of the last validation, and `interval`, the 95 % interval of the score.
     """
 
@@ -132,6 +133,7 @@ class Task(lightning.LightningModule):
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average must be a decay from 0 to 1, or 0 for no averaged copy, got {average}")
         self.average: ModelEmaV3 | None = None
+        self.alignment: nn.Module | None = None
         self.complete()
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
         self.warmup, self.final_rate, self.refresh = warmup, final_rate, refresh
@@ -212,10 +214,14 @@ class Task(lightning.LightningModule):
         """The parameters by weight decay and share `lr_scale` of the learning rate."""
         excluded = self.model.no_weight_decay()
         if self.layer_decay < 1.0:
-            return param_groups_layer_decay(
+            groups = param_groups_layer_decay(
                 self.model, self.weight_decay, no_weight_decay_list=excluded, layer_decay=self.layer_decay
             )
-        return param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=excluded)
+        else:
+            groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=excluded)
+        if self.alignment is not None:
+            groups.append({"params": list(self.alignment.parameters()), "weight_decay": 0.0})
+        return groups
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms, biases and positions; the learning rate follows `factor`."""

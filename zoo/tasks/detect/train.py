@@ -11,11 +11,10 @@ from torchmetrics import MeanMetric, Metric
 from zoo.data.boxes import Batch
 from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.data.sampling import rank_and_world
-from zoo.layer import Context
 from zoo.models.base import Model
 from zoo.models.detection import Noised, Trained
 from zoo.outputs.boxes import Truth, best
-from zoo.tasks.alignment import Alignment
+from zoo.tasks.alignment import Alignment, watched
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
@@ -108,7 +107,6 @@ class Detect(Task):
         if not 0.0 < alignment < math.inf:
             raise ValueError(f"model.alignment must be > 0, got {alignment}")
         self.teacher, self.alignment_weight = (teacher, teacher_weights), alignment
-        self.alignment: Alignment | None = None
         self.trunk_weights, self.trunk_rate, self.flat = trunk_weights, trunk_rate, flat
         self.assigner = assigner
         self.denoising, self.noise = denoising, (label_noise, box_noise)
@@ -158,8 +156,6 @@ class Detect(Task):
                 if chosen := [each for each in group["params"] if (id(each) in trunk) is inside]:
                     scale = group.get("lr_scale", 1.0) * (self.trunk_rate if inside else 1.0)
                     groups.append(group | {"params": chosen, "lr_scale": scale})
-        if self.alignment is not None:
-            groups.append({"params": list(self.alignment.parameters()), "weight_decay": 0.0})
         return groups
 
     def factor(self, step: int, per_epoch: int, steps: int) -> float:
@@ -195,12 +191,8 @@ class Detect(Task):
         model: Any = self.model
         if self.alignment is None or not self.training:
             return self.compared(self.predicted(model, batch, noised), batch, noised)
-        seen: list[tuple[Tensor, Context]] = []
-        hook = model.encoder[-1].register_forward_hook(lambda _, inputs, output: seen.append((output, inputs[1])))
-        try:
+        with watched(model.encoder[-1]) as seen:
             predicted = self.predicted(model, batch, noised)
-        finally:
-            hook.remove()
         losses = self.compared(predicted, batch, noised)
         tokens, context = seen[0]
         apart = self.alignment(tokens, context.grid, context.mask, batch.images, batch.mask)

@@ -1,18 +1,23 @@
 """Training a generator: `zoo generate fit|validate|test`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.data.images import Batch
+from zoo.inputs.images import ImagePreprocess, default_statistics
 from zoo.inputs.latents import Autoencoder
+from zoo.layer import Context
 from zoo.outputs.samplers import Guidance, Noise, sample, times_of
 from zoo.schedules import SCHEDULES
+from zoo.tasks.alignment import Alignment, watched
 from zoo.tasks.generate.figures import Evaluator
 from zoo.tasks.generate.images import decoder_for, grid, to_bytes
 from zoo.tasks.generate.objectives import Objective, Times, balanced
@@ -59,6 +64,12 @@ class Generate(Task):
         label_drop: share of the labels that are dropped, for guidance.
         equal: of MeanFlow (until=true), the share of samples trained as flow matching.
         derivative: of MeanFlow, difference or jvp.
+        teacher: an image model of the zoo, or timm:NAME, to whose features of the image without noise a block's tokens
+            are brought close (REPA, Yu et al. 2024, arXiv:2410.06940); it sees RGB with ImageNet's mean and deviation.
+        teacher_weights: its weights, as for `zoo detect`'s trunk_weights; null for random ones.
+        teacher_block: the block, counted from 1; 0 for the last of the first third.
+        teacher_size: side in pixels to which the images are resized for it; 0 for theirs.
+        alignment: weight of that loss.
         show: samples of each class in the grid that is drawn after each validation; 0 for none.
         guidance: their guidance.
         steps: their steps.
@@ -87,6 +98,11 @@ class Generate(Task):
         label_drop: float = 0.1,
         equal: float = 0.75,
         derivative: str = "difference",
+        teacher: str | None = None,
+        teacher_weights: str | None = "pretrained",
+        teacher_block: int = 0,
+        teacher_size: int = 0,
+        alignment: float = 0.5,
         show: int = 4,
         guidance: float = 2.0,
         steps: int = 25,
@@ -100,6 +116,10 @@ class Generate(Task):
             raise ValueError(f"model.label_drop must be >= 0 and < 1, and show >= 0, got {label_drop} and {show}")
         if samples == 0 and (features or classifier):
             raise ValueError("model.features and model.classifier measure samples; set model.samples to their number")
+        if not 0.0 < alignment < math.inf or teacher_size < 0:
+            raise ValueError(f"model.alignment must be > 0 and teacher_size >= 0, got {alignment} and {teacher_size}")
+        self.teacher, self.alignment_weight = (teacher, teacher_weights), alignment
+        self.teacher_block, self.teacher_size = teacher_block, teacher_size
         found = Times(name=times, mean=times_mean, std=times_std, shift=times_shift)
         self.objective = Objective(times=found, loss=loss, equal=equal, derivative=derivative)
         self.label_drop, self.show, self.guidance, self.steps = label_drop, show, Guidance(scale=guidance), steps
@@ -115,8 +135,25 @@ class Generate(Task):
         self.objective.check(self.config)
         times_of(self.config, self.steps)  # refuses a number of steps that cannot be
 
+        teacher, weights = self.teacher
+        if teacher is not None:
+            config: Any = self.config
+            blocks = getattr(self.model, "blocks", None)
+            if blocks is None or not 0 <= self.teacher_block <= len(blocks):
+                raise ValueError(
+                    "model.teacher needs a model of the family dit, and model.teacher_block one of its blocks"
+                )
+            try:
+                self.alignment = Alignment(
+                    config.dim, teacher, weights, config.channels, self.teacher_size or config.image
+                )
+            except ValueError as error:
+                raise ValueError(f"model.teacher: {error}") from error
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if self.alignment is not None and not isinstance(self.data.preprocess, ImagePreprocess):
+            raise ValueError("model.teacher needs images; these are latents")
         labels = None if self.start is None else self.start.labels
         if stage != "fit" and isinstance(labels, tuple) and (where := differing(labels, self.data.classes)):
             raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
@@ -149,11 +186,30 @@ class Generate(Task):
         if labels is not None:
             dropped = torch.rand(len(images), device=images.device) < self.label_drop
             labels = labels.masked_fill(dropped, config.classes)
-        losses = self.objective(self.model, images, labels, times, noise, until)
+        model: Any = self.model
+        if self.alignment is None:
+            losses, apart = self.objective(model, images, labels, times, noise, until), 0.0
+        else:
+            with watched(model.blocks[(self.teacher_block or -(-len(model.blocks) // 3)) - 1]) as seen:
+                losses = self.objective(model, images, labels, times, noise, until)
+            apart = self.apart(seen[-1], images)
         self.remember(losses, times)
-        loss = (losses if until is None else balanced(losses, images[0].numel())).mean()
+        loss = (losses if until is None else balanced(losses, images[0].numel())).mean() + apart
         self.log("train/loss", self.checked(loss))
         return loss
+
+    def apart(self, seen: tuple[Tensor, Context], images: Tensor) -> Tensor:
+        """The weighted loss of a block's output to the teacher's features of the images without noise."""
+        (tokens, context), preprocess = seen, self.data.preprocess
+        assert self.alignment is not None
+        given = (preprocess.mean, preprocess.std, *default_statistics(preprocess.channels))
+        mean, std, wanted, spread = (images.new_tensor(each)[:, None, None] for each in given)
+        shown = (images * std + mean - wanted) / spread
+        if self.teacher_size:
+            shown = F.interpolate(shown, (self.teacher_size,) * 2, mode="bicubic", antialias=True)
+        loss = self.alignment(tokens[:, context.prefix :], context.grid, context.grid_mask, shown)
+        self.log("train/alignment", loss.detach())
+        return self.alignment_weight * loss
 
     def remember(self, losses: Tensor, times: Tensor) -> None:
         """Notes the part of 0..1 in which a loss is NaN or infinite, for the error."""
