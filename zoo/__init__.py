@@ -12,6 +12,7 @@ _HOMES = {
     "advance": "zoo.layer",
     "fuse": "zoo.fusion",
     "refresh_statistics": "zoo.norms",
+    "graft": "zoo.weights",
     "load_checkpoint": "zoo.weights",
     "load_model": "zoo.weights",
     "save_model": "zoo.weights",
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from zoo.models import create_model, list_models
     from zoo.norms import NORMS, refresh_statistics
     from zoo.positions import POSITIONS
-    from zoo.weights import load_checkpoint, load_model, save_model
+    from zoo.weights import graft, load_checkpoint, load_model, save_model
 
 __all__ = [
     "CHANNELS",
@@ -45,6 +46,7 @@ __all__ = [
     "advance",
     "create_model",
     "fuse",
+    "graft",
     "list_models",
     "load_checkpoint",
     "load_model",

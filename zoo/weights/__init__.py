@@ -1,8 +1,9 @@
 """Checkpoints: folders with a model's config, its weights, a card, and a probe that checks that the model still
 computes the same. Only JSON and safetensors are read; no code from a file is ever run."""
 
+from zoo.weights.grafting import Graft, graft
 from zoo.weights.load import Checkpoint, load_checkpoint, load_model
 from zoo.weights.names import FILES, CheckpointError
 from zoo.weights.save import save_model
 
-__all__ = ["FILES", "Checkpoint", "CheckpointError", "load_checkpoint", "load_model", "save_model"]
+__all__ = ["FILES", "Checkpoint", "CheckpointError", "Graft", "graft", "load_checkpoint", "load_model", "save_model"]
