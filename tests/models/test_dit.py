@@ -154,6 +154,13 @@ def test_jit_has_the_published_size(name, millions):
         assert round(count_parameters(zoo.create_model(name)) / 1e6) == millions
 
 
+@pytest.mark.parametrize(("name", "millions"), [("ddt_xl_2", 675), ("dit_dh_xl_1", 838)])
+def test_decoupled_heads_have_the_published_size(name, millions):
+    """DDT-XL/2 (22en6de) is published as 675 M, and DiT-DH-XL as 839 M."""
+    with torch.device("meta"):
+        assert round(count_parameters(zoo.create_model(name)) / 1e6) == millions
+
+
 def test_lightningdit_has_the_published_size():
     """With the fixed table of positions that theirs counts."""
     with torch.device("meta"):
@@ -269,5 +276,5 @@ def test_refused_inputs(arguments, words):
 def test_presets_have_names_of_their_sizes():
     assert {name for name, config in PRESETS.items() if isinstance(config, DiTConfig)} == {
         *(f"dit_{size}" for size in (*PRODUCTS, "tiny", "micro")),
-        *("jit_b_16", "jit_l_16", "jit_h_16", "lightningdit_xl_1", "lightningdit_b_1"),
+        *("jit_b_16", "jit_l_16", "jit_h_16", "lightningdit_xl_1", "lightningdit_b_1", "ddt_xl_2", "dit_dh_xl_1"),
     }
