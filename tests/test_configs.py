@@ -182,6 +182,7 @@ def construct(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/data.yaml").touch()  # of YOLO, for dataset auto
     cache(tmp_path / "data/imagenet_latents", {}, side=32)

@@ -405,7 +405,7 @@ class ModelConfig(Config):
     def located(self, stage: int, index: int) -> str:
         """The start of an error of a block: its path if blocks differ."""
         turned = any(len(self._turns(name, stage)) > 1 for name in CHOICES)
-        return f"{self.path(stage, index)}: " if turned or len(self.stages) > 1 else ""
+        return f"{self.path(stage, index)}: " if turned or self.staged else ""
 
     def _check_stage(self, stage: int, size: Size) -> None:
         """ValueError if a block is invalid; it names the block if blocks differ."""

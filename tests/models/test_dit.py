@@ -236,6 +236,7 @@ def test_it_compiles_as_one_graph_and_exports(name):
         ({"schedule": "cosine"}, ["schedule", "linear, ddpm"]),
         ({"schedule": "ddpm"}, ["velocity", "schedule 'linear'"]),
         ({"prediction": "score"}, ["prediction", "velocity, noise, data"]),
+        ({"prediction": "noise"}, ["prediction 'noise' needs schedule 'ddpm'"]),
         ({"variance": True}, ["variance needs"]),
         ({"class_block": 1}, ["class_tokens"]),
         ({"class_tokens": 1, "classes": 0}, ["class_tokens needs classes"]),

@@ -194,7 +194,7 @@ REFUSED = [
     ({"classes": 0}, {"guidance": Guidance(scale=2.0)}, "needs a model with classes"),
     ({}, {"guidance": Guidance(scale=2.0, channels=3)}, "at most 2 channels"),
     ({}, {"guidance": Guidance(scale=2.0, weak=Toy(0.0, 1.0))}, "weaker model must have the same channels, 2, got 1"),
-    ({}, {"shift": 0.0}, "shift must be > 0"),
+    ({}, {"shift": 0.0}, "shift must be from 0.01 to 100"),
     ({"patch": 4}, {"size": (3, 8)}, "at least a patch of 4 pixels, got 3 x 8"),
 ]
 

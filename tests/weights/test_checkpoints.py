@@ -50,7 +50,7 @@ def test_the_code_on_each_card_runs(name, tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     if "drawn" in names:
-        output = names["drawn"].x
+        output = names["drawn"]
     else:
         assert names["answer"]
         output = names["logits"] if "logits" in names else names["found"]["logits"]

@@ -65,6 +65,12 @@ def test_a_generator_is_grafted_with_its_condition(tmp_path):
     assert torch.equal(kept(**inputs[0]), found.model(**inputs[0]))
 
 
+def test_it_trains_where_gradients_are_off():
+    with torch.no_grad():
+        found = zoo.graft(vit(), "sla", batches(3), progress=False)
+    assert all(each > 0 for each in found.errors.values())
+
+
 def test_padding_has_no_say():
     """The error counts real tokens alone."""
     model, errors = vit(), []

@@ -80,6 +80,8 @@ class WholeImages(Images):
         if self.dataset == "latents":
             return self._of_latents(base)
         found: Any = super().prepared(base)
+        if base is not None:
+            return found
         half = (0.5,) * found.channels
         return replace(found, mean=half, std=half)
 

@@ -69,6 +69,11 @@ class DiffusionConfig(ModelConfig):
             raise ValueError(
                 f"prediction 'velocity' needs schedule 'linear', got '{self.schedule}'; predict noise or data"
             )
+        if self.prediction == "noise" and self.schedule == "linear":
+            raise ValueError(
+                "prediction 'noise' needs schedule 'ddpm': at time 1 of 'linear' it does not tell the data; predict "
+                "velocity or data"
+            )
         if self.variance and (self.schedule, self.prediction) != ("ddpm", "noise"):
             raise ValueError("variance needs schedule 'ddpm' and prediction 'noise'")
         if self.class_tokens and not self.classes:
@@ -116,7 +121,9 @@ class DiffusionConfig(ModelConfig):
     def call(self, prepared: str) -> str:
         labels = "torch.tensor([0, 1])" if self.classes else "None"
         lines = ["import torch", "from zoo.outputs.samplers import sample", ""]
-        return "\n".join([*lines, f"drawn = sample(model, {labels}, range(2), ({self.image}, {self.image}), steps=20)"])
+        steps = 1 if self.until else 20
+        drawn = f"drawn = sample(model, {labels}, range(2), ({self.image}, {self.image}), steps={steps}).x"
+        return "\n".join([*lines, drawn])
 
     def probe_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         inputs = {

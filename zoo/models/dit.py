@@ -1,6 +1,7 @@
 """Diffusion transformers: noise and images to a prediction of either (DiT, Peebles and Xie 2023, arXiv:2212.09748; SiT,
 Ma et al. 2024, arXiv:2401.08740; JiT, Li and He 2025, arXiv:2511.13720)."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,9 @@ class DiTConfig(DiffusionConfig, FlatConfig):
     def path(self, stage: int, index: int) -> str:
         return f"head.blocks.{index}" if stage else f"blocks.{index}"
 
+    def located(self, stage: int, index: int) -> str:
+        return f"{self.path(stage, index)}: " if stage else super().located(stage, index)
+
     def grid(self, stage: int) -> tuple[int, int]:
         side = -(-self.image // self.patch)
         return side, side
@@ -113,7 +117,7 @@ class DiT(Conditioned, Model[DiTConfig]):
 
     Without labels all are of no class. H and W are free; a mask [B, H, W] of real pixels lets several sizes share a
     batch. `until` [B], of models made for it, is the time at which the step ends, by default the time itself. `memory`,
-    of models with memory_dim, holds the tokens that `cross` reads; without it they are those of no text.
+    of models with memory_dim, holds the tokens that `cross` reads; without it a learned token stands for them.
     """
 
     replaceable = ("label_table",)
@@ -212,7 +216,7 @@ class DiT(Conditioned, Model[DiTConfig]):
         """x [B, channels, H, W], times [B] in 0..1 and labels [B] -> [B, outputs, H, W]; zeros where the mask [B, H, W]
         is False."""
         found = self.conditions(time, labels, until)
-        *_, (tokens, context) = self.tokens_after(x, found, memory, mask, self.config.depth - 1)
+        ((tokens, context),) = deque(self.tokens_after(x, found, memory, mask, self.config.depth - 1), maxlen=1)
         last: Any = self
         context = context.moved(context.grid, mask=context.grid_mask)
         if self.head is not None:

@@ -53,7 +53,7 @@ class Guidance:
         if not 0.0 <= self.scale < math.inf:
             raise ValueError(f"the scale of guidance must be finite and >= 0, got {self.scale}")
         if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ValueError(f"guidance must be from and to a time in 0..1, got {self.start} to {self.end}")
+            raise ValueError(f"the interval of guidance must lie in 0..1, got {self.start} to {self.end}")
         if self.channels < 0:
             raise ValueError(f"the guided channels must be >= 0, got {self.channels}")
 
@@ -247,8 +247,8 @@ def times_of(config: Any, steps: int, shift: float = 1.0, start: float = 1.0) ->
     most = SCHEDULES[config.schedule].steps
     if not 1 <= steps <= (most or 10_000):
         raise ValueError(f"steps must be from 1 to {most or 10_000}, got {steps}")
-    if not 0.0 < shift < math.inf:
-        raise ValueError(f"shift must be > 0, got {shift}")
+    if not 0.01 <= shift <= 100.0:
+        raise ValueError(f"shift must be from 0.01 to 100, got {shift}")
     if not 0.0 < start <= 1.0:
         raise ValueError(f"samples must start at a time > 0 and <= 1, got {start}")
     times = [1 - step / steps for step in range(steps + 1)]
@@ -280,7 +280,7 @@ def check_sampler(config: Any, sampler: str, guidance: Guidance) -> None:
                 ours, theirs = getattr(config, field), getattr(other, field)
                 raise ValueError(f"the weaker model must have the same {field}, {ours!r}, got {theirs!r}")
     if guidance.channels > config.channels:
-        raise ValueError(f"guidance must be of at most {config.channels} channels, got {guidance.channels}")
+        raise ValueError(f"at most {config.channels} channels can be guided, got {guidance.channels}")
 
 
 class Samples(NamedTuple):
@@ -326,6 +326,8 @@ def sample(
     config, guidance = model.config, guidance or Guidance()
     sampler = sampler or usual(config)
     check_sampler(config, sampler, guidance)
+    if labels is None and guidance.scale != 1.0 and guidance.weak is None:
+        raise ValueError("guidance needs labels, or a weaker model")
     times = times_of(config, steps, shift, 1.0 if start is None else start[1])
     if min(size) < config.patch:
         raise ValueError(f"sides must be at least a patch of {config.patch} pixels, got {size[0]} x {size[1]}")

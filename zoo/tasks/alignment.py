@@ -76,7 +76,7 @@ class Alignment(nn.Module):
             sides = " x ".join(map(str, images.shape[2:]))
             raise ValueError(f"teacher '{teacher.name}' has the stride {stride}, which does not divide {sides} pixels")
         with torch.no_grad():
-            ((wanted, context),) = teacher.to(images.device)(images, pixels)
+            ((wanted, context),) = teacher.to(images.device)(images.float(), pixels)
             wanted = zeroed(wanted, context.mask).float()  # what padding adds to a mean would turn it
             maps = F.interpolate(to_map(wanted, context.grid), size=grid, mode="bilinear", antialias=True)
         similar = F.cosine_similarity(self.project(tokens).float(), to_tokens(maps), dim=-1)

@@ -228,8 +228,9 @@ class Task(lightning.LightningModule):
         groups = self.groups()
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
-        # Gradient scaling in float16 clips gradients itself, which the fused form would not let it do.
-        optimizer = AdamW(groups, lr=self.rate, betas=self.betas, fused=self.trainer.precision != "16-mixed")
+        # In mixed precision Lightning clips gradients of other forms alone.
+        fused = not str(self.trainer.precision).endswith("-mixed")
+        optimizer = AdamW(groups, lr=self.rate, betas=self.betas, fused=fused)
         self.trainer.fit_loop.setup_data()
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):

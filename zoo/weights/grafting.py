@@ -3,6 +3,7 @@ arXiv:2506.05340)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -49,6 +50,8 @@ def graft(model: nn.Module, mixer: Any, batches: Iterable[Any], *, rate: float =
         raise ValueError("graft needs a model of the zoo with blocks, as zoo.create_model gives it")
     if model.fusion is not None:
         raise ValueError("graft needs a model that is not fused")
+    if not 0.0 <= rate < math.inf:
+        raise ValueError(f"rate must be finite and >= 0, got {rate}")
     grafted = replace(model.config, mixer=tuple(mixer) if isinstance(mixer, list) else mixer).build()
     assert isinstance(grafted, Model)
     device = next(model.parameters()).device
@@ -66,8 +69,10 @@ def graft(model: nn.Module, mixer: Any, batches: Iterable[Any], *, rate: float =
             for step, batch in enumerate(bar):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * (1 - step / total if total else 1.0)
-                errors = {path: error(new[path], *seen) for path, seen in watched(model, paths, batch)}
-                loss = torch.stack([*errors.values()]).sum()
+                seen = branches_of(model, paths, batch)
+                with torch.enable_grad():
+                    errors = {path: error(new[path], *each) for path, each in seen}
+                    loss = torch.stack([*errors.values()]).sum()
                 if not bool(loss.isfinite()):
                     raise ValueError(f"the error of a new mixer is NaN or infinite at step {step}; lower rate")
                 optimizer.zero_grad()
@@ -120,7 +125,7 @@ def copy_common(model: Model, grafted: Model) -> None:
             tensor.copy_(old[name])
 
 
-def watched(model: Model, paths: list[str], batch: Any) -> list[tuple[str, tuple[Tensor, Context, Tensor]]]:
+def branches_of(model: Model, paths: list[str], batch: Any) -> list[tuple[str, tuple[Tensor, Context, Tensor]]]:
     """What each of the mixers saw of a batch, and what it gave."""
     seen: list[tuple[str, tuple[Tensor, Context, Tensor]]] = []
     with ExitStack() as stack, torch.no_grad():

@@ -12,6 +12,7 @@ from training import refused
 from zoo.data.generation import WholeImages
 from zoo.data.images import Batch
 from zoo.inputs.images import ImagePreprocess
+from zoo.tasks.alignment import Alignment
 from zoo.tasks.generate.train import Generate
 
 TEACHER = "vit_micro(patch=2, image=8, dim=16, depth=1, heads=2)"
@@ -66,6 +67,12 @@ def test_a_run_trains_the_projection_and_saves_the_model_alone(tmp_path):
     assert not any("teacher" in name for name in task.state_dict())
     zoo.save_model(task.model, tmp_path / "kept")
     assert not any("project" in name for name in zoo.load_model(tmp_path / "kept").state_dict())
+
+
+def test_in_half_precision_the_teacher_sees_single():
+    module = Alignment(12, TEACHER, None, 1, 8, hidden=16).to(torch.bfloat16)
+    loss = module(torch.randn(2, 16, 12).bfloat16(), (4, 4), None, torch.randn(2, 1, 8, 8).bfloat16())
+    assert bool(loss.isfinite())
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_an_image_that_cannot_be_read(model, images, tmp_path, capsys):
         (["--guidance=2"], "--guidance needs --classes"),
         (["--sampler=ddm"], "sampler: unknown name 'ddm'"),
         (["--steps=20000"], "steps must be from 1 to 10000"),
-        (["--weak=nothing"], "'nothing' not found"),
+        (["--guidance=2", "--classes=3", "--weak=nothing"], "'nothing' not found"),
         (["nothing.png"], "file or folder not found: 'nothing.png'"),
     ],
 )

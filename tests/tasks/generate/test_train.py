@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,15 +176,41 @@ def test_bytes_are_the_inverse_of_the_preprocessing():
         (["--sampler=meanflow"], "needs a model with until=True"),
         (["--size=1x8"], "at least a patch of 2 pixels"),
         (["--guidance=nan"], "scale of guidance must be finite"),
-        (["--interval=0.6,0.5"], "guidance must be from and to a time"),
-        (["--shift=0"], "shift must be > 0"),
-        (["--channels=2"], "at most 1 channels"),
-        (["--weak=nothing"], "'nothing' not found"),
+        (["--guidance=2", "--interval=0.6,0.5"], "the interval of guidance must lie in 0..1"),
+        (["--shift=0"], "shift must be from 0.01 to 100"),
+        (["--guidance=2", "--channels=2"], "at most 1 channels can be guided"),
+        (["--guidance=2", "--weak=nothing"], "'nothing' not found"),
+        (["--interval=0.2,0.5"], "--weak, --interval and --channels would be ignored; give --guidance"),
     ],
 )
 def test_refused_samples(run, arguments, message, tmp_path):
     found = refused("generate", "sample", run / "best", "--device=cpu", "--output", tmp_path / "out", *arguments)
     assert message in found and not list(tmp_path.glob("out/*.png"))
+
+
+def test_a_weaker_checkpoint_of_other_classes_is_refused(run, tmp_path):
+    kept = zoo.load_checkpoint(run / "best")
+    zoo.save_model(kept.model, tmp_path / "weak", preprocess=kept.preprocess, labels=kept.labels[::-1])
+    flags = ["--guidance=2", f"--weak={tmp_path / 'weak'}", "--output", tmp_path / "out"]
+    assert "was trained on other classes" in refused("generate", "sample", run / "best", *flags)
+
+
+def test_mixed_precision_with_clipped_gradients(tmp_path):
+    """Lightning does not clip for a fused optimizer."""
+    flags = [
+        "--trainer.precision=bf16-mixed",
+        "--trainer.gradient_clip_val=1",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    main(["generate", "fit", *TINY, *FAST, *SHORT, *flags, "--model.show=0"])
+    assert (tmp_path / "best").is_dir()
+
+
+def test_the_preprocessing_of_a_checkpoint_is_kept():
+    base = WholeImages("digits", size=8, channels=1).prepared(None)
+    assert base.std == (0.5,)
+    other = replace(base, std=(1.0,))
+    assert WholeImages("digits").prepared(other).std == (1.0,)
 
 
 def test_refused_runs(run, tmp_path):

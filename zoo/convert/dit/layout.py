@@ -97,7 +97,7 @@ def unchanged(name: str, tensor: Tensor) -> Tensor:
 
 
 def negated(name: str, tensor: Tensor) -> Tensor:
-    """The same with the output turned round, for models that predict data - noise."""
+    """The same with the output negated, for models that predict data - noise."""
     return -tensor if name.startswith("out.") else tensor
 
 

@@ -33,7 +33,6 @@ from zoo.tasks.generate.metrics import (
 from zoo.text import counted, one_line, reason
 
 RECORD = "figures.json"
-INCEPTION = f"{TIMM}inception_v3"  # whose distances are called FID and KID
 SHOWN = 100  # samples in a grid
 
 
@@ -74,7 +73,11 @@ class Figures:
             row = title.ljust(left) + "".join(f"{found[each]:10.4f}" for each in columns if found)
             lines.append(row if found else f"{title}: omitted; {self.omitted[metric]}")
         held, training = facts["held_out"], facts["training"]
-        return [*lines, f"real: held-out images ({held}), or training images ({training}) in place of samples"]
+        most = min(facts["samples"], training)
+        return [
+            *lines,
+            f"real: the {held} held-out images in place of samples, or {most} of the {training} training images",
+        ]
 
 
 class Evaluator:
@@ -157,6 +160,8 @@ class Evaluator:
         """
         device, side = next(model.parameters()).device, data.preprocess.size
         self.decoder = decoder_for(data.preprocess)
+        if self.decoder is not None:
+            self.decoder.to(device)
         self.features.to(device)
         if self.classifier is not None:
             self.classifier.to(device)
@@ -229,11 +234,11 @@ class Evaluator:
                 drawn_or_training,
             )
         if self.features.model is not None:
-            title = "FID" if name.startswith(INCEPTION) else f"Frechet distance (features of {name})"
+            title = f"Frechet distance (features of {name})"
             figures.add(
                 "frechet", title, lambda each: frechet_distance(each.features, held.features), drawn_or_training
             )
-            title = "KID" if name.startswith(INCEPTION) else f"kernel distance (features of {name})"
+            title = f"kernel distance (features of {name})"
             figures.add("kernel", title, lambda each: kernel_distance(each.features, held.features), drawn_or_training)
         figures.add(
             "near_copies",

@@ -76,7 +76,7 @@ def to_bytes(x: Tensor, preprocess: Any, decoder: Autoencoder | None = None) -> 
         mean, std = (torch.tensor(each)[:, None, None] for each in (preprocess.mean, preprocess.std))
         values = x.float().cpu() * std + mean
     else:
-        values = decoder.to(x.device).decode(preprocess.inverse(x.float())).cpu() / 2 + 0.5
+        values = decoder.decode(preprocess.inverse(x.float())).cpu() / 2 + 0.5
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -85,6 +85,10 @@ class Objective:
                 f"model.derivative 'difference' needs an embedding of the time that changes slowly, of a scale <= "
                 f"{FASTEST:g}, got {scale:g}; set model.backbone.time to sincos(scale=10.0, period=100.0)"
             )
+        if config.until and (config.drop_path or config.dropout):
+            raise ValueError(
+                "a model with until=True takes no drop_path and no dropout, which its derivative would see"
+            )
         if config.until and self.loss not in (None, "velocity"):
             raise ValueError(f"model.loss must be velocity for a model with until=True, got {self.loss}")
 
@@ -145,10 +149,11 @@ class Objective:
                 )
             return found[1]
         after, before = (times + APART).clamp(max=1.0), (times - APART).clamp(min=0.0)
-        ahead, behind = (
-            model(x + (at - times).view(-1, 1, 1, 1) * velocity, at, labels, until=until).float()
-            for at in (after, before)
-        )
+        with torch.autocast(x.device.type, enabled=False):  # a difference of rounded outputs is no derivative
+            ahead, behind = (
+                model(x + (at - times).view(-1, 1, 1, 1) * velocity, at, labels, until=until).float()
+                for at in (after, before)
+            )
         return (ahead - behind) / (after - before).view(-1, 1, 1, 1)
 
 

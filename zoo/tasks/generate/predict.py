@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     assert preprocess is not None and not isinstance(names, Tokenizer)
     config: Any = model.to(device).config
     decoder = decoder_for(preprocess, given.decoder)
-    options = settings(given, config, device) | {"decoder": decoder and decoder.to(device)}
+    options = settings(given, model, preprocess, names, device) | {"decoder": decoder and decoder.to(device)}
     classes = classes_of(given.classes, class_names(names, config.classes), len(paths))
     if not classes and given.weak is None and given.guidance != 1.0:
         raise ValueError("--guidance needs --classes")
@@ -136,6 +136,7 @@ def restore(
     with noise and the restored one."""
     import torch
 
+    from zoo.outputs.samplers import times_of
     from zoo.tasks.generate.images import reader_of, restored, to_bytes
 
     decoder = options.get("decoder")
@@ -157,10 +158,12 @@ def restore(
     columns = [to_bytes(x, preprocess, decoder)]
     for time in times:
         noised, made, evaluations = restored(model, preprocess, x, labels, indices, time, **options)
+        steps = len(times_of(model.config, options["steps"], options["shift"], time)) - 1
         columns += [noised, made]
         differences = (made.float() - columns[0].float()).square().flatten(1).mean(1).sqrt()
         for entry, difference in zip(read, differences.tolist(), strict=True):
-            entry["restored"].append({"time": time, "evaluations": evaluations, "difference": round(difference, 3)})
+            own = {"time": time, "steps": steps, "evaluations": evaluations, "difference": round(difference, 3)}
+            entry["restored"].append(own)
     return list(zip(read, torch.stack(columns, 1), strict=True))
 
 

@@ -91,10 +91,12 @@ def main(arguments: list[str]) -> None:
     model, preprocess, names, _ = files.load_for("generate", given.name)
     assert preprocess is not None and not isinstance(names, Tokenizer)
     config: Any = model.to(device).config
-    options = settings(given, config, device)
+    options = settings(given, model, preprocess, names, device)
     steps = len(times_of(config, given.steps, given.shift)) - 1
     chosen = chosen_classes(given.classes, class_names(names, config.classes))
     sides, decoder = sides_of(given.size, preprocess), decoder_for(preprocess, given.decoder)
+    if decoder is not None:
+        decoder.to(device)
     files.make_output(output)
 
     wanted = [(index, name) for index, name in chosen for _ in range(given.each)]
@@ -108,13 +110,20 @@ def main(arguments: list[str]) -> None:
     files.report(f"wrote {counted(len(wanted), 'image')}, grid.png, {RECORD} and samples.npz to {output}")
 
 
-def settings(given: argparse.Namespace, config: Any, device: str) -> dict[str, Any]:
+def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any, device: str) -> dict[str, Any]:
     """The arguments of `zoo.outputs.samplers.sample` that the options of a sampler give; ValueError if one does not fit
-    a model of this config."""
+    this model."""
     from zoo.outputs.samplers import Guidance, check_sampler, usual
 
     start, end = given.interval
-    weak = None if given.weak is None else files.load_for("generate", given.weak).model.to(device)
+    if given.guidance == 1.0 and (given.weak or given.channels or given.interval != (0.0, 1.0)):
+        raise ValueError("--weak, --interval and --channels would be ignored; give --guidance")
+    config, weak = model.config, None
+    if given.weak is not None:
+        found = files.load_for("generate", given.weak)
+        if found.labels != names or found.preprocess != preprocess:
+            raise ValueError(f"--weak: {given.weak} was trained on other classes, or with another preprocessing")
+        weak = found.model.to(device)
     guidance = Guidance(scale=given.guidance, start=start, end=end, channels=given.channels, weak=weak)
     sampler = given.sampler or usual(config)
     check_sampler(config, sampler, guidance)

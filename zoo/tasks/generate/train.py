@@ -204,7 +204,7 @@ class Generate(Task):
         assert self.alignment is not None
         given = (preprocess.mean, preprocess.std, *default_statistics(preprocess.channels))
         mean, std, wanted, spread = (images.new_tensor(each)[:, None, None] for each in given)
-        shown = (images * std + mean - wanted) / spread
+        shown = (images.float() * std + mean - wanted) / spread
         if self.teacher_size:
             shown = F.interpolate(shown, (self.teacher_size,) * 2, mode="bicubic", antialias=True)
         loss = self.alignment(tokens[:, context.prefix :], context.grid, context.grid_mask, shown)
@@ -289,6 +289,8 @@ class Generate(Task):
         if self.decoder is None:
             try:
                 self.decoder = decoder_for(preprocess)
+                if self.decoder is not None:
+                    self.decoder.to(self.device)
             except ValueError as error:
                 self.show = 0
                 return rank_zero_info(f"no samples are drawn: {error}")
