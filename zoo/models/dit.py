@@ -196,7 +196,7 @@ class DiT(Conditioned, Model[DiTConfig]):
     ) -> Iterator[tuple[Tensor, Context]]:
         """The grid's tokens after each block up to `block`, and their Context."""
         tokens, context = self.embed(x, mask)
-        context = context._replace(cond=found.cond, memory=self.memory(memory, found, len(x)))
+        context = context._replace(cond=found.cond, memory=self.memory(memory, found, x.shape[0]))
         for index in range(block + 1):
             if index == self.config.class_block:
                 tokens, context = self.join(tokens, context, found.labels)
