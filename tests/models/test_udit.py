@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import zoo
-from helpers import prepared, randomise, relative
+from generating import check_conditions, check_padding, check_start_and_gradients
+from helpers import prepared, relative
 from zoo.models import PRESETS
 from zoo.models.base import count_parameters
 from zoo.models.udit import UDiTConfig
@@ -38,54 +39,18 @@ def build(name: str = "dico", **choices: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@torch.no_grad()
 def test_padding_changes_nothing(name):
-    """Sides that no stride divides, alone and beside a larger image."""
-    model = build(name)
-    time, labels = torch.tensor([0.3, 0.9], dtype=torch.float64), torch.tensor([2, 5])
-    images = [torch.randn(3, 9, 7, dtype=torch.float64), torch.randn(3, 5, 14, dtype=torch.float64)]
-    canvas, mask = torch.full((2, 3, 13, 15), 7.0, dtype=torch.float64), torch.zeros(2, 13, 15, dtype=torch.bool)
-    for index, image in enumerate(images):
-        height, width = image.shape[1:]
-        canvas[index, :, :height, :width], mask[index, :height, :width] = image, True
-    together = model(canvas, time, labels, mask=mask)
-    assert together.shape[1] == model.config.outputs
-    for index, image in enumerate(images):
-        alone = model(image[None], time[index, None], labels[index, None])
-        height, width = image.shape[1:]
-        assert relative(together[index, None, :, :height, :width], alone) < 1e-12
-        rest = together[index].clone()
-        rest[:, :height, :width] = 0
-        assert not rest.any()
+    check_padding(build(name))
 
 
 @pytest.mark.parametrize("name", FORMS)
-@torch.no_grad()
 def test_time_label_and_a_batch_mate(name):
-    model = build(name)
-    x, time, labels = torch.randn(3, 3, 8, 8).double(), torch.rand(3).double(), torch.tensor([0, 3, 5])
-    out = model(x, time, labels)
-    assert relative(out[1:2], model(x[1:2], time[1:2], labels[1:2])) < 1e-12
-    assert relative(out[2:], model(x[2:], time[2:])) < 1e-12  # label 5 of 5 classes is no class
-    for changed in ((x, time * 0.9, labels), (x, time, (labels + 1) % 6)):
-        assert (model(*changed) - out).flatten(1).abs().amax(1).min() > 1e-4
+    check_conditions(build(name), 1e-4)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_it_starts_at_zero_and_every_parameter_gets_a_gradient(name):
-    model = UDiTConfig(**TINY | FORMS[name]).build()
-    x, time, labels = torch.randn(2, 3, 9, 8), torch.rand(2), torch.tensor([0, 5])
-    assert not model(x, time, labels).any()
-    randomise(model).train()
-    model(x, time, labels).square().mean().backward()
-    kept = {name: each.grad for name, each in model.named_parameters()}
-    for label, each in kept.items():
-        assert each is not None and each.isfinite().all() and each.any(), label
-    model.zero_grad()
-    model.checkpointing = True
-    model(x, time, labels).square().mean().backward()
-    for label, each in model.named_parameters():
-        assert torch.allclose(each.grad, kept[label], rtol=1e-4, atol=1e-5), label
+    check_start_and_gradients(UDiTConfig(**TINY | FORMS[name]).build())
 
 
 def test_blocks_start_as_the_identity():

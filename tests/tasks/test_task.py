@@ -24,6 +24,7 @@ class Schedule:
 
     estimated_stepping_batches, num_training_batches, accumulate_grad_batches, max_epochs = 100, 10, 1, 10
     precision, fit_loop = "32-true", SimpleNamespace(setup_data=lambda: None)
+    gradient_clip_val: float | None = None
 
 
 def optimizers(task: Classify, plan: type[Schedule] = Schedule) -> tuple[torch.optim.Optimizer, Any]:
@@ -54,6 +55,15 @@ def test_matrices_decay_and_nothing_else(choices: dict[str, Any], layer_decay: f
     assert {decay for decay in decays.values()} == {0.0, DECAY}
     if choices.get("norm") in ("prepbn", "dyt"):
         assert any(parameter.ndim == 0 and decays[parameter] == 0.0 for parameter in task.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"), [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, False)]
+)
+def test_only_clipped_gradients_of_mixed_precision_need_the_plain_optimizer(precision, clip, fused):
+    plan = type("Plan", (Schedule,), {"precision": precision, "gradient_clip_val": clip})
+    optimizer, _ = optimizers(classifier(backbone={}), plan)
+    assert all(group["fused"] is fused for group in optimizer.param_groups)
 
 
 def test_layer_decay_slows_lower_blocks():

@@ -83,10 +83,28 @@ def test_padding_has_no_say():
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "number"),
+    [
+        ("dico_s", {"dim": (8, 16, 32, 16, 8), "depth": (1,) * 5, "heads": (1,) * 5, "classes": 3}, 5),
+        ("ddt_xl_2", {"dim": 32, "depth": 1, "heads": 2, "head_depth": 2, "classes": 3, "channels": 1}, 3),
+        ("conformer_ctc_s", {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5}, 2),
+        ("rtdetr_micro", {"image": 64, "classes": 2}, 1),
+    ],
+)
+def test_all_blocks_of_every_family_are_found(name, fields, number):
+    model: Any = zoo.create_model(name, **fields).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = model.config.probe_inputs(generator)
+    found = zoo.graft(model, "sla", [batch, batch], progress=False)
+    assert len(found.errors) == number and all(each > 0 for each in found.errors.values())
+
+
+@pytest.mark.parametrize(
     ("mixer", "number", "words"),
     [
         ("softmax", 1, "mixer 'softmax' changes no block"),
         ("slaa", 1, "did you mean sla"),
+        ("identity", 1, "mixer 'identity' has no weights to train"),
         ("sla", 0, "needs batches, got none"),
     ],
 )

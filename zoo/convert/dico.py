@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from zoo.convert.source import Source, state_dict_of
+from zoo.convert.dit.layout import filled, opened, renamed, shape_of, unchanged
 from zoo.models.udit import UDiT, UDiTConfig
 
 _STAGES = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
@@ -52,39 +51,17 @@ def from_dico(checkpoint: str | Path | Mapping[str, Tensor], *, image: int = 32)
     Raises:
         ValueError: in one line: the file cannot be read, or a tensor is missing, unused or of a wrong shape.
     """
-    where = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
-    state = (
-        dict(checkpoint)
-        if isinstance(checkpoint, Mapping)
-        else state_dict_of(Path(checkpoint).expanduser(), ("ema", "model"))
-    )
-    config = _config(state, image, where)
-    for name in [name for name in state if re.search(r"\.\d+\.adaLN_modulation\.1\.\w+$", name)]:
-        for index, half in enumerate(state.pop(name).chunk(2)):
-            state[name.replace("modulation.1.", f"modulation.1.{index}.")] = half
-    source = Source(state, where)
-    model = config.build().to(source.dtype)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(source.take([_original(name)], tensor.shape))
-    source.finish()
-    return model.eval()
+    state, where = opened(checkpoint, ("ema", "model"))
+    return filled(state, _config(state, image, where), _original, where, unchanged)
 
 
 def to_dico(model: UDiT) -> dict[str, Tensor]:
     """The state dict of a model in DiCo's layout: the inverse of `from_dico`. ValueError if the model is not a DiCo."""
     refused = ValueError("only a model with the stages, blocks and times of DiCo has its layout")
-    found: dict[str, Tensor] = {}
-    for ours, tensor in model.state_dict().items():
-        try:
-            name = _original(ours)
-        except KeyError:
-            raise refused from None
-        part = tensor.detach().clone()
-        found[name] = part[:, :, None, None] if _POINTWISE.search(name) else part
-    for name in [name for name in found if ".adaLN_modulation.1.0." in name]:
-        second = found.pop(name.replace(".1.0.", ".1.1."))
-        found[name.replace(".1.0.", ".1.")] = torch.cat([found.pop(name), second])
+    try:
+        found = renamed(model, _original, _squared)
+    except KeyError:
+        raise refused from None
     config = model.config
     try:
         again = _config(found, config.image, "the model")
@@ -94,6 +71,11 @@ def to_dico(model: UDiT) -> dict[str, Tensor]:
     if replace(again, **free) != config:
         raise refused
     return found
+
+
+def _squared(name: str, tensor: Tensor) -> Tensor:
+    """Weights of a linear that is a convolution in DiCo, as those of one."""
+    return tensor[:, :, None, None] if _POINTWISE.search(_original(name)) else tensor
 
 
 def _original(name: str) -> str:
@@ -107,13 +89,8 @@ def _original(name: str) -> str:
 
 
 def _config(state: Mapping[str, Tensor], image: int, where: str) -> UDiTConfig:
-    def shape(name: str, axes: int) -> torch.Size:
-        if name not in state or state[name].ndim != axes:
-            raise ValueError(f"{where}: the tensor '{name}' is missing, or does not have {axes} axes")
-        return state[name].shape
-
-    width, channels, *_ = shape("x_embedder.proj.weight", 4)
-    hidden = shape(f"{_STAGES[0]}.0.conv4.weight", 4)[0]
+    width, channels, *_ = shape_of(state, "x_embedder.proj.weight", 4, where)
+    hidden = shape_of(state, f"{_STAGES[0]}.0.conv4.weight", 4, where)[0]
     dim = (width, 2 * width, 4 * width, 2 * width, 2 * width)
     return UDiTConfig(
         dim=dim,
@@ -121,10 +98,10 @@ def _config(state: Mapping[str, Tensor], image: int, where: str) -> UDiTConfig:
         heads=tuple(max(1, each // 32) for each in dim),
         image=image,
         channels=channels,
-        classes=shape("y_embedder.embedding_table_0.weight", 2)[0] - 1,
+        classes=shape_of(state, "y_embedder.embedding_table_0.weight", 2, where)[0] - 1,
         ffn=f"mlp(ratio={hidden / width})",
         time="sincos(count=True)",
         schedule="ddpm",
         prediction="noise",
-        variance=shape("final_layer.out_proj.weight", 4)[0] == 2 * channels,
+        variance=shape_of(state, "final_layer.out_proj.weight", 4, where)[0] == 2 * channels,
     )

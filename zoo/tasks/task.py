@@ -228,8 +228,8 @@ class Task(lightning.LightningModule):
         groups = self.groups()
         for group in groups:
             group["lr"] = self.rate * group.pop("lr_scale", 1.0)
-        # In mixed precision Lightning clips gradients of other forms alone.
-        fused = not str(self.trainer.precision).endswith("-mixed")
+        # In mixed precision Lightning does not clip the gradients of the fused form.
+        fused = not (str(self.trainer.precision).endswith("-mixed") and self.trainer.gradient_clip_val)
         optimizer = AdamW(groups, lr=self.rate, betas=self.betas, fused=fused)
         self.trainer.fit_loop.setup_data()
         steps = self.trainer.estimated_stepping_batches

@@ -73,7 +73,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_preprocess(config: Config, preprocess: Preprocess) -> dict[str, Any]:
-    """The field `preprocess` of config.json: its kind, if that is not the input kind of the config, and its fields."""
+    """The field `preprocess` of config.json. It names the kind of preprocessing only if that differs from the input
+    kind of the config."""
     name = next(name for name, kind in kinds_of(config.input).items() if isinstance(preprocess, kind))
     return ({} if name == config.input else {"kind": name}) | preprocess.to_dict()
 

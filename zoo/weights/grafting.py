@@ -60,9 +60,12 @@ def graft(model: nn.Module, mixer: Any, batches: Iterable[Any], *, rate: float =
     copy_common(model, grafted)
     grafted.preset, grafted.preprocess, grafted.labels = model.preset, model.preprocess, model.labels
     new = {path: grafted.get_submodule(path).train() for path in paths}
-    optimizer = AdamW([each for part in new.values() for each in part.parameters()], lr=rate, weight_decay=0.0)
+    trained = [each for part in new.values() for each in part.parameters()]
+    if not trained:
+        raise ValueError(f"mixer '{grafted.config.described('mixer')}' has no weights to train")
+    optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    errors, training = dict[str, Tensor](), model.training
+    errors, modes = dict[str, Tensor](), {part: part.training for part in model.modules()}
     model.eval()
     try:
         with tqdm(batches, total=total, unit="step", ncols=79, disable=None if progress else True) as bar:
@@ -73,16 +76,20 @@ def graft(model: nn.Module, mixer: Any, batches: Iterable[Any], *, rate: float =
                 with torch.enable_grad():
                     errors = {path: error(new[path], *each) for path, each in seen}
                     loss = torch.stack([*errors.values()]).sum()
-                if not bool(loss.isfinite()):
+                if step % 50 == 0 and not bool(loss.isfinite()):  # each time the host waits for the device
                     raise ValueError(f"the error of a new mixer is NaN or infinite at step {step}; lower rate")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
     finally:
-        model.train(training)
+        for part, training in modes.items():
+            part.training = training
     if not errors:
         raise ValueError("graft needs batches, got none")
-    return Graft(grafted.eval(), {path: float(each.detach()) for path, each in errors.items()})
+    left = {path: float(each.detach()) for path, each in errors.items()}
+    if not all(map(math.isfinite, left.values())):
+        raise ValueError("the error of a new mixer is NaN or infinite; lower rate")
+    return Graft(grafted.eval(), left)
 
 
 def changed(model: Model, grafted: Model) -> list[str]:
@@ -91,13 +98,10 @@ def changed(model: Model, grafted: Model) -> list[str]:
     found = []
     for stage, size in enumerate(config.stages):
         for index in range(size.depth):
-            if config.chosen("mixer", stage, index) == other.chosen("mixer", stage, index):
+            if config.block(stage, index).mixer == other.block(stage, index).mixer:
                 continue
             path = config.path(stage, index)
-            try:
-                block = grafted.get_submodule(path)
-            except AttributeError:
-                continue
+            block = grafted.get_submodule(path)
             assert isinstance(block, Block)
             found += [f"{path}.steps.{each}" for each in mixers_of(block)]
     if not found:

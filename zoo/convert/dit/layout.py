@@ -3,13 +3,16 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.convert.source import Source, state_dict_of
 from zoo.layer import Context
+from zoo.models.diffusion import DiffusionConfig
 from zoo.models.dit import DiT, DiTConfig
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24, 1792: 28}
@@ -112,32 +115,45 @@ def _theirs(name: str, names: Mapping[str, str]) -> str:
 
 
 @torch.no_grad()
-def read(
-    state: dict[str, Tensor], config: DiTConfig, names: Mapping[str, str], where: str, change: Change = unchanged
-) -> DiT:
-    """The model of a config with the tensors of a state dict. ValueError if a tensor is missing, unused or of a wrong
-    shape."""
-    positions = state.pop("pos_embed", None)
-    for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.adaLN_modulation\.1\.\w+", name)]:
+def filled(
+    state: dict[str, Tensor], config: DiffusionConfig, theirs: Callable[[str], str], where: str, change: Change
+) -> Any:
+    """The model of a config with the tensors of a state dict; `theirs` gives the other layout's name of one of ours.
+    ValueError if a tensor is missing, unused or of a wrong shape."""
+    for name in [name for name in state if re.search(r"\.\d+\.adaLN_modulation\.1\.\w+$", name)]:
         for index, half in enumerate(state.pop(name).chunk(2)):
             state[name.replace("modulation.1.", f"modulation.1.{index}.")] = half
     source = Source(state, where)
     model = config.build().to(source.dtype)
     for name, tensor in model.state_dict().items():
-        tensor.copy_(change(name, source.take([_theirs(name, names)], tensor.shape)))
+        tensor.copy_(change(name, source.take([theirs(name)], tensor.shape)))
     source.finish()
-    if positions is not None:
-        check_table(positions, table(model), "pos_embed", where)
     return model.eval()
 
 
-def written(model: DiT, names: Mapping[str, str], change: Change = unchanged) -> dict[str, Tensor]:
-    """The state dict of a model in another layout, with the table of positions."""
-    found = {_theirs(name, names): change(name, each.detach().clone()) for name, each in model.state_dict().items()}
+def renamed(model: nn.Module, theirs: Callable[[str], str], change: Change) -> dict[str, Tensor]:
+    """The state dict of a model in another layout: the inverse of `filled`."""
+    found = {theirs(name): change(name, each.detach().clone()) for name, each in model.state_dict().items()}
     for name in [name for name in found if ".adaLN_modulation.1.0." in name]:
         second = found.pop(name.replace(".1.0.", ".1.1."))
         found[name.replace(".1.0.", ".1.")] = torch.cat([found.pop(name), second])
-    return found | {"pos_embed": table(model)}
+    return found
+
+
+def read(
+    state: dict[str, Tensor], config: DiTConfig, names: Mapping[str, str], where: str, change: Change = unchanged
+) -> DiT:
+    """As `filled`; a table of positions in the state dict must be the fixed one."""
+    positions = state.pop("pos_embed", None)
+    model = filled(state, config, partial(_theirs, names=names), where, change)
+    if positions is not None:
+        check_table(positions, table(model), "pos_embed", where)
+    return model
+
+
+def written(model: DiT, names: Mapping[str, str], change: Change = unchanged) -> dict[str, Tensor]:
+    """As `renamed`, with the table of positions."""
+    return renamed(model, partial(_theirs, names=names), change) | {"pos_embed": table(model)}
 
 
 def table(model: DiT) -> Tensor:

@@ -97,7 +97,7 @@ def _timm(name: str) -> Reader:
 
 
 def classifier_of(name: str) -> Reader:
-    """What gives the logits of a classifier of the zoo; ValueError if it is no such checkpoint."""
+    """What gives the logits of an image classifier of the zoo; ValueError if the checkpoint is of another kind."""
     found = load_checkpoint(name)
     config = found.model.config
     if not isinstance(config, ClassifierConfig) or not config.headed or found.preprocess is None:

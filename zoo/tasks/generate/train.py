@@ -127,7 +127,7 @@ class Generate(Task):
         self.evaluator: Evaluator | None = None
         super().__init__(backbone, **options)
         self.losses = Buckets()
-        self.seen, self.bucket = 0, -1
+        self.seen, self.bucket = 0, torch.tensor(-1)
         self.decoder: Autoencoder | None = None  # of the samples that are shown
 
     def complete(self) -> None:
@@ -213,13 +213,14 @@ class Generate(Task):
 
     def remember(self, losses: Tensor, times: Tensor) -> None:
         """Notes the part of 0..1 in which a loss is NaN or infinite, for the error."""
-        if losses.device.type == "cpu" and not bool((good := losses.detach().isfinite()).all()):
-            self.bucket = int((times[~good][0] * BUCKETS).clamp(max=BUCKETS - 1))
+        bad = ~losses.detach().isfinite()
+        first = (times[bad.int().argmax()] * BUCKETS).long().clamp(max=BUCKETS - 1)
+        self.bucket = torch.where(bad.any() & (self.bucket < 0), first, self.bucket)
 
     def where(self) -> str:
-        if self.bucket < 0:
+        if (bucket := int(self.bucket)) < 0:
             return ""
-        return f", at times {self.bucket / BUCKETS:g} to {(self.bucket + 1) / BUCKETS:g}"
+        return f", at times {bucket / BUCKETS:g} to {(bucket + 1) / BUCKETS:g}"
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
