@@ -42,8 +42,9 @@ def survives(model: nn.Module) -> None:
 def test_every_preset_can_be_pickled(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
-    twin, copied = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
-    assert twin.state_dict().keys() == copied.state_dict().keys() == model.state_dict().keys()
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.config == model.config
+    assert twin.state_dict().keys() == model.state_dict().keys()
     assert model.num_features == model.channels[-1]
 
 
