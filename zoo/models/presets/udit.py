@@ -10,7 +10,10 @@ _SIZES = {
 }
 _WIDTHS = (1, 2, 4, 2, 2)
 
-ABOUT = {"dico": "DiCo (Ai et al. 2025, arXiv:2505.11196)"}
+ABOUT = {
+    "dico": "DiCo (Ai et al. 2025, arXiv:2505.11196)",
+    "dico_micro": "DiCo (Ai et al. 2025, arXiv:2505.11196) for images of 32 to 64 pixels, with flow matching",
+}
 """Descriptions of the presets, by the beginning of their names."""
 
 PRESETS: dict[str, UDiTConfig] = {
@@ -24,5 +27,9 @@ PRESETS: dict[str, UDiTConfig] = {
         variance=True,
     )
     for size, (dim, depth) in _SIZES.items()
+} | {
+    "dico_micro": UDiTConfig(
+        dim=(64, 128, 256, 128, 64), depth=(2, 2, 2, 2, 2), heads=(2, 4, 8, 4, 2), channels=3, classes=10, patch=2
+    )
 }
 """The sizes and choices of published models, by name."""
