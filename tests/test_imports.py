@@ -23,8 +23,8 @@ LAYERS = [
     ["block", "config"],
     ["models"],
     ["inputs", "outputs"],
-    ["weights"],
-    ["convert", "data", "tasks"],
+    ["weights", "convert"],
+    ["data", "tasks"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -3,7 +3,7 @@ computes the same. Only JSON and safetensors are read; no code from a file is ev
 
 from zoo.weights.grafting import Graft, graft
 from zoo.weights.load import Checkpoint, load_checkpoint, load_model
-from zoo.weights.names import FILES, CheckpointError
+from zoo.weights.files import FILES, CheckpointError
 from zoo.weights.save import save_model
 
 __all__ = ["FILES", "Checkpoint", "CheckpointError", "Graft", "graft", "load_checkpoint", "load_model", "save_model"]

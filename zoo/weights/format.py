@@ -11,7 +11,7 @@ from zoo.inputs import Preprocess, kinds_of
 from zoo.models import FAMILIES
 from zoo.outputs import LABELS
 from zoo.text import from_json, one_line, reason, unknown
-from zoo.weights.names import CheckpointError
+from zoo.weights.files import CheckpointError
 
 FORMAT = 3
 FIELDS = {"format": int, "zoo": str, "family": str, "preset": str | None, "model": dict, "preprocess": dict | None}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from zoo.text import reason
-from zoo.weights.names import FILES, CheckpointError
+from zoo.weights.files import FILES, CheckpointError
 
 
 def download(repository: str, revision: str | None) -> Path:

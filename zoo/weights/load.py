@@ -18,7 +18,8 @@ from zoo.outputs.tokens import Tokenizer
 from zoo.text import reason
 from zoo.weights.card import kept_facts
 from zoo.weights.format import check_fit, read_config, read_preprocess
-from zoo.weights.names import CheckpointError, file_of, locate, read_tensors
+from zoo.weights.files import CheckpointError, file_of, read_tensors
+from zoo.weights.names import locate
 from zoo.weights.probe import check_probe
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,19 +2,10 @@
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor
-
-from zoo.text import near, reason
-
-FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; one line with the file and the reason."""
+from zoo.text import near
+from zoo.weights.files import FILES, CheckpointError
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
@@ -67,28 +58,3 @@ def _where_it_is_not(name: str) -> str:
 def previous_of(target: Path) -> Path:
     """Where a checkpoint is kept for the moment in which its successor replaces it."""
     return target.parent / f".{target.name}.previous"
-
-
-def file_of(folder: Path, name: str) -> Path:
-    """A file of a checkpoint; CheckpointError if it is missing."""
-    path = folder / name
-    if path.is_file():
-        return path
-    if pickles := sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES):
-        raise CheckpointError(f"{folder} holds {pickles[0]} and no {name}; only safetensors are read, never a pickle")
-    raise CheckpointError(f"{folder} has no {name}")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError if it is invalid or incomplete."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = "is not a complete safetensors file"
-        with suppress(OSError), open(path, "rb") as file:
-            if file.read(2).startswith((b"\x80", b"PK")):
-                kind = "seems to be a pickle, which is never read"
-        raise CheckpointError(f"{path} {kind}: {reason(error)}") from error

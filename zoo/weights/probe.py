@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.config import Config
 from zoo.inputs import Preprocess
 from zoo.text import one_line, reason
-from zoo.weights.names import CheckpointError, read_tensors
+from zoo.weights.files import CheckpointError, read_tensors
 
 TOLERANCE = 1e-4  # largest error of an output, as a share of its largest value
 RAW = "raw"  # the name of an input that the preprocessing prepares for the model's first argument

@@ -26,7 +26,8 @@ from zoo.text import reason, unknown
 from zoo.weights.card import model_card
 from zoo.weights.format import FORMAT, check_fit, write_preprocess
 from zoo.weights.load import load_checkpoint
-from zoo.weights.names import FILES, CheckpointError, previous_of
+from zoo.weights.files import FILES, CheckpointError, record, sync_folder
+from zoo.weights.names import previous_of
 from zoo.weights.probe import inputs_for, outputs_of, pack
 
 USUAL = {"source": "", "card": "", "license": "unknown", "metrics": {}}  # for a model without a checkpoint
@@ -168,7 +169,7 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
         for name in FILES:
             with open(aside / name, "rb+") as file:
                 os.fsync(file.fileno())
-        _sync_folder(aside)
+        sync_folder(aside)
         load_checkpoint(aside, check=True)
         _swap(aside, target)
     except CheckpointError as error:
@@ -206,14 +207,6 @@ def _swap(aside: Path, target: Path) -> None:
         if previous.exists() and not target.exists():
             os.replace(previous, target)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can open or sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -20,7 +20,7 @@ from zoo.convert.speech import (
 from zoo.inputs.audio import AudioPreprocess
 from zoo.outputs.tokens import Characters, Tokenizer, WordPieces
 from zoo.text import one_line, reason
-from zoo.weights.names import read_tensors
+from zoo.weights.files import read_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.text import from_json, one_line, reason
-from zoo.weights.names import read_tensors
+from zoo.weights.files import read_tensors
 
 HARMLESS = (
     "architectures",
