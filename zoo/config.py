@@ -80,6 +80,7 @@ class Config:
     input: ClassVar[str | None] = None  # kind of input, a row of zoo.inputs.INPUTS
     argument: ClassVar[str] = "x"  # the name of the model's first argument, a batch of prepared inputs
     labels: ClassVar[str | None] = None  # kind of labels, a row of zoo.outputs.LABELS
+    counted: ClassVar[str] = "classes"  # the field with the number of outputs
     shown: ClassVar[tuple[str, ...]] = ()  # the fields that a card lists; () for all
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from zoo.models.base import Model
 from zoo.quick import model_page
 from zoo.tensors import linear, to_tokens
 from zoo.weights import CheckpointError
-from zoo.weights.adapt import adapted
+from zoo.weights import adapt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +147,11 @@ def test_tokens_that_are_nearly_tied_do_not_upset_its_probe(model, tmp_path):
 
 def test_its_head_may_start_afresh_and_nothing_else(model, tmp_path):
     start = zoo.load_checkpoint(zoo.save_model(model, tmp_path / "kept", preset="ranking_tiny"))
-    changed, fresh = adapted(start, {"name": "ranking_tiny", "classes": 5}, "kept")
-    assert fresh == ["head.bias", "head.weight"] and isinstance(changed, Ranking)
+    changed = adapt(start, {"classes": 5}, name="kept").model
+    assert changed.loaded.new == ("head.weight", "head.bias") and isinstance(changed, Ranking)
     assert torch.equal(changed.stem.weight, model.stem.weight)
-    with pytest.raises(ValueError, match="do not fit model.backbone"):
-        adapted(start, {"dim": 32}, "kept")
+    with pytest.raises(ValueError, match="kept has dim '.*', not '32'; to start the weights that then differ anew"):
+        adapt(start, {"dim": 32}, name="kept")
 
 
 def test_what_does_not_fit_it_is_said(model, tmp_path):

@@ -24,15 +24,18 @@ from torch import Tensor, nn
 import zoo
 import zoo.weights.adapt
 import zoo.weights.format
-import zoo.weights.load
+import zoo.weights.read
 from helpers import randomise
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
 from zoo.outputs.tokens import train_pieces
+from zoo.weights.files import record
 from zoo.weights import FILES, CheckpointError, load_checkpoint, load_model, save_model
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "image": 16, "patch": 8, "classes": 5}
 PREPROCESS = ImagePreprocess(size=16)
+FIGURE: Any = {"data": "insects", "split": "val", "metric": "accuracy", "value": 0.875, "n": 360}
+FIGURE |= {"interval": [0.8368, 0.9052], "command": "zoo evaluate x"}
 LABELS = ["ant", "bee", "cat", "dog", "élan"]
 PUBLISH = Path(__file__).parents[2] / "scripts" / "publish"
 
@@ -83,6 +86,8 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object], fi
     tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(folder / file).items()}
     change(tensors)
     safetensors.torch.save_file(tensors, folder / file)
+    if "files" in json.loads((folder / "config.json").read_text()):
+        edit(folder, lambda config: config["files"].update({file: record(folder / file)}))
 
 
 def refusal(name: str | Path, check: bool = False) -> str:
@@ -159,7 +164,7 @@ def test_files(folder, tmp_path):
     assert contents(save(tmp_path / "other" / "good", load_model(folder))) == contents(folder)
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((folder / "config.json").read_text())
-    assert [config[key] for key in ("format", "zoo", "family", "preset")] == [3, zoo.__version__, "vit", "vit_micro"]
+    assert [config[key] for key in ("format", "zoo", "family", "preset")] == [4, zoo.__version__, "vit", "vit_micro"]
     assert config["model"].keys() == {field.name for field in fields(zoo.create_model("vit_micro").config)}  # pyright: ignore
     assert config["preprocess"] == PREPROCESS.to_dict() and config["labels"] == LABELS and config["fused"] is False
     probe = safetensors.torch.load_file(folder / "probe.safetensors")
@@ -213,16 +218,19 @@ def test_surroundings(tmp_path):
 def test_card(folder, monkeypatch):
     model = load_model(folder)
     text = "Tells *animals* apart {really}."
-    save(folder, model, card=text, license="mit", source="zoo classify fit", metrics={"accuracy": 0.875, "n": "360"})
+    save(folder, model, card=text, license="mit", source="zoo classify fit", figures=[FIGURE], datasets=["insects"])
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     front = card.data.to_dict()
     assert [front[key] for key in ("library_name", "license")] == ["zoo", "mit"]
     assert {"zoo", "vit", "sla", "prepbn"} <= set(front["tags"]) and "none" not in front["tags"]
     assert front["pipeline_tag"] == "image-classification"
     number = sum(parameter.numel() for parameter in model.parameters())
-    for part in (text, "| mixer | sla |", "| accuracy | 0.875 |", "| n | 360 |", f"| parameters | {number:,} |"):
+    for part in (text, "| mixer | sla |", "| insects | val | accuracy | 0.8750 | 360 | 0.8368 to 0.9052 |", f"| parameters | {number:,} |"):
         assert part in card.text
-    assert "Source: zoo classify fit" in card.text
+    assert "Source: zoo classify fit. Data: insects. License of the weights: mit." in card.text
+    assert "Measured by `zoo evaluate x`." in card.text
+    (result,) = card.data.eval_results or []
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.875, "val")
     code = card.text.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder.parent)
     Image.new("RGB", (40, 30), "red").save("image.jpg")
@@ -391,7 +399,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "list": (write(CONFIG, b"[1]"), CONFIG, "not the config of a checkpoint"),
     "no format": (lambda folder: edit(folder, lambda config: config.pop("format")), CONFIG, "format"),
     "true format": (put("format", True), CONFIG, "format"),
-    "newer": (put("format", 4), CONFIG, f"format 4 of zoo {zoo.__version__}.*upgrade zoo"),
+    "newer": (put("format", 5), CONFIG, f"format 5 of zoo {zoo.__version__}.*upgrade zoo"),
     "older": (put("format", 0), CONFIG, "format 0"),
     "no field": (lambda folder: edit(folder, lambda config: config.pop("fused")), CONFIG, "lacks field 'fused'"),
     "new field": (put("extra", 1), CONFIG, "unknown field 'extra'"),
@@ -538,11 +546,11 @@ def test_migration(folder, monkeypatch):
         config["names"] = config.pop("labels")
         config["model"]["attention"] = config["model"].pop("mixer")
 
-    def rename_labels(config: dict[str, Any]) -> dict[str, Any]:
+    def rename_labels(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return config | {"format": 0, "labels": config.pop("names")}
 
-    def rename_mixer(config: dict[str, Any]) -> dict[str, Any]:
-        return config | {"format": 1, "model": config["model"] | {"mixer": config["model"].pop("attention")}}
+    def rename_mixer(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        return config | {"format": 4, "model": config["model"] | {"mixer": config["model"].pop("attention")}}
 
     newest = load_checkpoint(folder).config
     edit(folder, age)
@@ -556,11 +564,33 @@ def test_migration(folder, monkeypatch):
     assert "format 0" in refusal(folder)
 
 
+NEW = ("card", "license", "datasets", "figures", "base", "dtype", "parameters", "cost", "files")
+OLD_CARD = """---
+license: mit
+---
+
+# x
+
+Tells insects apart.
+
+| choice or figure | value |
+|---|---|
+| mixer | sla |
+| fused | no |
+| parameters | 1,234 |
+| accuracy | 0.875 |
+| n | 360 |
+"""
+
+
 def old(folder: Path, format: int, **changes: Any) -> None:
-    """A checkpoint as format 1 or 2 wrote it: two fields of labels, `modulate`, one nameless input and output."""
+    """A checkpoint as format 1 or 2 wrote it: two fields of labels, `modulate`, one nameless input and output, and what
+    is known of the model in the card alone."""
 
     def age(config: dict[str, Any]) -> None:
         config["format"] = format
+        for name in NEW:
+            del config[name]
         del config["model"]["modulation"]
         config["model"]["modulate"] = False
         if format == 2:
@@ -568,6 +598,7 @@ def old(folder: Path, format: int, **changes: Any) -> None:
         config |= changes
 
     edit(folder, age)
+    (folder / "README.md").write_text(OLD_CARD)
     probe = safetensors.torch.load_file(folder / "probe.safetensors")
     named = {key.partition(".")[0]: tensor for key, tensor in probe.items()}
     safetensors.torch.save_file(named, folder / "probe.safetensors")
@@ -580,7 +611,10 @@ def test_what_the_first_edition_wrote_is_read(format, preprocess, tmp_path):
     newest = load_checkpoint(path)
     old(path, format)
     loaded = load_checkpoint(path, check=True)
-    assert loaded.config | {"model": {}} == newest.config | {"model": {}}
+    unknown = {"model": {}, "files": {}, "cost": None}
+    figure = {"data": "", "split": "", "metric": "accuracy", "value": 0.875, "n": 360, "interval": None, "command": ""}
+    said = {"license": "mit", "card": "Tells insects apart.", "parameters": 1234, "figures": [figure]}
+    assert loaded.config | unknown == newest.config | unknown | said
     assert loaded.model.config == newest.model.config and loaded.labels == tuple(LABELS)
     edit_tensors(path, lambda probe: probe["output"].add_(0.1), "probe.safetensors")
     assert "is off by" in refusal(path, check=True)
@@ -625,7 +659,7 @@ def test_names_may_come_in_any_collection(tmp_path):
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
     one, other = build(dim=16, depth=1), build(dim=16, depth=1)
     other.head.bias.data += 1.0
-    folder, read, calls = save(tmp_path / "x", one), zoo.weights.load.read_config, []
+    folder, read, calls = save(tmp_path / "x", one), zoo.weights.read.read_config, []
 
     def interrupted(path: Path) -> dict[str, Any]:
         found = read(path)
@@ -634,7 +668,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, 
             save(folder, other, labels=[*reversed(LABELS)])
         return found
 
-    monkeypatch.setattr(zoo.weights.load, "read_config", interrupted)
+    monkeypatch.setattr(zoo.weights.read, "read_config", interrupted)
     model, _, labels, _ = load_checkpoint(folder, check=True)
     assert calls and labels == tuple(reversed(LABELS)) and torch.equal(model.head.bias, other.head.bias)
 
@@ -685,7 +719,19 @@ def test_refused_models(folder):
     refused(r"unknown preset '\['a'\]", preset=["a"])
     refused("source must be a string, got int", source=1)
     refused("license must be a string, got int", license=1)
-    refused("metrics must map names", metrics=["accuracy"])
+    refused("license must be a name such as apache-2.0, got 'a b'", license="a b")
+    refused("datasets must be a list of names", datasets="insects")
+    refused("base must have the fields address, commit, layout", base={"address": "x"})
+    for changes, words in (
+        ({"value": torch.nan}, "value must be a finite number, got nan"),
+        ({"value": "0.5"}, "value must be a finite number"),
+        ({"n": -1}, "n must be an integer >= 0, got -1"),
+        ({"interval": [0.1]}, "interval must be two finite numbers or null"),
+        ({"data": None}, "data must be a string, got NoneType"),
+    ):
+        refused(r"figures\[1\]: " + words, figures=[FIGURE, FIGURE | changes])
+    refused(r"figures\[0\] must have the fields data, split, metric", figures=[{"accuracy": 0.5}])
+    refused("figures must be a list, got dict", figures={"accuracy": 0.5})
 
 
 def never(*given: Any) -> Any:
@@ -707,7 +753,7 @@ def test_a_compiled_model_is_saved_without_being_compiled(way, tmp_path):
     "change", [lambda model: model, zoo.fuse, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
 def test_what_a_checkpoint_says_travels_with_its_model(change, tmp_path):
-    said = {"license": "mit", "source": "a | b", "metrics": {"accuracy": 0.5, "a | b": "1 | 2"}}
+    said = {"license": "mit", "source": "a | b", "figures": [FIGURE | {"data": "a | b"}], "datasets": ["insects"]}
     said |= {"card": "Insects.\n\n## Data\n\n| n | mean |\n|---|---|\n| 3 | 0.5 |\n\nMore."}
     start = save(tmp_path / "start", build(), **said)
     again = load_checkpoint(save_model(change(load_model(start)), tmp_path / "again"), check=True)
@@ -725,15 +771,14 @@ def test_what_a_checkpoint_says_travels_with_its_model(change, tmp_path):
     model.labels = model.preprocess = None
     bare = load_checkpoint(save_model(model, tmp_path / "bare"), check=True)
     assert bare.labels is None and bare.preprocess is None
-    adapted, fresh = zoo.weights.adapt.adapted(load_checkpoint(start), {}, "start")
-    assert not fresh and adapted.labels is adapted.preprocess is adapted.preset is None and not adapted.about
 
 
 def test_a_card_that_someone_changed_is_read_as_far_as_possible(folder):
+    old(folder, 2)
     for text in ("", "no title", "# only a title", "# x\n\n| a | b | c |\n| parameters |", "\0", "| fused | no |"):
         (folder / "README.md").write_text(text)
         about = load_model(folder).about
-        assert (about["license"], about["metrics"], about["source"]) == ("unknown", {}, "")
+        assert (about["license"], about["figures"], about["source"]) == ("unknown", [], "")
     (folder / "README.md").write_bytes(b"\xff")
     assert load_model(folder).about["card"] == ""
     (folder / "README.md").unlink()
@@ -766,14 +811,13 @@ def test_odd_texts_stay_whole(tmp_path):
     """Names of folders may hold anything: bytes that are no UTF-8, line breaks, a terminal's commands."""
     labels = ["a\udcff", "b\nc", "\x1b[31m", "|", "\u202e"]
     folder = tmp_path / "x\ny|\x1b"
-    metrics = {"nan": float("nan"), "a|b": "c|d\ne", "infinite": float("inf")}
-    save(folder, build(), labels=labels, source="a\x1b\udcff\nb", metrics=metrics)
+    figures = [FIGURE | {"data": "a|b\ne", "command": "c`d\x1b"}]
+    save(folder, build(), labels=labels, source="a\x1b\udcff\nb", figures=figures)
     assert load_checkpoint(folder, check=True).labels == tuple(labels)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for part in (
-        "| nan | NaN |",
-        "| a\\|b | c\\|d e |",
-        "| infinite | infinite |",
+        "| a\\|b e | val |",
+        "Measured by `cd\\x1b`.",
         "# x\\ny|\\x1b\n",
         "Source: a\\x1b\\udcff b.",
     ):

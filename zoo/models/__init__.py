@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import zoo
 from zoo.config import Config, field_names
 from zoo.models import conformer, detr, dit, pyramid, rtdetr, udit, vit
 from zoo.models.base import Model, count_parameters
@@ -51,12 +52,19 @@ def configure(name: str, **choices: Any) -> Config:
     return replace(config, **choices)
 
 
-def create_model(name: str, **choices: Any) -> nn.Module:
+def create_model(name: str, pretrained: str | None = None, **choices: Any) -> nn.Module:
     """Builds a preset, some of its fields replaced: create_model("vit_small", mixer="sla", norm="prepbn", classes=10).
 
     `list_models()` lists the names; the fields are those of the family's config. ValueError, in one line, if a name,
     a field or a choice is invalid, or if two choices would ignore each other.
+
+    `pretrained` names a checkpoint of the preset: create_model("vit_micro", pretrained="digits", classes=37) is
+    `zoo.load_model("vit_micro.digits", classes=37)`, with the same options and errors.
     """
+    if isinstance(pretrained, str):
+        return zoo.load_model(f"{name}.{pretrained}", **choices)
+    if pretrained is not None:
+        raise ValueError("pretrained is the name of a checkpoint, as in create_model('vit_micro', pretrained='digits')")
     _check_habits(name, choices)
     return configure(name, **choices).build()
 

@@ -1,15 +1,19 @@
 """The base of every model: a config, a forward of its own, features for other models; and running its blocks."""
 
+import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import zoo
 from zoo.block import Block
 from zoo.config import Config, ModelConfig
 from zoo.layer import Context, Fold, Layer
@@ -60,9 +64,9 @@ class Model(nn.Module, Generic[Kind]):
     """A model of the zoo. A family derives from it and from Config; its Config describes inputs and outputs.
 
     `checkpointing` recomputes activations in the backward pass, to save memory. `fusion` is the report of
-    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card and
-    metrics) are those of the checkpoint that it was read from; set the first three to None, and `about` to {}, to save
-    it without them.
+    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card,
+    figures and more) are those of the checkpoint that it was read from; set the first three to None, and `about` to {},
+    to save it without them. `loaded` says which of its weights are from there (see `zoo.weights.Loaded`).
     """
 
     replaceable: tuple[str, ...] = ("head",)  # parts that may start untrained in fine-tuning
@@ -75,6 +79,7 @@ class Model(nn.Module, Generic[Kind]):
     preprocess: Any = None
     labels: Any = None
     about: Mapping[str, Any] = MappingProxyType({})
+    loaded: Any = None
 
     def __init__(self, config: Kind) -> None:
         super().__init__()
@@ -119,6 +124,26 @@ class Model(nn.Module, Generic[Kind]):
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """The depth of each parameter, in the form for timm's layer-wise decay."""
         raise ValueError(f"{type(self).__name__} does not support layer_decay; it has no group_matcher")
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+        """`zoo.load_model` for a checkpoint of this family; ValueError if it is one of another."""
+        model = zoo.load_model(name, **options)
+        if not isinstance(model, cls):
+            raise ValueError(f"{name} holds a {type(model).__name__}, not a {cls.__name__}; use zoo.load_model")
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **facts: Any) -> None:
+        """`zoo.save_model`: writes a checkpoint folder."""
+        zoo.save_model(self, folder, **facts)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publishes the model as a checkpoint on the Hub: `zoo.publish` of a folder that `save_pretrained` writes.
+        Returns its address."""
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home, repo_id.rpartition("/")[2])
+            zoo.save_model(self, folder)
+            return zoo.publish(folder, repo_id, **options)
 
     def name_layers(self) -> None:
         """Tells each layer its path in the model."""

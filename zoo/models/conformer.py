@@ -55,6 +55,7 @@ class ConformerConfig(FlatConfig):
     input = "audio"
     argument = "features"
     labels = "tokenizer"
+    counted = "vocabulary"
     shown = (*FlatConfig.shown, "layout", "conv", "conv_norm", "head", "vocabulary")
 
     layout: tuple[str, ...] = CONFORMER

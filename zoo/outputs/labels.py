@@ -1,6 +1,6 @@
 """Labels of a model's outputs: the names of classes, the pieces of a tokenizer, or the categories of objects."""
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 from zoo.outputs.answers import best_boxes, best_classes, best_text
@@ -17,6 +17,7 @@ class LabelKind(NamedTuple):
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
     number: Callable[[Any], int]  # outputs that have a label
+    names: Callable[[Any], Sequence[str]]  # the name of each output, for those that have one
     variable: str  # the name of such labels in a line of code
     answer: Callable[[Any, Iterable[Any], Any], Any]  # from a model, the parts of its prepared input and the labels
 
@@ -41,6 +42,7 @@ LABELS: dict[str, LabelKind] = {
         lambda labels: [str(label) for label in labels],
         _read_names,
         len,
+        tuple,
         "labels",
         best_classes,
     ),
@@ -51,6 +53,7 @@ LABELS: dict[str, LabelKind] = {
         lambda tokenizer: tokenizer.to_dict(),
         tokenizer_from_dict,
         lambda tokenizer: tokenizer.vocabulary,
+        lambda tokenizer: tokenizer.pieces,
         "tokenizer",
         best_text,
     ),
@@ -61,6 +64,7 @@ LABELS: dict[str, LabelKind] = {
         lambda labels: labels.to_dict(),
         LabelMap.from_dict,
         len,
+        lambda labels: labels.names,
         "labels",
         best_boxes,
     ),

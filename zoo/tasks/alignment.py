@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.layer import Context
 from zoo.models.trunk import Trunk
 from zoo.tensors import to_map, to_tokens, zeroed
-from zoo.weights.adapt import load_trunk
+from zoo.weights.trunks import load_trunk
 
 
 @contextmanager
@@ -34,7 +34,7 @@ class Alignment(nn.Module):
     Args:
         dim: channels of the tokens.
         teacher: an image model with maps, of which the last is taken: a preset of the zoo, or timm:NAME.
-        weights: its weights, as for `zoo.weights.adapt.load_trunk`; None for random ones.
+        weights: its weights, as for `zoo.weights.trunks.load_trunk`; None for random ones.
         channels: channels of the images.
         image: side of the images in pixels, for a teacher's weights that depend on it.
         hidden: channels inside the projection.

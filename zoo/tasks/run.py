@@ -21,7 +21,7 @@ from zoo.layer import copied, unfinished
 from zoo.tasks.resuming import require
 from zoo.tasks.task import Task
 from zoo.text import reason
-from zoo.weights import save_model
+from zoo.weights import Figure, save_model
 
 STATE = "resume/last.ckpt"
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
@@ -148,12 +148,16 @@ class States(CheckpointIO):
 
 
 class Score(NamedTuple):
-    """The result of a validation: the monitored value, a line about it, the epoch and the step."""
+    """The result of a validation: the monitored value, a line about it, the epoch, the step, the number of samples, and
+    the ends of the 95 % interval, NaN if there is none."""
 
     value: float
     said: str
     epoch: int
     step: int
+    n: int = 0
+    low: float = math.nan
+    high: float = math.nan
 
 
 class Keep(Checkpoint):
@@ -182,7 +186,8 @@ class Keep(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("best", "latest"):
             if (found := state_dict[name]) is not None:
-                require(found, (0.0, "", 0, 0), name)
+                found: Any = (*found, *Score(0.0, "", 0, 0)[len(found) :])  # earlier versions had four fields
+                require(found, (0.0, "", 0, 0, 0, 0.0, 0.0), name)
                 setattr(self, name, Score(*found))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -201,7 +206,10 @@ class Keep(Checkpoint):
         if not pl_module.fitting:
             return
         value = float(trainer.callback_metrics[self.name])
-        self.latest = Score(value, pl_module.said, trainer.current_epoch, trainer.global_step)
+        sample = pl_module.sample
+        low, high = map(float, sample.get("interval") or (math.nan, math.nan))
+        given = (trainer.current_epoch, trainer.global_step, int(sample.get("n", 0)), low, high)
+        self.latest = Score(value, pl_module.said, *given)
         # While a layer still changes its form, the model is not yet the final one.
         if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
             return
@@ -246,5 +254,18 @@ class Keep(Checkpoint):
             preprocess=task.data.preprocess,
             labels=task.labels,
             source=f"trained by zoo on {task.data.dataset}, epoch {score.epoch + 1}, step {score.step}",
-            metrics={self.name: round(score.value, 4)} if math.isfinite(score.value) else None,
+            figures=[self.figure(task, score)] if math.isfinite(score.value) else [],
+        )
+
+    def figure(self, task: Task, score: Score) -> Figure:
+        """The score as a checkpoint states it."""
+        root = getattr(task.data, "root", None)
+        return Figure(
+            data=task.data.dataset if root is None else Path(root).name,
+            split="val",
+            metric=self.name,
+            value=score.value,
+            n=score.n,
+            interval=[score.low, score.high] if math.isfinite(score.low + score.high) else None,
+            command=f"zoo evaluate CHECKPOINT{'' if root is None else ' --root DIR'}",
         )

@@ -24,9 +24,11 @@ from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
+from zoo.outputs import LABELS
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
-from zoo.weights.adapt import adapted, misfits
+from zoo.weights.adapt import Loaded, adapt
+from zoo.weights.trunks import misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
 # Readable names of fields that the data decides.
@@ -48,9 +50,8 @@ class Task(lightning.LightningModule):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored,
-    and `max` or `min`; `counted` is the field of the model's config with the number of outputs; `use` is the verb
-    that uses a trained model, and `files` what it takes, in a line of a command; `faulty` lists possible faults of
-    samples; `batching` is the option that sets the size of a batch.
+    and `max` or `min`; `use` is the verb that uses a trained model, and `files` what it takes, in a line of a command;
+    `faulty` lists possible faults of samples; `batching` is the option that sets the size of a batch.
 
     Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
@@ -60,6 +61,7 @@ class Task(lightning.LightningModule):
         backbone: arguments of `zoo.create_model`: name, and any field of the model's config.
         weights: a checkpoint to start from or to evaluate: a folder, a name in checkpoints/, or owner/name on the Hub.
             Fields of backbone then replace those of its config.
+        fresh: fields of backbone that may differ from the checkpoint's; weights that then do not fit start untrained.
         rate: peak learning rate of AdamW.
         weight_decay: of matrices only; norms, biases, tokens and positions have none.
         layer_decay: factor of the learning rate from each block to the one below it; 1 for none.
@@ -80,7 +82,6 @@ class Task(lightning.LightningModule):
 
     command: ClassVar[str]
     score: ClassVar[tuple[str, str]]
-    counted: ClassVar[str]
     use: ClassVar[str] = "predict"
     files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
@@ -91,6 +92,7 @@ class Task(lightning.LightningModule):
         self,
         backbone: dict[str, Any] = {},  # noqa: B006 (it is never changed, and --help shows it)
         weights: str | None = None,
+        fresh: list[str] = [],  # noqa: B006 (it is never changed, and --help shows it)
         rate: float = 1e-3,
         weight_decay: float = 0.05,
         layer_decay: float = 1.0,
@@ -104,7 +106,7 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.backbone, self.weights, self.said = dict(backbone), weights, ""
         self.sample: dict[str, Any] = {}
-        self.renewed = False  # whether the head of `weights` was replaced
+        self.fresh, self.taken = list(fresh), Loaded()
         self.start = None if weights is None else load_checkpoint(weights)
         if self.start is None and "name" not in backbone:
             raise ValueError(
@@ -144,18 +146,28 @@ class Task(lightning.LightningModule):
         self.loaded: dict[str, Any] | None = None  # the state that is being restored
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
-    def built(self, backbone: dict[str, Any]) -> Model:
-        """The model that backbone describes, with the weights of the checkpoint that training starts from."""
+    def built(self, backbone: dict[str, Any], labels: Any = None) -> Model:
+        """The model that backbone describes, with the weights of the checkpoint that training starts from; its rows of
+        labels that the checkpoint has, too, are kept."""
         if self.start is None:
             with torch.random.fork_rng(devices=[]):  # built again, it starts from the same weights
                 model = create_model(**backbone)
             assert isinstance(model, Model)
             return model
-        assert self.weights is not None
-        model, fresh = adapted(self.start, backbone, self.weights)
-        if fresh:
-            rank_zero_info(f"started   from {self.weights}, with a new head")
-        self.renewed = bool(fresh)
+        fields, preset = dict(backbone), self.start.config["preset"]
+        if (asked := fields.pop("name", preset)) != preset:
+            raise ValueError(f"{self.weights} was made from {preset}, not from model.backbone.name={asked}")
+        try:
+            found = adapt(self.start, fields, labels, self.fresh, self.weights)
+        except ValueError as error:
+            raise ValueError(
+                str(error).replace("in fresh, as in fresh=", "in model.fresh, as in model.fresh=")
+            ) from None
+        model, self.taken = found.model, found.model.loaded
+        if any(self.taken[1:]):
+            rank_zero_info(f"started   from {self.weights}: {self.taken}")
+        model.preset = model.preprocess = model.labels = None  # training sets its own
+        model.about = {"base": {"address": str(self.weights), "commit": None, "layout": "zoo"}}
         return model.train()
 
     def complete(self) -> None:
@@ -167,20 +179,33 @@ class Task(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.data
-        found = {self.counted: self.outputs_wanted(data)}
+        found = {self.config.counted: self.outputs_wanted(data)}
         found |= {name: getattr(data.preprocess, name) for name in data.preprocess.shared}
         differ = {name: value for name, value in found.items() if getattr(self.config, name) != value}
         taken = {name: value for name, value in differ.items() if name not in self.backbone and stage == "fit"}
-        if taken:
+        labels = self.kept_labels() if stage == "fit" and self.config.counted not in self.backbone else None
+        if taken or labels is not None:
             self.backbone |= taken
-            self.model = self.built(self.backbone)
+            self.model = self.built(self.backbone, labels)
             self.complete()
+        if taken:
             rank_zero_info(f"taken     {', '.join(f'{name}={value}' for name, value in taken.items())} from the data")
         if wrong := next((name for name in differ if name not in taken), None):
             ours, theirs, what = getattr(self.config, wrong), found[wrong], NAMES.get(wrong, wrong)
             model = "model" if stage == "fit" else "checkpoint"
             remedy = f"; omit model.backbone.{wrong} or set it to {theirs}" if stage == "fit" else ""
             raise ValueError(f"the {model} has {ours} {what}, but the data has {theirs}{remedy}")
+
+    def kept_labels(self) -> Any:
+        """The labels of the data, to keep the rows of those that the checkpoint has, too; None if no row depends on
+        them."""
+        kind = LABELS.get(str(self.config.labels))
+        if self.start is None or self.start.labels is None or not self.start.model.config.labelled or kind is None:
+            return None
+        labels = self.labels
+        if not kind.fits(labels) or [*kind.names(labels)] == [*kind.names(self.start.labels)]:
+            return None
+        return labels
 
     def outputs_wanted(self, data: DataModule) -> int:
         """How many outputs the model needs for the data."""

@@ -1,16 +1,13 @@
-"""The card of a checkpoint: README.md in the Hub's format."""
+"""The card of a checkpoint: README.md in the Hub's format, made from config.json alone."""
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import zoo
 from zoo.config import Config, field_names
 from zoo.inputs import Preprocess
 from zoo.outputs import LABELS
-from zoo.quick import CARD_HEAD, card
 from zoo.text import one_line, plain
+from zoo.weights.figures import Figure
 
 CARD = """---
 {front}
@@ -20,11 +17,12 @@ CARD = """---
 
 {text}
 
-{head}
+| field | value |
 |---|---|
+| parameters | {parameters} |
 {rows}
-
-Source: {source}. Written by zoo {version}.
+{figures}
+Source: {source}.{base}{datasets} License of the weights: {license}. Written by zoo {version}.
 
 ```python
 import zoo
@@ -37,40 +35,51 @@ checkpoint = zoo.load_checkpoint({name!r})
 """
 
 
+FIGURES = """
+| data | split | metric | value | n | 95 % interval |
+|---|---|---|---|---|---|
+{rows}
+{commands}"""
+
+
 def _cell(value: object) -> str:
-    """A cell of the table, with `|` escaped."""
-    if isinstance(value, float) and not math.isfinite(value):
-        value = "NaN" if math.isnan(value) else "infinite"
+    """A cell of a table, in one line, with `|` escaped."""
     return one_line(value).replace("|", "\\|")
 
 
-def usual_text(written: Mapping[str, Any]) -> str:
-    """The text of a card where none is given."""
-    return f"A `{written['preset'] or written['family']}` model built with zoo."
+def _figures(figures: list[Figure]) -> str:
+    """The table of figures, and the commands that measure them again."""
+    if not figures:
+        return ""
+    rows = []
+    for each in figures:
+        interval = "" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
+        cells = (each["data"], each["split"], each["metric"], f"{each['value']:.4f}", each["n"] or "", interval)
+        rows.append(f"| {' | '.join(map(_cell, cells))} |")
+    commands = dict.fromkeys(one_line(each["command"]) for each in figures if each["command"])
+    said = "".join(f"\nMeasured by `{command.replace('`', '')}`.\n" for command in commands)
+    return FIGURES.format(rows="\n".join(rows), commands=said)
 
 
-def kept_facts(folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's card says, as arguments of `save_model`: source, license, card and metrics."""
-    license, text, rows = card(folder)
-    names = [*rows]
-    metrics = names[names.index("parameters") + 1 :] if "parameters" in names else []
-    return {
-        "source": written["source"],
-        "license": license or "unknown",
-        "card": "" if text == usual_text(written) else text,
-        "metrics": {name: rows[name] for name in metrics},
-    }
+def _results(name: str, task: str, figures: list[Figure]) -> dict[str, Any]:
+    """Figures in the form of the Hub's model index."""
+    from huggingface_hub import EvalResult
+
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=one_line(each["data"]) or "unknown",
+            dataset_name=one_line(each["data"]) or "unknown",
+            dataset_split=one_line(each["split"]) or None,
+            metric_type=one_line(each["metric"]),
+            metric_value=each["value"],
+        )
+        for each in figures
+    ]
+    return {"model_name": name, "eval_results": results} if results else {}
 
 
-def model_card(
-    config: Config,
-    written: dict[str, Any],
-    preprocess: Preprocess | None,
-    name: str,
-    text: str,
-    license: str,
-    figures: Mapping[str, object],
-) -> str:
+def model_card(config: Config, written: Mapping[str, Any], preprocess: Preprocess | None, name: str) -> str:
     """README.md of a checkpoint, in Markdown with the Hub's front matter.
 
     Args:
@@ -78,35 +87,38 @@ def model_card(
         written: config.json.
         preprocess: from a raw input to the model's input.
         name: of the checkpoint.
-        text: what the model is; a plain sentence where it is empty.
-        license: of the weights, by its name on the Hub.
-        figures: further rows of the table.
     """
     from huggingface_hub import ModelCardData
 
+    title = plain(name)
     front = ModelCardData(
         library_name="zoo",
-        license=license,
+        license=written["license"],
         pipeline_tag=config.pipeline_tag,
         tags=list(dict.fromkeys(["zoo", written["family"], *config.tags])),
+        **_results(title, config.pipeline_tag, written["figures"]),
     )
-    shown = config.shown or field_names(config)
-    rows: dict[str, object] = {field: config.described(field) for field in shown}
-    rows |= {"fused": "yes" if written["fused"] else "no"} | dict(figures)
+    rows = {field: config.described(field) for field in config.shown or field_names(config)}
+    rows |= {"fused": "yes" if written["fused"] else "no", "dtype": written["dtype"]}
     if preprocess is None:
         given, prepared = "# it has no preprocess, so prepare the model's inputs yourself", config.argument
     else:
         given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
-    call = config.call(prepared)
+    call, base = config.call(prepared), written["base"]
+    made_from = "" if base is None else f" Made from {one_line(base['address'])} at {one_line(base['commit'])}."
     return CARD.format(
-        head=CARD_HEAD,
         front=front.to_yaml(),
-        title=plain(name),
+        title=title,
         name=name,
-        text=text or usual_text(written),
+        text=written["card"] or f"A `{written['preset'] or written['family']}` model built with zoo.",
+        parameters=f"{written['parameters']:,}",
         rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
+        figures=_figures(written["figures"]),
         source=one_line(written["source"]) if written["source"] else "not stated",
-        version=zoo.__version__,
+        base=made_from,
+        datasets=f" Data: {one_line(', '.join(written['datasets']))}." if written["datasets"] else "",
+        license=written["license"],
+        version=written["zoo"],
         labels="labels" if config.labels is None else LABELS[config.labels].variable,
         given=f"{given}\n" if prepared in call else "",
         answer=f"answer = checkpoint({preprocess.raw})\n" if preprocess is not None and config.answers else "",

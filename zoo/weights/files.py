@@ -52,17 +52,15 @@ def read_tensors(path: Path, wanted: dict[str, Any] | None = None) -> dict[str, 
 
     try:
         if wanted is not None and (size := path.stat().st_size) != wanted["size"]:
-            raise CheckpointError(f"{path} has {size:,} bytes, but config.json says {wanted['size']:,}; {AGAIN}")
+            raise ValueError(f"it has {size:,} bytes, but config.json says {wanted['size']:,}; {AGAIN}")
         with safe_open(path, "pt") as given:  # checks the header and the size; the values stay on the disk
             parts = {name: given.get_slice(name) for name in given.keys()}  # noqa: SIM118 (it is no dict)
             dtypes = {name: part.get_dtype() for name, part in parts.items()}
         if odd := sorted({*dtypes.values()} - DTYPES.keys()):
-            raise CheckpointError(f"{path} holds tensors of dtype {odd[0]}; allowed: {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {odd[0]} is not supported, only {', '.join(DTYPES)}")
         with open(path, "rb") as file:
             tensors, sha256 = _values(file)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         kind = "is not a complete safetensors file"
         with suppress(OSError), open(path, "rb") as file:
             if file.read(2).startswith((b"\x80", b"PK")):
@@ -99,7 +97,7 @@ def _values(file: IO[bytes]) -> tuple[dict[str, Tensor], str]:
         start, end = entry["data_offsets"]
         if tensor.nbytes != end - start:
             raise OSError(f"'{name}' has {end - start} bytes, but its shape needs {tensor.nbytes}")
-        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        room: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         for first in range(0, len(room), CHUNK):
             part = room[first : first + CHUNK]
             if file.readinto(part) != len(part):  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,9 @@
 """config.json: its fields, its format, and how older formats are read."""
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,21 @@ from zoo.config import Config
 from zoo.inputs import Preprocess, kinds_of
 from zoo.models import FAMILIES
 from zoo.outputs import LABELS
+from zoo.quick import card
 from zoo.text import from_json, one_line, reason, unknown
-from zoo.weights.files import CheckpointError
+from zoo.weights.figures import checked_figures
+from zoo.weights.files import TENSORS, CheckpointError
 
-FORMAT = 3
+FORMAT = 4
 FIELDS = {"format": int, "zoo": str, "family": str, "preset": str | None, "model": dict, "preprocess": dict | None}
-FIELDS |= {"labels": list | dict | None, "fused": bool, "source": str}
+FIELDS |= {"labels": list | dict | None, "fused": bool, "source": str, "card": str, "license": str, "datasets": list}
+FIELDS |= {"figures": list, "base": dict | None, "dtype": str, "files": dict, "parameters": int, "cost": dict | None}
+ABOUT: dict[str, Any] = {"source": "", "card": "", "license": "unknown", "datasets": [], "figures": [], "base": None}
+"""The fields that say where a model comes from and what it does, and their values where nothing is known."""
+BASE = ("address", "commit", "layout")  # the fields of `base`, the model that this one was made from
 
 
-def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
+def _one_field_of_labels(written: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Format 2 had the names of classes and the tokenizer in two fields. Families migrate their own fields."""
     if missing := [name for name in ("labels", "tokenizer") if name not in written]:
         raise CheckpointError(f"lacks field {missing[0]!r}")
@@ -32,10 +41,29 @@ def _one_field_of_labels(written: dict[str, Any]) -> dict[str, Any]:
     return written | {"format": 3, "labels": labels if tokenizer is None else tokenizer}
 
 
-# From a format to the next: takes a config.json of that format, returns it in the next format.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: lambda written: written | {"format": 2, "tokenizer": None},
+def _what_the_card_said(written: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Format 3 had the license, the text and the figures in README.md alone, and no hashes."""
+    license, text, rows = card(folder)
+    names = [*rows]
+    measured = names[names.index("fused") + 1 :] if "fused" in names else []
+    n = rows.get("n", "0")
+    figures = []
+    for name in measured:
+        with suppress(ValueError):  # not every row was a number
+            if name not in ("parameters", "n") and math.isfinite(value := float(rows[name])):
+                common = {"data": "", "split": "", "n": int(n) if n.isdecimal() else 0, "interval": None, "command": ""}
+                figures.append({"metric": name, "value": value} | common)
+    parameters = rows.get("parameters", "").replace(",", "")
+    known = {"license": license or "unknown", "card": text, "figures": figures, "dtype": "float32", "cost": None}
+    known |= {"parameters": int(parameters) if parameters.isdecimal() else 0}
+    return written | {"format": 4, "datasets": [], "base": None, "files": {}} | known
+
+
+# From a format to the next: takes a config.json of that format and its folder, returns it in the next format.
+MIGRATIONS: dict[int, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
+    1: lambda written, _: written | {"format": 2, "tokenizer": None},
     2: _one_field_of_labels,
+    3: _what_the_card_said,
 }
 
 
@@ -55,7 +83,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if written["format"] not in MIGRATIONS:
             raise CheckpointError(f"{path} has format {written['format']}, which zoo {zoo.__version__} does not know")
         try:
-            written = MIGRATIONS[written["format"]](written)
+            written = MIGRATIONS[written["format"]](written, path.parent)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
     if odd := sorted(FIELDS.keys() ^ written.keys()):
@@ -63,6 +91,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {verb} field {odd[0]!r}")
     if wrong := [key for key, kind in FIELDS.items() if not isinstance(written[key], kind)]:
         raise CheckpointError(f"{path}: {wrong[0]} has the wrong type, {type(written[wrong[0]]).__name__}")
+    try:
+        check_about(written)
+        _check_files(written["files"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if written["family"] not in FAMILIES:
         raise CheckpointError(f"{path}: unknown family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
     known = {field.name for field in fields(FAMILIES[written["family"]])}
@@ -70,6 +103,35 @@ def read_config(path: Path) -> dict[str, Any]:
         age = f"{one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
         raise CheckpointError(f"{path}: {age}")
     return written
+
+
+def check_about(written: Mapping[str, Any]) -> None:
+    """ValueError if one of the fields of ABOUT is invalid."""
+    for name in ("source", "card", "license"):
+        if not isinstance(written[name], str):
+            raise ValueError(f"{name} must be a string, got {type(written[name]).__name__}")
+    if not re.fullmatch(r"[\w.+-]{1,100}", written["license"]):
+        raise ValueError(f"license must be a name such as apache-2.0, got {one_line(written['license'], 40)!r}")
+    datasets = written["datasets"]
+    if not isinstance(datasets, list | tuple) or not all(isinstance(each, str) for each in datasets):
+        raise ValueError("datasets must be a list of names")
+    checked_figures(written["figures"])
+    base = written["base"]
+    if base is not None and not (
+        isinstance(base, Mapping) and {*base} == {*BASE} and all(isinstance(each, str | None) for each in base.values())
+    ):
+        raise ValueError(f"base must have the fields {', '.join(BASE)}, each a string or null")
+
+
+def _check_files(files: Mapping[str, Any]) -> None:
+    """ValueError if the sizes and hashes of the files of tensors are invalid; only old formats have none."""
+    if files and {*files} != {*TENSORS}:
+        raise ValueError(f"files must describe {' and '.join(TENSORS)}")
+    for name, each in files.items():
+        size, sha256 = (each.get("size"), each.get("sha256")) if isinstance(each, dict) else (None, None)
+        hashed = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+        if type(size) is not int or not 0 <= size < 1 << 50 or not hashed or len(each) != 2:
+            raise ValueError(f"files: {name} must have a size in bytes and a sha256 in hexadecimal")
 
 
 def write_preprocess(config: Config, preprocess: Preprocess) -> dict[str, Any]:

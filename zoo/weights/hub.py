@@ -1,17 +1,18 @@
 """Checkpoints on the Hugging Face Hub: downloaded by name, published after their probe has passed."""
 
 from pathlib import Path
+from typing import Any
 
 from zoo.text import reason
 from zoo.weights.files import FILES, CheckpointError
 
 
-def download(repository: str, revision: str | None) -> Path:
+def download(repository: str, revision: str | None, **hub: Any) -> Path:
     """The folder of a repository's files, downloaded if not here yet; CheckpointError if that fails."""
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES), **hub))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
         at = f" at '{revision}'" if revision else ""
         why = f"folder {repository} not found, and it cannot be downloaded from the Hub{at}: {reason(error)}"
@@ -35,7 +36,7 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
 
-    from zoo.weights.load import load_checkpoint
+    from zoo.weights.read import read_checkpoint
 
     validate_repo_id(name)
     if "/" not in name:
@@ -44,7 +45,7 @@ def publish(folder: Path, name: str, private: bool = False, tag: str | None = No
         raise ValueError(f"{folder} is not a folder")
     if missing := [file for file in FILES if not (folder / file).is_file()]:
         raise ValueError(f"{folder} has no {missing[0]}; scripts/publish takes a folder that save_model wrote")
-    load_checkpoint(folder.resolve(), check=True)
+    read_checkpoint(folder.resolve(), check=True)
     if get_token() is None:
         raise ValueError("no Hub token found; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()

@@ -1,174 +1,85 @@
-"""From a checkpoint's folder to a model. Only JSON and safetensors are read; no code from a file is ever run."""
+"""A checkpoint by its name, changed for a new task if asked for."""
 
 import os
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zoo.config import Config
-from zoo.fusion import fuse
-from zoo.inputs import Preprocess
-from zoo.layer import advance
-from zoo.models import FAMILIES
-from zoo.models.base import Model
-from zoo.outputs import LABELS
+from zoo.outputs.label_map import LabelMap
 from zoo.outputs.tokens import Tokenizer
-from zoo.text import reason
-from zoo.weights.card import kept_facts
-from zoo.weights.format import check_fit, read_config, read_preprocess
-from zoo.weights.files import CheckpointError, file_of, read_tensors
+from zoo.weights.adapt import adapt
+from zoo.weights.foreign import foreign
 from zoo.weights.names import locate
-from zoo.weights.probe import check_probe
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TRIES = 5  # of reading a checkpoint that another process replaces meanwhile
+from zoo.weights.read import Checkpoint, read_checkpoint
 
 
-class Checkpoint(NamedTuple):
-    """The result of `load_checkpoint`: the model in eval mode, and the other contents of its folder.
-
-    Called with a raw input, such as a file's path, it predicts: `load_checkpoint("vit_micro.digits")("photo.jpg")`.
-    """
-
-    model: Model
-    preprocess: Preprocess | None
-    labels: tuple[str, ...] | Tokenizer | None  # labels of the outputs: a name for each class, or the tokenizer
-    config: dict[str, Any]  # config.json, in the newest format
-
-    def __call__(self, raw: Any, /) -> Any:
-        """The prediction for one raw input, which is anything that `preprocess` accepts.
-
-        Returns:
-            For an image, its classes as a list of (label, probability), the most probable first; for audio, its text.
-
-        Raises:
-            ValueError: the input cannot be read, or the checkpoint has no preprocessing or no head.
-        """
-        kind, config = self.model.config.labels, self.model.config
-        if self.preprocess is None:
-            raise ValueError("the checkpoint has no preprocess; call its model with a prepared input")
-        if not config.headed:
-            raise ValueError("the checkpoint is a backbone without a head, so it predicts nothing; call its model")
-        if kind is None or not config.answers:
-            raise ValueError(f"the checkpoint has no answer for an input; see `zoo {config.task} --help`")
-        return LABELS[kind].answer(self.model, self.preprocess.parts(raw), self.labels)
-
-
-def load_model(name: str | os.PathLike[str], *, check: bool = False) -> nn.Module:
-    """The model of a checkpoint, in eval mode and float32 on the CPU. Arguments and errors as in `load_checkpoint`.
+def load_model(name: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """The model of a checkpoint in eval mode, as in load_model("vit_micro.digits", classes=37). Arguments and errors
+    are those of `load_checkpoint`.
 
     `model.preprocess` and `model.labels` are the checkpoint's; `save_model` keeps them and the contents of its card.
+    `model.loaded` says which weights were taken, resized, new or left out.
     """
-    return load_checkpoint(name, check=check).model
+    return load_checkpoint(name, **options).model
 
 
-def load_checkpoint(name: str | os.PathLike[str], *, check: bool = False) -> Checkpoint:
+def load_checkpoint(
+    name: str | os.PathLike[str],
+    *,
+    classes: int | Sequence[str] | LabelMap | None = None,
+    tokenizer: Tokenizer | None = None,
+    channels: int | None = None,
+    image: int | None = None,
+    fresh: Sequence[str] = (),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    check: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **fields: Any,
+) -> Checkpoint:
     """Reads a checkpoint: the model in eval mode and float32 on the CPU, its preprocessing, labels and config.json.
+    Called with a raw input, such as a file, the result predicts.
 
     Args:
-        name: a folder; or the name of a folder under ./checkpoints; or a Hub name "owner/name" or
-            "owner/name@revision".
+        name: a folder; the name of a folder in ./checkpoints or of a checkpoint of the zoo; or "owner/name" or
+            "owner/name@revision" on the Hub. Explicit names never look at folders here: "zoo:NAME", a checkpoint of
+            the zoo; "hf:OWNER/NAME", one on the Hub, also of transformers; "timm:NAME", a pretrained model of timm;
+            "nemo:FILE", a .nemo file.
+        classes: another number of classes, or their names; rows of names that the checkpoint has are kept.
+        tokenizer: another tokenizer, for a speech model; rows of pieces that the checkpoint has are kept.
+        channels: another number of channels of the images; weights are summed or spread.
+        image: another size of the images; learned position tables are resized where they are used.
+        fresh: names of fields of the config that may differ; weights that do not fit then start untrained.
+        device: of the model.
+        dtype: of the model.
         check: run the probe, and raise if the output is off by more than 1e-4 of its largest value.
+        revision: branch, tag or commit on the Hub.
+        token: of the Hub; the stored one by default, False for none.
+        cache_dir: the Hub's cache.
+        local_files_only: never ask the Hub; use what the cache holds.
+        fields: other fields of the model's config, such as drop_path.
 
     Raises:
-        CheckpointError: the checkpoint is not found; a file of it is missing, truncated, a pickle, or does not fit the
-            others; it was written by a newer zoo; or its probe fails.
+        CheckpointError: the checkpoint is not found; a file of it is missing, truncated, altered, a pickle, or does not
+            fit the others; it was written by a newer zoo; or its probe fails.
+        ValueError: a change does not fit the model.
     """
-    for _ in range(TRIES):
-        folder = locate(name)
-        identity = _identity(folder)
-        try:
-            found = _load(folder, check)
-        except CheckpointError:
-            if _identity(folder) == identity:
-                raise
-            continue
-        if _identity(folder) == identity:
-            return found
-    raise CheckpointError(f"{name} was replaced {TRIES} times while it was being read; try again")
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Distinguishes a folder from one that replaces it."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _load(folder: Path, check: bool) -> Checkpoint:
-    path = file_of(folder, "config.json")
-    written = read_config(path)
-    tensors = read_tensors(file_of(folder, "model.safetensors"))
-    preprocess = labels = None
-    try:
-        config = FAMILIES[written["family"]](**written["model"])
-        if written["labels"] is not None:
-            if config.labels is None:
-                raise ValueError("this model's outputs take no labels")
-            labels = LABELS[config.labels].read(written["labels"])
-        if written["preprocess"] is not None:
-            preprocess = read_preprocess(config, written["preprocess"])
-        check_fit(config, preprocess, labels)
-        if lacking := config.missing(tensors):
-            raise ValueError(f"model.safetensors has no tensor '{lacking}'")
-        model = _build(config, written["fused"], tensors, folder / "model.safetensors")
-    except CheckpointError:
-        raise
-    except Exception as error:  # a config from elsewhere may raise any error in a constructor
-        raise CheckpointError(f"{path}: {reason(error)}") from error
-    if check:
-        check_probe(file_of(folder, "probe.safetensors"), model, preprocess)
-    model.preset, model.preprocess, model.labels = written["preset"], preprocess, labels
-    model.about = kept_facts(folder, written)
-    return Checkpoint(model, preprocess, labels, written)
-
-
-def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> Model:
-    """The model with the given weights. The caller's random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
-            model = _built(config, fused)
-        kinds = _match(model, tensors, path)
-        if not fused and {name for name, _ in model.named_buffers()} <= kinds.keys():
-            own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
-            model.load_state_dict(own, assign=True)
-            return _checked(model)
-        with torch.device("cpu"):  # buffers outside the state dict have to be made
-            model = _built(config, fused)
-        model.load_state_dict(tensors)
-        return _checked(model)
-
-
-def _built(config: Config, fused: bool) -> nn.Module:
-    model = config.build()
-    if fused:
-        advance(model, 1.0)
-        model = fuse(model)
-    return model
-
-
-def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, torch.dtype]:
-    """The dtypes of the model's tensors by name; CheckpointError if those of the file differ."""
-    wanted = model.state_dict()
-    missing = wanted.keys() - tensors.keys()
-    wrong = [f"{name!r} is missing" for name in missing]
-    wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
-    for name in wanted.keys() & tensors.keys():
-        got, want = tensors[name], wanted[name]
-        if got.shape != want.shape:
-            wrong.append(f"{name!r} has shape {list(got.shape)}, expected {list(want.shape)}")
-        elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
-            wrong.append(f"{name!r} has dtype {got.dtype}, expected {want.dtype}")
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(sorted(wrong)[:3])}{more}")
-    return {name: tensor.dtype for name, tensor in wanted.items()}
-
-
-def _checked(model: nn.Module) -> Model:
-    assert isinstance(model, Model)
-    return model.eval()
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    found = foreign(name, hub) or read_checkpoint(locate(name, **hub), check)
+    config = found.model.config
+    given = {"channels": channels, "image": image}
+    changes = {key: value for key, value in given.items() if value is not None} | fields
+    labels = tokenizer
+    if isinstance(classes, int):
+        changes[config.counted] = classes
+    elif classes is not None:
+        labels = classes if isinstance(classes, LabelMap) else tuple(classes)
+    found = adapt(found, changes, labels, fresh, name)
+    if device is not None or dtype is not None:
+        found.model.to(device=device, dtype=dtype)
+    return found

@@ -1,34 +1,86 @@
 """Finds a checkpoint in a folder, under ./checkpoints or on the Hub; and its files."""
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from zoo.text import near
-from zoo.weights.files import FILES, CheckpointError
+import zoo
+from zoo.text import near, unknown
+from zoo.weights.files import FILES, CheckpointError, record
+
+INDEX = Path(zoo.__file__).with_name("checkpoints.json")
 
 
-def locate(name: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; CheckpointError if it is not found."""
+def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
+    """The folder of a checkpoint; CheckpointError if it is not found.
+
+    A name is searched as a folder here and in ./checkpoints, among the checkpoints of the zoo, and on the Hub, in this
+    order; "zoo:NAME" and "hf:OWNER/NAME" in one of the last two alone. `hub` are arguments of `download`.
+    """
     given, name = name, os.path.expanduser(name)
+    prefix, colon, rest = str(name).partition(":")
+    if isinstance(given, str) and prefix + colon in ("zoo:", "hf:"):
+        return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, given, **hub)
     for folder in (Path(name), Path("checkpoints", name)):
         if folder.is_dir():
             return folder
         if (previous := previous_of(folder.resolve())).is_dir():  # a save was killed between its two renames
             return previous
     if str(name).lower().endswith(".nemo"):
-        raise CheckpointError(f"{name} is a NeMo file; convert it with zoo.convert.from_nemo and zoo.save_model")
+        raise CheckpointError(f"{name} is a NeMo file; load it as 'nemo:{name}'")
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder that holds {' and '.join(FILES[1:3])}")
+    if name in index():
+        return shipped(str(name), **hub)
     if config := _config_of(Path(name)):
         command = f"zoo {config.parent.name} fit --config {config}"
         raise CheckpointError(f"checkpoint {str(name)!r} not found; train it first: {command}")
-    repository, _, revision = str(name).partition("@")
-    if isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        from zoo.weights.hub import download
-
-        return download(repository, revision or None)
+    if isinstance(given, str) and re.fullmatch(REPOSITORY, name):
+        return _downloaded(name, given, **hub)
     raise CheckpointError(f"checkpoint {str(name)!r} not found: {_where_it_is_not(str(name))}")
+
+
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(@.+)?"
+
+
+def _downloaded(name: str, given: str, revision: str | None = None, **hub: Any) -> Path:
+    """The folder of "owner/name" or "owner/name@revision" on the Hub."""
+    from zoo.weights.hub import download
+
+    if not re.fullmatch(REPOSITORY, name):
+        raise CheckpointError(f"'{given}' must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    repository, _, written = name.partition("@")
+    if revision and written and revision != written:
+        raise CheckpointError(f"'{given}' names revision '{written}', but revision='{revision}' was given")
+    return download(repository, revision or written or None, **hub)
+
+
+def index() -> dict[str, Any]:
+    """The checkpoints of the zoo by name, as scripts/tables writes them: `repository`, `commit`, and the `size` and
+    `sha256` of each file."""
+    return json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else {}
+
+
+def shipped(name: str, revision: str | None = None, **hub: Any) -> Path:
+    """The folder of a checkpoint of the zoo: beside an installation from the repository, else from the Hub, where its
+    files have to be those of the index."""
+    from zoo.weights.hub import download
+
+    if name not in (known := index()):
+        raise CheckpointError(unknown("checkpoint of the zoo", name, known))
+    if revision:
+        raise CheckpointError(f"'{name}' is a checkpoint of this version of zoo; omit revision, or give OWNER/NAME")
+    entry, beside = known[name], INDEX.parent.parent / "checkpoints" / name
+    if (beside / "config.json").is_file():
+        return beside
+    folder = download(entry["repository"], entry["commit"], **hub)
+    for file, wanted in entry["files"].items():
+        if record(folder / file) != wanted:
+            where = f"{entry['repository']} on the Hub"
+            raise CheckpointError(f"{file} of {where} is not that of checkpoint '{name}' of zoo {zoo.__version__}")
+    return folder
 
 
 def _config_of(path: Path) -> Path | None:

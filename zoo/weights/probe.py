@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.config import Config
 from zoo.inputs import Preprocess
@@ -38,16 +41,27 @@ def outputs_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[
         return config.probe_outputs(model, given)
 
 
+def cost_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The multiply-adds of matrix products, convolutions and attention for such inputs, and the shape of the prepared
+    one."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        outputs_of(model, preprocess, inputs)
+    shape = (preprocess(inputs[RAW])[None] if preprocess and RAW in inputs else next(iter(inputs.values()))).shape
+    return {"multiply_adds": counter.get_total_flops() // 2, "input": [*shape]}
+
+
 def pack(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of probe.safetensors."""
     parts = (("input", inputs), ("output", outputs))
     return {f"{side}.{name}": each.contiguous() for side, part in parts for name, each in part.items()}
 
 
-def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> None:
-    """CheckpointError if the model's outputs differ from those in the probe."""
+def check_probe(
+    path: Path, model: nn.Module, preprocess: Preprocess | None, record: dict[str, Any] | None = None
+) -> None:
+    """CheckpointError if the model's outputs differ from those in the probe, or if that is not the file recorded."""
     config: Config = model.config  # pyright: ignore[reportAssignmentType]
-    inputs, wanted = _unpack(path, config, preprocess)
+    inputs, wanted = _unpack(read_tensors(path, record), path, config, preprocess)
     expected = inputs_for(config, preprocess).keys()
     if inputs.keys() != expected:
         raise CheckpointError(f"{path} is not a probe of this model: its inputs must be {', '.join(expected)}")
@@ -69,8 +83,9 @@ def check_probe(path: Path, model: nn.Module, preprocess: Preprocess | None) -> 
             raise CheckpointError(f"{path}: {name} is off by {share}; weights, preprocessing or code have changed")
 
 
-def _unpack(path: Path, config: Config, preprocess: Preprocess | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    found = read_tensors(path)
+def _unpack(
+    found: dict[str, Tensor], path: Path, config: Config, preprocess: Preprocess | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if found.keys() == {"input", "output"}:  # until format 2
         return {config.argument if preprocess is None else RAW: found["input"]}, {"output": found["output"]}
     sides: dict[str, dict[str, Tensor]] = {"input": {}, "output": {}}

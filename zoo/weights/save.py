@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import zoo
@@ -24,13 +25,13 @@ from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
 from zoo.text import reason, unknown
 from zoo.weights.card import model_card
-from zoo.weights.format import FORMAT, check_fit, write_preprocess
-from zoo.weights.load import load_checkpoint
-from zoo.weights.files import FILES, CheckpointError, record, sync_folder
+from zoo.weights.figures import Figure, checked_figures
+from zoo.weights.files import FILES, TENSORS, CheckpointError, record, sync_folder
+from zoo.weights.format import ABOUT, FORMAT, check_about, check_fit, write_preprocess
 from zoo.weights.names import previous_of
-from zoo.weights.probe import inputs_for, outputs_of, pack
+from zoo.weights.probe import cost_of, inputs_for, outputs_of, pack
+from zoo.weights.read import read_checkpoint
 
-USUAL = {"source": "", "card": "", "license": "unknown", "metrics": {}}  # for a model without a checkpoint
 LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
 
 
@@ -44,7 +45,9 @@ def save_model(
     source: str | None = None,
     card: str | None = None,
     license: str | None = None,
-    metrics: Mapping[str, str | float] | None = None,
+    datasets: Sequence[str] | None = None,
+    figures: Sequence[Figure] | None = None,
+    base: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
 
@@ -62,7 +65,9 @@ def save_model(
         source: where the weights come from: a command, an address.
         card: what the model is, in Markdown; otherwise a plain sentence.
         license: of the weights, by its name on the Hub; otherwise unknown.
-        metrics: figures for the card, by name.
+        datasets: the data that it was trained on.
+        figures: what was measured: mappings with the fields of `zoo.weights.Figure`.
+        base: the model that this one was made from: `address`, `commit` and `layout` (the library of its files).
 
     Returns:
         The folder, absolute.
@@ -82,13 +87,27 @@ def save_model(
             raise ValueError(f"'{name}' is compiled on its own; put {name}._orig_mod in its place before saving")
     preset, preprocess = preset or model.preset, preprocess or model.preprocess
     labels = model.labels if labels is None else labels
-    given = {"source": source, "card": card, "license": license, "metrics": metrics}
-    said: dict[str, Any] = {**USUAL, **model.about} | {
-        name: value for name, value in given.items() if value is not None
-    }
-    _check_texts(preset, said)
+    given = {"source": source, "card": card, "license": license, "datasets": datasets, "figures": figures, "base": base}
+    said = {**ABOUT, **model.about} | {name: value for name, value in given.items() if value is not None}
+    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
+        raise ValueError(unknown("preset", str(preset), PRESETS))
+    check_about(said)
+    said |= {"datasets": [*said["datasets"]], "figures": checked_figures(said["figures"])}
     config = model.config
     check_fit(config, preprocess, labels)
+    twin = copied(model).cpu().eval()
+    twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
+    tensors = twin.state_dict()
+    if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:
+        raise ValueError(
+            f"'{odd[0]}' is quantized, which checkpoints do not support; save the model before quantizing it"
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    inputs = inputs_for(config, preprocess)
+    outputs = outputs_of(twin.float(), preprocess, inputs)
+    if not all(bool(output.isfinite().all()) for output in outputs.values()):
+        raise ValueError(f"the model's output is NaN or infinite, so it is not saved to {target}")
     written = {
         "format": FORMAT,
         "zoo": zoo.__version__,
@@ -98,26 +117,12 @@ def save_model(
         "preprocess": None if preprocess is None else write_preprocess(config, preprocess),
         "labels": None if labels is None or config.labels is None else LABELS[config.labels].write(labels),
         "fused": model.fusion is not None,
-        "source": said["source"],
+        "parameters": count_parameters(model),
+        "cost": cost_of(twin, preprocess, inputs),
+        "dtype": str(max(floats, key=floats.count, default=torch.float32)).removeprefix("torch."),
+        **{name: said[name] for name in ABOUT},
     }
-    figures = {"parameters": f"{count_parameters(model):,}"} | dict(said["metrics"])
-    texts = {
-        "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": model_card(config, written, preprocess, target.name, said["card"], said["license"], figures),
-    }
-    twin = copied(model).cpu().eval()
-    twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
-    tensors = twin.state_dict()
-    if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:
-        raise ValueError(
-            f"'{odd[0]}' is quantized, which checkpoints do not support; save the model before quantizing it"
-        )
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    inputs = inputs_for(config, preprocess)
-    outputs = outputs_of(twin.float(), preprocess, inputs)
-    if not all(bool(output.isfinite().all()) for output in outputs.values()):
-        raise ValueError(f"the model's output is NaN or infinite, so it is not saved to {target}")
-    _write(target, texts, {"model.safetensors": tensors, "probe.safetensors": pack(inputs, outputs)})
+    _write(target, written, config, preprocess, {TENSORS[0]: tensors, TENSORS[1]: pack(inputs, outputs)})
     if lacking := _lacking(config, preprocess, labels):
         warnings.warn(f"{target.name} was saved without {lacking} to save_model", stacklevel=2)
     return target
@@ -136,19 +141,13 @@ def _lacking(config: Config, preprocess: Preprocess | None, labels: object) -> s
     return f"{' and '.join(found)}, so {' and '.join(found.values())}; give {them}" if found else ""
 
 
-def _check_texts(preset: object, said: Mapping[str, Any]) -> None:
-    """ValueError if a description is not text or the preset is unknown."""
-    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
-        raise ValueError(unknown("preset", str(preset), PRESETS))
-    for name in ("source", "card", "license"):
-        if not isinstance(said[name], str):
-            raise ValueError(f"{name} must be a string, got {type(said[name]).__name__}")
-    metrics = said["metrics"]
-    if not (isinstance(metrics, Mapping) and all(isinstance(key, str) for key in metrics)):
-        raise ValueError("metrics must map names to numbers or strings")
-
-
-def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+def _write(
+    target: Path,
+    written: dict[str, Any],
+    config: Config,
+    preprocess: Preprocess | None,
+    tensors: Mapping[str, dict[str, Tensor]],
+) -> None:
     """Writes all files aside, loads and probes them, and renames them to target."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -160,17 +159,23 @@ def _write(target: Path, texts: dict[str, str], tensors: dict[str, dict[str, Ten
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target)
         aside.mkdir()
+        for name, content in tensors.items():
+            save_file(content, aside / name, metadata={"format": "pt"})
+        written = written | {"files": {name: record(aside / name) for name in tensors}}
+        texts = {
+            "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            "README.md": model_card(config, written, preprocess, target.name),
+        }
         for name, text in texts.items():
             # A surrogate from the name of a file becomes \\udcXX, as JSON spells it.
             (aside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        for name, content in tensors.items():
-            save_file(content, aside / name, metadata={"format": "pt"})
+        for name in tensors:
             shutil.copymode(aside / "config.json", aside / name)  # safetensors lets only the owner read
         for name in FILES:
             with open(aside / name, "rb+") as file:
                 os.fsync(file.fileno())
         sync_folder(aside)
-        load_checkpoint(aside, check=True)
+        read_checkpoint(aside, check=True)
         _swap(aside, target)
     except CheckpointError as error:
         why = str(error).replace(str(aside), str(target))
@@ -209,4 +214,3 @@ def _swap(aside: Path, target: Path) -> None:
         raise
     sync_folder(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
-

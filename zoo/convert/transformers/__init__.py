@@ -38,7 +38,8 @@ def from_transformers(name: str | Path) -> Converted | ConvertedDetector:
         ValueError: in one line with the file: it cannot be read, a field of the config is not supported or
             unknown, or a tensor is missing, unused or of a wrong shape.
     """
-    folder = located(str(name))
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else located(str(name))
     kind = read_json(folder / "config.json").get("model_type")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{folder / 'config.json'}: model_type: the zoo supports {', '.join(_KINDS)}, not {kind!r}")

@@ -33,17 +33,16 @@ HARMLESS = (
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "p*processor_config.json"]
 
 
-def located(name: str) -> Path:
-    """The folder of that name, or the one that holds the files of OWNER/NAME[@REVISION] on the Hub."""
-    if (folder := Path(name).expanduser()).is_dir():
-        return folder
-    repository, _, revision = name.partition("@")
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"{name} is neither a folder with config.json and model.safetensors nor OWNER/NAME on the Hub")
+def located(name: str, **hub: Any) -> Path:
+    """The folder that holds the files of OWNER/NAME[@REVISION] on the Hub; `hub` are arguments of its client."""
     import huggingface_hub
 
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise ValueError(f"{name} is neither a folder with config.json and model.safetensors nor OWNER/NAME on the Hub")
+    given: dict[str, Any] = hub | {"revision": hub.get("revision") or revision or None}
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, **given))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
         raise ValueError(
             one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {error}")

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
@@ -38,7 +37,6 @@ class Classify(Task):
 
     command = "classify"
     score = ("val/accuracy", "max")
-    counted = "classes"
     files = "IMAGES"
     faulty = ("unreadable images",)
 
@@ -78,11 +76,8 @@ class Classify(Task):
         if stage == "fit" and self.mix is not None and self.data.batch < 2:
             raise ValueError("mixup and cutmix mix pairs of images; raise data.batch, or set both to 0")
         labels, names = (None if self.start is None else self.start.labels), self.data.classes
-        if isinstance(labels, tuple) and (where := differing(labels, names)):
-            if stage != "fit":
-                raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
-            head = "new head" if self.renewed else "head kept"
-            rank_zero_info(f"{head}: the checkpoint has other classes ({where})")
+        if stage != "fit" and isinstance(labels, tuple) and (where := differing(labels, names)):
+            raise ValueError(f"the classes of the checkpoint differ from those of the data: {where}")
 
     def inputs_of(self, batch: Batch) -> tuple[Tensor]:
         return (batch.images,)

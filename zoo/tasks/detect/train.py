@@ -20,7 +20,7 @@ from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
 from zoo.tasks.task import Task
 from zoo.text import plain, unknown
-from zoo.weights.adapt import load_trunk
+from zoo.weights.trunks import load_trunk
 
 UNREADABLE = "unreadable image {}"
 MOST = 100  # detections of an image, as COCO counts them
@@ -78,7 +78,6 @@ class Detect(Task):
 
     command = "detect"
     score = ("val/ap", "max")
-    counted = "classes"
     files = "IMAGES"
     faulty = ("unreadable images",)
 
@@ -127,8 +126,8 @@ class Detect(Task):
             )
         return loss or config.losses[0]
 
-    def built(self, backbone: dict[str, Any]) -> Model:
-        model = super().built(backbone)
+    def built(self, backbone: dict[str, Any], labels: Any = None) -> Model:
+        model = super().built(backbone, labels)
         if self.trunk_weights is not None:
             load_trunk(model.trunk, self.trunk_weights, model.config.channels)  # pyright: ignore
         return model

@@ -12,7 +12,7 @@ from zoo.models.base import ClassifierConfig
 from zoo.models.convolutional import TIMM
 from zoo.text import reason
 from zoo.weights import load_checkpoint
-from zoo.weights.adapt import adapted
+from zoo.weights.adapt import adapt
 
 PIXELS = "pixels"
 
@@ -73,7 +73,7 @@ def features_of(name: str | None) -> Reader:
     if found.config["fused"]:
         raise ValueError(f"model.features: {name} is fused; give the unfused checkpoint")
     with kept_generators():
-        model, _ = adapted(found, {"classes": 0}, name)
+        model = adapt(found, {"classes": 0}, name=name).model
     assert isinstance(found.preprocess, PixelPreprocess)
     return Reader(name, model, found.preprocess)
 

@@ -82,7 +82,6 @@ class Generate(Task):
 
     command = "generate"
     score = ("val/loss", "min")
-    counted = "classes"
     use, files = "sample", ""
     faulty = ("unreadable images",)
     betas = (0.9, 0.99)

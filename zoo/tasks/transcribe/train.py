@@ -64,7 +64,6 @@ class Transcribe(Task):
 
     command = "transcribe"
     score = ("val/wer", "min")
-    counted = "vocabulary"
     files = "RECORDINGS"
     faulty = FAULTS + REMARKS
     batching = "data.seconds"

@@ -1,0 +1,111 @@
+"""Pretrained models of other libraries by name, converted when they are loaded."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from zoo.models import family_of
+from zoo.models.base import Model
+from zoo.text import from_json, reason, unknown
+from zoo.weights.files import CheckpointError
+from zoo.weights.read import Checkpoint
+
+PREFIXES = ("timm:", "nemo:", "hf:")
+
+
+def foreign(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> Checkpoint | None:
+    """The model of another library that the name describes; None if it is a checkpoint of the zoo."""
+    prefix, colon, rest = str(name).partition(":")
+    if not isinstance(name, str) or prefix + colon not in PREFIXES:
+        return None
+    if prefix == "hf" and is_ours(rest, hub):
+        return None
+    try:
+        return {"timm": _timm, "nemo": _nemo, "hf": _transformers}[prefix](rest, hub)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{name}: {reason(error)}") from error
+
+
+def _made(model: Any, preprocess: Any, labels: Any, base: Mapping[str, Any], license: str) -> Checkpoint:
+    assert isinstance(model, Model)
+    model.preprocess, model.labels, model.preset = preprocess, labels, None
+    model.about = {"base": dict(base), "license": license, "source": f"converted from {base['address']}"}
+    written = {"family": family_of(model), "preset": None, "model": asdict(model.config), "fused": False}
+    return Checkpoint(model.eval(), preprocess, labels, written | dict(model.about))
+
+
+def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """A pretrained model of timm with the preprocessing and the license of its config."""
+    import timm
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # pyright: ignore[reportPrivateImportUsage]
+
+    from zoo.convert import from_timm
+    from zoo.inputs.images import ImagePreprocess
+
+    if refused := [key for key in ("revision", "token", "local_files_only") if hub[key]]:
+        raise ValueError(f"timm downloads its models itself; {refused[0]} has no effect, so omit it")
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(unknown("model of timm", name, timm.list_models(pretrained=True)))
+    try:
+        model: Any = timm.create_model(name, pretrained=True, cache_dir=hub["cache_dir"])
+    except Exception as error:  # of the Hub's client, the network or the file
+        raise ValueError(f"its weights cannot be read: {reason(error)}") from error
+    given = model.pretrained_cfg
+    preprocess = ImagePreprocess(
+        size=given["input_size"][1],
+        channels=given["input_size"][0],
+        mean=given["mean"],
+        std=given["std"],
+        interpolation=given["interpolation"],
+        crop=given["crop_pct"],
+    )
+    labels = None
+    if (subset := infer_imagenet_subset(model)) is not None:
+        info = ImageNetInfo(subset)
+        said = [info.index_to_description(index) for index in range(info.num_classes())]
+        # A few descriptions name two classes.
+        labels = tuple(
+            each if said.count(each) == 1 else f"{each} ({info.index_to_label_name(index)})"
+            for index, each in enumerate(said)
+        )
+    address = given.get("hf_hub_id") or given.get("url") or name
+    base = {"address": f"https://huggingface.co/{address}", "commit": None, "layout": "timm"}
+    return _made(from_timm(model), preprocess, labels, base, given.get("license") or "unknown")
+
+
+def _nemo(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """A .nemo file."""
+    from zoo.convert import from_nemo
+
+    found = from_nemo(name)
+    base = {"address": os.path.basename(name), "commit": None, "layout": "nemo"}
+    return _made(found.model, found.preprocess, found.tokenizer, base, "unknown")
+
+
+def _transformers(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """A model of transformers on the Hub."""
+    from zoo.convert import from_transformers
+    from zoo.convert.transformers.files import located
+
+    repository, _, revision = name.partition("@")
+    folder = located(repository, **{**hub, "revision": hub["revision"] or revision or None})
+    found = from_transformers(folder)
+    base = {"address": f"https://huggingface.co/{repository}", "commit": folder.name, "layout": "transformers"}
+    model, preprocess, labels = found
+    return _made(model, preprocess, labels, base, "unknown")
+
+
+def is_ours(name: str, hub: Mapping[str, Any]) -> bool:
+    """Whether a repository on the Hub holds a checkpoint of the zoo. True, too, if it cannot be read: the download then
+    says why."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    given: dict[str, Any] = dict(hub) | {"revision": hub["revision"] or revision or None}
+    try:
+        found = from_json(Path(hf_hub_download(repository, "config.json", **given)).read_bytes())
+    except Exception:  # the client raises its own errors, those of its network library, and the system's
+        return True
+    return isinstance(found, dict) and "family" in found
