@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         raw = isinstance(answer.body, bytes)
-        data = answer.body if raw else b"" if answer.body is None else json.dumps(answer.body).encode()
+        data: bytes = answer.body if raw else b"" if answer.body is None else json.dumps(answer.body).encode()
         start = 0
         if raw and self.fault.alter is not None:
             data = self.fault.alter(data)

@@ -49,7 +49,6 @@ EPILOG = """examples:
   zoo list mixers
   zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo classify validate --model.weights RUN/best
   zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe predict RUN/best recordings/"""
 

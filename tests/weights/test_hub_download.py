@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from hub_server import READER, WRITER, Hub, environment, hub_on_loopback, point_
 from zoo.inputs.images import ImagePreprocess
 from zoo.weights import FILES, CheckpointError, load_checkpoint, save_model
 from zoo.weights.hub import download, downloading
+from zoo.weights.hub.errors import explain
 
 NAME = "owner/vit.test"
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "image": 16, "patch": 8, "classes": 2}
@@ -106,7 +109,7 @@ def test_size_and_sha256_in_config_are_checked(hub, files, monkeypatch):
     assert {path.name for path in download(NAME).iterdir()} == {"config.json", "model.safetensors"}
     for size, digest in ((len(model) + 1, right), (len(model), "0" * 64)):
         stating(monkeypatch, size=size, sha256=digest)
-        assert "model.safetensors differs from its sha256" in refusal(NAME)
+        assert f"model.safetensors of {NAME} differs from its sha256" in refusal(NAME)
 
 
 FAULTS = {
@@ -123,7 +126,12 @@ FAULTS = {
     "503 of weights": ({"where": MODEL, "status": 503}, {}, "status 503", "try again later"),
     "dropped": ({"where": "GET /lfs", "drop": 0}, {}, "no connection to http://127.0.0.1:", "try again"),
     "altered": ({"where": "GET /lfs", "alter": lambda data: data[::-1]}, {}, "differs from its sha256", ""),
-    "altered config": ({"where": "GET .*config", "alter": lambda data: b" " + data[1:]}, {}, "config.json differs", ""),
+    "altered config": (
+        {"where": "GET .*config", "alter": lambda data: b" " + data[1:]},
+        {},
+        f"config.json of {NAME} differs",
+        "",
+    ),
 }
 
 
@@ -231,6 +239,8 @@ def test_a_cache_that_cannot_be_written(hub, tmp_path):
     (tmp_path / "file").write_text("")
     line = refusal(NAME, cache_dir=tmp_path / "file" / "cache")
     assert "Not a directory" in line and "HF_HOME" in line
+    full = explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), NAME)
+    assert full == "No space left on device; choose another cache by cache_dir or HF_HOME"
 
 
 SCRIPT = """

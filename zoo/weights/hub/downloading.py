@@ -91,8 +91,8 @@ def _fetched(
         return path
     path.resolve().unlink(missing_ok=True)
     raise CheckpointError(
-        f"{file} differs from its sha256 even when downloaded again; the repository is damaged, or something between "
-        "it and here changes files: try another network, or tell its owner"
+        f"{file} of {repository} differs from its sha256 even when downloaded again; the repository is damaged, or "
+        "something between it and here changes files: try another network, or tell its owner"
     )
 
 

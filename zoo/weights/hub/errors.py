@@ -36,8 +36,9 @@ def explain(error: BaseException, repository: str, token: str | bool | None = No
             return f"it is not in the cache, and {OFFLINE}"
         if type(each).__module__.partition(".")[0] in NETWORK:
             return f"no connection to {constants.ENDPOINT} ({reason(each)}); check the network and try again"
-        if isinstance(each, OSError) and each.strerror and each.filename:
-            return f"{each.filename}: {reason(each)}; choose another cache by cache_dir or HF_HOME"
+        if isinstance(each, OSError) and each.strerror and not isinstance(each, ConnectionError):
+            place = f"{each.filename}: " if each.filename else ""
+            return f"{place}{reason(each)}; choose another cache by cache_dir or HF_HOME"
     if "Consistency check failed" in str(error):
         return "the connection broke before a file was complete; try again"
     return one_line(error)
