@@ -40,6 +40,7 @@ class Fault:
     alter: Callable[[bytes], bytes] | None = None  # of a file's bytes
     slow: float = 0.0  # seconds before the answer, and for each kilobyte of a file
     lost: bool = False  # the request is done, and its answer is lost
+    meanwhile: Callable[[], object] = lambda: None  # what else happens to the Hub before the answer
     times: int = 10**9
 
 
@@ -175,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         self.server.log.append(f"{line} {self.headers.get('Range') or ''}".rstrip())
         sleep(self.fault.slow)
+        self.fault.meanwhile()
         try:
             if self.fault.status:
                 raise Answer(self.fault.status, {"error": "a fault"}, **self.fault.headers)

@@ -72,11 +72,8 @@ def test_config_comes_first_and_the_rest_of_the_same_commit(hub, files):
 
 
 def test_a_branch_that_moves_during_a_download_gives_the_older_checkpoint(hub, files):
-    def move(data: bytes) -> bytes:
-        hub.put(NAME, {name: b"other" for name in FILES})
-        return data
-
-    hub.fail("GET .*config.json", alter=move, times=1)
+    other = dict.fromkeys(FILES, b"other")
+    hub.fail("HEAD .*(README|safetensors)", meanwhile=lambda: hub.put(NAME, other), times=1)
     folder = download(NAME)
     assert contents(folder).items() <= files.items()
     hub.put(NAME, files)
@@ -112,6 +109,14 @@ def test_size_and_sha256_in_config_are_checked(hub, files, monkeypatch):
         assert f"model.safetensors of {NAME} differs from its sha256" in refusal(NAME)
 
 
+def test_a_branch_that_moves_between_two_requests_for_a_file(hub, files):
+    """The client stores the new bytes under the hash of the old ones."""
+    old, other = hub.repos[NAME].branches["main"], files["config.json"].replace(b'"ant"', b'"cow"')
+    hub.fail("GET .*config.json", meanwhile=lambda: hub.put(NAME, {"config.json": other}), times=1)
+    assert contents(download(NAME))["config.json"] == other
+    assert contents(download(NAME, old))["config.json"] == files["config.json"]
+
+
 FAULTS = {
     "invalid token": ({}, {"token": "hf_wrong"}, "refuses the token", "hf auth login"),
     "gated": ({"gated": True}, {}, "ask for it at http://127.0.0.1:", "hf auth login"),
@@ -136,7 +141,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_gives_one_line_and_leaves_a_cache_that_works(case, hub, files):
+def test_a_fault_gives_one_line_and_leaves_a_cache_that_works(case, hub, files, tmp_path):
     fault, given, *words = FAULTS[case]
     repo = hub.repos[NAME]
     if "where" in fault:
@@ -145,6 +150,7 @@ def test_a_fault_gives_one_line_and_leaves_a_cache_that_works(case, hub, files):
         vars(repo).update(fault)
     line = refusal(NAME, **given)
     assert all(word in line for word in [NAME, *words] if word not in ("", NAME)), line
+    assert all(path.read_bytes() == files[path.name] for path in tmp_path.rglob("snapshots/*/*") if path.exists())
     hub.faults.clear()
     folder = download(NAME, token=WRITER)
     assert contents(folder).items() <= files.items() and load_checkpoint(folder, check=True)

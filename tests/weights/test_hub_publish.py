@@ -226,6 +226,22 @@ def test_a_fault_gives_one_line_and_a_repetition_succeeds(case, hub, folder):
     )
 
 
+def test_an_upload_never_overwrites_one_that_came_between(hub, made):
+    publish(made[0], NAME)
+    hub.fail("PUT", meanwhile=lambda: hub.put(NAME, {"README.md": b"theirs"}), times=1)
+    assert "changed meanwhile; try again" in refusal(made[1], NAME)
+    assert published(hub)["README.md"] == b"theirs"
+    publish(made[1], NAME)
+    assert published(hub)["README.md"] == (made[1] / "README.md").read_bytes()
+
+
+def test_another_checkpoint_than_the_uploaded_one_is_no_success(hub, made, monkeypatch):
+    monkeypatch.setattr(publishing, "download", lambda *given, **more: made[1])
+    line = refusal(made[0], NAME, tag="v1")
+    assert "model.safetensors differs from" in line and "failed its check and has no tag" in line
+    assert not hub.repos[NAME].tags
+
+
 def test_passing_faults_end_in_success(hub, folder):
     for where in ("PUT", "/preupload/", "objects/batch", "GET /lfs"):
         hub.fail(where, 429, headers={"Retry-After": "0"}, times=2)

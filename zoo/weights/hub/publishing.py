@@ -162,12 +162,12 @@ class _Upload:
         if pr and (number := self.pull_request()):
             revision, address = f"refs/pr/{number}", f"{address}/discussions/{number}"
             head = self.ask(api.model_info, revision=revision).sha
-        stale = [path for path in held if path.startswith(RESULTS) and path not in self.files]
-        changed = bool(stale) or not self.unchanged(head)
+        changed = not self.unchanged(head)
         if tag in tags and (changed or tags[tag] != head):
             raise ValueError(f"{repository} has the tag '{tag}' on commit {tags[tag][:8]} already; choose another tag")
         if changed:
             operations = [CommitOperationAdd(path, data) for path, data in self.files.items()]
+            stale = [path for path in held if path.startswith(RESULTS) and path not in self.files]
             operations += [CommitOperationDelete(path) for path in stale]
             commit = self.ask(
                 api.create_commit,
