@@ -238,7 +238,7 @@ def test_an_upload_never_overwrites_one_that_came_between(hub, made):
 def test_another_checkpoint_than_the_uploaded_one_is_no_success(hub, made, monkeypatch):
     monkeypatch.setattr(publishing, "download", lambda *given, **more: made[1])
     line = refusal(made[0], NAME, tag="v1")
-    assert "model.safetensors differs from" in line and "failed its check and has no tag" in line
+    assert "model.safetensors differs from" in line and "failed its check and was not tagged" in line
     assert not hub.repos[NAME].tags
 
 

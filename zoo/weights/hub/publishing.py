@@ -224,12 +224,7 @@ class _Upload:
 
     def pull_request(self) -> int | None:
         """The number of the open pull request that an earlier run made."""
-        try:
-            author = self.api.whoami()["name"]
-        except Exception as error:
-            raise OSError(
-                f"cannot publish to {self.repository}: {explain(error, self.repository, self.token)}"
-            ) from error
+        author = self.ask(lambda name: self.api.whoami())["name"]
         kind: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open", "author": author}
         found = self.ask(lambda name: [*self.api.get_repo_discussions(name, **kind)])
         return next((each.num for each in found if each.title == self.title), None)
@@ -247,7 +242,7 @@ class _Upload:
 
     def check(self, commit: str) -> None:
         """OSError unless the Hub gives back what was uploaded, and its probe passes."""
-        said = f"{self.repository} has the upload as commit {commit[:8]}, but it failed its check and has no tag"
+        said = f"{self.repository} has the upload as commit {commit[:8]}, but it failed its check and was not tagged"
         try:
             folder = download(self.repository, commit, token=self.token, cache_dir=self.cache)
             load_checkpoint(folder, check=True)
@@ -263,8 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `zoo publish`."""
     parser = argparse.ArgumentParser(
         prog="zoo publish",
-        description="Uploads a checkpoint to the Hugging Face Hub in one commit, after its probe has passed; downloads "
-        "and checks it again; and prints its address. It can be repeated after an interruption.",
+        description="Uploads a checkpoint to the Hugging Face Hub in one commit, after its probe has passed;\n"
+        "downloads and checks it again; and prints its address. It can be repeated after an\ninterruption.",
         epilog="example:\n  zoo publish vit_micro.digits OWNER/vit_micro.digits --dry-run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
