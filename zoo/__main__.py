@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`."""
+`zoo info`, `zoo publish`."""
 
 import argparse
 import ast
@@ -42,12 +42,13 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
 }
 TRAINING = ("fit", "validate", "test")
+# Commands that are no task: what they do, and the function that takes their arguments.
+COMMANDS = {"publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main")}
 
 EPILOG = """examples:
   zoo list mixers
   zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo classify validate --model.weights RUN/best
   zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe predict RUN/best recordings/"""
 
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         about = quick.facts()["tasks"][task]["about"].lower()
         each = commands.add_parser(task, help=f"{about}: train, measure or use a model", **made)
         each.add_argument("verb", metavar="VERB", help=f"{', '.join((*TRAINING, *others))}; see `zoo {task} --help`")
+    for command, (about, _) in COMMANDS.items():
+        commands.add_parser(command, help=about, **made)
     return top
 
 
@@ -102,8 +105,10 @@ def target(path: str) -> Callable[..., None]:
 
 
 def run(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in ("list", "info", *TASKS):
-        stop("command", arguments[0], ["list", "info", *TASKS], "zoo COMMAND ...")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in ("list", "info", *TASKS, *COMMANDS):
+        stop("command", arguments[0], ["list", "info", *TASKS, *COMMANDS], "zoo COMMAND ...")
+    if arguments and arguments[0] in COMMANDS:
+        return target(COMMANDS[arguments[0]][1])(arguments[1:])
     if len(arguments) > 1 and arguments[0] in TASKS:
         return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)

@@ -20,8 +20,7 @@ from zoo.models import FAMILIES, PRESETS, describe
 from zoo.models.base import Model
 from zoo.quick import model_page
 from zoo.tensors import linear, to_tokens
-from zoo.weights import CheckpointError
-from zoo.weights import adapt
+from zoo.weights import CheckpointError, adapt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,11 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -24,20 +22,20 @@ from torch import Tensor, nn
 import zoo
 import zoo.weights.adapt
 import zoo.weights.format
+import zoo.weights.hub
 import zoo.weights.read
 from helpers import randomise
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
 from zoo.outputs.tokens import train_pieces
-from zoo.weights.files import record
 from zoo.weights import FILES, CheckpointError, load_checkpoint, load_model, save_model
+from zoo.weights.files import record
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "image": 16, "patch": 8, "classes": 5}
 PREPROCESS = ImagePreprocess(size=16)
 FIGURE: Any = {"data": "insects", "split": "val", "metric": "accuracy", "value": 0.875, "n": 360}
 FIGURE |= {"interval": [0.8368, 0.9052], "command": "zoo evaluate x"}
 LABELS = ["ant", "bee", "cat", "dog", "élan"]
-PUBLISH = Path(__file__).parents[2] / "scripts" / "publish"
 
 
 def build(progress: float = 0.5, fused: bool = False, **choices: Any) -> Any:
@@ -225,7 +223,12 @@ def test_card(folder, monkeypatch):
     assert {"zoo", "vit", "sla", "prepbn"} <= set(front["tags"]) and "none" not in front["tags"]
     assert front["pipeline_tag"] == "image-classification"
     number = sum(parameter.numel() for parameter in model.parameters())
-    for part in (text, "| mixer | sla |", "| insects | val | accuracy | 0.8750 | 360 | 0.8368 to 0.9052 |", f"| parameters | {number:,} |"):
+    for part in (
+        text,
+        "| mixer | sla |",
+        "| insects | val | accuracy | 0.8750 | 360 | 0.8368 to 0.9052 |",
+        f"| parameters | {number:,} |",
+    ):
         assert part in card.text
     assert "Source: zoo classify fit. Data: insects. License of the weights: mit." in card.text
     assert "Measured by `zoo evaluate x`." in card.text
@@ -994,108 +997,13 @@ def test_old_leftovers_are_removed(folder):
     assert sorted(os.listdir(folder.parent)) == [".better.0000.new", ".good.0000.new", "good"]
 
 
-# The Hub
-
-
-@pytest.mark.parametrize(
-    ("name", "revision"),
-    [("owner/na-me.x", None), ("owner/na-me.x@v1.0", "v1.0"), ("owner/na-me.x@refs/pr/1", "refs/pr/1")],
-)
-def test_hub(name, revision, folder, monkeypatch):
-    calls = []
-
-    def snapshot_download(repo_id: str, **given: Any) -> str:
-        calls.append((repo_id, given))
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert load_checkpoint(name, check=True).labels == tuple(LABELS)
-    ((repo_id, given),) = calls
-    assert repo_id == "owner/na-me.x" and given.pop("revision") == revision
-    assert sorted(given.pop("allow_patterns")) == sorted(FILES) and not given
-
-
-def test_hub_refuses(monkeypatch):
-    def snapshot_download(repo_id: str, **given: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nat all")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    line = refusal("owner/name@v2")
-    assert "owner/name" in line and "v2" in line and "no network at all" in line
-
-
 def test_folders_come_before_the_hub(folder, tmp_path, monkeypatch):
-    def snapshot_download(repo_id: str, **given: Any) -> str:
+    def download(*given: Any) -> Path:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(zoo.weights.hub, "download", download)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "owner/name")
     shutil.copytree(folder, "checkpoints/vit.digits")
     for name in ("owner/name", "vit.digits", "checkpoints/vit.digits", tmp_path / "owner" / "name"):
         assert load_checkpoint(name).labels == tuple(LABELS)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that writes down what it is asked."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    class Api:
-        def create_repo(self, name: str, **given: Any) -> str:
-            asked.append(("create_repo", {"name": name} | given))
-            return f"https://hub/{name}"
-
-        def upload_folder(self, **given: Any) -> SimpleNamespace:
-            asked.append(("upload_folder", given))
-            return SimpleNamespace(oid="abc123")
-
-        def create_tag(self, name: str, **given: Any) -> None:
-            asked.append(("create_tag", {"name": name} | given))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    return asked
-
-
-def publish(*arguments: object) -> None:
-    runpy.run_path(str(PUBLISH))["main"]([str(argument) for argument in arguments])
-
-
-def test_publish(hub, folder, capsys):
-    assert os.access(PUBLISH, os.X_OK) and PUBLISH.read_text().startswith("#!/usr/bin/env python3\n")
-    publish(folder, "owner/name", "--private", "--revision", "v1")
-    assert capsys.readouterr().out == "https://hub/owner/name\n"
-    (create, upload, tag) = hub
-    assert create == ("create_repo", {"name": "owner/name", "private": True, "exist_ok": True})
-    assert upload[1]["repo_id"] == "owner/name" and Path(upload[1]["folder_path"]) == folder
-    assert sorted(upload[1]["allow_patterns"]) == sorted(FILES)
-    assert tag == ("create_tag", {"name": "owner/name", "tag": "v1", "revision": "abc123"})
-    hub.clear()
-    publish(folder, "owner/name")
-    assert [call for call, _ in hub] == ["create_repo", "upload_folder"] and hub[0][1]["private"] is None
-
-
-def test_publish_refuses(hub, folder, monkeypatch):
-    def refused(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as error:
-            publish(*arguments)
-        assert hub == [] and isinstance(error.value.code, str) and "\n" not in error.value.code
-        return error.value.code
-
-    assert "nothing is not a folder" in refused("nothing", "owner/name")
-    assert "has no README.md" in refused(folder.parent, "owner/name")
-    assert "must be OWNER/NAME" in refused(folder, "name")
-    assert "Repo id" in refused(folder, "owner/name@v1")
-    with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub, "get_token", lambda: None)
-        assert "no Hub token found" in refused(folder, "owner/name")
-    with monkeypatch.context() as patch:
-
-        def create_repo(self: Any, name: str, **given: Any) -> str:
-            raise RuntimeError("403\nnot yours")
-
-        patch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-        assert "the Hub refused owner/name: 403 not yours" in refused(folder, "owner/name")
-    edit_tensors(folder, lambda tensors: tensors["head.bias"].add_(1.0))
-    assert "is off by" in refused(folder, "owner/name")

@@ -46,7 +46,8 @@ class Trunk(nn.Module):
             if word not in images:
                 raise ValueError(f"trunk: {unknown('image model', word, [*images, 'timm:NAME'])}")
             try:
-                self.model = create_model(word, **{"channels": channels, "image": image, "classes": 0} | dict(options))
+                given: dict[str, Any] = {"channels": channels, "image": image, "classes": 0} | dict(options)
+                self.model = create_model(word, **given)
             except ValueError as error:
                 raise ValueError(f"trunk: {error}") from None
         if isinstance(self.model, ViT):

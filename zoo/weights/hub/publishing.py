@@ -1,0 +1,247 @@
+"""`zoo publish`: a checkpoint becomes one commit on the Hub, is downloaded and probed again, and only then tagged."""
+
+import argparse
+import filecmp
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+import zoo
+from zoo.text import counted
+from zoo.weights.files import FILES, CheckpointError, file_of
+from zoo.weights.format import read_config
+from zoo.weights.hub.downloading import download, git_blob, sha256_of
+from zoo.weights.hub.errors import LOG_IN, explain
+from zoo.weights.names import locate
+from zoo.weights.read import read_checkpoint
+
+RESULTS = ".eval_results/zoo_"  # results that a later upload replaces; others in that folder are left alone
+ALLOWED = re.compile(rf"({'|'.join(map(re.escape, FILES))}|\.gitattributes|\.eval_results/.*)")
+
+Files = Mapping[str, bytes | Path]  # what a repository will hold, by its path there
+
+
+def publish(
+    name: str | Path,
+    repository: str,
+    *,
+    dry_run: bool = False,
+    pr: bool = False,
+    tag: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Uploads a checkpoint in one commit, downloads it again, checks its probe, and only then makes the tag.
+
+    It can be repeated after any interruption: nothing that is on the Hub already is uploaded or tagged again.
+
+    Args:
+        name: of the checkpoint, as `zoo.load_checkpoint` takes it.
+        repository: "owner/name" on the Hub; it is created if it does not exist, unless with `pr`.
+        dry_run: upload nothing; needs no network and no token.
+        pr: open a pull request instead of writing to `main`.
+        tag: a tag for this upload, so that "owner/name@tag" always loads it.
+        private: create the repository as private.
+        token: of the Hub; None is the stored one or HF_TOKEN.
+
+    Returns:
+        The address of the repository or the pull request; with `dry_run` a list of what would be uploaded.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or its probe fails, a name is invalid, no token is found, the
+            repository holds something other than a checkpoint of the zoo, or its tag is on another commit.
+        OSError: the Hub refuses or cannot be reached, or gives back something else; one line that says what was done.
+    """
+    validate_repo_id(repository)
+    if "/" not in repository:
+        raise ValueError(f"the name on the Hub must be OWNER/NAME, got '{repository}'")
+    if tag is not None and not re.fullmatch(r"\w[\w.+-]*", tag):
+        raise ValueError(f"a tag must be letters, digits and . + - _, got '{tag}'")
+    if tag is not None and pr:
+        raise ValueError("a pull request cannot be tagged; publish with a tag after it is merged")
+    folder = locate(name).resolve()
+    files = _files(folder, repository)
+    if dry_run:
+        return _listing(files, repository)
+    if token is None and get_token() is None:
+        raise ValueError(f"no token of the Hub found; {LOG_IN}")
+    with TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as cache:
+        return _Upload(repository, files, f"Publish {folder.name} with zoo", token, cache).run(pr, tag, private)
+
+
+def _files(folder: Path, repository: str) -> Files:
+    """What is uploaded, after the checkpoint has been checked."""
+    paths = {file: file_of(folder, file) for file in FILES}
+    config = read_checkpoint(folder, check=True).config
+    return paths | _results(config["figures"])
+
+
+def _results(figures: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """The files of `.eval_results`, one a figure. The Hub knows only data sets of its own there, as owner/name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for figure in figures:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", figure["data"]):
+            continue
+        notes = [figure["metric"], f"n = {figure['n']}"]
+        if figure["interval"] is not None:
+            notes.append("95 % interval {} to {}".format(*figure["interval"]))
+        dataset = {"id": figure["data"], "task_id": figure["split"]}
+        words = " ".join((figure["data"], figure["split"], figure["metric"])).lower()
+        entries = found.setdefault(re.sub("[^a-z0-9]+", "_", words).strip("_"), [])
+        entries.append({"dataset": dataset, "value": figure["value"], "notes": "; ".join(notes)})
+    return {f"{RESULTS}{name}.yaml": yaml_dump(entries).encode() for name, entries in found.items()}
+
+
+def _listing(files: Files, repository: str) -> str:
+    """The files with their sizes, and the text of those that are made for the Hub."""
+    sizes = {path: len(data) if isinstance(data, bytes) else data.stat().st_size for path, data in files.items()}
+    assert isinstance(card := files["README.md"], Path)
+    text = card.read_text(encoding="utf-8")
+    front = text[: text.find("\n---", 3) + 4] if text.startswith("---") else ""
+    lines = [f"{repository} would get {counted(len(files), 'file')} of {sum(sizes.values()):,} bytes:"]
+    lines += [f"{size:>14,}  {path}" for path, size in sorted(sizes.items())]
+    lines += ["", "README.md begins with", front]
+    for path, data in files.items():
+        if isinstance(data, bytes):
+            lines += ["", path, data.decode().rstrip()]
+    return "\n".join(lines)
+
+
+class _Upload:
+    """One run of `publish` against the Hub."""
+
+    def __init__(self, repository: str, files: Files, title: str, token: str | None, cache: str) -> None:
+        self.repository, self.files, self.title, self.token, self.cache = repository, files, title, token, cache
+        self.api = HfApi(token=token, library_name="zoo", library_version=zoo.__version__)
+
+    def run(self, pr: bool, tag: str | None, private: bool) -> str:
+        api, repository = self.api, self.repository
+        address = f"{api.endpoint}/{repository}"
+        if not pr:
+            self.ask(api.create_repo, private=private or None, exist_ok=True)
+        head, held = self.look(private)
+        tags = {each.name: each.target_commit for each in self.ask(api.list_repo_refs).tags} if tag else {}
+        revision = None
+        if pr and (number := self.pull_request()):
+            revision, address = f"refs/pr/{number}", f"{address}/discussions/{number}"
+            head = self.ask(api.model_info, revision=revision).sha
+        changed = not self.unchanged(head)
+        if tag in tags and (changed or tags[tag] != head):
+            raise ValueError(f"{repository} has the tag '{tag}' on commit {tags[tag][:8]} already; choose another tag")
+        if changed:
+            operations = [CommitOperationAdd(path, data) for path, data in self.files.items()]
+            stale = [path for path in held if path.startswith(RESULTS) and path not in self.files]
+            operations += [CommitOperationDelete(path) for path in stale]
+            commit = self.ask(
+                api.create_commit,
+                operations=operations,
+                commit_message=self.title,
+                revision=revision,
+                create_pr=pr and revision is None,
+                parent_commit=head,
+            )
+            head, address = commit.oid, commit.pr_url or address
+        self.check(head)
+        if tag is not None and tag not in tags:
+            self.ask(
+                partial(api.create_tag, tag=tag, revision=head),
+                before=f"the upload stands as commit {head[:8]} of {address}, but has no tag '{tag}'; repeat the "
+                "command to make it: ",
+            )
+        return address
+
+    def ask(self, call: Callable[..., Any], before: str = "", **given: Any) -> Any:
+        """The Hub's answer; OSError of one line if it gives none."""
+        try:
+            return call(self.repository, **given)
+        except Exception as error:  # the client raises its own errors, those of its network library, and the system's
+            why = explain(error, self.repository, self.token)
+            raise OSError(f"{before or f'cannot publish to {self.repository}: '}{why}") from error
+
+    def look(self, private: bool) -> tuple[str, list[str]]:
+        """The newest commit and its files; ValueError if they are not those of a checkpoint of the zoo."""
+        info = self.ask(self.api.model_info)
+        held = [each.rfilename for each in info.siblings or []]
+        if private and not info.private:
+            raise ValueError(f"{self.repository} exists and is public; make it private in its settings first")
+        foreign = [path for path in held if not ALLOWED.fullmatch(path)]
+        if not foreign and "config.json" not in held:
+            foreign = [path for path in held if path in FILES]
+        if foreign:
+            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            raise ValueError(
+                f"{self.repository} holds something other than a checkpoint of the zoo: {', '.join(foreign[:5])}{more};"
+                " choose another name, or delete these files there"
+            )
+        if "config.json" in held:
+            fetch = partial(self.api.hf_hub_download, filename="config.json", revision=info.sha, cache_dir=self.cache)
+            path = Path(self.ask(fetch))
+            try:
+                read_config(path)
+            except CheckpointError as error:
+                why = str(error).replace(str(path), "its config.json")
+                raise ValueError(
+                    f"{self.repository} holds no checkpoint of this zoo ({why}); choose another name"
+                ) from error
+        return info.sha, held
+
+    def pull_request(self) -> int | None:
+        """The number of the open pull request that an earlier run made."""
+        author = self.ask(lambda name: self.api.whoami())["name"]
+        kind: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open", "author": author}
+        found = self.ask(lambda name: [*self.api.get_repo_discussions(name, **kind)])
+        return next((each.num for each in found if each.title == self.title), None)
+
+    def unchanged(self, commit: str) -> bool:
+        """Whether the files of a commit are those to be uploaded."""
+        found = self.ask(self.api.get_paths_info, paths=[*self.files], revision=commit)
+        return {each.path for each in found} == self.files.keys() and all(map(self.same, found))
+
+    def same(self, there: Any) -> bool:
+        here = self.files[there.path]
+        if there.lfs is not None:
+            return isinstance(here, Path) and there.lfs.sha256 == sha256_of(here)
+        return there.blob_id == git_blob(here if isinstance(here, bytes) else here.read_bytes())
+
+    def check(self, commit: str) -> None:
+        """OSError unless the Hub gives back what was uploaded, and its probe passes."""
+        said = f"{self.repository} has the upload as commit {commit[:8]}, but it failed its check and was not tagged"
+        try:
+            folder = download(self.repository, commit, token=self.token, cache_dir=self.cache)
+            read_checkpoint(folder, check=True)
+        except CheckpointError as error:
+            raise OSError(f"{said}: {error}; repeat the command") from error
+        for path in folder.iterdir():
+            here = self.files[path.name]
+            if isinstance(here, Path) and not filecmp.cmp(path, here, shallow=False):
+                raise OSError(f"{said}: {path.name} differs from {here}; repeat the command")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `zoo publish`."""
+    parser = argparse.ArgumentParser(
+        prog="zoo publish",
+        description="Uploads a checkpoint to the Hugging Face Hub in one commit, after its probe has passed;\n"
+        "downloads and checks it again; and prints its address. It can be repeated after an\ninterruption.",
+        epilog="example:\n  zoo publish vit_micro.digits OWNER/vit_micro.digits --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="a checkpoint: a folder, or a name under checkpoints/")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="its name on the Hub; created if it does not exist")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no network")
+    parser.add_argument("--pr", action="store_true", help="open a pull request in an existing repository")
+    parser.add_argument("--tag", metavar="TAG", help="tag of this upload, to load it as OWNER/NAME@TAG")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
+    print(publish(**vars(parser.parse_args(arguments))))
