@@ -39,8 +39,9 @@ def test_time_dependent_gains_are_their_formula(shift):
                 for token in range(4)
             ]
             for sample in range(3)
-        ]
-    ).double()
+        ],
+        dtype=torch.float64,
+    )
     assert relative(y, wanted) < 1e-12
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import Choice, ModelConfig, names_of
-from zoo.layer import Place
+from zoo.layer import Context, Place
 from zoo.modulations import MODULATIONS, Modulation
 from zoo.schedules import SCHEDULES
 from zoo.spec import check, parse
@@ -187,6 +187,15 @@ def last_modulation(config: DiffusionConfig, spec: str, dim: int, place: Place) 
         options["gate"] = False
     last = replace(place, branch=len(config.layout), branches=len(config.layout))
     return row(dim, last, **options)  # pyright: ignore[reportCallIssue]
+
+
+def preceded(tokens: Tensor, own: Tensor, context: Context) -> tuple[Tensor, Context]:
+    """The class tokens `own` [B, n, dim] before the others, and the Context of both, without a position."""
+    mask = context.mask
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
+    together = context.moved(context.grid, own.shape[1], mask)
+    return torch.cat([own.to(tokens.dtype), tokens], 1), together
 
 
 def joined(patches: Tensor, height: int, width: int) -> Tensor:
