@@ -115,6 +115,12 @@ class DiffusionConfig(ModelConfig):
         return self.channels * (1 + self.variance)
 
     @property
+    def scales(self) -> tuple[int, ...]:
+        """Of a model with `predictions` for training before its own: the pixels of a side of which each of them
+        predicts one value, coarse ones first."""
+        return ()
+
+    @property
     def pipeline_tag(self) -> str:
         return "unconditional-image-generation"
 
@@ -178,6 +184,17 @@ class Conditioned(nn.Module):
             return Conditions(None, times, vectors)
         embedding = times if vectors is None else times + vectors
         return Conditions(self.condition(embedding[:, None]), times, vectors)
+
+
+class Embeddings(Conditioned):
+    """The embeddings of time and label for the stages of one width."""
+
+    def __init__(self, config: DiffusionConfig, dim: int) -> None:
+        super().__init__()
+        self.add_embeddings(config, dim)
+
+    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
+        return self.conditions(time, labels, until)
 
 
 def last_modulation(config: DiffusionConfig, spec: str, dim: int, place: Place) -> Modulation:

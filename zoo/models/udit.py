@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.config import Choice, Size, names_of
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, preceded, start
+from zoo.models.diffusion import DiffusionConfig, Embeddings, joined, last_modulation, preceded, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -141,17 +141,6 @@ class Up(nn.Module):
         squares = maps.unflatten(1, (-1, 2, 2)).permute(0, 4, 5, 2, 3, 1)
         tokens = to_tokens(joined(squares, finer.grid[0], finer.grid[1]))
         return self.out(torch.cat([tokens.to(skip.dtype), skip], -1)).to(skip.dtype)
-
-
-class Embeddings(Conditioned):
-    """The embeddings of time and label for stages of one width."""
-
-    def __init__(self, config: UDiTConfig, dim: int) -> None:
-        super().__init__()
-        self.add_embeddings(config, dim)
-
-    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
-        return self.conditions(time, labels, until)
 
 
 class Stage(nn.Module):
