@@ -155,8 +155,9 @@ class Learned(Position):
                 centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
                 places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
                 weights = kernel((places[..., None] - taps).abs())
-                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, 1)
-                x = torch.einsum("bst,bt...->bs...", weights, x).movedim(1, axis)
+                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, -2)
+                weights = weights.view(-1, *[1] * (x.ndim - 3), size, number + 4)
+                x = (weights @ x).movedim(-2, axis)
         return x.flatten(1, -2)
 
 
