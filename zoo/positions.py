@@ -133,7 +133,8 @@ class Learned(Position):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if context.grid == self.grid and context.mask is None:
+        free = not all(isinstance(size, int) for size in context.grid)  # of the exporter, for which no size is fixed
+        if context.mask is None and not free and context.grid == self.grid:
             return x + self.table
         resized = self.resize(context, x.device)
         head = self.table[:, : self.prefix].expand(resized.shape[0], -1, -1)
