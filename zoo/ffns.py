@@ -128,8 +128,7 @@ class SwiGLU(Layer):
 
 
 class GEGLU(SwiGLU):
-    """W3 (gelu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202). The hidden width is
-    that of `swiglu`."""
+    """W3 (gelu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202)."""
 
     activation = staticmethod(gelu)
 

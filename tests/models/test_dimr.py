@@ -16,6 +16,7 @@ from zoo.models import PRESETS
 from zoo.models.base import count_parameters
 from zoo.models.dimr import DiMRConfig
 from zoo.schedules import SCHEDULES
+from zoo.weights.adapt import misfits
 
 TINY = {"dim": (32, 16), "depth": (5, 3), "heads": (2, 2), "image": 8, "channels": 3, "classes": 5}
 FORMS: dict[str, dict[str, Any]] = {
@@ -168,6 +169,13 @@ def test_features_are_maps_of_the_branches():
     model.branches[-1].norm.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     model(x, torch.zeros(1))
     assert torch.equal(seen[0], maps[-1].flatten(2).transpose(1, 2))
+
+
+def test_other_classes_change_only_the_label_tables():
+    for name, number in (("published", 1), ("adaln", 2)):
+        parts = [DiMRConfig(**TINY | FORMS[name] | {"classes": each}).build() for each in (5, 7)]
+        changed = misfits(parts[1].state_dict(), parts[0].state_dict())
+        assert len(changed) == number and all(each.startswith(parts[0].replaceable) for each in changed)
 
 
 # Sizes
