@@ -1,4 +1,5 @@
-"""DiMR (Liu et al. 2024, arXiv:2406.09416)."""
+"""DiMR (Liu et al. 2024, arXiv:2406.09416). The published models were trained with the noise schedule of Stable
+Diffusion, their gains see the time in place of the noise ratio, and their queries, keys and values have no bias."""
 
 from zoo.models.dimr import DiMRConfig
 
