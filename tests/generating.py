@@ -1,5 +1,6 @@
 """What the tests of generators share: tiny checkpoints, and what holds for the models of every family."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,22 @@ def check_conditions(model: Any, least: float) -> None:
 
 def check_start_and_gradients(model: Any) -> None:
     """A new model gives zeros; once it is random, every parameter has a gradient, the same with checkpointing."""
-    x, time, labels = torch.randn(2, 3, 9, 8), torch.rand(2), torch.tensor([0, 5])
-    assert not model(x, time, labels).any()
+    assert not model(torch.randn(2, 3, 9, 8), torch.rand(2), torch.tensor([0, 5])).any()
+    check_gradients(model, lambda *given: [model(*given)])
+
+
+def check_gradients(model: Any, predictions: Callable[..., list[torch.Tensor]]) -> None:
+    """Once a model is random, its predictions for (x, time, labels) give every parameter a gradient, the same with
+    checkpointing."""
+    given = torch.randn(2, 3, 9, 8), torch.rand(2), torch.tensor([0, 5])
     randomise(model).train()
-    model(x, time, labels).square().mean().backward()
-    kept = {name: each.grad for name, each in model.named_parameters()}
-    for label, each in kept.items():
-        assert each is not None and each.isfinite().all() and each.any(), label
-    model.zero_grad()
-    model.checkpointing = True
-    model(x, time, labels).square().mean().backward()
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        torch.stack([each.square().mean() for each in predictions(*given)]).sum().backward()
+        if not checkpointing:
+            kept = {name: each.grad for name, each in model.named_parameters()}
+            for label, each in kept.items():
+                assert each is not None and each.isfinite().all() and each.any(), label
     for label, each in model.named_parameters():
         assert torch.allclose(each.grad, kept[label], rtol=1e-4, atol=1e-5), label

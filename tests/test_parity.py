@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.fft import dct, dctn
-from timm.layers import Attention, EcaModule, SqueezeExcite, SwiGLU, SwiGLUPacked, resample_abs_pos_embed
+from timm.layers import Attention, EcaModule, GluMlp, SqueezeExcite, SwiGLU, SwiGLUPacked, resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.davit import ChannelAttention, ConvPosEnc, WindowAttention
 from timm.models.metaformer import Pooling, SepConv
@@ -458,6 +458,13 @@ def test_swiglu_is_timm_swiglu():
     check(ours(x, GRID), theirs(x), (x,))
     packed = copied(SwiGLUPacked(DIM, 176), renamed(ours, expand="fc1", out="fc2"))
     check(ours(x, GRID), packed(x), (x,))
+
+
+def test_geglu_is_timm_glu_with_gelu():
+    theirs = scattered(GluMlp(DIM, 4 * DIM, act_layer=nn.GELU, gate_last=False))
+    ours = copied(FFNS["geglu"](DIM, ratio=2.0), renamed(theirs, fc1="expand", fc2="out"))
+    x = tokens()
+    check(ours(x, GRID), theirs(x), (x,))
 
 
 @pytest.mark.parametrize("masked", [False, True])

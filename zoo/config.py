@@ -1,6 +1,7 @@
 """Configs of models, as frozen dataclasses: the description of a family, and the choices that all families share."""
 
 import functools
+import itertools
 import math
 import types
 import typing
@@ -319,9 +320,14 @@ class ModelConfig(Config):
     # What follows from it
 
     @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        """The layouts of the blocks of each stage; the last is that of all further stages, too."""
+        return (self.layout,)
+
+    @property
     def words(self) -> list[str]:
-        """The layout's words, one by one."""
-        return words_of(self.layout)
+        """The words of all layouts, one by one."""
+        return [word for layout in self.layouts for word in words_of(layout)]
 
     def described(self, name: str) -> str:
         return readable(getattr(self, name), " / " if name in CHOICES and not self.staged else ", ")
@@ -353,7 +359,7 @@ class ModelConfig(Config):
             dim=self.stages[stage].dim,
             heads=self.stages[stage].heads,
             place=self.place(stage, index),
-            layout=self.layout,
+            layout=self.layouts[min(stage, len(self.layouts) - 1)],
             position=position,
             dropout=self.dropout,
             layer_scale=self.layer_scale,
@@ -362,8 +368,9 @@ class ModelConfig(Config):
         )
 
     def _check_layout(self) -> None:
-        if {*self.layout} <= {"norm"}:
-            raise ValueError(f"layout {'has no branch' if self.layout else 'is empty'}; the usual one is mixer, ffn")
+        for layout in self.layouts:
+            if {*layout} <= {"norm"}:
+                raise ValueError(f"layout {'has no branch' if layout else 'is empty'}; the usual one is mixer, ffn")
         for word in self.words:
             if word not in WORDS:
                 raise ValueError(f"layout: {unknown('branch', word, WORDS)}; + joins two, as in mixer+ffn")
@@ -371,7 +378,7 @@ class ModelConfig(Config):
             raise ValueError("layout: this model has no memory for 'cross' to read")
         if {*names_of(self.modulation)} - {"none"} and "cond" not in self.provides:
             raise ValueError(f"modulation '{self.described('modulation')}': this model has no condition to read")
-        for entry in self.layout:
+        for entry in itertools.chain(*self.layouts):
             if "+" in entry and not {"half", "norm"}.isdisjoint(entry.split("+")):
                 raise ValueError(f"layout: half and norm cannot be joined to other words, as in '{entry}'")
         usual = {each.name: each.default for each in fields(self)}

@@ -99,6 +99,8 @@ class SwiGLU(Layer):
     the size of an MLP of ratio 4.
     """
 
+    activation = staticmethod(silu)
+
     def __init__(
         self, dim: int, place: Place = ANYWHERE, *, ratio: float = 8 / 3, multiple: int = 8, bias: bool = True
     ) -> None:
@@ -115,7 +117,7 @@ class SwiGLU(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, value = self.expand(x).chunk(2, -1)
-        y = silu(gate) * value
+        y = self.activation(gate) * value
         return self.out(y if self.inner is None else self.inner(y, context))
 
     def inputs(self) -> list[nn.Linear] | str:
@@ -125,5 +127,11 @@ class SwiGLU(Layer):
         return [self.out]
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU}
+class GEGLU(SwiGLU):
+    """W3 (gelu(W1 x) * W2 x), with W1 and W2 stored as one matrix (Shazeer 2020, arXiv:2002.05202)."""
+
+    activation = staticmethod(gelu)
+
+
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU}
 """Each row is constructed as row(dim, place, *, options)."""

@@ -109,22 +109,36 @@ class AdaLNSingle(Modulation):
         return torch.addcmul(x, x, scale) + shift, gate[0] if gate else None
 
 
-class TimeDependent(Modulation):
+class Moving(nn.Module):
+    """s * first + (1 - s) * second with s = sigmoid(weight * ratio / 4 + bias), four learned vectors, for ratios
+    [B, 1, 1]: [B, 1, dim]. Both ends are `value` at the start."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.first, self.second = nn.Parameter(torch.full((dim,), value)), nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, ratio: Tensor) -> Tensor:
+        share = torch.addcmul(self.bias, ratio.to(self.weight.dtype) / 4, self.weight).sigmoid()
+        return torch.lerp(self.second, self.first, share)
+
+
+class TimeDependent(Modulation, Moving):
     """y * (s * first + (1 - s) * second) with s = sigmoid(weight * cond / 4 + bias), four learned vectors: the gain of
-    the norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416)."""
+    the norm before it moves between two as the noise grows (TD-RMSN of DiMR, Liu et al. 2024, arXiv:2406.09416).
+    shift=True adds a shift that moves in the same way (its TD-LN)."""
 
     cond = "[B, 1, 1], the logarithm of the signal-to-noise ratio"
     embedded = False
 
-    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(dim) * 0.02), nn.Parameter(torch.zeros(dim))
-        self.first, self.second = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, shift: bool = False) -> None:
+        Moving.__init__(self, dim, 1.0)
+        self.shift = Moving(dim, 0.0) if shift else None
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:  # pyright: ignore
-        ratio = self.read(context).to(self.weight.dtype)
-        share = torch.addcmul(self.bias, ratio / 4, self.weight).sigmoid()
-        return x * torch.lerp(self.second, self.first, share).to(x.dtype), None
+        ratio = self.read(context)
+        y = x * Moving.forward(self, ratio).to(x.dtype)
+        return y if self.shift is None else y + self.shift(ratio).to(x.dtype), None
 
 
 MODULATIONS: dict[str, type[Modulation]] = {

@@ -133,7 +133,8 @@ class Learned(Position):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if context.grid == self.grid and context.mask is None:
+        free = not all(isinstance(size, int) for size in context.grid)  # of the exporter, for which no size is fixed
+        if context.mask is None and not free and context.grid == self.grid:
             return x + self.table
         resized = self.resize(context, x.device)
         head = self.table[:, : self.prefix].expand(resized.shape[0], -1, -1)
@@ -155,8 +156,9 @@ class Learned(Position):
                 centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
                 places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
                 weights = kernel((places[..., None] - taps).abs())
-                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, 1)
-                x = torch.einsum("bst,bt...->bs...", weights, x).movedim(1, axis)
+                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, -2)
+                weights = weights.view(-1, *[1] * (x.ndim - 3), size, number + 4)
+                x = (weights @ x).movedim(-2, axis)
         return x.flatten(1, -2)
 
 

@@ -21,7 +21,7 @@ TINY = {"dim": 32, "depth": 2, "heads": 2, "image": 8, "channels": 3, "classes":
 FORMS: dict[str, dict[str, Any]] = {
     "adaln": {},
     "adaln_single": {"modulation": "adaln_single"},
-    "tdn": {"modulation": "tdn", "norm": "rmsnorm(affine=False)", "class_tokens": 1},
+    "tdn": {"modulation": "tdn", "norm": "rmsnorm(affine=False)", "class_tokens": 1, "position": "learned"},
     "jit": {
         "class_tokens": 3,
         "class_block": 1,

@@ -24,8 +24,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "modulation": "tdn",
         "norm": "rmsnorm(affine=False)",
         "class_tokens": 2,
-        "mixer": ("dico", "dico", "softmax", "dico", "dico"),
-        "position": ("none", "sincos", "rope", "none", "none"),
+        "mixer": ("dico", "dico", "softmax", "softmax", "dico"),
+        "position": ("none", "sincos", "learned", "rope", "none"),
     },
     "mixers": {"mixer": ("dico", "dcnv4", "sla", ("pool",), ("dcnv4", "dico")), "position": "sincos"},
     "until": {"until": True, "dim": (8,), "depth": (2,), "heads": (2,)},
@@ -121,7 +121,7 @@ def test_dico_has_the_published_size(size):
 
 def test_presets_have_names_of_their_sizes():
     found = {name for name, config in PRESETS.items() if isinstance(config, UDiTConfig)}
-    assert found == {f"dico_{size}" for size in PUBLISHED}
+    assert found == {f"dico_{size}" for size in (*PUBLISHED, "micro")}
 
 
 # Programs and files

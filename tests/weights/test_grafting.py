@@ -86,6 +86,7 @@ def test_padding_has_no_say():
     ("name", "fields", "number"),
     [
         ("dico_s", {"dim": (8, 16, 32, 16, 8), "depth": (1,) * 5, "heads": (1,) * 5, "classes": 3}, 5),
+        ("dimr_xl_2r", {"dim": (32, 16), "depth": (1, 1), "heads": (2, 2), "classes": 3}, 1),
         ("ddt_xl_2", {"dim": 32, "depth": 1, "heads": 2, "head_depth": 2, "classes": 3, "channels": 1}, 3),
         ("conformer_ctc_s", {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5}, 2),
         ("rtdetr_micro", {"image": 64, "classes": 2}, 1),

@@ -10,10 +10,11 @@ from torch import nn
 
 import zoo
 from zoo.config import Config, field_names
-from zoo.models import conformer, detr, dit, pyramid, rtdetr, udit, vit
+from zoo.models import conformer, detr, dimr, dit, pyramid, rtdetr, udit, vit
 from zoo.models.base import Model, count_parameters
 from zoo.models.presets import conformer as conformer_presets
 from zoo.models.presets import detr as detr_presets
+from zoo.models.presets import dimr as dimr_presets
 from zoo.models.presets import dit as dit_presets
 from zoo.models.presets import pyramid as pyramid_presets
 from zoo.models.presets import rtdetr as rtdetr_presets
@@ -21,7 +22,8 @@ from zoo.models.presets import udit as udit_presets
 from zoo.models.presets import vit as vit_presets
 from zoo.text import unknown
 
-_PRESETS = (vit_presets, pyramid_presets, conformer_presets, detr_presets, rtdetr_presets, dit_presets, udit_presets)
+_PRESETS = (vit_presets, pyramid_presets, conformer_presets, detr_presets, rtdetr_presets)
+_PRESETS += (dit_presets, udit_presets, dimr_presets)
 PRESETS: dict[str, Config] = {name: config for each in _PRESETS for name, config in each.PRESETS.items()}
 ABOUT: dict[str, str] = {name: about for each in _PRESETS for name, about in each.ABOUT.items()}
 FAMILIES: dict[str, type[Config]] = {
@@ -32,6 +34,7 @@ FAMILIES: dict[str, type[Config]] = {
     "rtdetr": rtdetr.RTDETRConfig,
     "dit": dit.DiTConfig,
     "udit": udit.UDiTConfig,
+    "dimr": dimr.DiMRConfig,
 }
 
 

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
@@ -172,10 +172,11 @@ def make_block(config: ModelConfig, stage: int, index: int, rate: float) -> Bloc
         raise ValueError(f"{config.located(stage, index)}{error}") from None
 
 
-def make_position(config: ModelConfig, stage: int = 0) -> Position:
-    """The position of a stage's tokens."""
+def make_position(config: ModelConfig, stage: int = 0, prefix: bool = True) -> Position:
+    """The position of a stage's tokens; prefix=False for one that tokens get before those of the prefix join them."""
     first = config.block(stage)
-    place = (first.dim, first.head_width, first.place)
+    own = first.place if prefix else replace(first.place, prefix=0)
+    place = (first.dim, first.head_width, own)
     return make(POSITIONS, first.position, *place, field=f"{config.located(stage, 0)}position")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import Choice, ModelConfig, names_of
-from zoo.layer import Place
+from zoo.layer import Context, Place
 from zoo.modulations import MODULATIONS, Modulation
 from zoo.schedules import SCHEDULES
 from zoo.spec import check, parse
@@ -115,6 +115,12 @@ class DiffusionConfig(ModelConfig):
         return self.channels * (1 + self.variance)
 
     @property
+    def scales(self) -> tuple[int, ...]:
+        """Of a model with `predictions` for training before its own: the pixels of a side of which each of them
+        predicts one value, coarse ones first."""
+        return ()
+
+    @property
     def pipeline_tag(self) -> str:
         return "unconditional-image-generation"
 
@@ -180,6 +186,17 @@ class Conditioned(nn.Module):
         return Conditions(self.condition(embedding[:, None]), times, vectors)
 
 
+class Embeddings(Conditioned):
+    """The embeddings of time and label for the stages of one width."""
+
+    def __init__(self, config: DiffusionConfig, dim: int) -> None:
+        super().__init__()
+        self.add_embeddings(config, dim)
+
+    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
+        return self.conditions(time, labels, until)
+
+
 def last_modulation(config: DiffusionConfig, spec: str, dim: int, place: Place) -> Modulation:
     """The modulation behind the last block, which has no gate."""
     row, options = MODULATIONS[parse(spec)[0]], check(MODULATIONS, spec)
@@ -187,6 +204,15 @@ def last_modulation(config: DiffusionConfig, spec: str, dim: int, place: Place) 
         options["gate"] = False
     last = replace(place, branch=len(config.layout), branches=len(config.layout))
     return row(dim, last, **options)  # pyright: ignore[reportCallIssue]
+
+
+def preceded(tokens: Tensor, own: Tensor, context: Context) -> tuple[Tensor, Context]:
+    """The class tokens `own` [B, n, dim] before the others, and the Context of both, without a position."""
+    mask = context.mask
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
+    together = context.moved(context.grid, own.shape[1], mask)
+    return torch.cat([own.to(tokens.dtype), tokens], 1), together
 
 
 def joined(patches: Tensor, height: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from zoo.config import Choice, FlatConfig, Size, names_of
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.decoupled import DecoupledHead
-from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, start
+from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, preceded, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -126,7 +126,7 @@ class DiT(Conditioned, Model[DiTConfig]):
         super().__init__(config)
         first = config.block()
         self.stem = stem(config, config.dim)
-        self.position = make_position(config)
+        self.position = make_position(config, prefix=False)
         self.add_embeddings(config, config.dim)
         self.tokens = None
         if config.class_tokens:
@@ -166,12 +166,8 @@ class DiT(Conditioned, Model[DiTConfig]):
         """The class tokens before the others, and the Context of the blocks that see them."""
         if self.tokens is None or vectors is None:
             return tokens, context
-        own = self.tokens + vectors[:, None]
-        mask = context.mask
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
-        joined = self.position.place(context.moved(context.grid, own.shape[1], mask))
-        return torch.cat([own.to(tokens.dtype), tokens], 1), joined
+        together, context = preceded(tokens, self.tokens + vectors[:, None], context)
+        return together, self.position.place(context)
 
     def memory(self, given: Memory | None, found: Conditions, batch: int) -> Memory | None:
         """What the layout's `cross` reads: the given tokens, and those of time and label if they are not modulated."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.config import Choice, Size, names_of
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, start
+from zoo.models.diffusion import DiffusionConfig, Embeddings, joined, last_modulation, preceded, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -143,17 +143,6 @@ class Up(nn.Module):
         return self.out(torch.cat([tokens.to(skip.dtype), skip], -1)).to(skip.dtype)
 
 
-class Embeddings(Conditioned):
-    """The embeddings of time and label for stages of one width."""
-
-    def __init__(self, config: UDiTConfig, dim: int) -> None:
-        super().__init__()
-        self.add_embeddings(config, dim)
-
-    def forward(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
-        return self.conditions(time, labels, until)
-
-
 class Stage(nn.Module):
     """What leads to the stage, `down` or `up`; a position; and Blocks."""
 
@@ -162,7 +151,7 @@ class Stage(nn.Module):
         dim, before = config.dim, config.dim[stage - 1]
         self.down = Down(before, dim[stage]) if 0 < stage <= config.middle else None
         self.up = Up(before, dim[len(dim) - 1 - stage], dim[stage]) if stage > config.middle else None
-        self.position = make_position(config, stage)
+        self.position = make_position(config, stage, prefix=False)
         self.blocks = nn.ModuleList(make_block(config, stage, index, rate) for index, rate in enumerate(rates))
 
 
@@ -222,20 +211,11 @@ class UDiT(Model[UDiTConfig]):
             context = stage.position.place(Context(grid=context.grid, mask=context.mask, cond=cond))
             tokens, inner = stage.position(tokens, context), context
             if index == self.config.middle and self.tokens is not None and vectors is not None:
-                tokens, inner = self.with_class(tokens, context, vectors)
+                tokens, inner = preceded(tokens, self.tokens + vectors[:, None], context)
                 inner = stage.position.place(inner)
             tokens = self.run(stage.blocks, tokens, inner)
             found.append((tokens[:, inner.prefix :], context))
         return found
-
-    def with_class(self, tokens: Tensor, context: Context, vectors: Tensor) -> tuple[Tensor, Context]:
-        """The class tokens before the others, and the Context of both, without a position."""
-        assert self.tokens is not None
-        own, mask = self.tokens + vectors[:, None], context.mask
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(mask.shape[0], own.shape[1]), mask], 1)
-        together = context.moved(context.grid, own.shape[1], mask)
-        return torch.cat([own.to(tokens.dtype), tokens], 1), together
 
     def forward(
         self,

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from helpers import prepared, relative
+from zoo.models.dimr import DiMRConfig
 from zoo.models.dit import DiTConfig
 from zoo.schedules import SCHEDULES
-from zoo.tasks.generate.objectives import Objective, Times, balanced, discretized, variance_loss
+from zoo.tasks.generate.objectives import Objective, Times, balanced, discretized, pooled, variance_loss
 
 TINY = {"dim": 32, "depth": 1, "heads": 2, "image": 8, "channels": 2, "classes": 3}
 
@@ -79,6 +80,50 @@ def test_differences_agree_with_the_derivative():
     assert exact.abs().max() > 0.1
 
 
+def branches_of(**fields: Any) -> Any:
+    sizes = {"dim": (16, 12, 8), "depth": (1, 1, 1), "heads": (2, 2, 2)}
+    return prepared(DiMRConfig(**TINY | sizes | fields).build())
+
+
+@pytest.mark.parametrize(("prediction", "loss"), [("velocity", None), ("data", "velocity")])
+def test_coarse_predictions_count_less_in_training_and_not_in_evaluation(prediction, loss):
+    """DiMR's: 1 / 16, 1 / 4 and 1, each for the sums of squares of pixels over 4, 2 and 1."""
+    model, (x, labels, times, noise) = branches_of(prediction=prediction), batch()
+    t = times.view(-1, 1, 1, 1)
+    mixed, wanted = (1 - t) * x + t * noise, noise - x if prediction == "velocity" else x
+    factor = 1 / times.square() if loss else torch.ones(4)
+    found = [Objective(loss=loss)(model.train(mode), x, labels, times, noise).double() for mode in (True, False)]
+    total = torch.zeros(4).double()
+    for output, side in zip(model.predictions(mixed, times, labels), (4, 2, 1), strict=True):
+        target = wanted.unflatten(3, (-1, side)).unflatten(2, (-1, side)).sum((3, 5)) / side
+        last = (output - target).square().flatten(1).mean(1)
+        total += last / side**2
+    assert relative(found[0], factor * total) < 1e-5 and relative(found[1], factor * last) < 1e-5
+
+
+def test_mean_flow_with_coarse_predictions():
+    """They are to predict what the finest does, in squares of pixels."""
+    time = "sincos(scale=1.0)"
+    model = branches_of(until=True, time=time, modulation="adaln", norm="layernorm(affine=False)").train()
+    x, labels, times, noise = batch()
+    objective, t, until = Objective(derivative="jvp"), times.view(-1, 1, 1, 1), times * 0.3
+    mixed = (1 - t) * x + t * noise
+    wanted = noise - x - (t - until.view(-1, 1, 1, 1)) * objective.change(model, mixed, noise - x, labels, times, until)
+    total = torch.zeros(4).double()
+    for output, side in zip(model.predictions(mixed, times, labels, until=until), (4, 2, 1), strict=True):
+        total += (output - pooled(wanted, side)).square().flatten(1).mean(1) / side**2
+    assert relative(objective(model, x, labels, times, noise, until).double(), total) < 1e-5
+
+
+def test_pooled_noise_keeps_its_variance():
+    """In squares at the edges, too, which have fewer pixels."""
+    torch.manual_seed(0)
+    found = pooled(torch.randn(4000, 1, 5, 3), 2)
+    assert found.shape[2:] == (3, 2)
+    assert torch.allclose(found.var(0), torch.ones(1, 3, 2), atol=0.1)
+    assert pooled(torch.ones(1, 1, 5, 3), 2).flatten().tolist() == pytest.approx([2, 2**0.5] * 2 + [2**0.5, 1])
+
+
 def test_the_bound_of_a_learned_variance():
     """Against the divergence of two Gaussians and the probability of an 8-bit value."""
     schedule = SCHEDULES["ddpm"]
@@ -117,6 +162,8 @@ def test_a_learned_variance_moves_only_the_variance():
     times = torch.tensor([0.001, 0.1, 0.5, 1.0]).double()
     plain = model_of(schedule="ddpm", prediction="noise")
     whole = Objective()(model, x, labels, times, noise)
+    branches = branches_of(schedule="ddpm", prediction="noise", variance=True).train()
+    assert Objective()(branches, x, labels, times, noise).isfinite().all()
     t = SCHEDULES["ddpm"].level(times.view(-1, 1, 1, 1))
     output = model(t.signal * x + t.noise * noise, times, labels)[:, :2]
     error = (output - noise).square().flatten(1).mean(1)

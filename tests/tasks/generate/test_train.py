@@ -219,3 +219,24 @@ def test_refused_runs(run, tmp_path):
     assert "model.times: unknown name" in refused("generate", "fit", *TINY, "--model.times=normal")
     for option in ("label_drop=1", "times_std=-1", "loss=score", "guidance=-1", "show=-1"):
         assert "\n" not in refused("generate", "fit", *TINY, f"--model.{option}")
+
+
+@pytest.mark.slow
+def test_a_model_of_two_resolutions_learns_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its velocity has a variance of 1.5 or so; the coarse branch's loss is in training alone."""
+    sizes = {"dim": "[64,32]", "depth": "[3,3]", "heads": "[2,2]", "image": "8", "channels": "1"}
+    sizes |= {"name": "dimr_xl_2r", "schedule": "linear", "prediction": "velocity"}
+    command = [
+        "generate",
+        "fit",
+        *TINY[4:],
+        *FAST,
+        *(f"--model.backbone.{name}={each}" for name, each in sizes.items()),
+    ]
+    command += ["--model.rate=2e-3", "--model.show=0", "--trainer.check_val_every_n_epoch=6", "--trainer.max_epochs=6"]
+    main([*command, f"--trainer.default_root_dir={tmp_path / 'run'}"])
+    model: Any = zoo.load_model(tmp_path / "run" / "best")
+    assert float(model.about["metrics"]["val/loss"]) < 0.75
+    given = [str(tmp_path / "run" / "best"), "--classes=3", "--each=2", "--size=8x13", "--steps=4", "--device=cpu"]
+    main(["generate", "sample", *given, f"--output={tmp_path / 'samples'}"])
+    assert "wrote 2 images" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.models.diffusion import PREDICTIONS
@@ -107,6 +108,9 @@ class Objective:
     ) -> Tensor:
         """The loss of each sample [B], in fp32.
 
+        A model in training that has further `predictions`, of squares of s x s pixels, adds their errors / s^2; what
+        they are to predict is `pooled` (DiMR, Liu et al. 2024, arXiv:2406.09416).
+
         With `until` it is that of MeanFlow (Geng et al. 2025, arXiv:2505.13447): the output at time t for a step that
         ends at r is to be v - (t - r) * du/dt, where du/dt is its total derivative along the velocity v.
 
@@ -125,10 +129,10 @@ class Objective:
             velocity = noise - x
             change = self.change(model, mixed, velocity, labels, times, until)
             wanted = velocity - (times - until).view(-1, 1, 1, 1) * change
-            return (model(mixed, times, labels, until=until).float() - wanted).square().flatten(1).mean(1)
-        output = model(mixed, times, labels).float()
+            return squared(predictions_of(model, mixed, times, labels, until), config.scales, wanted)
+        *coarse, output = predictions_of(model, mixed, times, labels)
         output, variance = output.chunk(2, 1) if config.variance else (output, None)
-        error = (output - predicted(config.prediction, Parts(x, noise))).square().flatten(1).mean(1)
+        error = squared([*coarse, output], config.scales, predicted(config.prediction, Parts(x, noise)))
         found = error * weight(config.prediction, self.loss or config.prediction, level).flatten()
         if variance is not None:
             data = parts_of(config.prediction, output.detach(), mixed, level).data
@@ -155,6 +159,33 @@ class Objective:
                 for at in (after, before)
             )
         return (ahead - behind) / (after - before).view(-1, 1, 1, 1)
+
+
+def predictions_of(
+    model: Any, x: Tensor, times: Tensor, labels: Tensor | None, until: Tensor | None = None
+) -> list[Tensor]:
+    """The model's predictions in fp32, its own last; in evaluation that alone."""
+    if model.training and model.config.scales:
+        return [each.float() for each in model.predictions(x, times, labels, until=until)]
+    return [model(x, times, labels, until=until).float()]
+
+
+def squared(predictions: list[Tensor], scales: tuple[int, ...], wanted: Tensor) -> Tensor:
+    """The mean squared error of the last of the predictions, plus, divided by s^2, those of the others at their scales
+    s: [B]."""
+    error = (predictions[-1] - wanted).square().flatten(1).mean(1)
+    for found, scale in zip(predictions[:-1], scales, strict=False):
+        error = error + (found - pooled(wanted, scale)).square().flatten(1).mean(1) / scale**2
+    return error
+
+
+def pooled(x: Tensor, scale: int) -> Tensor:
+    """The sum of each square of scale x scale pixels of x [B, C, H, W] over the root of their number, so that noise
+    keeps its variance. Squares at the right and the bottom may have fewer."""
+    total, number = (
+        F.avg_pool2d(each, scale, ceil_mode=True, divisor_override=1) for each in (x, torch.ones_like(x[:1, :1]))
+    )
+    return total / number.sqrt()
 
 
 def balanced(losses: Tensor, size: int) -> Tensor:
