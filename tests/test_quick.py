@@ -198,6 +198,8 @@ def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixt
         "vit_micro.digits (", "checkpoints/vit_micro.digits ("
     ).replace("predict vit", "predict checkpoints/vit").replace('point("vit', 'point("checkpoints/vit')
     assert '  zoo.load_checkpoint("vit_micro.digits")(FILE)' in text
+    text = printed(capsys, "info", "dit_micro.digits")  # which has no answer for a file
+    assert "zoo generate sample dit_micro.digits" in text and "load_checkpoint" not in text
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ USUAL = {
     "model.backbone.name": "the model; `zoo list` shows the names",
     "model.backbone.FIELD": "mixer, norm, classes, ...; see `zoo info NAME`",
     "model.weights": "checkpoint to start from or to measure",
+    "model.samples": "samples to compare with images",
+    "model.features": "checkpoint whose features compare them",
     "model.rate": "peak learning rate",
     "data.dataset": "kind of data, as in configs/",
     "data.root": "folder of the data",
@@ -52,6 +54,7 @@ USUAL = {
     "ckpt_path": "run to resume or to measure: RUN, or its state",
 }
 FIT_ONLY = ("model.rate", "data.train", "trainer.max_epochs")
+MEASURE_ONLY = ("model.samples", "model.features")
 
 
 @functools.cache
@@ -300,8 +303,10 @@ def checkpoint_page(name: str, folder: Path) -> str:
     pairs += rows.items()
     if isinstance(config.get("labels"), list):
         pairs.append(("labels", cut(", ".join(map(str, config["labels"])), 200)))
-    uses = [f"zoo.load_checkpoint({literal(name)})(FILE)"]
-    if task := task_of(config):
+    uses, task = [f"zoo.load_checkpoint({literal(name)})(FILE)"], task_of(config)
+    if task == "generate":
+        uses = [f"zoo generate sample {name}", f"zoo generate predict {name} FILES"]
+    elif task:
         uses.insert(0, f"zoo {task} predict {name} FILES")
     return "\n".join([*lines, *columns(pairs), "", "use:", *(f"  {use}" for use in uses)])
 
@@ -312,7 +317,8 @@ def checkpoint_page(name: str, folder: Path) -> str:
 def task_help(task: str) -> str:
     """What `zoo TASK --help` prints."""
     found = facts()["tasks"][task]
-    verbs = [(verb, VERBS.get(verb, "")) for verb in found["verbs"]]
+    about = VERBS | ({"predict": "add noise to images and restore them"} if task == "generate" else {})
+    verbs = [(verb, about.get(verb, "")) for verb in found["verbs"]]
     lines = [f"usage: zoo {task} VERB [OPTIONS]", "", f"{found['about']}.", "", "verbs:", *columns(verbs), ""]
     lines += [f"`zoo {task} VERB --help` shows the options of a verb.", "", "example:"]
     return "\n".join([*lines, example(task, "fit")])
@@ -325,7 +331,8 @@ def verb_help(task: str, verb: str) -> str:
     pairs = []
     for name, said in USUAL.items():
         given = options.get(name)
-        if (given is None and not name.startswith("model.backbone.")) or (verb != "fit" and name in FIT_ONLY):
+        elsewhere = MEASURE_ONLY if verb == "fit" else FIT_ONLY
+        if (given is None and not name.startswith("model.backbone.")) or name in elsewhere:
             continue
         default = (given or {}).get("default")
         pairs.append((f"--{name}", said + (f" [default: {default}]" if default is not None else "")))

@@ -105,6 +105,7 @@ def test_equal_to_its_formulas():
     state = checkpoint()
     x, steps, labels = torch.randn(3, 4, 8, 12).double(), torch.tensor([0, 417, 999]), torch.tensor([0, 3, 5])
     model = from_dico(state, image=8)
+    assert model.preprocess.size == 8 and model.preprocess.std == (1 / 0.18215,) * 4
     assert relative(model(x, (steps + 1) / 1000, labels), naive(state, x, steps, labels)) < 1e-6  # waves are fp32
     model = model.double()
     for each in model.embeddings:  # the same waves, in fp64

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from encoding import cache
@@ -157,15 +158,43 @@ def test_broken_folders(copy: Path):
     for change, message in (
         ({"format": 2}, "format must be 1, got 2"),
         ({"channels": 5}, "mean has 4 values, but channels=5"),
-        ({"shards": {"../train-0": {"count": 1, "names": ""}}}, "shard '../train-0' is invalid"),
-        ({"extra": 1}, "extra"),
+        ({"shards": {"../train-0": {"count": 1, "names": ""}}}, "shard '../train-0' must be the name of a file"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"classes": "ab"}, "classes must be a list of names, got ab"),
+        ({"image": 1.5}, "image must be an integer >= 1, got 1.5"),
+        ({"mean": 3}, "mean must be a list of numbers, got 3"),
+        ({"shards": {"train-0": 3}}, "shard 'train-0' must have a count and a hash"),
         ({"classes": ["cats"]}, "the labels of .* must be from 0 to 0"),
     ):
         (copy / INDEX).write_text(json.dumps(index | change))
         with pytest.raises(ValueError, match=message):
             data(copy).find("fit")
+    (copy / INDEX).write_text(json.dumps({name: index[name] for name in index if name != "std"}))
+    assert "it lacks field 'std'" in refused()
     index["shards"][path.name]["count"] = 4
     (copy / INDEX).write_text(json.dumps(index))
     assert f"{path} must hold latents [4, 2, 4, 4, 4], got [3, 2, 4, 4, 4]" in refused()
     (copy / INDEX).write_text("{")
     assert "index.json cannot be read as JSON" in refused()
+
+
+def test_damaged_moments_are_refused_by_file_and_row(copy: Path):
+    path = copy / "train-00001.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    source = Latents(copy, "train")
+    broken = tensors | {"std": tensors["std"].clone()}
+    broken["std"][1, 1, 0, 0, 0] = float("inf")
+    save_file(broken, path, metadata)
+    source.moments(4, False)
+    with pytest.raises(ValueError, match="train-00001.safetensors, row 1: the latents are NaN or infinite; delete the"):
+        source.moments(4, True)
+    for name, value, message in (
+        ("labels", None, "has no tensor 'labels'"),
+        ("labels", torch.zeros(2), "must hold 3 labels, got torch.float32 .2."),
+        ("std", torch.zeros(3, 2, 4, 4, 3), "must hold latents .3, 2, 4, 4, 4., got .3, 2, 4, 4, 3."),
+    ):
+        kept = {key: each for key, each in (tensors | {name: value}).items() if each is not None}
+        save_file(kept, path, metadata)
+        with pytest.raises(ValueError, match=message):
+            Latents(copy, "train")

@@ -223,6 +223,9 @@ def test_refused_configs(choices, words):
         ((torch.randn(1, 3, 8, 8), torch.tensor([1.5])), ["time must be from 0", "1.5"]),
         ((torch.randn(1, 3, 8, 8), torch.tensor([math.nan])), ["time must be from 0"]),
         ((torch.randn(1, 3, 8, 8), torch.tensor(0.5)), ["time must be floating point [B]"]),
+        ((torch.randn(2, 3, 8, 8), torch.rand(3)), ["time must be [B], one for each of the 2 images, got [3]"]),
+        ((torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1])), ["labels must be [B] as the 2 times, got [1]"]),
+        ((torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([1.0])), ["labels must be integers [B]"]),
         ((torch.randn(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([6])), ["labels must be from 0 to 5", "no class"]),
         ((torch.randn(1, 4, 8, 8), torch.tensor([0.5])), ["must be [B, 3, H, W]"]),
     ],
@@ -235,6 +238,11 @@ def test_refused_inputs(arguments, words):
         DiTConfig(**TINY | {"classes": 0}).build()(torch.randn(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([1]))
     with pytest.raises(ValueError, match="takes no `until`"):
         DiTConfig(**TINY).build()(torch.randn(1, 3, 8, 8), torch.tensor([0.5]), until=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="until must be from 0, data, to 1, noise, got .2.0."):
+        model = DiTConfig(**TINY | {"until": True}).build()
+        model(torch.randn(1, 3, 8, 8), torch.tensor([0.5]), until=torch.tensor([2.0]))
+    with pytest.raises(ValueError, match="image must be at least a patch of 2, got 1"):
+        DiTConfig(**TINY | {"image": 1})
 
 
 def test_presets_have_names_of_their_sizes():

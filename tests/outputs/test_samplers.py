@@ -216,6 +216,22 @@ def test_refused_guidance(options):
     assert parts_of("data", torch.ones(1), torch.ones(1), SCHEDULES["linear"].level(torch.ones(1))).noise == 1.0
 
 
+@pytest.mark.parametrize(
+    ("labels", "indices", "options", "message"),
+    [
+        (None, [], {}, "with a label for each, got 0, labels none"),
+        (None, [-1], {}, "indices must be integers >= 0"),
+        ([1, 2], range(3), {}, r"with a label for each, got 3, labels \[2\]"),
+        ([1], [0], {"steps": 2.5}, "steps must be from 1 to 10000, got 2.5"),
+    ],
+)
+def test_refused_samples(labels, indices, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(model_of(), labels, indices, (8, 8), **options)
+    with pytest.raises(ValueError, match="samples need a diffusion model, got a Linear"):
+        sample(nn.Linear(2, 2), None, [0], (8, 8))
+
+
 def test_the_times_from_a_start():
     config = Toy(0.0, 1.0).config
     assert times_of(config, 2, start=0.5) == [0.5, 0.25, 0.0]

@@ -7,6 +7,7 @@ import torch
 
 import zoo
 from helpers import prepared, randomise
+from zoo.models.dit import DiTConfig
 
 TINY = {"dim": 32, "depth": 2, "heads": 2, "image": 16, "patch": 4, "classes": 5}
 
@@ -126,3 +127,7 @@ def test_other_models_are_refused():
     model = vit()
     with pytest.raises(ValueError, match="NaN or infinite at step 0; lower rate"):
         zoo.graft(model, "sla", [(torch.full((1, 3, 16, 16), float("nan")),)], progress=False)
+    with pytest.raises(ValueError, match="a batch must be the model's arguments .x: .*missing .* 'time'"):
+        zoo.graft(
+            DiTConfig(dim=16, depth=1, heads=2, image=4).build(), "sla", [torch.randn(1, 4, 4, 4)], progress=False
+        )

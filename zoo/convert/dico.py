@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from zoo.convert.dit.layout import filled, opened, renamed, shape_of, unchanged
+from zoo.convert.dit.layout import filled, of_stable_diffusion, opened, renamed, shape_of, unchanged
 from zoo.models.udit import UDiT, UDiTConfig
 
 _STAGES = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
@@ -42,7 +42,7 @@ _POINTWISE = re.compile(r"(conv1|ca\.1|conv3|conv4|conv5|reduce_chan_level\d)\.w
 def from_dico(checkpoint: str | Path | Mapping[str, Tensor], *, image: int = 32) -> UDiT:
     """Converts a checkpoint of DiCo (Ai et al. 2025, arXiv:2505.11196); the model gives what theirs gives.
 
-    Time 0 is data here: step k of 0 .. 999 is the time (k + 1) / 1000.
+    Time 0 is data here: step k of 0 .. 999 is the time (k + 1) / 1000. `model.preprocess` is as in `from_dit`.
 
     Args:
         checkpoint: the file, which is read without running code, or a state dict; averaged weights are preferred.
@@ -52,7 +52,9 @@ def from_dico(checkpoint: str | Path | Mapping[str, Tensor], *, image: int = 32)
         ValueError: in one line: the file cannot be read, or a tensor is missing, unused or of a wrong shape.
     """
     state, where = opened(checkpoint, ("ema", "model"))
-    return filled(state, _config(state, image, where), _original, where, unchanged)
+    model: UDiT = filled(state, _config(state, image, where), _original, where, unchanged)
+    model.preprocess = of_stable_diffusion(model.config)
+    return model
 
 
 def to_dico(model: UDiT) -> dict[str, Tensor]:

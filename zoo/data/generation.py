@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.image_sources import SOURCES
-from zoo.data.images import Images
+from zoo.data.images import ImageDataset, Images
 from zoo.data.latents import INDEX, LatentDataset, Latents, read_index
 from zoo.inputs import Preprocess
 from zoo.inputs.latents import LatentPreprocess
@@ -99,10 +99,18 @@ class WholeImages(Images):
         return replace(own, mean=base.mean, std=base.std)
 
     def items(self, split: str) -> Any:
-        if self.dataset != "latents":
-            return super().items(split)
-        seed = self.seed if split == "train" else None
-        return LatentDataset(self.source(split), self.preprocess, self.flip, seed)
+        if split != "train":
+            return self.plain(split)
+        if self.dataset == "latents":
+            return LatentDataset(self.source(split), self.preprocess, self.flip, self.seed)
+        return super().items(split)
+
+    def plain(self, split: str) -> Any:
+        """The data set of a split without flips or draws, that of `train` too."""
+        source, preprocess = self.source(split), self.preprocess
+        if isinstance(preprocess, LatentPreprocess):
+            return LatentDataset(source, preprocess)
+        return ImageDataset(source, preprocess.cut, preprocess)
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
         (images,), named = super().example()

@@ -19,7 +19,7 @@ from zoo.inputs.latents import LatentPreprocess
 from zoo.text import from_json, one_line, reason
 
 INDEX = "index.json"
-AGAIN = "delete it and run `zoo generate encode` again"
+AGAIN = "delete the file and run `zoo generate encode` again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +83,55 @@ def read_index(root: str | os.PathLike[str]) -> Index:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {reason(error)}; {AGAIN}") from error
     try:
+        check_index(found)
         index = Index(**found)
-        if index.format != 1:
-            raise ValueError(f"format must be 1, got {index.format}")
         index.preprocess()
-        for name, shard in index.shards.items():
-            if Path(name).name != name or not isinstance(shard["count"], int) or not isinstance(shard["names"], str):
-                raise ValueError(f"shard {name!r} is invalid")
-        if not all(isinstance(each, str) for each in index.classes):
-            raise ValueError("classes must be names")
-    except Exception as error:  # a file from elsewhere may hold anything
+    except (ValueError, TypeError) as error:
         raise ValueError(one_line(f"{path} is not the index of latents: {reason(error)}; {AGAIN}")) from error
     return index
+
+
+KINDS: dict[str, tuple[type, str]] = {
+    "format": (int, "1"),
+    "decoder": (str, "a string"),
+    "autoencoder": (str, "a string"),
+    "scaling": (dict, "a mapping"),
+    "image": (int, "an integer >= 1"),
+    "factor": (int, "an integer >= 1"),
+    "channels": (int, "an integer >= 1"),
+    "dtype": (str, "a string"),
+    "mean": (list, "a list of numbers"),
+    "std": (list, "a list of numbers"),
+    "classes": (list, "a list of names"),
+    "shards": (dict, "a mapping"),
+}
+
+
+def check_index(found: Any) -> None:
+    """ValueError if a value of JSON is not the content of an index."""
+    if not isinstance(found, dict):
+        raise ValueError(f"it must be a mapping, got {type(found).__name__}")
+    if (fields := set(found)) != set(KINDS):
+        kind, names = ("lacks", set(KINDS) - fields) if set(KINDS) - fields else ("has an unknown", fields - set(KINDS))
+        raise ValueError(f"it {kind} field {min(names)!r}")
+    for name, (kind, text) in KINDS.items():
+        value = found[name]
+        low = kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+        if not isinstance(value, kind) or low or (name == "format" and value != 1):
+            raise ValueError(f"{name} must be {text}, got {one_line(value, 100)}")
+    if not all(isinstance(each, str) for each in found["classes"]):
+        raise ValueError(f"classes must be a list of names, got {one_line(found['classes'], 100)}")
+    for name, shard in found["shards"].items():
+        count = shard.get("count") if isinstance(shard, dict) else None
+        if (
+            not isinstance(count, int)
+            or isinstance(count, bool)
+            or count < 0
+            or not isinstance(shard.get("names"), str)
+        ):
+            raise ValueError(f"shard {name!r} must have a count and a hash of names")
+        if Path(name).name != name:
+            raise ValueError(f"shard {name!r} must be the name of a file")
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -166,6 +203,7 @@ class Shard:
     def __init__(self, path: Path, tag: Tag | None = None) -> None:
         from safetensors import SafetensorError, safe_open
 
+        self.path = path
         try:
             self.file: Any = safe_open(path, "pt")
         except FileNotFoundError:
@@ -192,13 +230,29 @@ class Shard:
     def __exit__(self, *error: Any) -> None:
         self.file.__exit__(*error)
 
+    def tensor(self, name: str) -> Any:
+        """A tensor of the file, which is read when it is indexed."""
+        if name not in self.file.keys():  # noqa: SIM118 (safe_open has no `in`)
+            raise ValueError(f"{self.path} has no tensor '{name}'; {AGAIN}")
+        return self.file.get_slice(name)
+
     def labels(self) -> Tensor:
-        return self.file.get_tensor("labels")
+        return self.tensor("labels")[:]
+
+    def check(self, shape: list[int], classes: int) -> None:
+        """ValueError if the moments do not have this shape, or a label is none of so many classes."""
+        for name in ("mean", "std"):
+            if (found := self.tensor(name).get_shape()) != shape:
+                raise ValueError(f"{self.path} must hold latents {shape}, got {found}; {AGAIN}")
+        labels = self.labels()
+        if labels.shape != (shape[0],) or labels.dtype != torch.int64:
+            raise ValueError(f"{self.path} must hold {shape[0]} labels, got {labels.dtype} {[*labels.shape]}; {AGAIN}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"the labels of {self.path} must be from 0 to {classes - 1}; {AGAIN}")
 
     def sums(self) -> Sums:
-        count, twice, _, height, width = self.file.get_slice("mean").get_shape()
-        first, second = self.file.get_tensor("first"), self.file.get_tensor("second")
-        return Sums(count * twice * height * width, first, second)
+        count, twice, _, height, width = self.tensor("mean").get_shape()
+        return Sums(count * twice * height * width, self.tensor("first")[:], self.tensor("second")[:])
 
     def moments(self, row: int, mirrored: bool) -> tuple[Tensor, Tensor]:
         """The mean and the standard deviation [channels, H, W] of an image or of its mirror image."""
@@ -218,18 +272,15 @@ class Latents:
         self.names = [name for name in sorted(self.index.shards) if name.startswith(f"{split}-")]
         if not self.names:
             held = sorted({name.partition("-")[0] for name in self.index.shards})
-            raise ValueError(f"{self.root} has no {split} latents; it has {', '.join(held)}")
+            raise ValueError(f"{self.root} has no {split} latents; it has {', '.join(held) or 'none'}")
         self.classes, size = list(self.index.classes), self.index.image // self.index.factor
         labels: list[Tensor] = []
         for name in self.names:
             with Shard(self.root / name, self.index.tag(name)) as shard:
                 shape = [self.index.shards[name]["count"], 2, self.index.channels, size, size]
-                if (found := shard.file.get_slice("mean").get_shape()) != shape:
-                    raise ValueError(f"{self.root / name} must hold latents {shape}, got {found}; {AGAIN}")
+                shard.check(shape, len(self.classes))
                 labels.append(shard.labels())
         self.labels = torch.cat(labels).numpy()
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"the labels of {self.root} must be from 0 to {len(self.classes) - 1}; {AGAIN}")
         self.starts = np.cumsum([0, *map(len, labels)])
 
     def name(self, index: int) -> str:
@@ -240,7 +291,10 @@ class Latents:
         """The mean and the standard deviation [channels, H, W] of the latents of an image or of its mirror image."""
         name, row = self._at(index)
         with Shard(self.root / name) as shard:
-            return shard.moments(row, mirrored)
+            mean, std = shard.moments(row, mirrored)
+        if not bool((mean + std).isfinite().all()):
+            raise ValueError(f"{self.name(index)}: the latents are NaN or infinite; {AGAIN}")
+        return mean, std
 
     def _at(self, index: int) -> tuple[str, int]:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -62,6 +62,8 @@ class DiffusionConfig(ModelConfig):
     def check_sizes(self) -> None:
         if min(self.image, self.channels, self.patch) < 1 or min(self.classes, self.class_tokens) < 0:
             raise ValueError("image, channels and patch must be >= 1, classes and class_tokens >= 0")
+        if self.image < self.patch:
+            raise ValueError(f"image must be at least a patch of {self.patch}, got {self.image}")
         for name, table in (("schedule", SCHEDULES), ("prediction", PREDICTIONS)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}: {unknown('name', getattr(self, name), table)}")
@@ -165,7 +167,7 @@ class Conditioned(nn.Module):
 
     def conditions(self, time: Tensor, labels: Tensor | None, until: Tensor | None) -> Conditions:
         """The condition of the blocks, and of what it is made."""
-        check_times(time, "time")
+        check_conditions(time, labels, until)
         if until is not None and self.until is None:
             raise ValueError("this model takes no `until`; its config has until=False")
         vectors = None
@@ -226,12 +228,28 @@ def joined(patches: Tensor, height: int, width: int) -> Tensor:
     return maps[:, :, :height, :width]
 
 
-def check_times(time: Tensor, name: str) -> None:
-    """ValueError for times that are not [B], floating point and from 0 to 1; values on the CPU alone."""
-    if time.ndim != 1 or not time.is_floating_point():
-        raise ValueError(f"{name} must be floating point [B], got {time.dtype} {list(time.shape)}")
-    if not compiling() and time.device.type == "cpu" and not bool(((time >= 0) & (time <= 1)).all()):
-        raise ValueError(f"{name} must be from 0, data, to 1, noise, got {time.tolist()}")
+def check_conditions(time: Tensor, labels: Tensor | None, until: Tensor | None) -> None:
+    """ValueError for times that are not [B], floating point and from 0 to 1, or labels that are not integers [B]; the
+    values are checked on the CPU alone."""
+    for name, each in {"time": time, "until": until}.items():
+        if each is None:
+            continue
+        if each.ndim != 1 or not each.is_floating_point():
+            raise ValueError(f"{name} must be floating point [B], got {each.dtype} {list(each.shape)}")
+        if not compiling() and each.device.type == "cpu" and not bool(((each >= 0) & (each <= 1)).all()):
+            raise ValueError(f"{name} must be from 0, data, to 1, noise, got {each.tolist()}")
+    if labels is not None and (labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"labels must be integers [B], got {labels.dtype} {list(labels.shape)}")
+    if not compiling():
+        for name, each in {"labels": labels, "until": until}.items():
+            if each is not None and len(each) != len(time):
+                raise ValueError(f"{name} must be [B] as the {len(time)} times, got {list(each.shape)}")
+
+
+def check_number(x: Tensor, time: Tensor) -> None:
+    """ValueError if there is not a time for each image."""
+    if not compiling() and len(time) != len(x):
+        raise ValueError(f"time must be [B], one for each of the {len(x)} images, got {list(time.shape)}")
 
 
 @torch.no_grad()

@@ -14,7 +14,16 @@ from zoo.config import Choice, FlatConfig, Size, names_of
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.decoupled import DecoupledHead
-from zoo.models.diffusion import Conditioned, Conditions, DiffusionConfig, joined, last_modulation, preceded, start
+from zoo.models.diffusion import (
+    Conditioned,
+    Conditions,
+    DiffusionConfig,
+    check_number,
+    joined,
+    last_modulation,
+    preceded,
+    start,
+)
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -212,6 +221,7 @@ class DiT(Conditioned, Model[DiTConfig]):
         """x [B, channels, H, W], times [B] in 0..1 and labels [B] -> [B, outputs, H, W]; zeros where the mask [B, H, W]
         is False."""
         found = self.conditions(time, labels, until)
+        check_number(x, time)
         ((tokens, context),) = deque(self.tokens_after(x, found, memory, mask, self.config.depth - 1), maxlen=1)
         last: Any = self
         context = context.moved(context.grid, mask=context.grid_mask)
@@ -239,6 +249,7 @@ class DiT(Conditioned, Model[DiTConfig]):
         wanted = chosen_layers(layers, self.config.depth, "block")
         time = x.new_zeros(x.shape[0]) if time is None else time
         found = self.conditions(time, labels, None)
+        check_number(x, time)
         maps = [
             to_map(tokens, context.grid)
             for tokens, context in self.tokens_after(x, found, memory, mask, max(wanted, default=-1))

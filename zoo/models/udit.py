@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.config import Choice, Size, names_of
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
-from zoo.models.diffusion import DiffusionConfig, Embeddings, joined, last_modulation, preceded, start
+from zoo.models.diffusion import DiffusionConfig, Embeddings, check_number, joined, last_modulation, preceded, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
 from zoo.spec import make, parse
@@ -199,6 +199,7 @@ class UDiT(Model[UDiTConfig]):
     ) -> list[tuple[Tensor, Context]]:
         """The grid's tokens after each of the first stages, and their Context."""
         conditions = [each(time, labels, until) for each in self.embeddings]
+        check_number(x, time)
         found: list[tuple[Tensor, Context]] = []
         for index, stage in enumerate(self.stages[:stages]):
             assert isinstance(stage, Stage)

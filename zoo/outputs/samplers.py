@@ -245,7 +245,7 @@ def times_of(config: Any, steps: int, shift: float = 1.0, start: float = 1.0) ->
     (shift - 1) * t) (Esser et al. 2024, arXiv:2403.03206), then times `start`; for a schedule of steps, the nearest of
     them."""
     most = SCHEDULES[config.schedule].steps
-    if not 1 <= steps <= (most or 10_000):
+    if not isinstance(steps, int) or not 1 <= steps <= (most or 10_000):
         raise ValueError(f"steps must be from 1 to {most or 10_000}, got {steps}")
     if not 0.01 <= shift <= 100.0:
         raise ValueError(f"shift must be from 0.01 to 100, got {shift}")
@@ -293,7 +293,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def sample(
     model: Any,
-    labels: Tensor | None,
+    labels: Tensor | Sequence[int] | None,
     indices: Sequence[int],
     size: tuple[int, int],
     *,
@@ -323,7 +323,13 @@ def sample(
     Raises:
         ValueError: an unknown sampler, or one that does not fit the model, no steps, or a side below a patch.
     """
-    config, guidance = model.config, guidance or Guidance()
+    config, guidance = getattr(model, "config", model), guidance or Guidance()
+    if not hasattr(config, "schedule"):
+        raise ValueError(f"samples need a diffusion model, got a {type(model).__name__}")
+    labels = None if labels is None else torch.as_tensor(labels, device=next(model.parameters()).device)
+    if not len(indices) or min(indices) < 0 or labels is not None and labels.shape != (len(indices),):
+        given = "none" if labels is None else list(labels.shape)
+        raise ValueError(f"indices must be integers >= 0 with a label for each, got {len(indices)}, labels {given}")
     sampler = sampler or usual(config)
     check_sampler(config, sampler, guidance)
     if labels is None and guidance.scale != 1.0 and guidance.weak is None:

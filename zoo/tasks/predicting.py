@@ -103,7 +103,8 @@ def load_for(command: str, name: str) -> Checkpoint:
         other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
         raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
     if found.preprocess is None:
-        raise ValueError(f"{name} has no preprocess in its config.json, so its input cannot be prepared")
+        again = "load it, and save it with zoo.save_model(model, folder, preprocess=...)"
+        raise ValueError(f"{name} has no preprocess in its config.json, so its input cannot be prepared; {again}")
     if not config.headed:
         raise ValueError(f"{name} is a backbone without a head, so it predicts nothing")
     return found

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from zoo.config import ModelConfig
 from zoo.layer import Context
 from zoo.mixers import MIXERS
 from zoo.models.base import Model
+from zoo.text import one_line
 
 
 class Graft(NamedTuple):
@@ -139,10 +141,13 @@ def branches_of(model: Model, paths: list[str], batch: Any) -> list[tuple[str, t
                 seen.append((path, (inputs[0].clone(), inputs[1], output.clone())))
 
             stack.callback(model.get_submodule(path).register_forward_hook(note).remove)
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*(batch if isinstance(batch, tuple | list) else (batch,)))
+        given = batch if isinstance(batch, tuple | list | Mapping) else (batch,)
+        names = signature(model.forward)
+        try:
+            found = names.bind(**given) if isinstance(given, Mapping) else names.bind(*given)
+        except TypeError as error:
+            raise ValueError(f"graft: a batch must be the model's arguments {one_line(names)}: {error}") from error
+        model(*found.args, **found.kwargs)
     return seen
 
 

@@ -36,6 +36,8 @@ def test_equal_to_the_published_wiring_and_back(noise):
     wanted = dit_wiring.jit(state, x, time, labels, HEADS, DEPTH, START)
     assert relative(noise * ours(x / noise, 1 - time, labels), wanted) < 1e-10
     assert relative(noise * from_jit(state, class_block=0, noise=noise)(x / noise, 1 - time, labels), wanted) > 1e-3
+    white = torch.full((4, 4, 3), 255, dtype=torch.uint8)
+    assert torch.allclose(ours.preprocess(white), torch.full((3, ours.config.image, ours.config.image), 1 / noise))
     again = to_jit(ours, noise=noise)
     assert again.keys() == state.keys() and relative(again.pop("pos_embed"), state["pos_embed"]) < 1e-6
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())

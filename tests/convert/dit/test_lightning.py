@@ -62,7 +62,9 @@ def test_a_file(tmp_path):
         wide[f"module.final_layer.linear.{leaf}"] = torch.cat([tensor, torch.randn_like(tensor)])
     plain = {name: 2 * tensor for name, tensor in state.items()}
     torch.save({"model": plain, "ema": wide, "config": {"data": {"image_size": 256}}}, tmp_path / "file.pt")
-    again = to_lightningdit(from_lightningdit(tmp_path / "file.pt", heads=HEADS))
+    model = from_lightningdit(tmp_path / "file.pt", heads=HEADS)
+    assert model.preprocess is None
+    again = to_lightningdit(model)
     assert torch.equal(again["blocks.1.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
     assert torch.equal(again["final_layer.linear.weight"], state["final_layer.linear.weight"])
 

@@ -1,15 +1,19 @@
 """Conversions of DiT, SiT and REPA, and back."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import zoo
 from helpers import prepared, relative
 from zoo.convert import from_dit, to_dit
+from zoo.inputs.latents import LatentPreprocess
 from zoo.models.dit import DiT, DiTConfig
 from zoo.schedules import SCHEDULES
+from zoo.tasks.predicting import load_for
 
 
 def original(kind: str, **fields: Any) -> tuple[dict[str, Tensor], DiT]:
@@ -31,6 +35,7 @@ def test_the_way_back(kind, tmp_path):
     torch.save({"ema": state, "args": __import__("argparse").Namespace(a=1)}, tmp_path / "file.pt")
     again = from_dit(tmp_path / "file.pt", kind, heads=2)
     assert again.config == model.config
+    assert again.preprocess == LatentPreprocess(size=8, std=(1 / 0.18215,) * 4, decoder="stabilityai/sd-vae-ft-ema")
     x, time, labels = torch.randn(2, 4, 8, 8).double(), torch.tensor([0.1, 0.8]).double(), torch.tensor([1, 5])
     assert torch.equal(again(x, time, labels), model(x, time, labels))
     assert all(torch.equal(each, to_dit(again)[name]) for name, each in state.items())
@@ -50,6 +55,17 @@ def test_the_time_and_the_sign_of_sit():
     assert relative(ours(x, time, labels), -forward(x, 1 - time, labels)) < 1e-6
     data, noise = SCHEDULES["linear"].level(time)
     assert torch.equal(data, 1 - time) and torch.equal(noise, time)
+
+
+def test_a_converted_model_is_saved_with_its_latents(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no names of classes
+        zoo.save_model(from_dit(original("sit")[0], "sit", heads=2).float(), tmp_path / "sit")
+    found = load_for("generate", str(tmp_path / "sit"))
+    latents = torch.randn(4, 8, 8)
+    assert torch.allclose(found.preprocess(latents), latents * 0.18215)  # pyright: ignore[reportOptionalCall]
+    state, _ = original("repa", channels=6)
+    assert from_dit(state, "repa", heads=2).preprocess is None  # of another autoencoder
 
 
 def test_refused():

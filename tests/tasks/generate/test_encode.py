@@ -146,7 +146,7 @@ def test_refused_encodes(home: Path, tmp_path: Path):
     path = output / "train-00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:300])
-    assert text().startswith(f"{path} is truncated") and "delete it and run `zoo generate encode` again" in text()
+    assert text().startswith(f"{path} is truncated") and "delete the file and run `zoo generate encode` again" in text()
     path.write_bytes((output / "train-00000.safetensors").read_bytes())
     assert f"{path} holds other latents (they differ in names)" in text()
     path.write_bytes(whole)
@@ -232,6 +232,16 @@ def test_a_model_of_latents(home: Path, run: Path, tmp_path: Path, capsys):
     assert refused(*common, "--size=15", out) == "--size must be multiples of 2, got 15x15"
     assert "is neither a folder" in refused(*common, "--decoder=nowhere", out)
     assert not (tmp_path / "c").exists()
+
+
+def test_samples_of_latents_are_measured_beside_decoded_images(home: Path, run: Path, tmp_path: Path, capsys):
+    data = ["--data.dataset=latents", f"--data.root={home / 'latents'}", "--trainer.accelerator=cpu"]
+    figures = ["--model.samples=4", "--model.steps=1", "--model.guidance=1", f"--model.output={tmp_path / 'out'}"]
+    main(["generate", "validate", f"--model.weights={run / 'best'}", *data, *figures])
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert (found["held_out"], found["training"], found["size"]) == (4, 10, [16, 16]) and found["mirrored"]
+    assert found["decoder"] == str(home / "vae") and found["figures"].keys() == {"neighbours", "near_copies"}
+    assert "the 4 held-out images, decoded from their latents, in place of samples" in capsys.readouterr().out
 
 
 def test_without_the_decoder_no_grid_is_drawn(home: Path, tmp_path: Path, caplog):

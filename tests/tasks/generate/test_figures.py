@@ -55,6 +55,7 @@ def test_figures_are_those_of_the_metrics(models, tmp_path, capsys):
     columns = {"guided": (Guidance(scale=2.0), 6), "plain": (Guidance(), 3)}
     assert found["evaluations"] == {column: number for column, (_, number) in columns.items()}
     real, unseen = features(training[0]), features(held[0])
+    known = torch.cat([real, features(training[0].flip(2))])
     for column, (guidance, _) in columns.items():
         x = sample(checkpoint.model, labels, range(NUMBER), (8, 8), steps=2, guidance=guidance).x
         values = to_bytes(x, checkpoint.preprocess)
@@ -65,7 +66,7 @@ def test_figures_are_those_of_the_metrics(models, tmp_path, capsys):
             "neighbours": neighbour_accuracy(seen, labels, unseen, held[1]),
             "frechet": frechet_distance(seen, unseen),
             "kernel": kernel_distance(seen, unseen),
-            "near_copies": near_copies(seen, real, unseen),
+            "near_copies": near_copies(seen, known, unseen),
         }
         for metric, value in wanted.items():
             assert found["figures"][metric][column] == pytest.approx(value, rel=1e-4, abs=1e-6), (metric, column)
@@ -75,14 +76,37 @@ def test_figures_are_those_of_the_metrics(models, tmp_path, capsys):
     assert found["figures"]["frechet"]["real"] == pytest.approx(frechet_distance(real[chosen], unseen), rel=1e-4)
     wanted = neighbour_accuracy(real[chosen], training[1][chosen], unseen, held[1])
     assert found["figures"]["neighbours"]["real"] == pytest.approx(wanted)
-    assert found["figures"]["near_copies"]["real"] == pytest.approx(near_copies(unseen, real, unseen))
+    assert found["figures"]["near_copies"]["real"] == pytest.approx(near_copies(unseen, known, unseen))
     assert (found["samples"], found["held_out"], found["training"]) == (NUMBER, 360, 1437) and not found["omitted"]
+    assert found["mirrored"] and found["all"] == {"held_out": 360, "training": 1437} and found["size"] == [8, 8]
     assert f"{NUMBER} samples: heun, 2 steps, seed 0, guidance 2\n" in said
     (row,) = (line for line in said.splitlines() if line.startswith(f"classifier agreement ({judge})"))
     assert [float(each) for each in row.split()[-3:]] == pytest.approx(
         [found["figures"]["agreement"][each] for each in ("guided", "plain", "real")], abs=1e-4
     )
     assert f"\nFrechet distance (features of {judge})" in said and "FID" not in said
+
+
+def test_mirror_images_of_training_images_are_copies_where_training_flips(models):
+    mirrored = bytes_in("train")[0][spread(100, 1437)].flip(2)
+    for flip, share in ((0.5, 1.0), (0.0, 0.0)):
+        evaluator = Evaluator(20, 1, 0, Guidance(), None, None, DIGITS)
+        data = WholeImages("digits", size=8, channels=1, batch=200, workers=0, flip=flip)
+        data.preprocess = zoo.load_checkpoint(models[0]).preprocess  # pyright: ignore[reportAttributeAccessIssue]
+        training, held = (evaluator.real(data, each, 100, lambda: None) for each in ("train", "val"))
+        drawn = evaluator.see(mirrored, training.labels, 200)
+        figures = evaluator.compare(Figures({}), {"plain": drawn}, training, held, labelled=False)
+        assert figures.values["near_copies"]["plain"] == pytest.approx(share, abs=0.05)
+        assert ("mirror images" in figures.titles["near_copies"]) == bool(flip)
+
+
+def test_only_as_many_images_as_fit_are_read(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zoo.tasks.generate.figures.MEMORY", 4 * 64 * 50)  # 50 images of 64 pixels
+    found = measure("validate", models[0], tmp_path, "--model.samples=20", "--data.flip=0")
+    assert (found["held_out"], found["training"], found["all"]["training"]) == (50, 50, 1437)
+    said = capsys.readouterr().out
+    assert "real: the 50 of 360 held-out images, in place of samples, or 20 of the 50 of 1437 training images" in said
+    assert "near copies of training images (pixels)" in said
 
 
 def test_nothing_is_drawn_from_the_generators_and_values_are_logged(models, tmp_path):
@@ -147,7 +171,7 @@ def test_distances_of_timm_are_not_called_fid(models):
     evaluator.features.name = "timm:inception_v3.tf_in1k"
     data = WholeImages("digits", size=8, channels=1, batch=200, workers=0)
     data.preprocess = zoo.load_checkpoint(models[0]).preprocess  # pyright: ignore[reportAttributeAccessIssue]
-    held = evaluator.real(data, "val", lambda: None)
+    held = evaluator.real(data, "val", 360, lambda: None)
     figures = evaluator.compare(Figures({}), {"plain": held}, held, held, labelled=False)
     assert figures.titles["frechet"] == "Frechet distance (features of timm:inception_v3.tf_in1k)"  # and not FID
     assert figures.values["near_copies"]["plain"] == 1.0  # the images are the training images

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import zoo
 from helpers import prepared, relative
 from zoo.models.dimr import DiMRConfig
 from zoo.models.dit import DiTConfig
+from zoo.outputs.samplers import sample
 from zoo.schedules import SCHEDULES
 from zoo.tasks.generate.objectives import Objective, Times, balanced, discretized, pooled, variance_loss
 
@@ -208,3 +210,37 @@ def test_refused(options, fields, message):
         with pytest.raises(ValueError, match="model.times"):
             Times(**given)
     assert isinstance(model_of(), nn.Module)
+
+
+def discs(number: int, height: int, width: int, seed: int) -> torch.Tensor:
+    """White discs on black, as many per pixel in images of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    images = -torch.ones(number, 1, height, width)
+    for _ in range(height * width // 512):
+        y, x, radius = torch.rand(3, number, 1, 1, generator=generator)
+        inside = (rows - y * height) ** 2 + (columns - x * width) ** 2 < (3 + 4 * radius) ** 2
+        images = torch.where(inside[:, None], 1.0, images)
+    return images
+
+
+@pytest.mark.parametrize("mixer", ["dico", "dcnv4"])
+def test_a_model_without_absolute_positions_draws_other_sides_than_it_was_trained_at(mixer):
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "patch": 4, "image": 32, "channels": 1, "classes": 0}
+    model: Any = zoo.create_model("dit_micro", mixer=mixer, position="none", **fields)
+    optimizer, objective = torch.optim.AdamW(model.parameters(), 3e-3), Objective()
+    for step in range(100):
+        x = discs(16, 32, 32, step)
+        loss = objective(model, x, None, torch.rand(16), torch.randn_like(x)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    losses = []
+    for width in (32, 48):
+        x, times = discs(64, 32, width, 1_000), (torch.arange(64) + 0.5) / 64
+        with torch.no_grad():
+            losses.append(float(objective(model.eval(), x, None, times, torch.randn_like(x)).mean()))
+    assert losses[0] < 0.8 and losses[1] < 1.2 * losses[0], losses  # 1.6 before training
+    drawn = sample(model, None, range(2), (32, 48), steps=2).x
+    assert drawn.shape == (2, 1, 32, 48) and drawn.isfinite().all()

@@ -153,7 +153,7 @@ def test_an_image_that_cannot_be_read(model, images, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--classes=11"], "--classes: unknown class '11'"),
-        (["--classes=1,2"], "--classes: give 1 class for all images or 3, one for each, got 2"),
+        (["--classes=1,2"], "--classes: give one class for all images, or one for each of the 3, got 2"),
         (["--guidance=2"], "--guidance needs --classes"),
         (["--sampler=ddm"], "sampler: unknown name 'ddm'"),
         (["--steps=20000"], "steps must be from 1 to 10000"),

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from generating import generator
+from training import refused
 from zoo.__main__ import main
 from zoo.tasks.generate.images import listed
+from zoo.tasks.generate.sample import split_classes
 
 FILES = {"grid.png", "samples.json", "samples.npz"}
 
@@ -48,3 +50,24 @@ def test_a_record_that_cannot_be_read_lists_nothing(text, tmp_path):
     assert listed(tmp_path / "missing.json") == set()
     (tmp_path / "samples.json").write_text(text, encoding="latin-1")
     assert listed(tmp_path / "samples.json") == set()
+
+
+def test_names_of_classes_may_hold_commas():
+    names = ["cat", "cat, black", "dog", "a, b, c"]
+    assert split_classes("cat, black,dog", names) == ["cat, black", "dog"]
+    assert split_classes(" cat ,a, b, c,cat", names) == ["cat", "a, b, c", "cat"]
+    for text, bad in (("cat,", "''"), ("", "''"), ("cat, white", "'white'"), ("a, b", "'a'")):
+        with pytest.raises(ValueError, match=f"--classes: unknown class {bad}"):
+            split_classes(text, names)
+
+
+def test_too_many_or_too_large_samples(model, tmp_path, monkeypatch):
+    arguments = ["generate", "sample", model, "--classes=3", "--steps=1", "--device=cpu", f"--output={tmp_path / 'o'}"]
+    assert refused(*arguments, "--each=1000001") == "--each: at most 1,000,000 images at once, got 1,000,001"
+
+    def full(*given: object, **options: object) -> object:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("zoo.tasks.generate.images.sample", full)
+    found = refused(*arguments, "--size=6x4", "--each=2")
+    assert found == "not enough memory for 2 samples of 6x4 at once; lower the batch or the size"

@@ -31,7 +31,7 @@ def from_diffusers(
 
     diffusers computes another function than the original with the same weights: its frequencies of the time are
     those of shift=1, and the eps of the second norm of a block is 1e-5, here 1e-6. Its blocks each hold the
-    embeddings of time and label, which must be equal.
+    embeddings of time and label, which must be equal. `model.preprocess` is as in `from_dit`.
 
     Args:
         state: the state dict.

@@ -23,6 +23,7 @@ from zoo.convert.dit.layout import (
     without,
     written,
 )
+from zoo.inputs.images import ImagePreprocess
 from zoo.models.dit import DiT
 from zoo.models.presets.dit import PRESETS
 
@@ -38,7 +39,7 @@ def from_jit(
     """Converts a checkpoint of JiT; the model predicts data, as theirs.
 
     JiT counts time from the noise; ours embeds 1 - time. Channels of queries and keys change places: JiT rotates
-    neighbours, zoo the two halves of a head.
+    neighbours, zoo the two halves of a head. `model.preprocess` is that of its images.
 
     Args:
         checkpoint: the file, which is read without running code, or a state dict, of the whole denoiser or of its
@@ -78,7 +79,11 @@ def from_jit(
     def change(name: str, tensor: Tensor) -> Tensor:
         return halves(name, _scaled(name, tensor, noise), config.dim // config.heads)
 
-    return read(state, config, ALL, where, change)
+    model = read(state, config, ALL, where, change)
+    if channels in (1, 3):
+        mean, std = (0.5,) * channels, (0.5 * noise,) * channels
+        model.preprocess = ImagePreprocess(size=config.image, channels=channels, mean=mean, std=std, crop=1.0)
+    return model
 
 
 def to_jit(model: DiT, *, noise: float = 1.0) -> dict[str, Tensor]:

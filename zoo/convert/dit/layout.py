@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.convert.source import Source, state_dict_of
+from zoo.inputs.latents import LatentPreprocess
 from zoo.layer import Context
 from zoo.models.diffusion import DiffusionConfig
 from zoo.models.dit import DiT, DiTConfig
@@ -20,6 +21,9 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24, 1792: 28}
 
 SIZES = ("dim", "depth", "heads", "image", "channels", "classes", "patch", "drop_path", "dropout")
 """Fields of a config that every layout leaves free."""
+
+VAE, SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
+"""The autoencoder of Stable Diffusion's latents, and what its published models multiply them by."""
 
 NAMES = {
     "steps.0.branch.qkv": "attn.qkv",
@@ -48,6 +52,13 @@ def opened(checkpoint: str | Path | Mapping[str, Tensor], keys: Sequence[str]) -
     if isinstance(checkpoint, Mapping):
         return dict(checkpoint), "the state dict"
     return state_dict_of(Path(checkpoint).expanduser(), keys), str(checkpoint)
+
+
+def of_stable_diffusion(config: DiffusionConfig) -> LatentPreprocess | None:
+    """How the published models prepare the latents of Stable Diffusion; None for a model of other channels."""
+    if config.channels != 4:
+        return None
+    return LatentPreprocess(size=config.image, std=(1 / SCALE,) * 4, decoder=VAE)
 
 
 def without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -51,6 +51,9 @@ def from_lightningdit(checkpoint: str | Path | Mapping[str, Tensor], *, heads: i
     negated. Channels of a variance, which it does not use, are dropped. Channels of queries and keys change places:
     LightningDiT rotates neighbours, zoo the two halves of a head.
 
+    `model.preprocess` is None: the mean and deviation of the channels of its latents (VA-VAE's) are not in the file.
+    Give them to `zoo.save_model` as `preprocess=LatentPreprocess(...)` of `zoo.inputs.latents`.
+
     Args:
         checkpoint: the file, which is read without running code, or a state dict; averaged weights are preferred.
         heads: attention heads, if the width is not a published one.

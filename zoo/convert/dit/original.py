@@ -14,6 +14,7 @@ from zoo.convert.dit.layout import (
     heads_of,
     narrowed,
     negated,
+    of_stable_diffusion,
     opened,
     read,
     same_but,
@@ -44,7 +45,8 @@ def from_dit(
 
     Time 0 is data here, in all three. Of DiT, step k of 0 .. 999 is the time (k + 1) / 1000. SiT counts from the noise
     and predicts data - noise; ours embeds 1 - time, and its last linear is negated. The channels that SiT does not use,
-    and REPA's projections, are dropped.
+    and REPA's projections, are dropped. A model of 4 channels has `model.preprocess`, that of Stable Diffusion's
+    latents, so that `zoo.save_model` makes a checkpoint for `zoo generate sample`.
 
     Args:
         checkpoint: the file, which is read without running code, or a state dict; averaged weights are preferred.
@@ -97,4 +99,6 @@ def converted(
         state = {name: each for name, each in state.items() if not name.startswith("projectors.")}
     if kind != "dit":
         narrowed(state, channels, patch, where)
-    return read(state, config, ALL, where, negated if kind == "sit" else unchanged)
+    model = read(state, config, ALL, where, negated if kind == "sit" else unchanged)
+    model.preprocess = of_stable_diffusion(config)
+    return model

@@ -36,7 +36,9 @@ def parser() -> Parser:
     made.add_rare("--batch", metavar="N", type=count, default=16, help="images per batch (default: 16)")
     made.add_rare("--shard", metavar="N", type=count, default=1024, help="images per file (default: 1024)")
     made.add_rare("--workers", metavar="N", type=count, help="processes that read images (default: one per core)")
-    made.add_rare("--dtype", metavar="T", choices=("float32", "float16"), default="float32", help="of the files")
+    made.add_rare(
+        "--dtype", metavar="T", choices=("float32", "float16"), default="float32", help="float32 (default) or float16"
+    )
     return made
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
-from zoo.data.images import ImageDataset, Images, as_it_is
+from zoo.data.generation import WholeImages
+from zoo.data.images import as_it_is
 from zoo.data.loading import make_loader
-from zoo.inputs.latents import Autoencoder
+from zoo.inputs.latents import Autoencoder, LatentPreprocess
 from zoo.models.convolutional import TIMM
 from zoo.outputs.samplers import Guidance, times_of, usual
 from zoo.tasks.generate.features import classifier_of, features_of
@@ -34,14 +35,18 @@ from zoo.text import counted, one_line, reason
 
 RECORD = "figures.json"
 SHOWN = 100  # samples in a grid
+MOST = 50_000  # images of a split that are read, evenly spread
+MEMORY = 2**31  # bytes of their features
 
 
 class Seen(NamedTuple):
-    """Features [N, D] and labels [N] of images, and the classes [N] that a classifier reads in them, or None."""
+    """Features [N, D] and labels [N] of images, the classes [N] that a classifier reads in them, or None, and the
+    features [N, D] of their mirror images, or None."""
 
     features: Tensor
     labels: Tensor
-    read: Tensor | None
+    read: Tensor | None = None
+    mirrored: Tensor | None = None
 
 
 @dataclass
@@ -72,12 +77,11 @@ class Figures:
             found = self.values.get(metric, {})
             row = title.ljust(left) + "".join(f"{found[each]:10.4f}" for each in columns if found)
             lines.append(row if found else f"{title}: omitted; {self.omitted[metric]}")
-        held, training = facts["held_out"], facts["training"]
-        most = min(facts["samples"], training)
-        return [
-            *lines,
-            f"real: the {held} held-out images in place of samples, or {most} of the {training} training images",
-        ]
+        held, training = (read_of(facts[each], facts["all"][each]) for each in ("held_out", "training"))
+        decoded = ", decoded from their latents" if facts["decoder"] else ""
+        most = min(facts["samples"], facts["training"])
+        real = f"real: the {held} held-out images{decoded}, in place of samples, or {most} of the {training} training"
+        return [*lines, f"{real} images"]
 
 
 class Evaluator:
@@ -127,30 +131,40 @@ class Evaluator:
                 raise ValueError(f"model.classifier: {error}") from None
             self.unread = str(error)
 
-    def see(self, values: Tensor, labels: Tensor, batch: int, read: bool = True) -> Seen:
-        """8-bit images uint8 [N, H, W, channels] as features and classes."""
-        parts = values.split(batch)
-        classes = None
+    def see(self, values: Tensor, labels: Tensor, batch: int, read: bool = True, mirror: bool = False) -> Seen:
+        """8-bit images uint8 [N, H, W, channels] as features and classes, and if `mirror`, the features of their mirror
+        images."""
+        parts, classes, mirrored = values.split(batch), None, None
         if read and self.classifier is not None:
             classes = torch.cat([self.classifier(part).argmax(1) for part in parts])
-        return Seen(torch.cat([self.features(part) for part in parts]), labels, classes)
+        if mirror:
+            mirrored = torch.cat([self.features(part.flip(2)) for part in parts])
+        return Seen(torch.cat([self.features(part) for part in parts]), labels, classes, mirrored)
 
-    def real(self, data: Images, split: str, watch: Callable[[], Any]) -> Seen:
-        """The images of a split that can be read; those of `train` are not read by the classifier."""
-        dataset = ImageDataset(data.source(split), data.preprocess.cut, data.preprocess)
-        batches = BatchSampler([(0, index) for index in range(len(dataset))], data.batch, False)  # pyright: ignore
+    def real(self, data: WholeImages, split: str, number: int, watch: Callable[[], Any]) -> Seen:
+        """So many images of a split, evenly spread, that can be read. Those of `train` are not read by the classifier,
+        but are seen mirrored too if training flips images."""
+        dataset, train = data.plain(split), split == "train"
+        keys = [(0, index) for index in spread(number, len(dataset)).tolist()]
+        batches = BatchSampler(keys, data.batch, False)  # pyright: ignore
         seen: list[Seen] = []
-        for batch in make_loader(dataset, batches, as_it_is, data.processes(data.dataset == "imagefolder")):
+        for batch in make_loader(dataset, batches, as_it_is, data.processes(data.dataset in data.folders)):
             if len(batch.images):
                 values = to_bytes(batch.images, data.preprocess, self.decoder)
-                seen.append(self.see(values, batch.labels, data.batch, split != "train"))
+                seen.append(self.see(values, batch.labels, data.batch, not train, train and data.flip > 0))
             watch()
         if not seen:
             raise ValueError(f"no image of split '{split}' could be read")
-        features, labels, read = zip(*seen, strict=True)
-        return Seen(torch.cat(features), torch.cat(labels), None if read[0] is None else torch.cat(read))
+        return Seen(*(None if each[0] is None else torch.cat(each) for each in zip(*seen, strict=True)))  # pyright: ignore
 
-    def measure(self, model: Any, data: Images, split: str, output: Path) -> Figures:
+    def width(self, preprocess: Any) -> int:
+        """How many features an image has."""
+        factor = preprocess.factor if isinstance(preprocess, LatentPreprocess) else 1
+        channels = preprocess.channels if self.decoder is None else self.decoder.colours
+        side = preprocess.size * factor
+        return self.features(torch.zeros(1, side, side, channels, dtype=torch.uint8)).shape[1]
+
+    def measure(self, model: Any, data: WholeImages, split: str, output: Path) -> Figures:
         """Draws samples of a model in eval mode, with the classes of the images of the split in their shares, and
         compares them with these. Writes the figures as JSON, and a grid of each kind of samples.
 
@@ -166,15 +180,18 @@ class Evaluator:
         if self.classifier is not None:
             self.classifier.to(device)
         steps = len(times_of(model.config, self.steps)) - 1
-        total = sum(math.ceil(len(data.source(each).labels) / data.batch) for each in ("train", split))
+        width = self.width(data.preprocess)
+        most = min(MOST, max(1, MEMORY // (4 * width)))
+        sizes = {each: len(data.source(each).labels) for each in ("train", split)}
+        numbers = {each: min(most, size) for each, size in sizes.items()}
+        if self.features.model is not None and self.number <= width < min(numbers.values()):
+            needed = f"the Frechet distance of {width} features"
+            raise ValueError(f"model.samples must be > {width} for {needed}, got {self.number}")
+        total = sum(math.ceil(number / data.batch) for number in numbers.values())
         total += math.ceil(self.number / data.batch) * steps * len(self.guidances)
-        seen, grids, evaluations = dict[str, Seen](), dict[str, Any](), dict[str, int]()
+        seen, grids, evaluations, size = dict[str, Seen](), dict[str, Any](), dict[str, int](), list[int]()
         with tqdm(total=total, desc="samples", unit="step", ncols=79, leave=False, disable=None) as bar:
-            training, held = (self.real(data, each, bar.update) for each in ("train", split))
-            width, fewest = held.features.shape[1], min(len(held.labels), len(training.labels))
-            if self.features.model is not None and self.number <= width < fewest:
-                needed = f"the Frechet distance of {width} features"
-                raise ValueError(f"model.samples must be > {width} for {needed}, got {self.number}")
+            training, held = (self.real(data, each, numbers[each], bar.update) for each in ("train", split))
             labels = held.labels.sort().values[spread(self.number, len(held.labels))]
             asked = labels.tolist() if model.config.classes else None
             for column, guidance in self.guidances.items():
@@ -191,7 +208,7 @@ class Evaluator:
                     **options,
                 )
                 grids[column] = grid(values[spread(min(SHOWN, self.number), self.number)], 10)
-                seen[column] = self.see(values, labels, data.batch)
+                seen[column], size = self.see(values, labels, data.batch), list(values.shape[1:3])
         facts = {
             "samples": self.number,
             "sampler": usual(model.config),
@@ -199,13 +216,16 @@ class Evaluator:
             "evaluations": evaluations,
             "seed": self.seed,
             "guidance": self.guidance,
-            "size": [side, side],
+            "size": size,
             "features": self.features.name,
             "classifier": None if self.classifier is None else self.classifier.name,
             "data": data.dataset,
             "split": split,
             "held_out": len(held.labels),
             "training": len(training.labels),
+            "all": {"held_out": sizes[split], "training": sizes["train"]},
+            "mirrored": training.mirrored is not None,
+            "decoder": self.decoder and self.decoder.name,
         }
         figures = self.compare(Figures(facts), seen, training, held, asked is not None)
         write(output, figures, grids)
@@ -240,19 +260,27 @@ class Evaluator:
             )
             title = f"kernel distance (features of {name})"
             figures.add("kernel", title, lambda each: kernel_distance(each.features, held.features), drawn_or_training)
+        known, title = training.features, "near copies of training images"
+        if training.mirrored is not None:
+            known, title = torch.cat([known, training.mirrored]), f"{title} or their mirror images"
         figures.add(
             "near_copies",
-            f"near copies of training images ({name})",
-            lambda each: near_copies(each.features, training.features, held.features),
+            f"{title} ({name})",
+            lambda each: near_copies(each.features, known, held.features),
             drawn_or_held,
         )
         return figures
 
 
+def read_of(number: int, total: int) -> str:
+    """How many of all images were read."""
+    return f"{number}" if number == total else f"{number} of {total}"
+
+
 def thinned(seen: Seen, number: int) -> Seen:
     """So many of the images, evenly spread."""
     chosen = spread(number, len(seen.labels))
-    return Seen(seen.features[chosen], seen.labels[chosen], None)
+    return Seen(seen.features[chosen], seen.labels[chosen])
 
 
 def write(output: Path, figures: Figures, grids: dict[str, Any]) -> None:

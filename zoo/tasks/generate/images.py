@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from zoo.outputs.answers import checked
 from zoo.outputs.samplers import Noise, sample, times_of
 from zoo.schedules import SCHEDULES
 from zoo.tasks.generate.objectives import mix
+from zoo.text import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,6 +99,18 @@ def grid(values: Tensor, columns: int, least: int = 32) -> Image:
     return to_image(make_grid(large, columns, pad_value=255)[:channels].permute(1, 2, 0))
 
 
+@contextmanager
+def in_memory(number: int, size: tuple[int, int]) -> Iterator[None]:
+    """Turns the error that memory is full into a ValueError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        what = f"{counted(number, 'sample')} of {size[0]}x{size[1]}"
+        raise ValueError(f"not enough memory for {what} at once; lower the batch or the size") from error
+
+
 def drawn(
     model: Any,
     preprocess: Any,
@@ -124,8 +138,9 @@ def drawn(
     for first in range(0, number, batch):
         indices = range(first, min(first + batch, number))
         asked = None if labels is None else torch.tensor(labels[first : indices.stop], device=device)
-        x, evaluations = sample(model, asked, indices, size, watch=watch, **options)
-        values.append(to_bytes(checked(x), preprocess, decoder))
+        with in_memory(len(indices), size):
+            x, evaluations = sample(model, asked, indices, size, watch=watch, **options)
+            values.append(to_bytes(checked(x), preprocess, decoder))
     return torch.cat(values), evaluations
 
 
@@ -163,8 +178,10 @@ def restored(
     noised = mix(x, Noise(seed, indices, x.shape[1:])(), level)
     asked = None if labels is None else torch.tensor(labels, device=device)
     more: dict[str, Any] = {"steps": steps, "shift": shift, "seed": seed, "start": (noised.to(device), first)}
-    made = sample(model, asked, indices, (x.shape[2], x.shape[3]), **more, **options)
-    noised, found = (to_bytes(each, preprocess, decoder) for each in (noised, checked(made.x)))
+    size = (x.shape[2], x.shape[3])
+    with in_memory(len(x), size):
+        made = sample(model, asked, indices, size, **more, **options)
+        noised, found = (to_bytes(each, preprocess, decoder) for each in (noised, checked(made.x)))
     return noised, found, made.evaluations
 
 

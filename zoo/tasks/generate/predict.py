@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.tasks import predicting as files
-from zoo.tasks.generate.sample import add_options, facts, settings
+from zoo.tasks.generate.sample import add_options, facts, settings, split_classes
 from zoo.tasks.predicting import Parser
-from zoo.text import plain, reason, unknown
+from zoo.text import plain, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,12 +119,11 @@ def classes_of(text: str | None, names: list[str], number: int) -> list[tuple[in
         return []
     if not names:
         raise ValueError("--classes: this model has no classes")
-    wanted = [each.strip() for each in text.split(",")]
-    for each in wanted:
-        if each not in names:
-            raise ValueError(f"--classes: {unknown('class', each, names)}")
+    wanted = split_classes(text, names)
     if len(wanted) not in (1, number):
-        raise ValueError(f"--classes: give 1 class for all images or {number}, one for each, got {len(wanted)}")
+        raise ValueError(
+            f"--classes: give one class for all images, or one for each of the {number}, got {len(wanted)}"
+        )
     return [(names.index(each), each) for each in (wanted if len(wanted) == number else wanted * number)]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "samples.json"
+MOST = 1_000_000  # images
 
 
 def parser() -> Parser:
@@ -39,12 +40,14 @@ def add_options(made: Parser, steps: int) -> None:
     made.add_argument(
         "--steps", metavar="N", type=count, default=steps, help=f"steps of the sampler (default: {steps})"
     )
-    made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="1 (default) for none")
+    made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="strength, 1 for none (default: 1)")
     kinds = "euler, heun, ab2, ddim, dpm, ddpm, euler_maruyama or meanflow"
     made.add_rare("--sampler", metavar="S", help=f"{kinds} (default: what fits the model)")
     made.add_rare("--seed", metavar="N", type=seed, default=0, help="chooses the noise (default: 0)")
     files.add_device(made)
-    made.add_rare("--interval", metavar="A,B", type=interval, default=(0.0, 1.0), help="times that are guided")
+    made.add_rare(
+        "--interval", metavar="A,B", type=interval, default=(0.0, 1.0), help="times that are guided (default: 0,1)"
+    )
     made.add_rare("--channels", metavar="N", type=count, default=0, help="guide the first N channels alone")
     made.add_rare("--weak", metavar="NAME", help="guide by this weaker checkpoint instead of no class")
     made.add_rare("--shift", metavar="S", type=float, default=1.0, help="above 1, more steps near the noise")
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> None:
     options = settings(given, model, preprocess, names, device)
     steps = len(times_of(config, given.steps, given.shift)) - 1
     chosen = chosen_classes(given.classes, class_names(names, config.classes))
+    if (number := len(chosen) * given.each) > MOST:
+        raise ValueError(f"--each: at most {MOST:,} images at once, got {number:,}")
     sides, decoder = sides_of(given.size, preprocess), decoder_for(preprocess, given.decoder)
     if decoder is not None:
         decoder.to(device)
@@ -160,11 +165,22 @@ def chosen_classes(text: str | None, names: list[str]) -> list[tuple[int, str]]:
         return [(0, "")]
     if text is None:
         return list(enumerate(names))
-    wanted = [each.strip() for each in text.split(",")]
-    for each in wanted:
-        if each not in names:
-            raise ValueError(f"--classes: {unknown('class', each, names)}")
+    wanted = split_classes(text, names)
     return [(names.index(each), each) for each in dict.fromkeys(wanted)]
+
+
+def split_classes(text: str, names: list[str]) -> list[str]:
+    """The names of classes in a text with commas between them; a name may hold commas itself. ValueError for another
+    name."""
+    parts, found = text.split(","), list[str]()
+    while parts:
+        ends = range(len(parts), 0, -1)
+        name, end = next(((name, end) for end in ends if (name := ",".join(parts[:end]).strip()) in names), ("", 0))
+        if not end:
+            raise ValueError(f"--classes: {unknown('class', parts[0].strip(), names)}")
+        found.append(name)
+        parts = parts[end:]
+    return found
 
 
 def write(output: Path, known: dict[str, Any], wanted: list[tuple[int, str]], values: Tensor, columns: int) -> None:
