@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`."""
+`zoo info`, `zoo evaluate`."""
 
 import argparse
 import ast
@@ -42,6 +42,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
 }
 TRAINING = ("fit", "validate", "test")
+COMMANDS = {"evaluate": "zoo.tasks.evaluate.command:main"}  # others that need PyTorch
 
 EPILOG = """examples:
   zoo list mixers
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="describe a model, a choice or a checkpoint", epilog=INFOS, **made)
     info.add_argument("name", metavar="NAME")
     info.add_argument("fields", nargs="*", metavar="FIELD=VALUE", default=[], help="fields of the model to replace")
+    commands.add_parser("evaluate", help="measure checkpoints, as JSON", **made)
     for task, (_, _, others) in TASKS.items():
         about = quick.facts()["tasks"][task]["about"].lower()
         each = commands.add_parser(task, help=f"{about}: train, measure or use a model", **made)
@@ -102,8 +104,11 @@ def target(path: str) -> Callable[..., None]:
 
 
 def run(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in ("list", "info", *TASKS):
-        stop("command", arguments[0], ["list", "info", *TASKS], "zoo COMMAND ...")
+    known = ["list", "info", *COMMANDS, *TASKS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        stop("command", arguments[0], known, "zoo COMMAND ...")
+    if arguments and arguments[0] in COMMANDS:
+        return target(COMMANDS[arguments[0]])(arguments[1:])
     if len(arguments) > 1 and arguments[0] in TASKS:
         return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)

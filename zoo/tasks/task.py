@@ -24,6 +24,7 @@ from zoo.layer import advance
 from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
+from zoo.tasks.intervals import Figure
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import adapted, misfits
@@ -75,7 +76,7 @@ class Task(lightning.LightningModule):
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
         alignment: a module that is trained beside the model and not saved with it, or None.
-        sample: `n`, the number of samples of the last validation, and `interval`, the 95 % interval of the score.
+        figures: what the last validation measured, with 95 % intervals.
     """
 
     command: ClassVar[str]
@@ -103,9 +104,9 @@ class Task(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.backbone, self.weights, self.said = dict(backbone), weights, ""
-        self.sample: dict[str, Any] = {}
+        self.figures: list[Figure] = []
         self.renewed = False  # whether the head of `weights` was replaced
-        self.start = None if weights is None else load_checkpoint(weights)
+        self.start = load_checkpoint(weights) if isinstance(weights, str) else weights  # or a checkpoint as loaded
         if self.start is None and "name" not in backbone:
             raise ValueError(
                 "model.backbone needs a name, as in --model.backbone.name=NAME (`zoo list` shows them); "
