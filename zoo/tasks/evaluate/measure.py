@@ -19,7 +19,7 @@ from tqdm import tqdm
 from zoo.tasks.quiet import quiet
 from zoo.weights import load_checkpoint
 
-Tasks = Mapping[str, tuple[type[Any], type[Any]]]
+Tasks = Mapping[str, tuple[Any, Any]]
 REPRODUCED = ("root", "split", "splits", "labels", "names", "skip_unknown", "samples", "features", "classifier")
 REPRODUCED += ("guidance", "steps")  # options that change a figure, so its command has them
 
