@@ -103,12 +103,17 @@ def target(path: str) -> Callable[..., None]:
     return getattr(import_module(module), name)
 
 
+def tasks() -> dict[str, tuple[Any, Any]]:
+    """The task and the data module of each command."""
+    return {name: (target(task), target(data)) for name, (task, data, _) in TASKS.items()}
+
+
 def run(arguments: list[str]) -> None:
     known = ["list", "info", *COMMANDS, *TASKS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         stop("command", arguments[0], known, "zoo COMMAND ...")
     if arguments and arguments[0] in COMMANDS:
-        return target(COMMANDS[arguments[0]])(arguments[1:])
+        return target(COMMANDS[arguments[0]])(arguments[1:], tasks)
     if len(arguments) > 1 and arguments[0] in TASKS:
         return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ class LabelFile(NamedTuple):
         """
         stems = [stem_of(image) for image in images]
         if self.by_name:
-            if len(set(stems)) < len(stems):
-                twice = next(stem for index, stem in enumerate(stems) if stem in stems[:index])
+            twice, times = Counter(stems).most_common(1)[0]
+            if times > 1:
                 raise ValueError(plain(f"two images are called {twice}, so {self.path} cannot tell them apart"))
             return [self.by_name.get(stem) for stem in stems]
         numbers = [re.fullmatch(r"ILSVRC2012_(?:val|test)_(\d{8})", stem) for stem in stems]
@@ -146,7 +147,7 @@ def _from_json(path: Path, text: str) -> LabelFile:
         raise ValueError(f"{path}: not JSON: {one_line(error)}") from None
     if not isinstance(values, list | dict):
         raise ValueError(f"{path}: must be a list with the labels of each image, or an object by image")
-    entries: Any = values.items() if isinstance(values, dict) else enumerate(values)
+    entries: list[Any] = [*(values.items() if isinstance(values, dict) else enumerate(values))]
     sets = any(isinstance(each, list) for _, each in entries)
     found = LabelFile(path, {}, [], sets)
     for key, each in entries:

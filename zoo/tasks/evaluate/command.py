@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,12 @@ def parser() -> Parser:
     return made
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], tasks: Callable[[], dict[str, tuple[Any, Any]]]) -> None:
     """Measures checkpoints as given by the arguments. One that fails does not stop the others.
+
+    Args:
+        arguments: of the command.
+        tasks: gives the task and the data module of each command.
 
     Raises:
         ValueError: an argument is invalid, or a checkpoint failed; the others' figures have been printed.
@@ -53,6 +58,7 @@ def main(arguments: list[str]) -> None:
     names, output = given.pop("checkpoints"), given.pop("output", None)
     if twice := next((name for index, name in enumerate(names) if name in names[:index]), None):
         raise ValueError(f"{twice} is given twice")
+    from zoo.tasks.evaluate.measure import evaluate
     from zoo.tasks.evaluate.results import add_rows, check_table
 
     table = None if output is None else Path(output).expanduser()
@@ -61,7 +67,7 @@ def main(arguments: list[str]) -> None:
     found, failed = list[dict[str, Any]](), list[str]()
     for name in names:
         try:
-            found.append(measured(name, given))
+            found.append(evaluate(tasks(), name, **given))
             if table is not None:
                 add_rows(table, found[-1])
         except (ValueError, OSError) as error:
@@ -72,12 +78,3 @@ def main(arguments: list[str]) -> None:
         print(f"zoo: error: {line}", file=sys.stderr)
     if failed:
         raise ValueError(failed[-1])
-
-
-def measured(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The result of one checkpoint."""
-    from zoo.__main__ import TASKS, target
-    from zoo.tasks.evaluate.measure import evaluate
-
-    tasks = {command: (target(task), target(data)) for command, (task, data, _) in TASKS.items()}
-    return evaluate(tasks, name, **given)

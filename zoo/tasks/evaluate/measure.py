@@ -27,6 +27,8 @@ REPRODUCED += ("guidance", "steps")  # options that change a figure, so its comm
 class Bar(Callback):
     """A bar on standard error, if that is a terminal."""
 
+    drawn: Any = None
+
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         batches: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         self.drawn = tqdm(total=sum(batches), unit="batch", ncols=79, leave=False, disable=None, file=sys.stderr)
@@ -38,7 +40,8 @@ class Bar(Callback):
         self.drawn.close()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.drawn.close()
+        if self.drawn is not None:
+            self.drawn.close()
 
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
