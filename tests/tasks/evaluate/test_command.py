@@ -1,6 +1,7 @@
 """`zoo evaluate`: what it prints and writes, for several checkpoints, and what it refuses."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -34,11 +35,10 @@ def test_several_checkpoints(names: list[str], tmp_path: Path, capsys: pytest.Ca
     """Only JSON on standard output; a row for each figure, also in a second run."""
     table = tmp_path / "results.csv"
     main(["evaluate", *names, "--device=cpu", "--output", str(table)])
-    shown = capsys.readouterr()
-    found = json.loads(shown.out)
-    assert [each["name"] for each in found] == names and shown.err.count("accuracy 0.") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found] == names
     main(["evaluate", names[0], "--device=cpu", f"--output={table}"])
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(io.StringIO(table.read_text())))
     assert (
         tuple(rows[0]) == COLUMNS and [row["name"] for row in rows] == [names[0]] * 3 + [names[1]] * 3 + [names[0]] * 3
     )
@@ -95,10 +95,10 @@ def test_a_table_is_only_added_to(tmp_path: Path):
         add_rows(path, result(name))
     whole = path.read_text()
     assert whole.splitlines()[1] == 'a,detect,"d, e",val,AP,0.25,3,,,1.5,cpu,32-true'
-    assert [row["name"] for row in csv.DictReader(path.open(newline=""))] == ["a", "b\n1"]
+    assert [row["name"] for row in csv.DictReader(io.StringIO(path.read_text()))] == ["a", "b\n1"]
     path.write_text(whole.rstrip("\n"))  # as an editor may leave it
     add_rows(path, result("c"))
-    assert path.read_text().startswith(whole) and len(list(csv.DictReader(path.open(newline="")))) == 3
+    assert path.read_text().startswith(whole) and len(list(csv.DictReader(io.StringIO(path.read_text())))) == 3
     other = tmp_path / "other.csv"
     other.write_text("model,top1\n")
     for call in (lambda: check_table(other), lambda: add_rows(other, result("a"))):

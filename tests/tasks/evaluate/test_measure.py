@@ -170,7 +170,7 @@ def test_speech_by_split(spoken: tuple[str, Path]):
     for figure, rate in zip(found["figures"], (word_error_rate, char_error_rate), strict=False):
         assert figure["value"] == pytest.approx(rate(said, wanted).item(), abs=1e-6)
         low, high = figure["interval"]
-        assert low <= figure["value"] <= high
+        assert low - 1e-6 <= figure["value"] <= high + 1e-6
     logged = validated("transcribe", name, tasks()["transcribe"][1]("librispeech", str(root), val="dev", workers=0))
     assert [each["value"] for each in found["figures"][:2]] == [logged["val/wer"], logged["val/cer"]]
     alone = measured(name, root=str(root), splits=["dev"], batch=1, workers=0)
@@ -185,7 +185,7 @@ def test_detection_by_the_names_of_categories(tmp_path: Path):
     write_coco(tmp_path / "data", split="val")
     found = measured(name, root=str(tmp_path / "data"), workers=0)
     assert [each["metric"] for each in found["figures"]] == ["AP", "AP50", "AP75"] and found["figures"][0]["n"] == 3
-    logged = validated("detect", name, tasks()["detect"][1](root=str(tmp_path / "data"), workers=0))
+    logged = validated("detect", name, tasks()["detect"][1]("auto", str(tmp_path / "data"), workers=0))
     assert values(found) == {"AP": logged["val/ap"], "AP50": logged["val/ap50"], "AP75": logged["val/ap75"]}
     assert values(measured(name, root=str(tmp_path / "data"), workers=0, batch=1)) == values(found)
 
@@ -235,12 +235,9 @@ def test_checkpoints_that_cannot_be_measured(tmp_path: Path, spoken: tuple[str, 
         measured(spoken[0])
     with pytest.raises(ValueError, match="folder 'test' not found"):
         measured(spoken[0], root=str(spoken[1]), splits=["test"], workers=0)
-    folder = zoo.save_model(zoo.load_model(model_of(tmp_path / "model")), tmp_path / "bare", labels=DIGITS)
-    config = json.loads((folder / "config.json").read_text())
-    assert isinstance(config, dict)
-    (folder / "config.json").write_text(json.dumps(config | {"preprocess": None}))
+    model = zoo.create_model("vit_micro", dim=16, depth=1, heads=2, image=16, patch=8, classes=10)
     with pytest.raises(ValueError, match="has no preprocess"):
-        measured(str(folder))
+        measured(str(zoo.save_model(model, tmp_path / "bare", labels=DIGITS)))
 
 
 def test_an_unreadable_image_is_named_and_not_counted(tmp_path: Path):
