@@ -46,9 +46,8 @@ COMMANDS = {"evaluate": "zoo.tasks.evaluate.command:main"}  # others that need P
 
 EPILOG = """examples:
   zoo list mixers
-  zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo classify validate --model.weights RUN/best
+  zoo evaluate RUN/best --root DIR
   zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe predict RUN/best recordings/"""
 

@@ -83,10 +83,11 @@ class Benchmark(Images):
 
     def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.allowed is not None:
-            logits = logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
+            self.allowed = self.allowed.to(logits.device)
+            logits = logits.masked_fill(~self.allowed, -torch.inf)
         if self.accepted is not None:
-            right = self.accepted.to(logits.device)[labels]
-            best = logits.argmax(1)
+            self.accepted = self.accepted.to(logits.device)
+            right, best = self.accepted[labels], logits.argmax(1)
             labels = torch.where(right.gather(1, best[:, None])[:, 0], best, right.int().argmax(1))
         return logits, labels
 

@@ -56,15 +56,16 @@ def weighted_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     recalls, eps = np.linspace(0.0, 1.0, 101), np.spacing(1)
     objects = weights @ matches.objects
     each = weights[:, matches.images]
-    seen = each.cumsum(1, dtype=np.int64)
+    seen = each.cumsum(1, dtype=np.int32)
     found = np.zeros((len(matches.right), len(weights)))
     for row, (right, ignored) in enumerate(zip(matches.right, matches.ignored, strict=True)):
         at = np.flatnonzero(right)  # precision need only be known where recall rises
         if len(at) == 0:
             continue
-        hits, all_seen = each[:, at].cumsum(1, dtype=np.int64), seen[:, at]
-        if ignored.any():
-            all_seen = all_seen - (each * ignored).cumsum(1, dtype=np.int64)[:, at]
+        hits, all_seen = each[:, at].cumsum(1, dtype=np.int32), seen[:, at]
+        if len(out := np.flatnonzero(ignored)):
+            before = np.pad(each[:, out].cumsum(1, dtype=np.int32), ((0, 0), (1, 0)))
+            all_seen = all_seen - before[:, np.searchsorted(out, at)]
         precision = hits / (all_seen + eps)
         precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
         recall = hits / np.maximum(objects, 1)[:, None]
@@ -88,7 +89,7 @@ def precision_intervals(
         rows = min(step, DRAWS - first)
         weights = np.stack(
             [np.bincount(generator.integers(number, size=number), minlength=number) for _ in range(rows)]
-        )
+        ).astype(np.int32)
         drawn.append(np.stack([weighted_precision(each, weights) for each in matches]))
     values = np.concatenate(drawn, 2)  # [categories, thresholds, draws]
     values = values[..., ~np.isnan(values).all((0, 1))]  # a draw may have no objects at all

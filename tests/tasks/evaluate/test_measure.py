@@ -179,6 +179,20 @@ def test_speech_by_split(spoken: tuple[str, Path]):
     ]
 
 
+def test_errors_are_counted_exactly_in_any_precision(spoken: tuple[str, Path], tmp_path: Path):
+    """Sums in bf16 would stop at 256."""
+    chapter = tmp_path / "long/1/2"
+    chapter.mkdir(parents=True)
+    soundfile.write(chapter / "1-2-0000.flac", np.full(6000, 0.1), 16000)
+    soundfile.write(chapter / "1-2-0001.flac", np.full(6000, 0.2), 16000)
+    (chapter / "1-2.trans.txt").write_text(f"1-2-0000 {'A ' * 301}\n1-2-0001 B C\n")
+    with pytest.warns(UserWarning, match="fewer frames than its transcript needs|omitted from a loss"):
+        found = measured(spoken[0], root=str(tmp_path), splits=["long"], workers=0, precision="bf16-true")
+    words, letters = found["figures"]
+    assert (words["n"], letters["n"]) == (303, 604)
+    assert words["value"] * 303 == pytest.approx(round(words["value"] * 303), abs=1e-4)
+
+
 def test_detection_by_the_names_of_categories(tmp_path: Path):
     """The order and the ids of the categories of the data do not matter."""
     name = saved(tmp_path / "model", LabelMap(("dog", "bird", "cat"), (1, 2, 3)), 64)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from zoo.data.images import Batch
@@ -25,6 +26,22 @@ class BalancedAccuracy(MulticlassStatScores):
         right, _, _, missed = self._final_state()
         number = right + missed
         return (right / number)[number > 0].mean()
+
+
+class Count(Metric):
+    """How many images there are, over all ranks: exact in every precision of the Trainer."""
+
+    number: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("number", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, more: int) -> None:
+        self.number += more
+
+    def compute(self) -> Tensor:
+        return self.number
 
 
 class Classify(Task):
@@ -59,7 +76,7 @@ class Classify(Task):
         self.mixing, self.smoothing = (mixup, cutmix), smoothing
         super().__init__(backbone, **options)
         self.mean_loss = MeanMetric()
-        self.number = SumMetric()
+        self.number = Count()
 
     def complete(self) -> None:
         super().complete()

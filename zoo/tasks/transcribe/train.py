@@ -53,9 +53,7 @@ class Spoken(Metric):
     def compute(self) -> Tensor:
         """The rows [n, 5]."""
         found = self.rows  # joined already where they come from several ranks
-        if isinstance(found, Tensor):
-            return found
-        return torch.cat([*found, torch.empty(0, 5, dtype=torch.int64, device=self.device)])
+        return found if isinstance(found, Tensor) else torch.cat(found)
 
 
 class Transcribe(Task):
@@ -150,10 +148,7 @@ class Transcribe(Task):
         self.chunks = tuple(chunks or ())
         self.tokenizer: Tokenizer | None = None
         self.learned = 0  # utterances with a loss, on this rank
-        self.wer, self.cer = WordErrorRate(), CharErrorRate()
-        self.spoken = Spoken()
-        self.mean_loss, self.with_loss = MeanMetric(), SumMetric()
-        self.number, self.words = SumMetric(), SumMetric()
+        self.spoken, self.mean_loss, self.with_loss = Spoken(), MeanMetric(), SumMetric()
 
     @property
     def labels(self) -> Tokenizer:
@@ -332,40 +327,37 @@ class Transcribe(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kept, tokens = self.encoded(batch, "validation")
+        rows = []
         if batch.texts:
             logits, lengths = self.measured(batch.features, batch.lengths)
             head: Any = self.measured.head
             found = transducer_greedy(head, logits, lengths) if self.transducer else greedy(logits.float(), lengths)
             said = [self.labels.decode(each) for each in found]
-            rows = []
             for one, text, name in zip(said, batch.texts, batch.names, strict=True):
                 row = [crc32(speaker_of(name).encode(errors="surrogatepass"))]
-                for metric in (self.wer, self.cer):
-                    errors, total = metric.errors.clone(), metric.total.clone()
+                for metric in (WordErrorRate(), CharErrorRate()):
                     metric.update(one, text)
-                    row += [int(metric.errors - errors), int(metric.total - total)]
+                    row += [int(metric.errors), int(metric.total)]
                 rows.append(row)
-            self.spoken.update(torch.tensor(rows, device=self.device))
-            self.number.update(len(said))
-            self.words.update(sum(len(text.split()) for text in batch.texts))
             self.with_loss.update(len(tokens))
             if tokens:
                 self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens))
+        self.spoken.update(torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, 5))
 
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
-        number, words = int(self.number.compute()), int(self.words.compute())
+        speakers, wrong, words_of, false, letters = self.spoken.compute().cpu().numpy().T
+        number, words = len(speakers), int(words_of.sum())
         if number == 0 and self.trainer.sanity_checking:
             return
         if words == 0:
             raise ValueError("no utterance of the validation set could be read, or none has a transcript")
         part = "test" if self.trainer.testing else "val"
-        wer, cer = self.wer.compute(), self.cer.compute()
+        wer, cer = (float(errors.sum() / total.sum()) for errors, total in ((wrong, words_of), (false, letters)))
         self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer})
         if self.with_loss.compute():
             self.log(f"{part}/loss", self.mean_loss.compute())
         size = f"n = {counted(words, 'word')} in {counted(number, 'utterance')}"
-        speakers, wrong, words_of, false, letters = self.spoken.compute().cpu().numpy().T
         found, other = bootstrap_ratio(wrong, words_of, speakers), bootstrap_ratio(false, letters, speakers)
         self.figures = [
             Figure("wer", "word error rate", words, found),
@@ -373,17 +365,8 @@ class Transcribe(Task):
         ]
         if found is not None:
             size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
-        self.said = f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})"
-        metrics = (
-            self.wer,
-            self.cer,
-            self.spoken,
-            self.mean_loss,
-            self.with_loss,
-            self.number,
-            self.words,
-        )
-        for metric in metrics:
+        self.said = f"word error rate {wer:.4f}, character error rate {cer:.4f} ({size})"
+        for metric in (self.spoken, self.mean_loss, self.with_loss):
             metric.reset()
 
     test_step = validation_step
