@@ -66,12 +66,13 @@ def test_an_image_without_a_label_is_none(tmp_path: Path):
         ("a.csv", "", "the header must name image and label"),
         ("a.csv", "image,label\na\n", ", line 2: must have an image and a label, got 'a'"),
         ("a.csv", "image,label\na,\n", ", line 2: must have an image and a label, got 'a,'"),
+        ("a.csv", f"image,label\na,{'x' * 200_000}\n", "field larger than field limit"),
         ("a.json", "[", "not JSON"),
         ("a.json", "3", "must be a list with the labels of each image, or an object by image"),
         ("a.json", "[1, 2.5]", ", entry 1: labels must be numbers or names, got 2.5"),
         ("a.json", '{"a": 1, "a": 2}', "key 'a' appears twice"),
     ],
-    ids=str,
+    ids=lambda each: str(each)[:30],
 )
 def test_what_is_refused(name: str, content: str, message: str, tmp_path: Path):
     with pytest.raises(ValueError) as error:

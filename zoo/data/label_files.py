@@ -85,12 +85,11 @@ def read_labels(path: Path) -> LabelFile:
         raise ValueError(f"{path}: not UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path}: {reason(error)}") from error
-    if path.suffix.lower() == ".json":
-        found = _from_json(path, text)
-    elif path.suffix.lower() == ".csv":
-        found = _from_csv(path, text)
-    else:
-        found = _from_lines(path, text)
+    readers = {".json": _from_json, ".csv": _from_csv}
+    try:
+        found = readers.get(path.suffix.lower(), _from_lines)(path, text)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
     if not found.by_name and not found.in_order:
         raise ValueError(f"{path} has no labels")
     return found

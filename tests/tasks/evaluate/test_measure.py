@@ -69,6 +69,8 @@ def test_digits(tmp_path: Path):
     }
     assert values(found) == {metric: logged[f"val/{key}"] for metric, key in metrics.items()}
     assert values(measured(name, batch=1, workers=0)) == values(found)
+    tested = measured(name, split="test")
+    assert values(tested) == values(found) and tested["figures"][0]["split"] == "test"
     assert values(measured(model_of(tmp_path / "fused", fused=True))) == values(found)
 
     model = zoo.load_model(name)
