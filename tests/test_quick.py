@@ -273,7 +273,10 @@ def test_other_help_has_examples(arguments: list[str], capsys: pytest.CaptureFix
     ("arguments", "words"),
     [
         ([], "COMMAND"),
-        (["trian"], "unknown command 'trian'; choose from: list, info, classify, detect, generate, transcribe"),
+        (
+            ["trian"],
+            "unknown command 'trian'; choose from: list, info, evaluate, classify, detect, generate, transcribe",
+        ),
         (["clasify", "fit"], "unknown command 'clasify'; did you mean classify?"),
         (["classify"], "VERB"),
         (["classify", "fitt"], "unknown verb 'fitt'; did you mean fit?"),

@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo publish`."""
+`zoo info`, `zoo evaluate`, `zoo publish`."""
 
 import argparse
 import ast
@@ -43,12 +43,15 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 TRAINING = ("fit", "validate", "test")
 # Commands that are no task: what they do, and the function that takes their arguments.
-COMMANDS = {"publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main")}
+COMMANDS = {
+    "evaluate": ("measure checkpoints on data, with 95 % intervals", "zoo.tasks.evaluate.command:main"),
+    "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main"),
+}
 
 EPILOG = """examples:
   zoo list mixers
-  zoo info vit_tiny
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
+  zoo evaluate RUN/best --root DIR
   zoo classify predict RUN/best images/ photo.jpg
   zoo transcribe predict RUN/best recordings/"""
 
@@ -104,11 +107,18 @@ def target(path: str) -> Callable[..., None]:
     return getattr(import_module(module), name)
 
 
+def tasks() -> dict[str, tuple[Any, Any]]:
+    """The task and the data module of each command."""
+    return {name: (target(task), target(data)) for name, (task, data, _) in TASKS.items()}
+
+
 def run(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in ("list", "info", *TASKS, *COMMANDS):
-        stop("command", arguments[0], ["list", "info", *TASKS, *COMMANDS], "zoo COMMAND ...")
+    known = ["list", "info", *COMMANDS, *TASKS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        stop("command", arguments[0], known, "zoo COMMAND ...")
     if arguments and arguments[0] in COMMANDS:
-        return target(COMMANDS[arguments[0]][1])(arguments[1:])
+        more = [tasks] if arguments[0] == "evaluate" else []
+        return target(COMMANDS[arguments[0]][1])(arguments[1:], *more)
     if len(arguments) > 1 and arguments[0] in TASKS:
         return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)

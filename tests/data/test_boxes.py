@@ -1,6 +1,7 @@
 import inspect
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonargparse
@@ -13,6 +14,7 @@ from torch import Tensor
 from box_cases import coco, write_coco, write_voc, write_yolo
 from zoo.data.boxes import Batch, BoxDataset, Boxes
 from zoo.inputs.boxes import BoxPreprocess
+from zoo.outputs.label_map import LabelMap
 
 OFF: dict[str, Any] = {"flip": 0.0, "photometric": 0.0, "zoom": 0.0, "iou_crop": 0.0}
 ALL: dict[str, Any] = {"flip": 0.5, "turn": 0.5, "mosaic": 0.5, "mixup": 0.5}
@@ -399,10 +401,27 @@ def test_what_it_says_of_itself(root: Path, tmp_path: Path):
     write_voc(tmp_path / "voc")
     write_yolo(tmp_path / "yolo")
     for name in ("voc", "yolo"):
-        assert Boxes.measuring(root=str(tmp_path / name)).dataset == name
-    assert Boxes.measuring().dataset == "shapes" and Boxes.measuring(root=str(root)).labelled == 3
-    with pytest.raises(ValueError, match="--splits is for speech"):
-        Boxes.measuring(splits=["test"])
+        assert Boxes.measuring(None, root=str(tmp_path / name))["val"].dataset == name
+    assert Boxes.measuring(None, split="test")["test"].dataset == "shapes"
+    assert Boxes.measuring(None, root=str(root))["val"].labelled == 3
+
+
+def test_categories_are_those_of_the_checkpoint_by_name(root: Path):
+    """In its order, with others that the data lacks; ids stay those of the data."""
+    data, plain = files(root), files(root).source("val")
+    known = LabelMap(("dog", "fish", "cat", "bird"), (0, 1, 2, 3))
+    data.follow(SimpleNamespace(preprocess=None, labels=known), "validate")
+    found = data.source("val")
+    assert found.labels.names == known.names and dict(plain.labels).items() <= dict(found.labels).items()
+    for index in range(len(plain)):
+        names = [[each.labels.names[label] for label in each.objects(index).labels] for each in (plain, found)]
+        assert names[0] == names[1]
+    data.follow(SimpleNamespace(preprocess=None, labels=LabelMap(("dog", "cat"), (1, 2))), "test")
+    with pytest.raises(ValueError, match="the checkpoint knows no category 'bird'; it knows: dog, cat"):
+        data.source("val")
+    data = files(root)
+    data.follow(SimpleNamespace(preprocess=None, labels=known), "fit")  # training takes its own categories
+    assert data.source("train").labels.names == plain.labels.names
 
 
 def test_the_preprocessing_of_a_checkpoint_is_taken():

@@ -117,8 +117,9 @@ def test_a_checkpoint_keeps_its_statistics(root: Path):
 
 
 def test_a_folder_to_measure_is_recognised(root: Path, tmp_path: Path):
-    assert WholeImages.measuring(root=str(root)).dataset == "latents"
-    assert WholeImages.measuring(root=str(tmp_path)).dataset == "imagefolder"
+    assert WholeImages.measuring(None, root=str(root))["val"].dataset == "latents"
+    assert WholeImages.measuring(None, root=str(tmp_path), split="test")["test"].dataset == "imagefolder"
+    assert WholeImages.measuring(None)["val"].dataset == "digits"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Images with objects, whatever the format of their files: what is checked, and how faults are reported."""
 
+import copy
+import itertools
 import math
 import os
 import warnings
@@ -186,6 +188,27 @@ class BoxSource:
         return Objects(
             self.labels_of[part], self.boxes[part], self.crowd[part], self.areas[part], self.object_ids[part]
         )
+
+
+def relabelled(source: BoxSource, labels: LabelMap) -> BoxSource:
+    """The source with the categories of a checkpoint, found by name; those that it lacks have no objects.
+
+    Raises:
+        ValueError: an object's category is none of them.
+    """
+    own = source.labels
+    if own.names == labels.names:
+        return source
+    used = [own.names[index] for index in np.unique(source.labels_of)]
+    if strange := [name for name in used if name not in labels.names]:
+        known = one_line(", ".join(labels.names))
+        raise ValueError(plain(f"{source.place}: the checkpoint knows no category {strange[0]!r}; it knows: {known}"))
+    found = copy.copy(source)
+    ids, spare = dict(own), itertools.count(max(own.ids) + 1)
+    found.labels = LabelMap(labels.names, tuple(ids[name] if name in ids else next(spare) for name in labels.names))
+    places = np.array([labels.names.index(name) if name in labels.names else -1 for name in own.names])
+    found.labels_of = places[source.labels_of]
+    return found
 
 
 def _sizes(paths: list[str]) -> np.ndarray:

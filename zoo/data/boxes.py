@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from zoo.data.box_entries import BoxSource
+from zoo.data.box_entries import BoxSource, relabelled
 from zoo.data.box_sources import SOURCES, recognised
 from zoo.data.box_transforms import Augmentation, Made, Sample, augmented, resized, shrunk
 from zoo.data.images import as_it_is
@@ -266,6 +266,7 @@ class Boxes(DataModule):
         self.root, self.batch, self.workers = root, batch, workers
         self.seed = global_seed() if seed is None else seed
         self.scales, self.plain_epochs, self.cache = scales, plain_epochs, cache
+        self.known: LabelMap | None = None  # the categories of the checkpoint that is measured
         self._sources: dict[str, BoxSource] = {}
 
     def prepared(self, base: Preprocess | None) -> BoxPreprocess:
@@ -278,18 +279,11 @@ class Boxes(DataModule):
 
     @classmethod
     def measuring(
-        cls,
-        *,
-        root: str | None = None,
-        split: str | None = None,
-        splits: Sequence[str] | None = None,
-        batch: int = 16,
-        workers: int | None = None,
-    ) -> Self:
-        """The data to evaluate a checkpoint on: a folder in any of the formats, or the shapes."""
-        if splits:
-            raise ValueError("--splits is for speech; images take --split val or test")
-        return cls(dataset="auto" if root else "shapes", root=root, batch=batch, workers=workers)
+        cls, known: Any, *, root: str | None = None, split: str = "val", batch: int = 16, workers: int | None = None
+    ) -> dict[str, Self]:
+        """The data to evaluate a checkpoint on, by split: a folder in any of the formats, or the shapes. Its categories
+        are matched by name."""
+        return {split: cls(dataset="auto" if root else "shapes", root=root, batch=batch, workers=workers)}
 
     @property
     def labels(self) -> LabelMap:
@@ -336,8 +330,16 @@ class Boxes(DataModule):
             found = SOURCES[self.dataset](self.root or "", split)
             for other in self._sources.values():
                 _check_equal(other, found)
-            self._sources[split] = found
+            self._sources[split] = found if self.known is None else relabelled(found, self.known)
         return self._sources[split]
+
+    def follow(self, start: Any, stage: str) -> list[str]:
+        """Also takes the categories of the checkpoint, by name, where it is measured."""
+        labels = getattr(start, "labels", None)
+        if stage != "fit" and isinstance(labels, LabelMap):
+            self.known = labels
+            self._sources.clear()
+        return super().follow(start, stage)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented images in random order; a last batch that is not full is dropped."""

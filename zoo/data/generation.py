@@ -73,8 +73,12 @@ class WholeImages(Images):
         )
 
     @classmethod
-    def kind(cls, root: str) -> str:
-        return "latents" if Path(root, INDEX).is_file() else "imagefolder"
+    def measuring(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes no options of classes)
+        cls, known: Any, *, root: str | None = None, split: str = "val", batch: int = 64, workers: int | None = None
+    ) -> dict[str, Any]:
+        """The data to evaluate a checkpoint on, by split: a folder in ImageNet's layout, latents, or the digits."""
+        kind = "digits" if root is None else "latents" if Path(root, INDEX).is_file() else "imagefolder"
+        return {split: cls(dataset=kind, root=root, batch=batch, workers=workers)}
 
     def prepared(self, base: Preprocess | None) -> Preprocess:
         if self.dataset == "latents":

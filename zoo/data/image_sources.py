@@ -61,7 +61,9 @@ class _Digits:
         return f"digits/{self.split}/{index}"
 
 
-class _Files:
+class Files:
+    """Images in files, as (path, label)."""
+
     def __init__(self, classes: list[str], samples: list[tuple[str, int]], channels: int):
         self.classes, self.channels = classes, channels
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
@@ -121,7 +123,7 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
         differ = ", ".join(f"{word} {_few(names)}" for word, names in lists.items() if names)
         raise ValueError(f"the classes of {folder} differ from those of {train}: {differ}")
     numbers = {name: label for label, name in enumerate(classes)}
-    listed, omitted = files_below(folder, _is_image)
+    listed, omitted = files_below(folder, is_image)
     if omitted:
         count = f"{len(omitted)} link{'s' * (len(omitted) > 1)} to files already used"
         rank_zero_warn(plain(f"{folder}: omitted {count} (such as {omitted[0]})"))
@@ -135,10 +137,11 @@ def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, frac
     if empty:
         kinds = " ".join(EXTENSIONS)
         raise ValueError(f"{folder} has class folders without images of their own ({kinds}): {_few(empty)}")
-    return _Files(classes, samples, preprocess.channels)
+    return Files(classes, samples, preprocess.channels)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file has the name of an image."""
     return name.lower().endswith(EXTENSIONS)
 
 

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -188,22 +188,21 @@ class Images(DataModule):
     @classmethod
     def measuring(
         cls,
+        known: Any,
         *,
         root: str | None = None,
         split: str | None = None,
-        splits: Sequence[str] | None = None,
+        labels: str | None = None,
+        names: str | None = None,
+        skip_unknown: bool = False,
         batch: int = 64,
         workers: int | None = None,
-    ) -> Self:
-        """The data to evaluate a checkpoint on: a folder in ImageNet's layout, or the digits."""
-        if splits:
-            raise ValueError("--splits is for speech; images take --split val or test")
-        return cls(dataset=cls.kind(root) if root else "digits", root=root, batch=batch, workers=workers)
+    ) -> dict[str, Any]:
+        """The data to evaluate a checkpoint on, by split; arguments as of `Benchmark`."""
+        from zoo.data.benchmarks import Benchmark
 
-    @classmethod
-    def kind(cls, root: str) -> str:
-        """The row of `sources` that reads a folder."""
-        return "imagefolder"
+        found = Benchmark(known, root, split, labels, names, skip_unknown, batch, workers)
+        return {found.part: found}
 
     @property
     def classes(self) -> list[str]:
@@ -219,6 +218,10 @@ class Images(DataModule):
         """The training data of a run, in one line."""
         train, val = (f"{len(self.source(split).labels):,}" for split in ("train", "val"))
         return f"{self.dataset}: {train} images to train on, {val} to validate, {self.labelled} classes"
+
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [B, classes] and labels [B] that accuracy compares."""
+        return logits, labels
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
         """An input of the model, to count its multiply-adds, and the name of such an input."""

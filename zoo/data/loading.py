@@ -155,6 +155,10 @@ class DataModule(lightning.LightningDataModule):
         """Finds the data of a stage, and its faults, before the first step."""
         raise TypeError(f"{type(self).__name__} has no find")
 
+    def named(self, metric: str) -> str | None:
+        """What a metric of the task is called on this data; None if it has no meaning there."""
+        return metric
+
     @property
     def labelled(self) -> int:
         """How many labels the data has, which sets the number of the model's outputs."""

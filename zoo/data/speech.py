@@ -229,17 +229,18 @@ class Speech(DataModule):
     @classmethod
     def measuring(
         cls,
+        known: Any,
         *,
         root: str | None = None,
-        split: str | None = None,
-        splits: Sequence[str] | None = None,
+        splits: Sequence[str] = (),
         batch: int = 64,
         workers: int | None = None,
-    ) -> Self:
-        """The data to evaluate a checkpoint on: folders in LibriSpeech's layout below root."""
-        if root is None or not splits or split is not None:
-            raise ValueError("speech needs --root DIR and --splits NAME..., without --split")
-        return cls(dataset="librispeech", root=root, val=list(splits), batch=batch, workers=workers)
+    ) -> dict[str, Self]:
+        """The data to evaluate a checkpoint on, by split: folders in LibriSpeech's layout below root."""
+        if root is None or not splits:
+            raise ValueError("speech needs --root DIR and --splits NAME..., folders in LibriSpeech's layout")
+        given: dict[str, Any] = {"root": root, "batch": batch, "workers": workers}
+        return {name: cls(dataset="librispeech", val=[name], **given) for name in splits}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

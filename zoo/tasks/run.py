@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.layer import copied, unfinished
+from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import require
 from zoo.tasks.task import Task
 from zoo.text import reason
@@ -206,10 +207,9 @@ class Keep(Checkpoint):
         if not pl_module.fitting:
             return
         value = float(trainer.callback_metrics[self.name])
-        sample = pl_module.sample
-        low, high = map(float, sample.get("interval") or (math.nan, math.nan))
-        given = (trainer.current_epoch, trainer.global_step, int(sample.get("n", 0)), low, high)
-        self.latest = Score(value, pl_module.said, *given)
+        measured = self.measured(pl_module)
+        low, high = measured.interval or (math.nan, math.nan)
+        self.latest = Score(value, pl_module.said, trainer.current_epoch, trainer.global_step, measured.n, low, high)
         # While a layer still changes its form, the model is not yet the final one.
         if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
             return
@@ -257,13 +257,18 @@ class Keep(Checkpoint):
             figures=[self.figure(task, score)] if math.isfinite(score.value) else [],
         )
 
+    def measured(self, task: Task) -> Measured:
+        """What the last validation found of the monitored metric."""
+        found = [each for each in task.figures if f"val/{each.key}" == self.name]
+        return found[0] if found else Measured(self.name, self.name, 0)
+
     def figure(self, task: Task, score: Score) -> Figure:
         """The score as a checkpoint states it."""
         root = getattr(task.data, "root", None)
         return Figure(
             data=task.data.dataset if root is None else Path(root).name,
             split="val",
-            metric=self.name,
+            metric=self.measured(task).metric,
             value=score.value,
             n=score.n,
             interval=[score.low, score.high] if math.isfinite(score.low + score.high) else None,

@@ -25,6 +25,7 @@ from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
+from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
@@ -77,7 +78,7 @@ class Task(lightning.LightningModule):
         start: the checkpoint that is fine-tuned or evaluated, or None.
         said: the result of the last validation, in one line.
         alignment: a module that is trained beside the model and not saved with it, or None.
-        sample: `n`, the number of samples of the last validation, and `interval`, the 95 % interval of the score.
+        figures: what the last validation measured, with 95 % intervals.
     """
 
     command: ClassVar[str]
@@ -105,9 +106,9 @@ class Task(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.backbone, self.weights, self.said = dict(backbone), weights, ""
-        self.sample: dict[str, Any] = {}
+        self.figures: list[Measured] = []
         self.fresh, self.taken = list(fresh), Loaded()
-        self.start = None if weights is None else load_checkpoint(weights)
+        self.start = load_checkpoint(weights) if isinstance(weights, str) else weights  # or a checkpoint as loaded
         if self.start is None and "name" not in backbone:
             raise ValueError(
                 "model.backbone needs a name, as in --model.backbone.name=NAME (`zoo list` shows them); "

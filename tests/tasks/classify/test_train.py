@@ -21,7 +21,7 @@ from training import BACKBONE, PLAIN_FLAGS, classifier, command, difference, fit
 from zoo.data.images import Batch
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
-from zoo.tasks.classify.train import Classify, interval
+from zoo.tasks.classify.train import Classify
 from zoo.tasks.task import Task
 from zoo.weights import load_checkpoint, save_model
 
@@ -291,10 +291,6 @@ def wilson(share: float, number: int, z: float = 1.959964) -> tuple[float, float
     """The interval of Wilson 1927."""
     middle, spread = share + z**2 / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / number) ** 2 / 4)
     return (middle - spread) / (1 + z**2 / number), (middle + spread) / (1 + z**2 / number)
-
-
-def test_interval():
-    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])

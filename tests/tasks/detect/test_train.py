@@ -74,7 +74,7 @@ def test_a_run_leaves_checkpoints_with_categories_and_preprocessing(run: Path):
 def test_validate_says_what_fit_measured(run: Path, capsys: pytest.CaptureFixture[str]):
     command("validate", f"--model.weights={run / 'last'}", "--trainer.limit_val_batches=2", "--data.batch=4")
     lines = capsys.readouterr().out.splitlines()
-    said = re.fullmatch(r"AP (\S+), AP50 (\S+) \(n = \d+ objects in 8 images\)", lines[-1])
+    said = re.fullmatch(r"AP (\S+), AP50 (\S+) \(n = \d+ objects in 8 images, 95 % interval \S+ to \S+\)", lines[-1])
     assert said and [line.split()[0] for line in lines[1:4]] == list(NAMES)
     rows = logged(run)
     kept = next(row for row in rows if row.get("val/ap50"))

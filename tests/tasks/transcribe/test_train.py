@@ -30,7 +30,7 @@ from zoo.outputs import greedy
 from zoo.outputs.tokens import Characters, Tokenizer, train_characters, train_pieces
 from zoo.tasks.classify.train import Classify
 from zoo.tasks.task import Task
-from zoo.tasks.transcribe.train import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence, interval
+from zoo.tasks.transcribe.train import BETWEEN, EMPTY, LONG, UNKNOWN, UNREADABLE, Transcribe, divergence
 from zoo.weights import load_checkpoint, save_model
 
 LETTERS = Characters(" ABCDEFGH")
@@ -636,24 +636,6 @@ def test_training_on_nothing_is_an_error(tmp_path: Path):
     with pytest.warns(UserWarning, match="skipped"):
         assert "no utterance of the training set could be used" in refused("fit", *flags)
     assert not (tmp_path / "run/last").exists() and not (tmp_path / "run/best").exists()
-
-
-def test_the_interval_is_that_of_a_mean_over_utterances():
-    """For utterances of one word each, half of them wrong, near the normal approximation."""
-    errors, words = torch.arange(200) % 2, torch.ones(200)
-    low, high = interval(errors.float(), words) or (0.0, 0.0)
-    half = 1.96 * (0.25 / 200) ** 0.5
-    assert low == pytest.approx(0.5 - half, abs=0.015) and high == pytest.approx(0.5 + half, abs=0.015)
-    assert interval(errors.float(), words) == (low, high)
-
-
-def test_the_interval_weighs_utterances_by_their_words():
-    """One long utterance without an error among short ones that are wrong."""
-    errors, words = torch.tensor([0.0, *[1.0] * 20]), torch.tensor([100.0, *[1.0] * 20])
-    low, high = interval(errors, words) or (0.0, 0.0)
-    assert low < 20 / 120 < high == 1.0
-    assert interval(torch.tensor([1.0]), torch.tensor([3.0])) is None
-    assert interval(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0])) is None
 
 
 def test_a_checkpoint_is_measured_on_its_own_features(

@@ -2,17 +2,20 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from zoo.data.images import Batch
 from zoo.data.sampling import rank_and_world
+from zoo.tasks.intervals import Measured, wilson
 from zoo.tasks.task import Task, differing
 
 UNREADABLE = "skipped {}: cannot be read as an image"
+TOP = 5  # the other accuracy counts a class among so many as right
 
 
 class BalancedAccuracy(MulticlassStatScores):
@@ -22,6 +25,22 @@ class BalancedAccuracy(MulticlassStatScores):
         right, _, _, missed = self._final_state()
         number = right + missed
         return (right / number)[number > 0].mean()
+
+
+class Count(Metric):
+    """How many images there are, over all ranks: exact in every precision of the Trainer."""
+
+    number: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("number", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, more: int) -> None:
+        self.number += more
+
+    def compute(self) -> Tensor:
+        return self.number
 
 
 class Classify(Task):
@@ -55,7 +74,7 @@ class Classify(Task):
         self.mixing, self.smoothing = (mixup, cutmix), smoothing
         super().__init__(backbone, **options)
         self.mean_loss = MeanMetric()
-        self.number = SumMetric()
+        self.number = Count()
 
     def complete(self) -> None:
         super().complete()
@@ -69,7 +88,10 @@ class Classify(Task):
             "accuracy": MulticlassAccuracy(classes, average="micro"),
             "balanced_accuracy": BalancedAccuracy(classes, average=None),
         }
-        self.metrics = MetricCollection(metrics)
+        if classes > TOP:
+            metrics[f"top{TOP}_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=TOP)
+        # Not grouped: metrics whose first batches agree would share one state from then on.
+        self.metrics = MetricCollection(metrics, compute_groups=False)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -110,9 +132,9 @@ class Classify(Task):
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "validation")
         if len(batch.images) == 0:
             return
-        logits = self.measured(batch.images)
-        self.metrics.update(logits, batch.labels)
-        self.mean_loss.update(F.cross_entropy(logits, batch.labels), len(logits))
+        logits, labels = self.data.judged(self.measured(batch.images), batch.labels)
+        self.metrics.update(logits, labels)
+        self.mean_loss.update(F.cross_entropy(logits, labels), len(logits))
         self.number.update(len(logits))
 
     def on_validation_epoch_end(self) -> None:
@@ -126,20 +148,21 @@ class Classify(Task):
         part = "test" if self.trainer.testing else "val"
         self.log_dict({f"{part}/{name}": value for name, value in values.items()})
         self.log(f"{part}/loss", self.mean_loss.compute())
-        correct = round(float(values["accuracy"]) * number)
-        low, high = interval(correct, number)
-        self.sample = {"n": number, "interval": [low, high]}
-        self.said = f"accuracy {correct / number:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
+        right = {name: round(float(value) * number) for name, value in values.items()}
+        low, high = wilson(right["accuracy"], number)
+        self.figures = [
+            Measured("accuracy", "top-1 accuracy", number, (low, high)),
+            *(
+                Measured(name, f"top-{TOP} accuracy", number, wilson(count, number))
+                for name, count in right.items()
+                if name == f"top{TOP}_accuracy"
+            ),
+            Measured("balanced_accuracy", "balanced accuracy", number),
+        ]
+        accuracy = right["accuracy"] / number
+        self.said = f"accuracy {accuracy:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
         for metric in (self.metrics, self.mean_loss, self.number):
             metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-
-def interval(correct: int, number: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson)."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(correct, number).proportion_ci(0.95, method="wilson")
-    return float(low), float(high)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from zoo.data.boxes import Batch
+from zoo.data.coco_bootstrap import precision_intervals
 from zoo.data.coco_results import Precision, Result, average_precision
 from zoo.data.sampling import rank_and_world
 from zoo.models.base import Model
@@ -18,11 +19,13 @@ from zoo.tasks.alignment import Alignment, watched
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
+from zoo.tasks.intervals import Measured
 from zoo.tasks.task import Task
-from zoo.text import plain, unknown
+from zoo.text import counted, plain, unknown
 from zoo.weights.trunks import load_trunk
 
 UNREADABLE = "unreadable image {}"
+PRECISIONS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
 MOST = 100  # detections of an image, as COCO counts them
 
 
@@ -242,12 +245,18 @@ class Detect(Task):
         """Logs the average precision of all ranks' detections, and says it; outside of training by category, too."""
         part = "test" if self.trainer.testing else "val"
         source = self.data.source(part)
-        results = (Result(int(row[0]), int(row[1]), row[2], row[3:]) for row in rows.tolist())
+        results = [Result(int(row[0]), int(row[1]), row[2], row[3:]) for row in rows.tolist()]
         found = average_precision(results, source, source.labels, ids.tolist())
-        self.log_dict({f"{part}/{name}": getattr(found, name) for name in ("ap", "ap50", "ap75")})
+        self.log_dict({f"{part}/{name}": getattr(found, name) for name in PRECISIONS})
         self.log(f"{part}/loss", self.mean_loss.compute())
-        self.said = f"AP {found.ap:.4f}, AP50 {found.ap50:.4f} (n = {found.objects} objects in {len(ids)} images)"
-        self.sample = {"n": found.objects, "images": len(ids)}
+        size = f"n = {counted(found.objects, 'object')} in {counted(len(ids), 'image')}"
+        ends: dict[str, tuple[float, float]] = {}
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            ends = precision_intervals(results, source, source.labels, ids.tolist()) or {}
+        self.figures = [Measured(key, metric, len(ids), ends.get(key)) for key, metric in PRECISIONS.items()]
+        if ends:
+            size += f", 95 % interval {ends['ap'][0]:.4f} to {ends['ap'][1]:.4f}"
+        self.said = f"AP {found.ap:.4f}, AP50 {found.ap50:.4f} ({size})"
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.said = f"{by_category(found)}\n{self.said}"
 

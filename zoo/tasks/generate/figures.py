@@ -31,12 +31,14 @@ from zoo.tasks.generate.metrics import (
     neighbour_accuracy,
     spread,
 )
+from zoo.tasks.intervals import Measured, wilson
 from zoo.text import counted, one_line, reason
 
 RECORD = "figures.json"
 SHOWN = 100  # samples in a grid
 MOST = 50_000  # images of a split that are read, evenly spread
 MEMORY = 2**31  # bytes of their features
+SHARES = ("agreement", "neighbours", "near_copies")  # metrics that are a share of images
 
 
 class Seen(NamedTuple):
@@ -65,6 +67,19 @@ class Figures:
             self.values[metric] = {column: value(images) for column, images in columns.items()}
         except ValueError as error:
             self.omitted[metric] = one_line(error)
+
+    def all(self) -> list[Measured]:
+        """Each value by itself; shares with an interval."""
+        facts, found = self.facts, []
+        for metric, values in self.values.items():
+            for column, value in values.items():
+                number = facts["samples"] if column != "real" else min(facts["samples"], facts["training"])
+                if metric == "neighbours" or (column == "real" and metric in SHARES):
+                    number = facts["held_out"]
+                share = wilson(round(value * number), number) if metric in SHARES else None
+                what = "real images" if column == "real" else f"{column} samples"
+                found.append(Measured(f"{metric}_{column}", f"{self.titles[metric]}, {what}", number, share))
+        return found
 
     def lines(self) -> list[str]:
         """How samples were made, and a line for each metric."""

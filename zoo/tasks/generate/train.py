@@ -21,6 +21,7 @@ from zoo.tasks.alignment import Alignment, watched
 from zoo.tasks.generate.figures import Evaluator
 from zoo.tasks.generate.images import decoder_for, grid, to_bytes
 from zoo.tasks.generate.objectives import Objective, Times, balanced
+from zoo.tasks.intervals import Measured
 from zoo.tasks.task import Task, differing
 
 UNREADABLE = "skipped {}: cannot be read as an image"
@@ -264,7 +265,7 @@ class Generate(Task):
         loss = sum(known) / len(known)
         self.log(f"{part}/loss", loss)
         self.log_dict({f"{part}/loss_{index}": value for index, value in enumerate(means) if value == value})
-        self.said, self.sample = f"loss {loss:.4f} (n = {number})", {"n": number}
+        self.said, self.figures = f"loss {loss:.4f} (n = {number})", [Measured("loss", "loss", number)]
         if self.trainer.state.fn != "fit":
             spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
             lines = [f"time {span}  {value:.4f}" for span, value in zip(spans, means, strict=True)]
@@ -280,6 +281,7 @@ class Generate(Task):
         for metric, values in figures.values.items():
             named = {f"{part}/{metric}_{column}": value for column, value in values.items()}
             self.log_dict(named, rank_zero_only=True)
+        self.figures += figures.all()
         self.said = "\n".join([self.said, *figures.lines()])
 
     @rank_zero_only

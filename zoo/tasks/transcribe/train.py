@@ -3,13 +3,14 @@
 
 import math
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import CatMetric, MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from zoo.data.augment import filter_bands, spec_augment, warp_frequencies
@@ -19,6 +20,7 @@ from zoo.layer import Chunks
 from zoo.models.conformer import Conformer
 from zoo.outputs import frames_for, greedy, transducer_greedy
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
+from zoo.tasks.intervals import Measured, bootstrap_ratio, speaker_of
 from zoo.tasks.task import Task
 from zoo.tensors import mask_of
 from zoo.text import counted
@@ -32,6 +34,26 @@ UNREADABLE, LONG, UNKNOWN, EMPTY, BETWEEN = FAULTS = (
     "empty transcripts",
     "transcripts with more tokens than frames between the blocks",
 )
+
+
+class Spoken(Metric):
+    """The errors of each utterance, over all ranks: rows of a number for its speaker, word errors, words, character
+    errors and characters."""
+
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, rows: Tensor) -> None:
+        """rows int64 [n, 5]."""
+        self.rows.append(rows)
+
+    def compute(self) -> Tensor:
+        """The rows [n, 5]."""
+        found = self.rows  # joined already where they come from several ranks
+        return found if isinstance(found, Tensor) else torch.cat(found)
 
 
 class Transcribe(Task):
@@ -125,10 +147,7 @@ class Transcribe(Task):
         self.chunks = tuple(chunks or ())
         self.tokenizer: Tokenizer | None = None
         self.learned = 0  # utterances with a loss, on this rank
-        self.wer, self.cer = WordErrorRate(), CharErrorRate()
-        self.errors, self.spoken = CatMetric(), CatMetric()  # word errors and words of each utterance
-        self.mean_loss, self.with_loss = MeanMetric(), SumMetric()
-        self.number, self.words = SumMetric(), SumMetric()
+        self.spoken, self.mean_loss, self.with_loss = Spoken(), MeanMetric(), SumMetric()
 
     @property
     def labels(self) -> Tokenizer:
@@ -307,79 +326,50 @@ class Transcribe(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kept, tokens = self.encoded(batch, "validation")
+        rows = []
         if batch.texts:
             logits, lengths = self.measured(batch.features, batch.lengths)
             head: Any = self.measured.head
             found = transducer_greedy(head, logits, lengths) if self.transducer else greedy(logits.float(), lengths)
             said = [self.labels.decode(each) for each in found]
-            for one, text in zip(said, batch.texts, strict=True):
-                before = self.wer.errors.clone()
-                self.wer.update(one, text)
-                self.errors.update(self.wer.errors - before)
-                self.spoken.update(len(text.split()))
-            self.cer.update(said, list(batch.texts))
-            self.number.update(len(said))
-            self.words.update(sum(len(text.split()) for text in batch.texts))
+            for one, text, name in zip(said, batch.texts, batch.names, strict=True):
+                row = [crc32(speaker_of(name).encode(errors="surrogatepass"))]
+                for metric in (WordErrorRate(), CharErrorRate()):
+                    metric.update(one, text)
+                    row += [int(metric.errors), int(metric.total)]
+                rows.append(row)
             self.with_loss.update(len(tokens))
             if tokens:
                 self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens))
+        self.spoken.update(torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, 5))
 
     def on_validation_epoch_end(self) -> None:
         self.report("validation")
-        number, words = int(self.number.compute()), int(self.words.compute())
+        speakers, wrong, words_of, false, letters = self.spoken.compute().cpu().numpy().T
+        number, words = len(speakers), int(words_of.sum())
         if number == 0 and self.trainer.sanity_checking:
             return
         if words == 0:
             raise ValueError("no utterance of the validation set could be read, or none has a transcript")
         part = "test" if self.trainer.testing else "val"
-        wer, cer = self.wer.compute(), self.cer.compute()
+        wer, cer = (float(errors.sum() / total.sum()) for errors, total in ((wrong, words_of), (false, letters)))
         self.log_dict({f"{part}/wer": wer, f"{part}/cer": cer})
         if self.with_loss.compute():
             self.log(f"{part}/loss", self.mean_loss.compute())
         size = f"n = {counted(words, 'word')} in {counted(number, 'utterance')}"
-        found = interval(self.errors.compute(), self.spoken.compute())
-        self.sample = {"n": words, "utterances": number, "interval": found and list(found)}
+        found, other = bootstrap_ratio(wrong, words_of, speakers), bootstrap_ratio(false, letters, speakers)
+        self.figures = [
+            Measured("wer", "word error rate", words, found),
+            Measured("cer", "character error rate", int(letters.sum()), other),
+        ]
         if found is not None:
             size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
-        self.said = f"word error rate {float(wer):.4f}, character error rate {float(cer):.4f} ({size})"
-        metrics = (
-            self.wer,
-            self.cer,
-            self.errors,
-            self.spoken,
-            self.mean_loss,
-            self.with_loss,
-            self.number,
-            self.words,
-        )
-        for metric in metrics:
+        self.said = f"word error rate {wer:.4f}, character error rate {cer:.4f} ({size})"
+        for metric in (self.spoken, self.mean_loss, self.with_loss):
             metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-
-def interval(errors: Tensor, words: Tensor) -> tuple[float, float] | None:
-    """The 95 % interval of a word error rate by the bootstrap over utterances (Bisani and Ney 2004).
-
-    Args:
-        errors: word errors of each utterance.
-        words: words of each utterance.
-
-    Returns:
-        Its ends; None for fewer than two utterances with words.
-    """
-    from scipy.stats import bootstrap
-
-    pairs = torch.stack([errors, words]).double().cpu()[:, words.cpu() > 0].numpy()
-    if pairs.shape[1] < 2:
-        return None
-
-    def rate(wrong: Any, number: Any, axis: int) -> Any:
-        return wrong.sum(axis) / number.sum(axis)
-
-    found = bootstrap(pairs, rate, paired=True, n_resamples=999, batch=100, method="percentile", rng=0)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def divergence(logits: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""Every checkpoint of the repository has the figures of its card, by `zoo evaluate`.
+
+Data that is not made here is looked for in the folder of the environment variable ZOO_DATA.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoo.__main__ import tasks
+from zoo.quick import card
+from zoo.tasks.evaluate.measure import evaluate
+
+FOLDER = Path(__file__).parents[3] / "checkpoints"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+# By the end of a checkpoint's name: the folder of its data, None if it is made here, and further arguments.
+DATA: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "digits": (None, {}),
+    "digits_in_one_step": (None, {}),
+    "aquarium": ("aquarium", {}),
+    "blood_cells": ("bccd", {}),
+    "spoken_digits": ("fsdd", {"splits": ["dev"]}),
+    "clothing10": ("clothing10_s112", {}),
+    "caltech": ("caltech101_s96", {}),
+}
+ROWS = {  # of a card, by metric
+    "top-1 accuracy": "accuracy",
+    "word error rate": "word error rate",
+    "AP": "AP",
+    "AP50": "AP50",
+    "loss": "validation loss",
+}
+
+
+def cases() -> list[Any]:
+    """Those whose data is not made here are slow."""
+    found = []
+    for name in NAMES:
+        folder, given = DATA[name.partition(".")[2]]
+        found.append(pytest.param(name, folder, given, id=name, marks=[pytest.mark.slow] if folder else []))
+    return found
+
+
+@pytest.mark.parametrize(("name", "folder", "given"), cases())
+def test_a_checkpoint_has_the_figures_of_its_card(name: str, folder: str | None, given: dict[str, Any]):
+    if folder is not None:
+        if (home := os.environ.get("ZOO_DATA")) is None:
+            pytest.skip("ZOO_DATA is not set, the folder with the data sets")
+        if not (root := Path(home, folder)).is_dir():
+            pytest.skip(f"{root} is not there")
+        given = given | {"root": str(root), "workers": 2}
+    found = evaluate(tasks(), str(FOLDER / name), device="cpu", **given)
+    rows, seen = card(FOLDER / name).rows, 0
+    for figure in found["figures"]:
+        if (row := ROWS.get(figure["metric"])) in rows:
+            assert f"{figure['value']:.4f}" == rows[row], (figure["metric"], figure["value"], rows[row])
+            seen += 1
+        print(name, figure["metric"], figure["value"], figure["interval"], figure["n"])
+    assert seen

@@ -1,0 +1,1 @@
+"""Measures checkpoints on data prepared as their cards say: `zoo evaluate`."""
