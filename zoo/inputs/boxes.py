@@ -38,13 +38,14 @@ class BoxPreprocess(PixelPreprocess):
         longest: most pixels of the longest side with "shortest".
     """
 
-    size: int = 640
+    size: int = 640  # pyright: ignore[reportIncompatibleVariableOverride]
     interpolation: str = "bilinear"
     fit: str = "stretch"
     longest: int = 1333
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_integer("size", self.size, LARGEST)
         check_integer("longest", self.longest, LARGEST)
         if self.fit not in FITS:
             raise ValueError(f"unknown fit {self.fit!r}; allowed: {', '.join(FITS)}")
