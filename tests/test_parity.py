@@ -732,25 +732,29 @@ def test_sincos_on_a_line_is_its_formula():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 9), (2, 3), (4, 8)])
-def test_learned_table_is_resized_as_timm_does_without_antialias(grid):
-    position = position_of("learned", DIM, 8, (4, 4), 2)
+@pytest.mark.parametrize("antialias", [False, True])
+def test_learned_table_is_resized_as_in_timm(grid, antialias):
+    position = position_of("learned", DIM, 8, (4, 4), 2, antialias=antialias)
     nn.init.normal_(position.table)
     context = Context(grid=grid, prefix=2)
     got = position(torch.zeros(1, 2 + math.prod(grid), DIM), context)
-    check(got, resample_abs_pos_embed(position.table, list(grid), [4, 4], 2, antialias=False), tolerance=SINGLE)
+    check(got, resample_abs_pos_embed(position.table, list(grid), [4, 4], 2, antialias=antialias), tolerance=SINGLE)
 
 
-@pytest.mark.parametrize("mode", ["bicubic", "linear"])
+@pytest.mark.parametrize("mode", ["bicubic", "antialias", "linear"])
 def test_learned_table_is_resized_to_the_extent_of_each_sample(mode):
-    grid, extents = ((6, 7), [(6, 7), (3, 5), (2, 2)]) if mode == "bicubic" else ((9,), [(9,), (4,), (2,)])
-    position = position_of("learned", DIM, 8, grid[:1] * len(grid), 0)
+    grid, extents = ((9,), [(9,), (4,), (2,)]) if mode == "linear" else ((6, 7), [(6, 7), (3, 5), (2, 2)])
+    antialias = mode == "antialias"
+    mode = "bicubic" if antialias else mode
+    position = position_of("learned", DIM, 8, grid[:1] * len(grid), 0, antialias=antialias)
     nn.init.normal_(position.table)
     mask = torch.zeros(3, *grid, dtype=torch.bool)
     for each, extent in zip(mask, extents, strict=True):
         each[tuple(slice(size) for size in extent)] = True
     got = position(torch.zeros(3, math.prod(grid), DIM), Context(grid=grid, mask=mask.flatten(1)))
     for each, real, extent in zip(got, mask.flatten(1), extents, strict=True):
-        wanted = F.interpolate(to_map(position.table, position.grid), extent, mode=mode, align_corners=False)
+        table = to_map(position.table, position.grid)
+        wanted = F.interpolate(table, extent, mode=mode, align_corners=False, antialias=antialias)
         check(each[real], to_tokens(wanted)[0], tolerance=SINGLE)
 
 

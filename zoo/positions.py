@@ -110,16 +110,17 @@ def _linear(distance: Tensor) -> Tensor:
     return (1 - distance).clamp(min=0)
 
 
-def _cubic(distance: Tensor) -> Tensor:
-    """The weights of bicubic interpolation on one axis at a distance >= 0 in samples, with PyTorch's -0.75 (Keys
-    1981)."""
-    near = 1 - distance.square() * (2.25 - 1.25 * distance)
-    return torch.where(distance < 1, near, 0.75 * (1 - distance) * (2 - distance).clamp(min=0).square())
+def _cubic(distance: Tensor, sharpness: float = 0.75) -> Tensor:
+    """The weights of bicubic interpolation on one axis at a distance >= 0 in samples (Keys 1981, with the parameter
+    -sharpness)."""
+    near = 1 - distance.square() * (3 - sharpness - (2 - sharpness) * distance)
+    return torch.where(distance < 1, near, sharpness * (1 - distance) * (2 - distance).clamp(min=0).square())
 
 
 class Learned(Position):
     """Adds a learned table with a row for each token, prefix included; for another grid the table is resized, on images
-    bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929).
+    bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929): antialias=True as timm does and DINOv2 with registers in
+    transformers, by default as the other vision transformers there.
 
     With a mask the table is resized to the size of each sample, so padding changes nothing.
     """
@@ -127,8 +128,9 @@ class Learned(Position):
     reads = frozenset({"prefix", "mask"})
     sized = True
 
-    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+    def __init__(self, dim: int, head_dim: int, place: Place, *, antialias: bool = False) -> None:
         super().__init__(dim, head_dim, place)
+        self.antialias = antialias
         self.table = nn.Parameter(torch.zeros(1, place.prefix + math.prod(place.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
@@ -147,17 +149,28 @@ class Learned(Position):
             lengths = [torch.full((1,), size, device=device) for size in context.grid]
         else:
             lengths = extent(context)
-        kernel = _linear if len(lengths) == 1 else _cubic
         with torch.autocast(device.type, enabled=False):
             for axis, (size, length) in enumerate(zip(context.grid, lengths, strict=True), start=1):
                 number = self.grid[axis - 1]
-                taps = torch.arange(-2, number + 2, device=device)
                 centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
                 places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
-                weights = kernel((places[..., None] - taps).abs())
-                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, 1)
+                weights, taps = self.weigh(places, number, number / length.clamp(min=1).to(x.dtype))
+                x = x.index_select(axis, taps).movedim(axis, 1)
                 x = torch.einsum("bst,bt...->bs...", weights, x).movedim(1, axis)
         return x.flatten(1, -2)
+
+    def weigh(self, places: Tensor, number: int, step: Tensor) -> tuple[Tensor, Tensor]:
+        """How the `number` rows of the table on one axis make those at places [1 or B, size] between them, `step`
+        [1 or B] apart: weights [1 or B, size, taps], and the rows that they are for [taps]."""
+        plain = len(self.grid) == 1
+        if self.antialias:
+            taps = torch.arange(number, device=places.device)
+            distance = (places[..., None] - taps).abs() / step.clamp(min=1)[:, None, None]
+            weights = _linear(distance) if plain else _cubic(distance, 0.5)
+            return weights / weights.sum(-1, keepdim=True), taps
+        taps = torch.arange(-2, number + 2, device=places.device)
+        distance = (places[..., None] - taps).abs()
+        return _linear(distance) if plain else _cubic(distance), taps.clamp(0, number - 1)
 
 
 class Rotary(Position):
