@@ -18,7 +18,7 @@ from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map
 from zoo.text import unknown
 
-POOLS = ("mean", "token", "norm_after_mean", "distilled")
+POOLS = ("mean", "token", "norm_after_mean", "distilled", "token_and_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ class ViTConfig(ClassifierConfig, FlatConfig):
         patch: side of a patch in pixels.
         pool: the input of the head: `mean` of the normalized grid tokens; `token`, the normalized class token;
             `norm_after_mean`, the mean, then normalized; `distilled`, the mean of the logits of a class and a
-            distillation token, each with its own head.
-        class_token: whether a class token comes before the grid; `token` and `distilled` need it.
+            distillation token, each with its own head; `token_and_mean`, the first two joined, 2 dim wide (DINOv2,
+            Oquab et al. 2023, arXiv:2304.07193).
+        class_token: whether a class token comes before the grid; pools of a token need it.
         registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
     """
 
@@ -46,7 +47,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
             raise ValueError("image, patch and channels must be >= 1, classes and registers >= 0")
         if self.pool not in POOLS:
             raise ValueError(f"pool: {unknown('name', self.pool, POOLS)}")
-        if self.pool in ("token", "distilled") and not self.class_token:
+        if self.pool in ("token", "distilled", "token_and_mean") and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
 
     @property
@@ -63,7 +64,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
 
 
 class ViT(Model[ViTConfig]):
-    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, dim] if classes = 0.
+    """model(images [B, channels, H, W]) -> logits [B, classes], or pooled tokens [B, num_features] if classes = 0.
 
     H and W are free. A mask [B, H, W] of real pixels lets images of several sizes share a batch.
     """
@@ -80,7 +81,7 @@ class ViT(Model[ViTConfig]):
         rates = drop_rates(config.drop_path, config.depth)
         self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(rates))
         self.norm: Norm | None = make(NORMS, first.norm, config.dim, first.place, field="norm")
-        self.head = linear(config.dim, config.classes) if config.classes else None
+        self.head = linear(self.num_features, config.classes) if config.classes else None
         self.head_distilled = None
         if config.pool == "distilled" and config.classes:
             self.head_distilled = linear(config.dim, config.classes)
@@ -92,6 +93,10 @@ class ViT(Model[ViTConfig]):
     @property
     def channels(self) -> list[int]:
         return [self.config.dim] * self.config.depth
+
+    @property
+    def num_features(self) -> int:
+        return self.config.dim * (2 if self.config.pool == "token_and_mean" else 1)
 
     def embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
         """Tokens [B, N, dim] with positions, and the Context of all blocks."""
@@ -105,7 +110,7 @@ class ViT(Model[ViTConfig]):
         return self.position(x, context), context
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> [B, classes], or [B, dim]."""
+        """images [B, channels, H, W] and a mask [B, H, W] of real pixels -> [B, classes], or [B, num_features]."""
         x, context = self.embed(images, mask)
         x = self.run(self.blocks, x, context)
         pooled = self.pool(x, context)
@@ -116,13 +121,15 @@ class ViT(Model[ViTConfig]):
         return (self.head(pooled[:, 0]) + self.head_distilled(pooled[:, 1])) / 2
 
     def pool(self, x: Tensor, context: Context) -> Tensor:
-        """The input of the head: [B, 1, dim], or [B, 2, dim] for a distilled model."""
+        """The input of the head: [B, 1, num_features], or [B, 2, dim] for a distilled model."""
         if self.config.pool == "norm_after_mean":
             pooled = grid_mean(x, context)[:, None]
             return pooled if self.norm is None else self.norm(pooled, Context(grid=(1,)))
         x = x if self.norm is None else self.norm(x, context)
         if self.config.pool == "mean":
             return grid_mean(x, context)[:, None]
+        if self.config.pool == "token_and_mean":
+            return torch.cat([x[:, 0], grid_mean(x, context)], -1)[:, None]
         return x[:, : 1 + (self.config.pool == "distilled")]
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
@@ -153,6 +160,6 @@ class ViT(Model[ViTConfig]):
             return [keep(self, "norm", "the model has no head")]
         for head in (self.head, self.head_distilled):
             if head is not None:
-                fold_in(head, *affine)
+                fold_in(head, *(each.repeat(self.num_features // len(each)) for each in affine))
         self.norm = None
         return [Fold("norm", "the head")]

@@ -22,7 +22,7 @@ from zoo.convert.detection import (
 )
 from zoo.convert.source import Section
 from zoo.convert.timm.parts import spelled
-from zoo.convert.transformers.files import HARMLESS, read_folder, read_json
+from zoo.convert.transformers.files import HARMLESS, id_names, read_folder, read_json
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
@@ -141,16 +141,10 @@ def convert_detector(folder: Path) -> ConvertedDetector:
 def _classes(values: Mapping[str, Any], whole: Section) -> tuple[list[str], list[int], int]:
     """The names of the classes; the rows of the class heads that they are, for DETR with the last one, which means no
     object; and the number of rows without that one. Ids that COCO does not use are left out."""
-    given = values.get("id2label") or {str(id): f"LABEL_{id}" for id in range(values.get("num_labels") or 2)}
-    try:
-        by_id = {int(id): str(name) for id, name in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise whole.refused("id2label", "it must be an object with a name for each id") from None
-    if sorted(by_id) != list(range(len(by_id))):
-        raise whole.refused("id2label", f"its ids must be 0 to {len(by_id) - 1}")
-    kept = [id for id in sorted(by_id) if by_id[id] not in _UNUSED]
-    rows = [*kept, len(by_id)] if values.get("model_type") == "detr" else kept
-    return [by_id[id] for id in kept], rows if len(kept) < len(by_id) else rows[: len(kept)], len(by_id)
+    found = id_names(values, whole)
+    kept = [id for id, name in enumerate(found) if name not in _UNUSED]
+    rows = [*kept, len(found)] if values.get("model_type") == "detr" else kept
+    return [found[id] for id in kept], rows if len(kept) < len(found) else rows[: len(kept)], len(found)
 
 
 def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]:
