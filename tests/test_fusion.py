@@ -35,6 +35,7 @@ CASES = {
     "batchnorm": {"norm": "batchnorm"},
     "class token": {"class_token": True, "pool": "token"},
     "distilled": {"class_token": True, "pool": "distilled"},
+    "token_and_mean": {"class_token": True, "pool": "token_and_mean", "norm": "batchnorm"},
     "registers": {"registers": 3},
     "norm after the mean": {"pool": "norm_after_mean"},
     "no head": {"classes": 0},

@@ -24,7 +24,7 @@ CHOICES = {
     "position": representatives(zoo.POSITIONS),
     "ffn": representatives(zoo.FFNS),
     "placement": list(PLACEMENTS),
-    "pool": ["mean", "token", "norm_after_mean", "distilled"],
+    "pool": ["mean", "token", "norm_after_mean", "distilled", "token_and_mean"],
     "registers": [0, 2],
     "layer_scale": [None, 0.1],
     "conv": ["glu", "swish(kernel=5)", "depthwise"],
@@ -39,7 +39,7 @@ CHOICES = {
 
 
 def choices_of(row: dict) -> dict:
-    tokens = {"class_token": True} if row.get("pool") in ("token", "distilled") else {}
+    tokens = {"class_token": True} if row.get("pool") in ("token", "distilled", "token_and_mean") else {}
     return TINY | row | tokens
 
 
@@ -49,7 +49,7 @@ def reasons(row: dict) -> set[str]:
     conv = parse(row.get("conv", "glu"))[0]
     branches = [mixer, *([CONVS[conv]] if "conv" in layout else [])]
     found = set()
-    if row.get("registers", 0) > 0 or row.get("pool") in ("token", "distilled"):
+    if row.get("registers", 0) > 0 or row.get("pool") in ("token", "distilled", "token_and_mean"):
         gates = [zoo.CHANNELS[row.get("channel", "none")], zoo.POSITIONS[row.get("position", "sincos")]]
         if any(each.mixes and "prefix" not in each.reads for each in [*branches, *gates] if each is not NoChannel):
             found.add("prefix")
