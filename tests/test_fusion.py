@@ -36,6 +36,8 @@ CASES = {
     "class token": {"class_token": True, "pool": "token"},
     "distilled": {"class_token": True, "pool": "distilled"},
     "token_and_mean": {"class_token": True, "pool": "token_and_mean", "norm": "batchnorm"},
+    "attention pool": {"pool": "attention", "norm": "batchnorm", "registers": 1, "first_norm": True},
+    "attention pool without a head": {"pool": "attention", "norm": "repbn", "classes": 0},
     "registers": {"registers": 3},
     "norm after the mean": {"pool": "norm_after_mean"},
     "no head": {"classes": 0},

@@ -45,7 +45,13 @@ def activation_of(layer: nn.Module) -> str:
     """The name of a timm activation in our feed-forward layers."""
     if isinstance(layer, nn.GELU) and layer.approximate == "tanh":
         return "gelu_tanh"
-    names = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "StarReLU": "star_relu"}
+    names = {
+        "GELU": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "ReLU": "relu",
+        "StarReLU": "star_relu",
+        "QuickGELU": "quick_gelu",
+    }
     return names.get(type(layer).__name__, "silu")
 
 
@@ -55,20 +61,14 @@ def with_width(
     """The name of a row of the table with the ratio that makes it `hidden` wide inside, and options; ValueError if
     no ratio gives it. `usual` is the ratio without an option; arguments are the row's, its dim first."""
     ratio = hidden / arguments[0]
-    for choice in (
-        usual,
-        ratio,
-        math.nextafter(ratio, 0),
-        math.nextafter(ratio, math.inf),
-        max(hidden - 4, 1) / arguments[0],
-    ):
-        spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *options])
-        with torch.device("meta"):
-            if make(table, spec, *arguments).out.in_features == hidden:
-                return spec
-    raise ValueError(
-        f"from_timm needs SwiGLU layers whose width is a multiple of 8, got {hidden}"
-    )  # no other row rounds
+    near = (math.nextafter(ratio, 0), math.nextafter(ratio, math.inf), max(hidden - 4, 1) / arguments[0])
+    for exact in ([], ["multiple=1"])[: 1 + ("multiple" in options_of(table[name]))]:
+        for choice in (usual, ratio, *near):
+            spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *exact, *options])
+            with torch.device("meta"):
+                if make(table, spec, *arguments).out.in_features == hidden:
+                    return spec
+    raise ValueError(f"no ratio gives {name} of {arguments[0]} channels the hidden width {hidden}")
 
 
 def tensors_of(state: Any) -> dict[str, Tensor]:

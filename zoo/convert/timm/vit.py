@@ -43,6 +43,13 @@ _NAMES = (
     (".steps.1.branch.inner.", ".mlp.norm."),
     (".steps.1.branch.out.", ".mlp.fc2."),
     (".steps.1.layer_scale", ".ls2.gamma"),
+    ("first_norm.", "norm_pre."),
+    ("pooler.query", "attn_pool.latent"),
+    ("pooler.attention.queries.", "attn_pool.q."),
+    ("pooler.attention.out.", "attn_pool.proj."),
+    ("pooler.ffn.expand.", "attn_pool.mlp.fc1."),
+    ("pooler.ffn.out.", "attn_pool.mlp.fc2."),
+    ("pooler.norm.", "attn_pool.norm."),
 )
 # Biases that timm omits together: zeros then.
 _BIASES = (
@@ -59,7 +66,7 @@ class _Facts(NamedTuple):
     """The facts that the shapes of the tensors do not show."""
 
     heads: int
-    pool: str  # timm's global_pool: token or avg
+    pool: str  # timm's global_pool: token, avg or map
     norm: str
     activation: str
     fc_norm: bool  # the final norm comes after the pooling
@@ -84,10 +91,11 @@ def from_timm(
     dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
 
     Supported parts of vision transformers: class token, registers, distillation token and head, pooling by token or
-    average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
-    scale, norms of queries and keys, norms inside both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any
-    width, missing biases (as zeros), any patch, depth, channels and classes. At sizes other than its own the position
-    table is resized differently than in timm, so outputs differ a little there.
+    average with the norm on either side of it or by attention of one query (SigLIP), a norm before the blocks (CLIP),
+    position table (with or without rows for the prefix) or none, layer scale, norms of queries and keys, norms inside
+    both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any width, missing biases (as zeros), any patch,
+    depth, channels and classes. Outputs are equal at every size whose sides the patch divides, as timm's are with
+    dynamic_img_size=True.
 
     Supported parts of MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
     attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
@@ -99,8 +107,10 @@ def from_timm(
 
     - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
       and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
-    - pool: "token" or "avg", timm's global_pool. By default "token" where there is a class token and no fc_norm.
-    - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)" or "rmsnorm".
+    - pool: "token", "avg" or "map", timm's global_pool. By default "map" where there is attention pooling, and "token"
+      where there is a class token and no fc_norm.
+    - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)", as CLIP has, or "rmsnorm". It must be
+      given where a norm is before the blocks.
     - activation of the MLP: "gelu" by default. SwiGLU has silu, its two halves packed or apart.
 
     The norms are taken to stand before the branches, attention to have no rotary positions, and the images to be
@@ -108,9 +118,8 @@ def from_timm(
     3 x 3, windows of 7 x 7 in turns with attention between channels, GELU unless it has StarReLU, the usual norms.
     Models that differ are given themselves.
 
-    ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
-    images that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
-    a wrong shape.
+    ValueError, in one line, where something has no counterpart (gates, images that are not square, other classes of
+    models or layers, ...), or where a tensor is missing, left over or of a wrong shape.
     """
     given = (heads, pool, norm, activation) != (None,) * 4
     if isinstance(model, nn.Module):
@@ -135,11 +144,13 @@ def from_timm(
 def _read(model: Any) -> _Facts:
     """The facts of a model of known parts; ValueError if their combination has no counterpart."""
     distilled = type(model).__name__ == "VisionTransformerDistilled"
-    if model.global_pool not in ("token", "avg"):
-        raise ValueError(f"from_timm needs a model that pools by 'token' or 'avg', got {model.global_pool!r}")
-    if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
-        raise ValueError("from_timm does not support pool_include_prefix=True, only the average of the grid's tokens")
+    if model.global_pool not in ("token", "avg", "map"):
+        raise ValueError(f"from_timm needs a model that pools by 'token', 'avg' or 'map', got {model.global_pool!r}")
+    if model.global_pool != "token" and model.pool_include_prefix and model.num_prefix_tokens:
+        raise ValueError("from_timm does not support pool_include_prefix=True, only pooling of the grid's tokens")
     fc_norm = type(model.fc_norm) is not nn.Identity
+    if model.global_pool == "map" and fc_norm:
+        raise ValueError("from_timm does not support fc_norm behind attention pooling")
     if fc_norm == (type(model.norm) is not nn.Identity):
         raise ValueError("from_timm needs a model with one final norm, 'norm' or 'fc_norm', not none or both")
     if distilled and (fc_norm or model.no_embed_class):
@@ -154,16 +165,21 @@ def _read(model: Any) -> _Facts:
             f"from_timm needs an image size that the patch divides, got {sides[0]} x {sides[1]} and patch {patch[0]}"
         )
     blocks = list(model.blocks)
-    heads = one("number of heads", [block.attn.num_heads for block in blocks])
+    pools = [] if model.attn_pool is None else [model.attn_pool]
+    if any((each.latent_len, each.pool, each.pos_embed) != (1, "token", None) for each in pools):
+        raise ValueError("from_timm needs attention pooling of one query without positions")
+    heads = one("number of heads", [part.num_heads for part in [*(block.attn for block in blocks), *pools]])
     norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
-    norm = one("norm", [norm_of(part) for part in [*norms, model.norm, model.fc_norm] if type(part) is not nn.Identity])
+    norms += [model.norm_pre, model.norm, model.fc_norm, *(pool.norm for pool in pools)]
+    norm = one("norm", [norm_of(part) for part in norms if type(part) is not nn.Identity])
     pairs = [one("norm of queries and keys", [norm_of(b.attn.q_norm), norm_of(b.attn.k_norm)]) for b in blocks]
     qk_norm = one("norm of queries and keys", pairs)
     if qk_norm not in ("none", "layernorm"):
         raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{qk_norm}'")
     inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
-    gated = one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
-    activation = one("activation", [activation_of(block.mlp.act) for block in blocks])
+    gated = one("kind of mlp", [type(part.mlp).__name__ for part in [*blocks, *pools]]) != "Mlp"
+    mlps = [part.mlp for part in [*blocks, *pools]]
+    activation = one("activation", [activation_of(mlp.act) for mlp in mlps])
     if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
         raise ValueError("from_timm supports gated feed-forward layers only with silu on the first half (SwiGLU)")
     scale = getattr(blocks[0].ls1, "init_values", None)
@@ -198,10 +214,15 @@ def _assume(
             )
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the {width} channels of the queries, got {heads}")
+    pooled = "attn_pool.latent" in tensors
     if pool is None:
-        pool = "token" if "cls_token" in tensors and not fc_norm else "avg"
-    if pool not in ("token", "avg") or (pool == "avg" and "dist_token" in tensors):
-        raise ValueError(f"pool must be 'token' or 'avg', and 'token' for a distilled model, got {pool!r}")
+        pool = "map" if pooled else "token" if "cls_token" in tensors and not fc_norm else "avg"
+    if pool not in ("token", "avg", "map") or (pool != "token" and "dist_token" in tensors):
+        raise ValueError(f"pool must be 'token', 'avg' or 'map', and 'token' for a distilled model, got {pool!r}")
+    if (pool == "map") != pooled:
+        raise ValueError(f"pool is 'map' for models with 'attn_pool.latent', and only for these, got {pool!r}")
+    if norm is None and "norm_pre.weight" in tensors:
+        raise ValueError("a state dict does not hold eps; give norm=, which for CLIP is 'layernorm(eps=1e-05)'")
     if fc_norm == ("norm.weight" in tensors) or (fc_norm and "dist_token" in tensors):
         raise ValueError("from_timm needs a model with one final norm: 'norm', or 'fc_norm' if it is not distilled")
     if norm is None and "blocks.0.norm1.bias" not in tensors:
@@ -252,7 +273,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
     head_dim = len(tensors["blocks.0.attn.qkv.weight"]) // 3 // facts.heads
     options = ["qk_norm='layernorm'"] if facts.qk_norm else []
     options += [f"head_dim={head_dim}"] if head_dim * facts.heads != dim else []
-    pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
+    pool = {"avg": "norm_after_mean" if facts.fc_norm else "mean", "map": "attention"}.get(facts.pool, facts.pool)
     return ViTConfig(
         dim=dim,
         depth=_depth(tensors),
@@ -261,7 +282,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         ffn=_feed_forward(tensors, facts.activation, dim),
         norm=facts.norm,
         placement="sub" if facts.inner else "pre",
-        position="learned" if "pos_embed" in tensors else "none",
+        position="learned(antialias=True)" if "pos_embed" in tensors else "none",
         layer_scale=facts.layer_scale,
         image=facts.image,
         patch=patch,
@@ -269,6 +290,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         classes=len(tensors["head.weight"]) if "head.weight" in tensors else 0,
         pool="distilled" if "dist_token" in tensors else pool,
         class_token="cls_token" in tensors,
+        first_norm="norm_pre.weight" in tensors,
         registers=_count(tensors, "reg_token"),
     )
 
@@ -294,7 +316,7 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> Vi
     """The model of the config with timm's tensors: each is used, and each of ours is filled."""
     with torch.device("meta"):
         model = config.build()
-    apart = "blocks.0.mlp.fc1_g.weight" in tensors
+    apart, values = "blocks.0.mlp.fc1_g.weight" in tensors, dict[str, Tensor]()
 
     def find(key: str, slot: Tensor, take: Callable[..., Tensor], like: Tensor | None) -> tuple[str, Tensor]:
         name = key
@@ -310,6 +332,13 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> Vi
             if value.shape[1] == slot.shape[1] - config.prefix:
                 value = F.pad(value, (0, 0, config.prefix, 0))
             return name, value
+        if key.startswith("pooler.attention.keys."):
+            kind = key.rpartition(".")[2]
+            keys, values[kind] = take(f"attn_pool.kv.{kind}").chunk(2)
+            return f"attn_pool.kv.{kind}", keys
+        if key.startswith("pooler.attention.values."):
+            kind = key.rpartition(".")[2]
+            return f"attn_pool.kv.{kind}", values[kind]
         if apart and ".mlp.fc1." in name:
             halves = [take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")]
             return name, _joined(halves, 0, f"the halves of '{name}'")
