@@ -3,20 +3,25 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.convert.timm import eva as timm_eva
 from zoo.convert.timm import pyramid as timm_pyramid
 from zoo.convert.timm.parts import (
     SUPPORTED,
+    TABLE,
+    Facts,
     activation_of,
     check_axes,
     fill,
     norm_of,
     one,
+    packed,
+    placement_of,
     spelled,
     tensors_of,
     with_width,
@@ -39,6 +44,8 @@ _NAMES = (
     (".steps.0.branch.out.", ".attn.proj."),
     (".steps.0.layer_scale", ".ls1.gamma"),
     (".steps.1.before.", ".norm2."),
+    (".steps.0.after.", ".norm1."),
+    (".steps.1.after.", ".norm2."),
     (".steps.1.branch.expand.", ".mlp.fc1."),
     (".steps.1.branch.inner.", ".mlp.norm."),
     (".steps.1.branch.out.", ".mlp.fc2."),
@@ -62,20 +69,6 @@ _PREFIX = ("cls_token", "dist_token", "reg_token")
 _AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "pos_embed"), 3)
 
 
-class _Facts(NamedTuple):
-    """The facts that the shapes of the tensors do not show."""
-
-    heads: int
-    pool: str  # timm's global_pool: token, avg or map
-    norm: str
-    activation: str
-    fc_norm: bool  # the final norm comes after the pooling
-    qk_norm: bool
-    inner: bool  # norms before both output linears
-    layer_scale: float | None
-    image: int
-
-
 def from_timm(
     model: nn.Module | Mapping[str, Tensor],
     *,
@@ -86,16 +79,17 @@ def from_timm(
 ) -> ViT | Pyramid:
     """Converts a timm model: for images [B, channels, H, W] the outputs equal timm's in eval mode.
 
-    `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
-    become a Pyramid, or the state dict of one; it is not changed and shares no memory with the result, which has its
-    dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
+    `model` is timm's VisionTransformer, VisionTransformerDistilled or Eva, which become a ViT, or MetaFormer or DaVit,
+    which become a Pyramid, or the state dict of one, except of Eva; it is not changed and shares no memory with the
+    result, which has its dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
 
     Supported parts of vision transformers: class token, registers, distillation token and head, pooling by token or
     average with the norm on either side of it or by attention of one query (SigLIP), a norm before the blocks (CLIP),
     position table (with or without rows for the prefix) or none, layer scale, norms of queries and keys, norms inside
     both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any width, missing biases (as zeros), any patch,
     depth, channels and classes. Outputs are equal at every size whose sides the patch divides, as timm's are with
-    dynamic_img_size=True.
+    dynamic_img_size=True. Of Eva (EVA, EVA-02, DINOv3) also rotary positions of the kinds `cat` and `dinov3`, and norms
+    inside the feed-forward alone or behind the branches; not mixed rotary positions, gates and shared keys.
 
     Supported parts of MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
     attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
@@ -128,8 +122,10 @@ def from_timm(
         check_parts(model)
         if type(model).__name__ in ("MetaFormer", "DaVit"):
             return timm_pyramid.from_model(model)
-        facts = _read(model)
-        tensors = dict(model.state_dict())
+        if type(model).__name__ == "Eva":
+            facts, tensors = timm_eva.read(model)
+        else:
+            facts, tensors = _read(model), dict(model.state_dict())
     else:
         tensors = tensors_of(model)
         if "stem.conv.weight" in tensors:
@@ -141,7 +137,7 @@ def from_timm(
     return _fill(_configure(tensors, facts), facts, tensors)
 
 
-def _read(model: Any) -> _Facts:
+def _read(model: Any) -> Facts:
     """The facts of a model of known parts; ValueError if their combination has no counterpart."""
     distilled = type(model).__name__ == "VisionTransformerDistilled"
     if model.global_pool not in ("token", "avg", "map"):
@@ -176,15 +172,19 @@ def _read(model: Any) -> _Facts:
     qk_norm = one("norm of queries and keys", pairs)
     if qk_norm not in ("none", "layernorm"):
         raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{qk_norm}'")
-    inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
+    placement = placement_of(
+        one("norm inside attention", [type(block.attn.norm) is not nn.Identity for block in blocks]),
+        one("norm inside mlp", [type(block.mlp.norm) is not nn.Identity for block in blocks]),
+    )
     gated = one("kind of mlp", [type(part.mlp).__name__ for part in [*blocks, *pools]]) != "Mlp"
     mlps = [part.mlp for part in [*blocks, *pools]]
     activation = one("activation", [activation_of(mlp.act) for mlp in mlps])
     if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
         raise ValueError("from_timm supports gated feed-forward layers only with silu on the first half (SwiGLU)")
     scale = getattr(blocks[0].ls1, "init_values", None)
-    return _Facts(
-        heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", inner != "none", scale, sides[0]
+    position = "none" if model.pos_embed is None else TABLE
+    return Facts(
+        heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", placement, scale, sides[0], position
     )
 
 
@@ -199,7 +199,7 @@ def _check_state(tensors: Mapping[str, Tensor]) -> None:
 
 def _assume(
     tensors: Mapping[str, Tensor], heads: int | None, pool: str | None, norm: str | None, activation: str | None
-) -> _Facts:
+) -> Facts:
     """The facts of a state dict: from its names, then from the arguments, then the usual ones."""
     width, patch = len(tensors["blocks.0.attn.qkv.weight"]) // 3, tensors["patch_embed.proj.weight"].shape[-1]
     fc_norm, qk_norm = "fc_norm.weight" in tensors, "blocks.0.attn.q_norm.weight" in tensors
@@ -232,10 +232,8 @@ def _assume(
         raise ValueError(f"norm must be 'layernorm' or 'rmsnorm', with or without options, got {norm!r}")
     if qk_norm and norm != "layernorm":
         raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{norm}'")
-    inner = one(
-        "norm inside attention and mlp", [f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")]
-    )
-    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    placement = placement_of(*(f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")))
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or packed(tensors)
     if gated and activation not in (None, "silu"):
         raise ValueError(f"from_timm supports gated feed-forward layers only with silu (SwiGLU), got {activation!r}")
     if "pos_embed" not in tensors:
@@ -249,20 +247,14 @@ def _assume(
         )
     side = math.isqrt(squares[0]) * patch
     scale = 1e-5 if "blocks.0.ls1.gamma" in tensors else None
-    return _Facts(heads, pool, norm, activation or "gelu", fc_norm, qk_norm, inner, scale, side)
+    return Facts(heads, pool, norm, activation or "gelu", fc_norm, qk_norm, placement, scale, side, TABLE)
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
     return tensors[name].shape[1] if name in tensors else 0
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the first linear of the feed-forward has two halves."""
-    first = tensors.get("blocks.0.mlp.fc1.weight")
-    return first is not None and len(first) == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
-
-
-def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
+def _configure(tensors: Mapping[str, Tensor], facts: Facts) -> ViTConfig:
     """The config of a model with these tensors; ValueError if the zoo does not support it."""
     stem = tensors["patch_embed.proj.weight"]
     dim, channels, patch, across = stem.shape
@@ -281,8 +273,8 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         mixer=spelled("softmax", options),
         ffn=_feed_forward(tensors, facts.activation, dim),
         norm=facts.norm,
-        placement="sub" if facts.inner else "pre",
-        position="learned(antialias=True)" if "pos_embed" in tensors else "none",
+        placement=facts.placement,
+        position=facts.position,
         layer_scale=facts.layer_scale,
         image=facts.image,
         patch=patch,
@@ -306,13 +298,13 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:
     """Our feed-forward with this many hidden channels."""
     hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
-    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or packed(tensors)
     name, usual = ("swiglu", 8 / 3) if gated else ("mlp", 4.0)
     options = [] if gated or activation == "gelu" else [f"activation={activation!r}"]
     return with_width(FFNS, name, usual, hidden, options, dim)
 
 
-def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> ViT:
+def _fill(config: ViTConfig, facts: Facts, tensors: Mapping[str, Tensor]) -> ViT:
     """The model of the config with timm's tensors: each is used, and each of ours is filled."""
     with torch.device("meta"):
         model = config.build()
