@@ -131,8 +131,10 @@ def _cubic(distance: Tensor, sharpness: float = 0.75) -> Tensor:
 
 class Learned(Position):
     """Adds a learned table with a row for each token, prefix included; for another grid the table is resized, on images
-    bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929): antialias=True as timm does and DINOv2 with registers in
-    transformers, by default as the other vision transformers there.
+    bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929).
+
+    antialias=True resizes it as timm does, and transformers for DINOv2 with registers; the default is what transformers
+    does for ViT, DeiT and DINOv2.
 
     With a mask the table is resized to the size of each sample, so padding changes nothing.
     """
@@ -176,7 +178,8 @@ class Learned(Position):
             taps = torch.arange(number, device=places.device)
             distance = (places[..., None] - taps).abs() / step.clamp(min=1)[:, None, None]
             weights = _linear(distance) if plain else _cubic(distance, 0.5)
-            return weights / weights.sum(-1, keepdim=True), taps
+            total = weights.sum(-1, keepdim=True)
+            return weights / total.masked_fill(total == 0, 1), taps  # nothing is near the places of padding
         taps = torch.arange(-2, number + 2, device=places.device)
         distance = (places[..., None] - taps).abs()
         return _linear(distance) if plain else _cubic(distance), taps.clamp(0, number - 1)
@@ -260,7 +263,8 @@ class Rotary(Position):
 
 
 class LearnedRotary(Learned):
-    """`learned` and `rope` together (EVA-02, Fang et al. 2023, arXiv:2303.11331)."""
+    """`learned` and `rope` together (EVA-02, Fang et al. 2023, arXiv:2303.11331). antialias is an option of the first,
+    base and reference are those of the second."""
 
     writes = frozenset({"rotary"})
 

@@ -142,6 +142,8 @@ def test_any_picture_size(mixer, size):
         {"mixer": "sla", "norm": "prepbn", "channel": "ela"},
         {"mixer": "dcnv4", "position": "cpe", "channel": "fca"},
         {"position": "rope", "registers": 2},
+        {"position": "rope(centred=True)", "pool": "attention", "first_norm": True, "registers": 1},
+        {"position": "learned_rope(reference=5, antialias=True)", "pool": "token_and_mean", "class_token": True},
         {"position": "learned", "class_token": True, "pool": "token"},
         {"pool": "norm_after_mean", "mixer": "pool"},
     ],
@@ -262,6 +264,8 @@ def test_list_models():
         {"mixer": "sla", "norm": "prepbn", "position": "rope"},
         {"mixer": "dcnv4", "channel": "fca"},
         {"position": "learned", "class_token": True, "pool": "distilled", "registers": 1},
+        {"position": "learned_rope(reference=4)", "pool": "attention", "first_norm": True, "registers": 1},
+        {"position": "rope(centred=True)", "class_token": True, "pool": "token_and_mean"},
     ],
 )
 def test_export_of_a_whole_model_takes_any_batch(choices):

@@ -31,7 +31,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         memory = Memory(x[:, context.prefix :], context.grid_mask)
-        y = self.attention(self.query.to(x.dtype).expand(len(x), -1, -1), _ONE._replace(memory=memory))
+        y = self.attention(self.query.to(x.dtype).expand(x.shape[0], -1, -1), _ONE._replace(memory=memory))
         return y + self.ffn(y if self.norm is None else self.norm(y, _ONE), _ONE)
 
     def fold_in(self, scale: Tensor, shift: Tensor) -> None:
