@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from zoo.convert.transformers.images import read_preprocess
+from zoo.convert.transformers.images import read_box_preprocess, read_preprocess
 from zoo.inputs.images import ImagePreprocess
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -150,3 +150,27 @@ def test_each_field_changes_the_pixels_or_is_refused(tmp_path: Path):
         except ValueError:
             continue
         assert after.shape != before.shape or not torch.equal(after, before), field
+
+
+BOXES: list[tuple[str, dict[str, Any]]] = [
+    ("Detr", {"size": {"shortest_edge": 60, "longest_edge": 100}}),
+    ("Detr", {}),
+    ("Detr", {"size": 50, "max_size": 80} | STATISTICS),
+    ("RTDetr", {}),
+    ("RTDetr", {"size": {"height": 64, "width": 64}, "do_normalize": True, "resample": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), BOXES, ids=str)
+def test_the_pixels_of_detectors_are_those_of_the_processor(kind: str, options: dict[str, Any], tmp_path: Path):
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
+    processor.save_pretrained(tmp_path)
+    saved = read_box_preprocess(tmp_path, "Detr")
+    plain = read_box_preprocess(write(tmp_path, {"image_mean": None} | options), kind)
+    assert saved is not None and saved == plain
+    for shape in SHAPES:
+        source = image(shape)
+        wanted = torch.as_tensor(processor(source, return_tensors="pt")["pixel_values"][0])
+        (got,) = saved.parts(source)
+        assert got.image.shape == wanted.shape and got.size == shape
+        assert (got.image - wanted).abs().max() < 1e-5

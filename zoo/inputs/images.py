@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class PixelPreprocess(Preprocess):
         mean: mean to subtract, one value per channel, on the scale 0..1.
         std: standard deviation to divide by, one value per channel.
         interpolation: one of `INTERPOLATIONS`.
+        resizer: `pil` resizes as Pillow does, `torch` as torchvision resizes tensors, with antialiasing (transformers'
+            fast image processors); it has `nearest`, `bilinear` and `bicubic`.
 
     Raises:
         ValueError: a value is out of range, or `mean` or `std` does not have one value per channel.
@@ -53,6 +55,7 @@ class PixelPreprocess(Preprocess):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
+    resizer: str = "pil"
 
     def __post_init__(self) -> None:
         _mode(self.channels)
@@ -70,6 +73,14 @@ class PixelPreprocess(Preprocess):
             raise ValueError(f"std must be >= 1e-6, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
+        self.check_name("resizer", RESIZERS)
+        if self.interpolation not in (known := RESIZERS[self.resizer]):
+            raise ValueError(f"resizer {self.resizer!r} has {', '.join(known)}, got {self.interpolation!r}")
+
+    def check_name(self, field: str, allowed: Iterable[str]) -> None:
+        """ValueError if a field is not one of these names."""
+        if not isinstance(value := getattr(self, field), str) or value not in allowed:
+            raise ValueError(f"unknown {field} {value!r}; allowed: {', '.join(allowed)}")
 
     def check_size(self) -> None:
         """ValueError if `size` is not allowed; two equal sides become one integer."""
@@ -150,8 +161,6 @@ class ImagePreprocess(PixelPreprocess):
             resizes each side by itself. `pad` keeps it, so that the long side fits, with a border of the mean on both
             sides (timm's "border"). `longest` does too, at the top left, and the rest is zeros after normalisation, the
             mean (transformers' max_height, max_width and pad); it takes no crop.
-        resizer: `pil` resizes as Pillow does, `torch` as torchvision resizes tensors, with antialiasing (transformers'
-            fast image processors); it has `nearest`, `bilinear` and `bicubic`.
         corner: how half of an odd difference is rounded where the centre is cut out: `round`, to even (timm,
             torchvision), or `floor` (transformers).
 
@@ -160,7 +169,6 @@ class ImagePreprocess(PixelPreprocess):
 
     crop: float = 0.875
     fit: str = "crop"
-    resizer: str = "pil"
     corner: str = "round"
 
     def __post_init__(self) -> None:
@@ -170,11 +178,8 @@ class ImagePreprocess(PixelPreprocess):
         if max(self.shape) / self.crop > LARGEST:
             found = f"size={self.size}, crop={self.crop}"
             raise ValueError(f"size / crop must be <= {LARGEST} pixels, got {found}")
-        for name, allowed in (("fit", FITS), ("resizer", RESIZERS), ("corner", CORNERS)):
-            if not isinstance(value := getattr(self, name), str) or value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")
-        if self.interpolation not in (known := RESIZERS[self.resizer]):
-            raise ValueError(f"resizer {self.resizer!r} has {', '.join(known)}, got {self.interpolation!r}")
+        self.check_name("fit", FITS)
+        self.check_name("corner", CORNERS)
         if self.fit == "longest" and self.crop != 1:
             raise ValueError(f"fit 'longest' cuts nothing, so crop must be 1.0, got {self.crop}")
 

@@ -1,26 +1,33 @@
-"""The image processors of transformers' classifiers as our preprocessing."""
+"""The image processors of transformers as our preprocessing."""
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL.Image import Resampling
 
 from zoo.convert.source import LARGEST, Section
 from zoo.convert.transformers.files import read_json
+from zoo.inputs.boxes import BoxPreprocess
 from zoo.inputs.images import ImagePreprocess
 
 _HALF = [0.5, 0.5, 0.5]
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _SHORTEST = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "resample": 3, **_CLIP}
 # What the processors do where a file does not say it, or says null.
-PROCESSORS: dict[str, dict[str, Any]] = {
+CLASSIFIERS: dict[str, dict[str, Any]] = {
     "ViT": {"size": 224, "resample": 2, "image_mean": _HALF, "image_std": _HALF},
     "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3}
     | {"image_mean": _HALF, "image_std": _HALF},
     "Bit": _SHORTEST,
     "CLIP": _SHORTEST,
+}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2}
+DETECTORS: dict[str, dict[str, Any]] = {
+    "Detr": {"size": {"shortest_edge": 800, "longest_edge": 1333}, **_IMAGENET},
+    "RTDetr": {"size": {"height": 640, "width": 640}, "do_normalize": False, **_IMAGENET},
 }
 _HARMLESS = (
     "_processor_class",
@@ -35,6 +42,8 @@ _HARMLESS = (
     "return_tensors",
     "use_fast",
 )
+_BOXES = ("do_convert_annotations", "do_pad", "format", "pad_and_return_pixel_mask")
+Made = TypeVar("Made")
 
 
 def read_preprocess(folder: Path, usual: str, channels: int) -> ImagePreprocess | None:
@@ -42,33 +51,72 @@ def read_preprocess(folder: Path, usual: str, channels: int) -> ImagePreprocess 
 
     Args:
         folder: of the file.
-        usual: the processor of files that name none, of PROCESSORS.
+        usual: the processor of files that name none, of CLASSIFIERS.
         channels: of the model's images.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
+    given, name, options = _opened(path, usual, CLASSIFIERS, channels)
+    options |= {"corner": "floor", **_geometry(given, name in ("Bit", "CLIP"))}
+    given.finish(*_HARMLESS)
+    return _made(ImagePreprocess, options, path)
+
+
+def read_box_preprocess(folder: Path, usual: str) -> BoxPreprocess | None:
+    """The preprocessing of a detector's images that a file preprocessor_config.json describes; None if there is none.
+    `usual` is the processor of files that name none, of DETECTORS."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    given, _, options = _opened(path, usual, DETECTORS, 3)
+    given.fixed("do_resize", True)
+    given.fixed("pad_size", None)
+    size, most = given.left.pop("size"), given.take("max_size", int, 1333)
+    if type(size) is int:  # DETR's files of version 4.26 and before
+        size = {"shortest_edge": size, "longest_edge": most}
+    keys = set(size) if isinstance(size, dict) else set()
+    if keys == {"shortest_edge", "longest_edge"}:
+        sides = [_side(given, "size", size[key]) for key in ("shortest_edge", "longest_edge")]
+        options |= {"size": sides[0], "longest": sides[1], "fit": "shortest"}
+    elif keys == {"height", "width"} and size["height"] == size["width"]:
+        options |= {"size": _side(given, "size", size["height"]), "fit": "stretch"}
+    else:
+        raise given.refused(
+            "size", f"the zoo supports a square, or shortest_edge and longest_edge, not {str(size)[:80]}"
+        )
+    given.finish(*_HARMLESS, *_BOXES)
+    return _made(BoxPreprocess, options, path)
+
+
+def _opened(
+    path: Path, usual: str, processors: Mapping[str, Mapping[str, Any]], channels: int
+) -> tuple[Section, str, dict[str, Any]]:
+    """The fields of a file over the defaults of its processor, the name of that, and the options of our preprocessing
+    apart from the size. Null is a field that is not there, as in transformers."""
     values = {key: value for key, value in read_json(path).items() if value is not None}
     given = Section(values, "", str(path))
     named = given.take("image_processor_type", str, values.get("feature_extractor_type", f"{usual}ImageProcessor"))
     found = re.fullmatch(r"(\w+?)(?:FeatureExtractor|ImageProcessor(Fast|Pil)?)", str(named))
-    if found is None or found[1] not in PROCESSORS:
-        raise given.refused("image_processor_type", f"the zoo supports {', '.join(PROCESSORS)}, not {named!r}")
-    given.left = PROCESSORS[found[1]] | given.left
-    options = _geometry(given, found[1] in ("Bit", "CLIP"))
+    if found is None or found[1] not in processors:
+        raise given.refused("image_processor_type", f"the zoo supports {', '.join(processors)}, not {named!r}")
+    given.left = dict(processors[found[1]]) | given.left
     given.fixed("do_rescale", True)
     if abs(given.take("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-6:
         raise given.refused("rescale_factor", f"the zoo supports 1 / 255, not {values['rescale_factor']!r}")
-    statistics = {"mean": given.take("image_mean", list), "std": given.take("image_std", list)}
+    options: dict[str, Any] = {"mean": given.take("image_mean", list), "std": given.take("image_std", list)}
     if not given.take("do_normalize", bool, True):
-        statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
+        options = {"mean": [0.0] * channels, "std": [1.0] * channels}
     code = given.take("resample", int)
     if code not in list(Resampling):
         raise given.refused("resample", f"it must be from 0 to 5, got {code}")
-    given.finish(*_HARMLESS)
     options |= {"interpolation": Resampling(code).name.lower(), "resizer": "pil" if found[2] == "Pil" else "torch"}
+    return given, found[1], options | {"channels": channels}
+
+
+def _made(kind: type[Made], options: Mapping[str, Any], path: Path) -> Made:
     try:
-        return ImagePreprocess(channels=channels, corner="floor", **statistics, **options)
+        return kind(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
