@@ -228,6 +228,8 @@ def test_depth_and_sizes_follow_the_config():
         ("deit_tiny", {"mixer": "dcnv4"}, ["dcnv4", "prefix", "sla"]),
         ("deit_tiny", {"channel": "ela"}, ["ela", "prefix", "eca"]),
         ("vit_micro", {"position": "rope", "mixer": "softmax(head_dim=6)"}, ["rope", "6"]),
+        ("vit_micro", {"pool": "attention", "heads": 5, "mixer": "softmax(head_dim=6)"}, ["attention", "divide", "5"]),
+        ("vit_micro", {"pool": "token_and_mean"}, ["token_and_mean", "class_token=True"]),
         ("vit_micro", {"dim": 30, "position": "sincos"}, ["sincos", "30"]),
         ("vit_micro", {"dim": 24, "channel": "fca"}, ["fca", "24"]),
         ("vit_micro", {"mixer": "sla(kernel=4)"}, ["odd", "4"]),

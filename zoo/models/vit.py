@@ -55,6 +55,8 @@ class ViTConfig(ClassifierConfig, FlatConfig):
             raise ValueError(f"pool: {unknown('name', self.pool, POOLS)}")
         if self.pool in OF_TOKENS and not self.class_token:
             raise ValueError(f"pool '{self.pool}' needs a class token; add class_token=True or choose pool 'mean'")
+        if self.pool == "attention" and self.dim % max(1, self.heads):
+            raise ValueError(f"pool 'attention' needs heads that divide dim {self.dim}, got {self.heads}")
 
     @property
     def prefix(self) -> int:
