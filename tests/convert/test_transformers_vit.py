@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -198,10 +200,17 @@ def test_files_of_other_heads_and_pickles_are_refused(tmp_path: Path):
         from_transformers(tmp_path)
 
 
-def test_a_converted_model_is_saved_and_loaded(tmp_path: Path):
-    model = published("dinov2")
+def test_a_converted_model_is_saved_and_answers_as_in_transformers(tmp_path: Path):
+    model = published("dinov2").float()
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "theirs")
     found: Any = from_transformers(written(model, tmp_path / "theirs"))
-    zoo.save_model(found.model.float(), str(tmp_path / "ours"), labels=found.labels)
+    zoo.save_model(found.model, str(tmp_path / "ours"), preprocess=found.preprocess, labels=found.labels)
     again = zoo.load_checkpoint(str(tmp_path / "ours"))
-    x = images((12, 24)).float()
-    assert torch.equal(again.model(x), found.model(x)) and again.labels == found.labels
+    assert again.preprocess == found.preprocess and again.labels == found.labels
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    wanted = theirs(model, processor(image, return_tensors="pt")["pixel_values"]).softmax(-1)[0]
+    best: Any = again(str(tmp_path / "image.png"))
+    got = torch.tensor([dict(best)[label] for label in found.labels])
+    assert error(got, wanted) < 1e-4
