@@ -106,6 +106,9 @@ def test_placements(placement):
     elif placement == "sub":
         y = x + attention(norm(mixer.before, x), inner="norm")
         wanted, count = y + feeding(norm(ffn.before, y), inner=True), 4
+    elif placement == "sub_ffn":
+        y = x + attention(norm(mixer.before, x))
+        wanted, count = y + feeding(norm(ffn.before, y), inner=True), 3
     elif placement == "hybrid":
         y = x + attention(x, head_norms=True)
         stream = norm(ffn.before, y)
@@ -225,7 +228,8 @@ def test_the_convolution_branch_is_its_formula(gate):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_what_they_are_called(name):
-    theirs = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}[name]
+    theirs = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}
+    theirs = (theirs | {"quick_gelu": lambda x: x / (1 + (-1.702 * x).exp())})[name]
     ffn = randomise(FFNS["mlp"](32, activation=name))
     x = torch.randn(2, 5, 32)
     assert relative(ffn(x, Context(grid=(5,))), ffn.out(theirs(ffn.expand(x)))) < 1e-6

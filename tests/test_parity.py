@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy.fft import dct, dctn
 from timm.layers import Attention, EcaModule, GluMlp, SqueezeExcite, SwiGLU, SwiGLUPacked, resample_abs_pos_embed
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, build_sincos2d_pos_embed
 from timm.models.davit import ChannelAttention, ConvPosEnc, WindowAttention
 from timm.models.metaformer import Pooling, SepConv
 from torch import Tensor, nn
@@ -739,25 +739,29 @@ def test_sincos_on_a_line_is_its_formula():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 9), (2, 3), (4, 8)])
-def test_learned_table_is_resized_as_timm_does_without_antialias(grid):
-    position = position_of("learned", DIM, 8, (4, 4), 2)
+@pytest.mark.parametrize("antialias", [False, True])
+def test_learned_table_is_resized_as_in_timm(grid, antialias):
+    position = position_of("learned", DIM, 8, (4, 4), 2, antialias=antialias)
     nn.init.normal_(position.table)
     context = Context(grid=grid, prefix=2)
     got = position(torch.zeros(1, 2 + math.prod(grid), DIM), context)
-    check(got, resample_abs_pos_embed(position.table, list(grid), [4, 4], 2, antialias=False), tolerance=SINGLE)
+    check(got, resample_abs_pos_embed(position.table, list(grid), [4, 4], 2, antialias=antialias), tolerance=SINGLE)
 
 
-@pytest.mark.parametrize("mode", ["bicubic", "linear"])
+@pytest.mark.parametrize("mode", ["bicubic", "antialias", "linear"])
 def test_learned_table_is_resized_to_the_extent_of_each_sample(mode):
-    grid, extents = ((6, 7), [(6, 7), (3, 5), (2, 2)]) if mode == "bicubic" else ((9,), [(9,), (4,), (2,)])
-    position = position_of("learned", DIM, 8, grid[:1] * len(grid), 0)
+    grid, extents = ((9,), [(9,), (4,), (2,)]) if mode == "linear" else ((6, 7), [(6, 7), (3, 5), (2, 2)])
+    antialias = mode == "antialias"
+    mode = "bicubic" if antialias else mode
+    position = position_of("learned", DIM, 8, grid[:1] * len(grid), 0, antialias=antialias)
     nn.init.normal_(position.table)
     mask = torch.zeros(3, *grid, dtype=torch.bool)
     for each, extent in zip(mask, extents, strict=True):
         each[tuple(slice(size) for size in extent)] = True
     got = position(torch.zeros(3, math.prod(grid), DIM), Context(grid=grid, mask=mask.flatten(1)))
     for each, real, extent in zip(got, mask.flatten(1), extents, strict=True):
-        wanted = F.interpolate(to_map(position.table, position.grid), extent, mode=mode, align_corners=False)
+        table = to_map(position.table, position.grid)
+        wanted = F.interpolate(table, extent, mode=mode, align_corners=False, antialias=antialias)
         check(each[real], to_tokens(wanted)[0], tolerance=SINGLE)
 
 
@@ -788,6 +792,46 @@ def test_rope_scores_depend_on_relative_places(grid):
     assert len(by_distance) == math.prod(2 * size - 1 for size in grid)
     assert all(max(each) - min(each) < SINGLE for each in by_distance.values())
     assert np.std([each[0] for each in by_distance.values()]) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["reference", "centred"])
+@pytest.mark.parametrize("grid", [(4, 4), (6, 5), (2, 3)])
+def test_rope_of_a_changing_grid_is_that_of_timm(kind, grid):
+    options = {"reference": 4} if kind == "reference" else {"centred": True}
+    context = position_of("rope", DIM, 8, (4, 4), 0, base=100.0, **options).place(Context(grid=grid))
+    if kind == "centred":
+        wanted = RotaryEmbeddingDinoV3(8, temperature=100.0).get_embed(grid)
+    else:
+        cat = RotaryEmbeddingCat(8, temperature=100.0, in_pixels=False, ref_feat_shape=[4, 4], rotate_half=True)
+        wanted = cat.get_embed(grid)
+    sine, cosine = (each[:, :4] for each in wanted.chunk(2, -1))
+    check(context.rotary, torch.stack([cosine, sine]), tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("options", [{"reference": 4}, {"centred": True}], ids=str)
+def test_rope_of_a_changing_grid_is_that_of_each_sample_alone(options):
+    rope, extents = position_of("rope", DIM, 8, (4, 4), 1, **options), [(6, 7), (3, 5), (2, 2)]
+    mask = torch.zeros(3, 6, 7, dtype=torch.bool)
+    for each, extent in zip(mask, extents, strict=True):
+        each[tuple(slice(size) for size in extent)] = True
+    whole = torch.cat([torch.ones(3, 1, dtype=torch.bool), mask.flatten(1)], 1)
+    together = rope.place(Context(grid=(6, 7), prefix=1, mask=whole))
+    x = torch.randn(3, 43, HEADS, 8, dtype=torch.float64)
+    for index, extent in enumerate(extents):
+        alone = rope.place(Context(grid=extent, prefix=1))
+        wanted = rotate(x[index : index + 1, whole[index]], alone.rotary)
+        check(rotate(x, together.rotary)[index : index + 1, whole[index]], wanted, tolerance=SINGLE)
+
+
+def test_learned_rope_is_both():
+    both = position_of("learned_rope", DIM, 8, (4, 4), 1, antialias=True, base=50.0, reference=4)
+    nn.init.normal_(both.table)
+    table = position_of("learned", DIM, 8, (4, 4), 1, antialias=True)
+    table.load_state_dict({"table": both.table})
+    context, x = Context(grid=(6, 5), prefix=1), torch.randn(2, 31, DIM)
+    assert torch.equal(both(x, context), table(x, context))
+    rope = position_of("rope", DIM, 8, (4, 4), 1, base=50.0, reference=4)
+    assert torch.equal(both.place(context).rotary, rope.place(context).rotary)
 
 
 def test_rope_attention_stays_under_shifts():

@@ -27,6 +27,7 @@ One residual; parts in [brackets] exist if the config has them:
     res_scale    before; stream = scale              before; stream = scale
     peri         before, after                       before, after
     sub          before, inner                       before, inner
+    sub_ffn      before                              before, inner
     hybrid       query, key, value                   before; stream = before
     normformer   before, after; inner = heads        before, inner
     scaled       before = affine; total              before = affine; total

@@ -12,11 +12,18 @@ from zoo.layer import ANYWHERE, Context, Layer, Place, Site
 from zoo.tensors import gelu, linear, relu, silu
 from zoo.text import unknown
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), close to GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    return x * (1.702 * x).sigmoid()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(gelu, approximate="tanh"),  # not a lambda, which cannot be pickled
     "relu": relu,
     "silu": silu,
+    "quick_gelu": quick_gelu,
 }
 """The same for a tensor that the caller no longer needs."""
 

@@ -57,7 +57,7 @@ class Context(NamedTuple):
     grid: tuple[int, ...]  # (H, W) or (T,)
     prefix: int = 0  # class token and registers, before the grid
     mask: Tensor | None = None  # [B, N]
-    rotary: Tensor | None = None  # [2, keys, d / 2] fp32: cosine and sine that turn queries and keys
+    rotary: Tensor | None = None  # [2, keys, d / 2] or [2, B, keys, d / 2] fp32: cosine and sine of queries and keys
     bias: Tensor | None = None  # [heads, N, keys], added to attention scores
     cond: Tensor | None = None  # the condition that modulates the blocks, in the shape that the modulation states
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values

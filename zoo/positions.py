@@ -23,6 +23,11 @@ class Position(Layer):
     streams: ClassVar[bool] = False
     sized: ClassVar[bool] = False
 
+    @classmethod
+    def streams_of(cls, **options: Any) -> bool:
+        """`streams` with these options."""
+        return cls.streams
+
     def __init__(self, dim: int, head_dim: int, place: Place) -> None:
         super().__init__()
         self.dim, self.head_dim, self.grid, self.prefix = dim, head_dim, place.grid, place.prefix
@@ -105,21 +110,31 @@ class SinCos(Position):
         return _added(x, context, self.last_first)
 
 
+def lengths(context: Context, device: torch.device) -> list[Tensor]:
+    """How many tokens each sample has along each axis: one tensor [1 or B] per axis."""
+    if context.mask is not None:
+        return extent(context)
+    return [torch.full((1,), size, device=device) for size in context.grid]
+
+
 def _linear(distance: Tensor) -> Tensor:
     """The weights of linear interpolation at a distance >= 0 in samples."""
     return (1 - distance).clamp(min=0)
 
 
-def _cubic(distance: Tensor) -> Tensor:
-    """The weights of bicubic interpolation on one axis at a distance >= 0 in samples, with PyTorch's -0.75 (Keys
-    1981)."""
-    near = 1 - distance.square() * (2.25 - 1.25 * distance)
-    return torch.where(distance < 1, near, 0.75 * (1 - distance) * (2 - distance).clamp(min=0).square())
+def _cubic(distance: Tensor, sharpness: float = 0.75) -> Tensor:
+    """The weights of bicubic interpolation on one axis at a distance >= 0 in samples (Keys 1981, with the parameter
+    -sharpness)."""
+    near = 1 - distance.square() * (3 - sharpness - (2 - sharpness) * distance)
+    return torch.where(distance < 1, near, sharpness * (1 - distance) * (2 - distance).clamp(min=0).square())
 
 
 class Learned(Position):
     """Adds a learned table with a row for each token, prefix included; for another grid the table is resized, on images
     bicubically (Dosovitskiy et al. 2021, arXiv:2010.11929).
+
+    antialias=True resizes it as timm does, and transformers for DINOv2 with registers; the default is what transformers
+    does for ViT, DeiT and DINOv2.
 
     With a mask the table is resized to the size of each sample, so padding changes nothing.
     """
@@ -127,8 +142,9 @@ class Learned(Position):
     reads = frozenset({"prefix", "mask"})
     sized = True
 
-    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+    def __init__(self, dim: int, head_dim: int, place: Place, *, antialias: bool = False) -> None:
         super().__init__(dim, head_dim, place)
+        self.antialias = antialias
         self.table = nn.Parameter(torch.zeros(1, place.prefix + math.prod(place.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
@@ -144,35 +160,63 @@ class Learned(Position):
         """The grid's part of the table at the extents of the context: [1 or B, N, D]."""
         x = self.table[:, self.prefix :].unflatten(1, self.grid)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if context.mask is None:
-            lengths = [torch.full((1,), size, device=device) for size in context.grid]
-        else:
-            lengths = extent(context)
-        kernel = _linear if len(lengths) == 1 else _cubic
+        sizes = zip(context.grid, lengths(context, device), strict=True)
         with torch.autocast(device.type, enabled=False):
-            for axis, (size, length) in enumerate(zip(context.grid, lengths, strict=True), start=1):
+            for axis, (size, length) in enumerate(sizes, start=1):
                 number = self.grid[axis - 1]
-                taps = torch.arange(-2, number + 2, device=device)
                 centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
                 places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
-                weights = kernel((places[..., None] - taps).abs())
-                x = x.index_select(axis, taps.clamp(0, number - 1)).movedim(axis, -2)
-                weights = weights.view(-1, *[1] * (x.ndim - 3), size, number + 4)
+                weights, taps = self.weigh(places, number, number / length.clamp(min=1).to(x.dtype))
+                x = x.index_select(axis, taps).movedim(axis, -2)
+                weights = weights.view(-1, *[1] * (x.ndim - 3), size, weights.shape[-1])
                 x = (weights @ x).movedim(-2, axis)
         return x.flatten(1, -2)
+
+    def weigh(self, places: Tensor, number: int, step: Tensor) -> tuple[Tensor, Tensor]:
+        """How the `number` rows of the table on one axis make those at places [1 or B, size] between them, `step`
+        [1 or B] apart: weights [1 or B, size, taps], and the rows that they are for [taps]."""
+        plain = len(self.grid) == 1
+        if self.antialias:
+            taps = torch.arange(number, device=places.device)
+            distance = (places[..., None] - taps).abs() / step.clamp(min=1)[:, None, None]
+            weights = _linear(distance) if plain else _cubic(distance, 0.5)
+            total = weights.sum(-1, keepdim=True)
+            return weights / total.masked_fill(total == 0, 1), taps  # nothing is near the places of padding
+        taps = torch.arange(-2, number + 2, device=places.device)
+        distance = (places[..., None] - taps).abs()
+        return _linear(distance) if plain else _cubic(distance), taps.clamp(0, number - 1)
 
 
 class Rotary(Position):
     """Rotates queries and keys by angles that grow with the position (RoPE, Su et al. 2021, arXiv:2104.09864); on
     images each axis has half of the channels. Prefix tokens are not rotated. Of n pairs, pair k is rotated by
     position / base^(k / n). absolute=True also adds `sincos(order='xy')` to the tokens (LightningDiT, Yao et al. 2025,
-    arXiv:2501.01423)."""
+    arXiv:2501.01423).
+
+    The position is that on the grid, from 0. With `reference` the n tokens along a side, of each sample's extent, have
+    the positions of that many ones: token i has i * reference / n (EVA-02, Fang et al. 2023, arXiv:2303.11331). With
+    centred=True it has 2 pi times its centre on -1..1 (DINOv3, Simeoni et al. 2025, arXiv:2508.10104).
+    """
 
     writes = frozenset({"rotary"})
     streams = True
     anchor: Tensor
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, base: float = 10000.0, absolute: bool = False) -> None:
+    @classmethod
+    def streams_of(cls, *, absolute: bool = False, reference: int = 0, centred: bool = False, **options: Any) -> bool:
+        return not (absolute or reference or centred)
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        place: Place,
+        *,
+        base: float = 10000.0,
+        absolute: bool = False,
+        reference: int = 0,
+        centred: bool = False,
+    ) -> None:
         super().__init__(dim, head_dim, place)
         if head_dim % (2 * place.axes):
             raise ValueError(
@@ -182,7 +226,9 @@ class Rotary(Position):
             raise ValueError(f"rope: base must be > 0, got {base}")
         if absolute:
             _check_axes("rope(absolute=True)", dim, place)
-        self.base, self.absolute = base, absolute
+        if reference and centred:
+            raise ValueError("rope: give either reference or centred")
+        self.base, self.absolute, self.reference, self.centred = base, absolute, reference, centred
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -190,11 +236,55 @@ class Rotary(Position):
 
     def place(self, context: Context) -> Context:
         width = self.head_dim // (2 * len(context.grid))
-        turns = _on_grid(_turns, context.grid, width, self.base, device=self.anchor.device)
-        cosine, sine = turns.unbind(1)
+        if self.reference or self.centred:
+            angles = self.angles(context, width)
+            cosine, sine = angles.cos().float(), angles.sin().float()
+        else:
+            turns = _on_grid(_turns, context.grid, width, self.base, device=self.anchor.device)
+            cosine, sine = turns.unbind(1)
         if context.prefix:
             cosine, sine = F.pad(cosine, (0, 0, context.prefix, 0), value=1.0), F.pad(sine, (0, 0, context.prefix, 0))
         return context._replace(rotary=torch.stack([cosine, sine]))
+
+    def angles(self, context: Context, width: int) -> Tensor:
+        """Angles in fp64 where positions depend on the size of the grid: [N, axes * width], or [B, N, axes * width]."""
+        device, grid, parts = self.anchor.device, context.grid, []
+        for axis, (size, length) in enumerate(zip(grid, lengths(context, device), strict=True)):
+            place = torch.arange(size, device=device, dtype=torch.float64) / length.clamp(min=1)[:, None]
+            if self.centred:
+                place = 2 * math.pi * (2 * place + 1 / length.clamp(min=1)[:, None] - 1)
+            else:
+                place = place * self.reference
+            rates = self.base ** (-torch.arange(width, device=device, dtype=torch.float64) / width)
+            row = place[..., None] * rates
+            shape = [row.shape[0], *[1] * len(grid), width]
+            shape[1 + axis] = size
+            parts.append(row.view(shape).expand(-1, *grid, -1))
+        angles = torch.cat(parts, -1).flatten(1, -2)
+        return angles if context.mask is not None else angles[0]
+
+
+class LearnedRotary(Learned):
+    """`learned` and `rope` together (EVA-02, Fang et al. 2023, arXiv:2303.11331). antialias is an option of the first,
+    base and reference are those of the second."""
+
+    writes = frozenset({"rotary"})
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        place: Place,
+        *,
+        antialias: bool = False,
+        base: float = 10000.0,
+        reference: int = 0,
+    ) -> None:
+        super().__init__(dim, head_dim, place, antialias=antialias)
+        self.rope = Rotary(dim, head_dim, place, base=base, reference=reference)
+
+    def place(self, context: Context) -> Context:
+        return self.rope.place(context)
 
 
 class Conditional(Position):
@@ -248,11 +338,7 @@ class Sine(Position):
         """[1 or B, N, dim], the first axis in the first channels."""
         device, parts = self.anchor.device, []
         rates = 10000.0 ** (-torch.arange(width // 2, device=device) / (width // 2))
-        if context.mask is None:
-            lengths = [torch.full((1,), size, device=device) for size in context.grid]
-        else:
-            lengths = extent(context)
-        for axis, (size, length) in enumerate(zip(context.grid, lengths, strict=True)):
+        for axis, (size, length) in enumerate(zip(context.grid, lengths(context, device), strict=True)):
             place = torch.arange(1, size + 1, device=device) / (length[:, None] + 1e-6) * (2 * math.pi)
             waves = place[..., None] * rates
             row = torch.stack([waves.sin(), waves.cos()], -1).flatten(-2)  # [1 or B, size, width]
@@ -268,6 +354,7 @@ POSITIONS: dict[str, type[Position]] = {
     "sincos": SinCos,
     "sine": Sine,
     "rope": Rotary,
+    "learned_rope": LearnedRotary,
     "cpe": Conditional,
 }
 """Each row is constructed as row(dim, width of a head, place, *, options)."""

@@ -22,6 +22,8 @@ SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_head
 HEADS = {"heads": 4}
 MODEL_ONLY = None
 WIDE_EPS = functools.partial(nn.LayerNorm, eps=1e-3)
+CLIP = {"pre_norm": True, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-5), "act_layer": "quick_gelu"}
+SIGLIP = {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"}
 NO_DIMS = {"class_token": False, "global_pool": "avg"}
 
 
@@ -41,6 +43,14 @@ def one_eps(model):
 def two_heads(model):
     model.blocks[1].attn.num_heads = 2
     model.blocks[1].attn.head_dim = 16
+
+
+def averaged(model):
+    model.attn_pool.pool = "avg"
+
+
+def pooled_by_two(model):
+    model.attn_pool.num_heads = 2
 
 
 def nested_head(model):
@@ -75,9 +85,18 @@ VARIANTS = {
     "no projection bias": ({"proj_bias": False}, HEADS),
     "heads of another width": ({"change": wider_heads}, HEADS),
     "norms inside": ({"scale_attn_norm": True, "scale_mlp_norm": True}, HEADS),
+    "norm inside mlp": ({"scale_mlp_norm": True}, HEADS),
     "swiglu": ({"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "mlp_ratio": 2.5}, HEADS),
     "swiglu, no bias": ({"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "proj_bias": False, "mlp_ratio": 3}, HEADS),
     "swiglu, packed": ({"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.0}, HEADS),
+    "swiglu of odd width": ({"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "mlp_ratio": 2.1}, HEADS),
+    "clip": (CLIP, HEADS | {"norm": "layernorm(eps=1e-05)", "activation": "quick_gelu"}),
+    "siglip": (SIGLIP, HEADS | {"activation": "gelu_tanh"}),
+    "attention pool, class token": (
+        SIGLIP | {"class_token": True, "reg_tokens": 1},
+        HEADS | {"activation": "gelu_tanh"},
+    ),
+    "attention pool, no head": ({"global_pool": "map", "class_token": False, "num_classes": 0}, HEADS),
     "mlp of odd width": ({"mlp_ratio": 2.3}, HEADS),
     "gelu by its name": ({"act_layer": "gelu"}, HEADS),
     "gelu_tanh": ({"act_layer": "gelu_tanh"}, HEADS | {"activation": "gelu_tanh"}),
@@ -143,6 +162,28 @@ def test_model_gives_the_same_output(name):
     assert relative(ours(images), wanted) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["token", "distilled", "no_embed_class, registers", "clip", "siglip", "any size"])
+def test_other_sizes_give_the_same_output(name):
+    model = build(**(VARIANTS[name][0] | {"dynamic_img_size": True}))
+    ours = from_timm(model)
+    for sides in ((8, 8), (28, 28), (12, 24), (32, 8)):
+        images = torch.randn(2, 3, *sides, dtype=torch.float64)
+        assert relative(ours(images), model(images)) < 1e-6  # timm resizes the table in single precision
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224"]
+    + ["vit_so400m_patch14_siglip_224", "vit_so400m_patch16_siglip_gap_256", "vit_small_patch14_reg4_dinov2"],
+)
+def test_published_models_are_taken(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        ours = from_timm(model)
+    assert ours.num_features == model.num_features
+    assert not model.num_classes or ours.config.classes == model.num_classes
+
+
 @pytest.mark.parametrize("name", [name for name, (_, hints) in VARIANTS.items() if hints is not MODEL_ONLY])
 def test_state_dict_gives_the_same_output(name):
     choices, hints = VARIANTS[name]
@@ -205,8 +246,8 @@ def test_deit_presets_are_timm_models(size):
         model = timm.create_model(f"deit_{size}_patch16_224")
         ours = create_model(f"deit_{size}")
     assert count_parameters(ours) == count_parameters(model)
-    assert from_timm(model).config == PRESETS[f"deit_{size}"]
-    assert from_timm(model.state_dict()).config == PRESETS[f"deit_{size}"]
+    for source in (model, model.state_dict()):
+        assert replace(from_timm(source).config, position="learned") == PRESETS[f"deit_{size}"]
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
@@ -224,23 +265,24 @@ class OwnViT(VisionTransformer):
 
 
 REFUSED_MODELS = {
-    "norm_pre": lambda: build(pre_norm=True),
     "'patch_embed.norm'": lambda: build(embed_norm_layer=functools.partial(nn.LayerNorm, elementwise_affine=False)),
-    "attn_pool": lambda: build(global_pool="map"),
     "got 'max'": lambda: build(global_pool="max"),
     "got 'avgmax'": lambda: build(global_pool="avgmax"),
     "got ''": lambda: build(change=lambda model: model.reset_classifier(0, "")),
     "pool_include_prefix": lambda: build(global_pool="avg", pool_include_prefix=True),
+    "pool_include_prefix=True": lambda: build(global_pool="map", pool_include_prefix=True),
+    "fc_norm behind attention pooling": lambda: build(global_pool="map", fc_norm=True),
+    "one query without positions": lambda: build(global_pool="map", change=averaged),
+    "one number of heads throughout": lambda: build(global_pool="map", change=pooled_by_two),
     "one final norm": lambda: build(final_norm=False),
     r"queries and keys, got 'layernorm\(eps=0.001\)'": lambda: build(qk_norm=True, norm_layer=WIDE_EPS),
     "queries and keys, got 'rmsnorm'": lambda: build(qk_norm=True, norm_layer=RmsNorm),
-    "one norm inside": lambda: build(scale_attn_norm=True),
+    "inside attention without one inside mlp": lambda: build(scale_attn_norm=True),
     "one norm throughout": lambda: build(change=one_eps),
     "one number of heads": lambda: build(change=two_heads),
-    "QuickGELU": lambda: build(act_layer="quick_gelu"),
+    "Mish": lambda: build(act_layer="mish"),
     r"only with silu on the first half \(SwiGLU\)$": lambda: build(mlp_layer=SwiGLU),
     "first half": lambda: build(mlp_layer=functools.partial(SwiGLUPacked, gate_last=True), act_layer=nn.SiLU),
-    "whose width is a multiple of 8": lambda: build(mlp_layer=SwiGLU, act_layer=nn.SiLU, mlp_ratio=2.1),
     "ResPostBlock": lambda: build(block_fn=ResPostBlock),
     "ParallelScalingBlock": lambda: build(block_fn=ParallelScalingBlock),
     "'blocks.0.attn.gate'": lambda: build(change=gate),
@@ -251,7 +293,7 @@ REFUSED_MODELS = {
     "distilled models with fc_norm": lambda: build(distilled=True, fc_norm=True),
     "or no_embed_class": lambda: build(distilled=True, no_embed_class=True),
     "not OwnViT": lambda: OwnViT(**SMALL),
-    "not Eva": lambda: timm.models.eva.Eva(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4),
+    "not Beit": lambda: timm.models.beit.Beit(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4),
     "not Linear": lambda: nn.Linear(2, 2),
     "'head' being Sequential": lambda: build(change=nested_head),
     "'extra' has no counterpart": lambda: build(change=extra),
@@ -311,7 +353,15 @@ REFUSED_STATES = {
     "'blocks.1.attn.qkv.bias' is missing": (lambda: without("blocks.1.attn.qkv.bias"), HEADS),
     "'blocks.1.norm2.weight' is missing": (lambda: without("blocks.1.norm2.weight"), HEADS),
     "'head.bias' is missing": (lambda: without("head.bias"), HEADS),
-    "'norm_pre.weight' has no counterpart": (lambda: added(without(), norm_pre__weight=torch.ones(32)), HEADS),
+    "'norm_pre.bias' is missing": (
+        lambda: added(without("patch_embed.proj.bias"), norm_pre__weight=torch.ones(32)),
+        HEADS | {"norm": "layernorm"},
+    ),
+    "does not hold eps; give norm=": (lambda: build(**CLIP).state_dict(), HEADS),
+    "pool is 'map' for models with 'attn_pool.latent', and only for these, got 'avg'": (
+        lambda: build(**SIGLIP).state_dict(),
+        HEADS | {"pool": "avg"},
+    ),
     "'blocks.0.gamma_1' has no": (lambda: added(without(), blocks__0__gamma_1=torch.ones(32)), HEADS),
     r"'blocks.1.mlp.fc1.weight' has shape \[64, 32\]": (
         lambda: added(without(), blocks__1__mlp__fc1__weight=torch.ones(64, 32)),

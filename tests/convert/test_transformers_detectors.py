@@ -29,7 +29,7 @@ from published_detectors import (
     written,
 )
 from zoo.convert import from_transformers
-from zoo.convert.transformers.detectors import _preprocess
+from zoo.convert.transformers.images import read_box_preprocess
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.models import PRESETS
 from zoo.outputs.label_map import LabelMap
@@ -102,9 +102,18 @@ def test_a_dfine_of_other_sizes_too(tmp_path):
         ({"size": {"height": 96, "width": 96}}, {"size": 96, "fit": "stretch"}),
         ({"size": {"shortest_edge": 96, "longest_edge": 200}}, {"size": 96, "longest": 200, "fit": "shortest"}),
         ({"size": 96, "max_size": 200}, {"size": 96, "longest": 200, "fit": "shortest"}),
-        ({"size": 96}, "size: it must be an object, got 96"),
+        ({"size": 96}, {"size": 96, "longest": 1333, "fit": "shortest"}),
+        ({"size": None}, {"size": 800, "longest": 1333, "fit": "shortest"}),
+        (
+            {"size": 96, "resample": 3, "image_processor_type": "RTDetrImageProcessor", "do_normalize": True},
+            {"size": 96, "longest": 1333, "fit": "shortest", "interpolation": "bicubic"},
+        ),
+        ({"size": "96"}, "size: the zoo supports a square"),
         ({"size": {"height": 96, "width": 90}}, "size: the zoo supports a square"),
-        ({"size": {"height": 96, "width": 96}, "resample": 3}, "resample: the zoo supports 2, not 3"),
+        ({"pad_size": {"height": 96, "width": 90}}, "pad_size: the zoo supports null"),
+        ({"do_resize": False}, "do_resize: the zoo supports true, not false"),
+        ({"size_divisor": 32}, "size_divisor: the zoo does not know this key"),
+        ({"image_processor_type": "YolosImageProcessor"}, "image_processor_type: the zoo supports Detr, RTDetr"),
         ({"size": {"height": 96, "width": 96}, "rescale_factor": 1.0}, "rescale_factor: the zoo supports"),
     ],
     ids=str,
@@ -114,8 +123,10 @@ def test_the_preprocessing_is_that_of_the_file(size, wanted, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
-            _preprocess(tmp_path)
+            read_box_preprocess(tmp_path, "Detr")
         return
-    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **wanted)
+    wanted = {"resizer": "torch"} | wanted
+    found = read_box_preprocess(tmp_path, "Detr")
+    assert found == BoxPreprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **wanted)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | {"do_normalize": False}))
-    assert _preprocess(tmp_path) == BoxPreprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **wanted)
+    assert read_box_preprocess(tmp_path, "Detr") == BoxPreprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **wanted)

@@ -521,3 +521,12 @@ def test_options_are_documented_flags():
     data = parser.instantiate_classes(parser.parse_args(flags)).data
     assert data.scale == (0.5, 1.0) and data.randaugment is None
     assert data.preprocess.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.2, 1.0)])
+def test_rectangles(scale: tuple[float, float]):
+    data = Images("synthetic", size=(12, 20), batch=4, workers=0, scale=scale, randaugment=None, erasing=0.0)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader)).images.shape == (4, 3, 12, 20)
+    assert data.example()[1] == "an image of 3 x 12 x 20"
+    assert data.prepared(data.preprocess) == data.preprocess

@@ -20,7 +20,6 @@ from zoo.inputs.images import (
     INTERPOLATIONS,
     ImagePreprocess,
     UnreadableImage,
-    _centre,
     convert_image,
     default_statistics,
     image_size,
@@ -68,6 +67,62 @@ def test_equals_timm(shape: tuple[int, int], interpolation: str):
         assert torch.equal(prepare(source), wanted(source))
 
 
+SHAPES = [(40, 60), (61, 47), (33, 260), (17, 23), (9, 5)]
+MODES = {"crop": "center", "squash": "squash", "pad": "border"}
+
+
+@pytest.mark.parametrize("fit", MODES)
+@pytest.mark.parametrize("size", [17, (16, 31), (40, 24)])
+def test_fits_equal_timm(fit: str, size: int | tuple[int, int]):
+    """Bit for bit, in every crop_mode of timm, to a square and to rectangles."""
+    for shape in SHAPES:
+        for crop, channels in ((1.0, 3), (0.9, 3), (0.9, 1)):
+            statistics = {"mean": (0.3, 0.5, 0.6)[:channels], "std": (0.2, 0.25, 0.3)[:channels]}
+            prepare = ImagePreprocess(size=size, crop=crop, fit=fit, channels=channels, **statistics)
+            source = convert_image(picture(*shape), channels)
+            options: dict[str, Any] = {"crop_pct": crop, "crop_mode": MODES[fit], "interpolation": "bicubic"}
+            wanted: Any = create_transform((3, *prepare.shape), **statistics, **options)
+            assert torch.equal(prepare(source), wanted(source)), (shape, crop, channels)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_the_tensor_resizer_is_torchvision(interpolation: str):
+    from torchvision.transforms import v2
+
+    way = "nearest-exact" if interpolation == "nearest" else interpolation
+    prepare = ImagePreprocess(size=(24, 17), crop=1.0, fit="squash", resizer="torch", interpolation=interpolation)
+    for shape in SHAPES:
+        source = picture(*shape)
+        steps = [v2.PILToTensor(), v2.Resize((24, 17), v2.InterpolationMode(way)), v2.ToDtype(torch.float32, True)]
+        wanted = v2.Compose([*steps, v2.Normalize([*prepare.mean], [*prepare.std])])(source)
+        assert (prepare(source) - wanted).abs().max() < 1e-6
+        grey = ImagePreprocess.from_dict(prepare.to_dict() | {"channels": 1, "mean": [0.0], "std": [1.0]})
+        level = source.getchannel(0)
+        assert (grey(level) - v2.Compose(steps)(level)).abs().max() < 1e-6
+
+
+def test_longest_is_at_the_top_left_before_zeros():
+    prepare = ImagePreprocess(size=(20, 16), crop=1.0, fit="longest")
+    found = prepare(picture(40, 60))
+    assert found.shape == (3, 20, 16) and not found[:, 10:].any()  # 16 / 60 of 40 rows is 10.67
+    small = ImagePreprocess(size=(10, 16), crop=1.0, fit="squash")(picture(40, 60))
+    assert torch.equal(found[:, :10], small)
+    assert prepare.normalized([]).shape == (0, 3, 20, 16)
+
+
+def test_where_the_centre_is_cut_out():
+    source = picture(19, 16)  # 3 rows too many: 1.5 is rounded to 2, or down to 1
+    for corner, top in (("round", 2), ("floor", 1)):
+        prepare = ImagePreprocess(size=16, crop=1.0, corner=corner, mean=(0, 0, 0), std=(1, 1, 1))
+        assert np.array_equal(np.asarray(prepare.cut(source)), np.asarray(source)[top : top + 16])
+
+
+def test_fields_of_earlier_checkpoints():
+    values = {"size": 8, "channels": 3, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bicubic", "crop": 1.0}
+    assert ImagePreprocess.from_dict(values) == PLAIN
+    assert ImagePreprocess(size=(8, 8)).size == 8  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("shape", [(10, 200), (201, 11), (10, 81), (1, 300), (300, 1), (1, 301)])
 def test_narrow_images_are_cut_before_they_are_resized(shape: tuple[int, int]):
     source = Image.fromarray(np.linspace(0, 255, max(shape)).astype(np.uint8)[:, None].repeat(min(shape), 1))
@@ -79,8 +134,7 @@ def test_narrow_images_are_cut_before_they_are_resized(shape: tuple[int, int]):
 
 
 def test_memory_does_not_depend_on_the_shape():
-    side = _centre(Image.new("L", (60_000, 1)), 224, 256, "bicubic")
-    assert side.size == (224, 224)
+    assert ImagePreprocess().cut(Image.new("L", (60_000, 1))).size == (224, 224)
     resized = []
     resize = Image.Image.resize
     with pytest.MonkeyPatch.context() as patch:
@@ -177,6 +231,16 @@ def test_another_default_dtype_changes_nothing(kind: torch.dtype):
         ({"crop": 0}, "crop must be"),
         ({"crop": 1.1}, "crop must be"),
         ({"interpolation": "cubic"}, "unknown interpolation 'cubic'; allowed: nearest"),
+        ({"size": (8, 8.5)}, "size must be an integer from 1 to 8192, got 8.5"),
+        ({"size": (8, 8, 8)}, r"size must be an integer from 1 to 8192, got \(8, 8, 8\)"),
+        ({"size": ()}, "size must be"),
+        ({"size": (8, 8000)}, r"size / crop must be <= 8192 pixels, got size=\(8, 8000\), crop=0.875"),
+        ({"fit": "stretch"}, "unknown fit 'stretch'; allowed: crop, squash, pad, longest"),
+        ({"fit": ["crop"]}, "unknown fit"),
+        ({"resizer": "cv2"}, "unknown resizer 'cv2'; allowed: pil, torch"),
+        ({"corner": "ceil"}, "unknown corner 'ceil'; allowed: round, floor"),
+        ({"resizer": "torch", "interpolation": "lanczos"}, "resizer 'torch' has nearest, bilinear, bicubic, got 'lan"),
+        ({"fit": "longest"}, "fit 'longest' cuts nothing, so crop must be 1.0, got 0.875"),
     ],
 )
 def test_bad_fields(fields: dict, words: str):
@@ -191,6 +255,9 @@ def test_dict_survives_json():
     assert values == prepare.to_dict()
     again = ImagePreprocess.from_dict(values)
     assert again == prepare and isinstance(again.mean, tuple) and hash(again) == hash(prepare)
+    wide = ImagePreprocess(size=(9, 12), fit="pad", resizer="torch", corner="floor")
+    again = ImagePreprocess.from_dict(json.loads(json.dumps(wide.to_dict())))
+    assert again == wide and isinstance(again.size, tuple) and hash(again) == hash(wide)
 
 
 def test_dict_with_unknown_key():

@@ -304,6 +304,10 @@ STAGES = {"dim": 32, "widths": (32, 48), "strided": (0,), "mixer": ("relative", 
         (CHUNKS | {"mixer": "relative(window=4)"}, ["mixer", "window"]),
         *((CHUNKS | {"mixer": mixer}, [f"mixer '{mixer}'", "chunks", "relative"]) for mixer in ALONG_TIME[2:]),
         *((CHUNKS | {"position": each, "mixer": "softmax"}, [each, "rope"]) for each in ("sincos", "learned", "cpe")),
+        *(
+            (CHUNKS | {"position": each, "mixer": "softmax"}, [each, "start of a stream"])
+            for each in ("rope(absolute=True)", "rope(reference=4)", "rope(centred=True)", "learned_rope")
+        ),
         (CHUNKS | {"chunk": 3}, ["chunk=3", "left=4"]),
         (CHUNKS | {"chunk": 0}, ["chunk=0", ">= 1"]),
         (CHUNKS | {"left": -2}, ["left=-2"]),

@@ -24,7 +24,8 @@ CHOICES = {
     "position": representatives(zoo.POSITIONS),
     "ffn": representatives(zoo.FFNS),
     "placement": list(PLACEMENTS),
-    "pool": ["mean", "token", "norm_after_mean", "distilled"],
+    "pool": ["mean", "token", "norm_after_mean", "distilled", "token_and_mean", "attention"],
+    "first_norm": [False, True],
     "registers": [0, 2],
     "layer_scale": [None, 0.1],
     "conv": ["glu", "swish(kernel=5)", "depthwise"],
@@ -39,7 +40,7 @@ CHOICES = {
 
 
 def choices_of(row: dict) -> dict:
-    tokens = {"class_token": True} if row.get("pool") in ("token", "distilled") else {}
+    tokens = {"class_token": True} if row.get("pool") in ("token", "distilled", "token_and_mean") else {}
     return TINY | row | tokens
 
 
@@ -49,7 +50,7 @@ def reasons(row: dict) -> set[str]:
     conv = parse(row.get("conv", "glu"))[0]
     branches = [mixer, *([CONVS[conv]] if "conv" in layout else [])]
     found = set()
-    if row.get("registers", 0) > 0 or row.get("pool") in ("token", "distilled"):
+    if row.get("registers", 0) > 0 or row.get("pool") in ("token", "distilled", "token_and_mean"):
         gates = [zoo.CHANNELS[row.get("channel", "none")], zoo.POSITIONS[row.get("position", "sincos")]]
         if any(each.mixes and "prefix" not in each.reads for each in [*branches, *gates] if each is not NoChannel):
             found.add("prefix")
@@ -141,6 +142,8 @@ def test_any_picture_size(mixer, size):
         {"mixer": "sla", "norm": "prepbn", "channel": "ela"},
         {"mixer": "dcnv4", "position": "cpe", "channel": "fca"},
         {"position": "rope", "registers": 2},
+        {"position": "rope(centred=True)", "pool": "attention", "first_norm": True, "registers": 1},
+        {"position": "learned_rope(reference=5, antialias=True)", "pool": "token_and_mean", "class_token": True},
         {"position": "learned", "class_token": True, "pool": "token"},
         {"pool": "norm_after_mean", "mixer": "pool"},
     ],
@@ -225,6 +228,8 @@ def test_depth_and_sizes_follow_the_config():
         ("deit_tiny", {"mixer": "dcnv4"}, ["dcnv4", "prefix", "sla"]),
         ("deit_tiny", {"channel": "ela"}, ["ela", "prefix", "eca"]),
         ("vit_micro", {"position": "rope", "mixer": "softmax(head_dim=6)"}, ["rope", "6"]),
+        ("vit_micro", {"pool": "attention", "heads": 5, "mixer": "softmax(head_dim=6)"}, ["attention", "divide", "5"]),
+        ("vit_micro", {"pool": "token_and_mean"}, ["token_and_mean", "class_token=True"]),
         ("vit_micro", {"dim": 30, "position": "sincos"}, ["sincos", "30"]),
         ("vit_micro", {"dim": 24, "channel": "fca"}, ["fca", "24"]),
         ("vit_micro", {"mixer": "sla(kernel=4)"}, ["odd", "4"]),
@@ -261,6 +266,8 @@ def test_list_models():
         {"mixer": "sla", "norm": "prepbn", "position": "rope"},
         {"mixer": "dcnv4", "channel": "fca"},
         {"position": "learned", "class_token": True, "pool": "distilled", "registers": 1},
+        {"position": "learned_rope(reference=4)", "pool": "attention", "first_norm": True, "registers": 1},
+        {"position": "rope(centred=True)", "class_token": True, "pool": "token_and_mean"},
     ],
 )
 def test_export_of_a_whole_model_takes_any_batch(choices):

@@ -4,7 +4,7 @@ from zoo.convert.detr import from_detr
 from zoo.convert.dico import from_dico, to_dico
 from zoo.convert.dit import from_diffusers, from_dit, from_jit, from_lightningdit, to_dit, to_jit, to_lightningdit
 from zoo.convert.nemo import from_nemo
-from zoo.convert.timm import from_timm
+from zoo.convert.timm import from_timm, timm_preprocess
 from zoo.convert.transformers import from_transformers
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "from_nemo",
     "from_timm",
     "from_transformers",
+    "timm_preprocess",
     "to_dico",
     "to_dit",
     "to_jit",

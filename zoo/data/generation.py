@@ -84,6 +84,8 @@ class WholeImages(Images):
         if self.dataset == "latents":
             return self._of_latents(base)
         found: Any = super().prepared(base)
+        if not isinstance(found.size, int):
+            raise ValueError(f"generation needs square images, got size {found.size[0]} x {found.size[1]}")
         if base is not None:
             return found
         half = (0.5,) * found.channels

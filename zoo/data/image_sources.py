@@ -36,8 +36,8 @@ def enlarged(array: np.ndarray, preprocess: ImagePreprocess) -> "Image":
     """A grey image of uint8 [H, W] at the size and in the mode that the model takes."""
     from PIL import Image
 
-    size, method = preprocess.size, preprocess.interpolation.upper()
-    return convert_image(Image.fromarray(array).resize((size, size), Image.Resampling[method]), preprocess.channels)
+    (height, width), method = preprocess.shape, Image.Resampling[preprocess.interpolation.upper()]
+    return convert_image(Image.fromarray(array).resize((width, height), method), preprocess.channels)
 
 
 class _Digits:
@@ -92,7 +92,8 @@ class _Synthetic:
 
         generator = np.random.default_rng([list(self.counts).index(self.split), index])
         angle = math.radians(30 * int(self.labels[index]))
-        y, x = np.mgrid[0 : 1 : 1j * self.preprocess.size, 0 : 1 : 1j * self.preprocess.size]
+        height, width = self.preprocess.shape
+        y, x = np.mgrid[0 : 1 : 1j * height, 0 : 1 : 1j * width]
         along = x * math.cos(angle) + y * math.sin(angle)
         wave = np.sin(2 * math.pi * (generator.uniform(3, 5) * along + generator.uniform()))
         values = 128 + 80 * wave + generator.normal(0, 20, wave.shape)

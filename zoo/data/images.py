@@ -14,6 +14,7 @@ from zoo.data.image_sources import SOURCES, Source
 from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, kept_generators, reseed
 from zoo.inputs import Preprocess
+from zoo.inputs.fits import resized
 from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """Images of one step.
 
-    `images` is float32 [B, channels, size, size], `labels` int64 [B]. `skipped` holds the paths of
+    `images` is float32 [B, channels, height, width], `labels` int64 [B]. `skipped` holds the paths of
     images that could not be read; they are missing from the other two, and if every image
     of a batch is unreadable, B is 0.
     """
@@ -42,7 +43,7 @@ class ImageDataset(Dataset[Batch]):
         source: the images.
         transform: from a PIL image to one of the size and mode that the model takes.
         preprocess: normalises the transformed images.
-        erase: changes each image [channels, size, size] of a batch at the end, in place; None for no change.
+        erase: changes each image [channels, height, width] of a batch at the end, in place; None for no change.
         seed: seed of random transforms; None if there are none.
     """
 
@@ -102,7 +103,8 @@ class Images(DataModule):
             `root/val/<class>/*` and, if there is one, `root/test/<class>/*`), or `synthetic`
             (generated gratings of four directions).
         root: folder of an imagefolder.
-        size: side of the images that the model takes, in pixels; null for that of the checkpoint, or 32.
+        size: side of the images that the model takes in pixels, or height and width; null for that of the checkpoint,
+            or 32.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
         batch: images in a batch, per device.
         workers: processes that read images; 0 reads in the main process; null for one per core if images are files.
@@ -135,7 +137,7 @@ class Images(DataModule):
         self,
         dataset: str = "digits",
         root: str | None = None,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         batch: int = 64,
         workers: int | None = None,
@@ -225,7 +227,7 @@ class Images(DataModule):
 
     def example(self) -> tuple[tuple[Tensor, ...], str]:
         """An input of the model, to count its multiply-adds, and the name of such an input."""
-        shape = (self.preprocess.channels, self.preprocess.size, self.preprocess.size)
+        shape = (self.preprocess.channels, *self.preprocess.shape)
         return (torch.zeros(1, *shape),), f"an image of {shape[0]} x {shape[1]} x {shape[2]}"
 
     def find(self, stage: str) -> None:
@@ -288,8 +290,8 @@ def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Call
     Grey images are augmented as RGB, because timm's operations need RGB, and are grey again afterwards.
 
     Returns:
-        From a PIL image to one of `size` by `size` pixels; and what erases a part of a normalised image [channels,
-        size, size] in place.
+        From a PIL image to one of the model's size; and what erases a part of a normalised image [channels, height,
+        width] in place.
 
     Raises:
         ValueError: timm cannot parse `randaugment`.
@@ -302,7 +304,7 @@ def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Call
     repeat = 3 if wanted.channels == 1 else 1
     try:
         cut, augment, _ = cast(Any, transforms_imagenet_train)(
-            wanted.size,
+            wanted.shape,
             scale=data.scale,
             hflip=data.flip,
             auto_augment=data.randaugment,
@@ -317,7 +319,7 @@ def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Call
         raise ValueError(f"timm cannot parse randaugment={data.randaugment!r}") from error
     _keep_one_bit(augment)
     whole = data.scale == (1.0, 1.0)
-    first = [Square(wanted.size, wanted.interpolation), *cut.transforms[1:]] if whole else cut.transforms
+    first = [Whole(wanted.shape, wanted.interpolation), *cut.transforms[1:]] if whole else cut.transforms
     steps = [*first, *augment.transforms]
     if wanted.channels == 1:
         steps = [Grayscale(3), *steps, Grayscale(1)]
@@ -325,24 +327,21 @@ def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Call
     return Compose(steps), erase
 
 
-class Square:
-    """Cuts the largest centred square out of an image and resizes it to `size` pixels.
+class Whole:
+    """Cuts the largest centred rectangle of the model's shape out of an image and resizes it to height and width.
 
     The result is that of a random crop of the whole area, at a fraction of the cost.
     """
 
-    def __init__(self, size: int, interpolation: str):
-        self.size, self.interpolation = (size, size), interpolation.upper()
+    def __init__(self, sides: tuple[int, int], interpolation: str):
+        self.sides, self.interpolation = sides, interpolation
 
     def __call__(self, image: "Image") -> "Image":
-        from PIL import Image
-
-        if image.size == self.size:
-            return image
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        square = image.crop((left, top, left + side, top + side))
-        return square.resize(self.size, Image.Resampling[self.interpolation])
+        (high, wide), (width, height) = self.sides, image.size
+        share = min(width / wide, height / high)
+        width, height = max(1, round(wide * share)), max(1, round(high * share))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return resized(image.crop((left, top, left + width, top + height)), self.sides, self.interpolation, "pil")
 
 
 def _keep_one_bit(augment: Any) -> None:

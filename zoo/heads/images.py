@@ -1,17 +1,46 @@
 """From the tokens of the last stage to logits; with classes = 0, to the pooled tokens [B, dim]."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import grid_mean
-from zoo.ffns import hidden_width
-from zoo.fusion import fold_norm, fold_site
-from zoo.layer import ANYWHERE, Context, Fold, Place
+from zoo.ffns import FFNS, hidden_width
+from zoo.fusion import fold_in, fold_norm, fold_site
+from zoo.layer import ANYWHERE, Context, Fold, Memory, Place
+from zoo.mixers.attention import Cross
 from zoo.norms import NORMS, BatchNorm, Norm
 from zoo.spec import make
 from zoo.tensors import gelu, linear
 
 _ONE = Context(grid=(1,))
+
+
+class AttentionPool(nn.Module):
+    """A learned query that attends to the tokens x [B, N, dim] of the grid, without the prefix; then a feed-forward
+    layer is added, with a norm before it (Zhai et al. 2022, arXiv:2106.04560). It gives [B, 1, dim]."""
+
+    def __init__(self, dim: int, heads: int, norm: str, ffn: str, place: Place = ANYWHERE) -> None:
+        super().__init__()
+        self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=dim**-0.5))
+        self.attention = Cross(dim, heads, place)
+        self.norm: Norm | None = make(NORMS, norm, dim, place)
+        self.ffn: Any = make(FFNS, ffn, dim, place)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        memory = Memory(x[:, context.prefix :], context.grid_mask)
+        y = self.attention(self.query.to(x.dtype).expand(x.shape[0], -1, -1), _ONE._replace(memory=memory))
+        return y + self.ffn(y if self.norm is None else self.norm(y, _ONE), _ONE)
+
+    def fold_in(self, scale: Tensor, shift: Tensor) -> None:
+        """Makes it of x what it was of scale * x + shift."""
+        fold_in(self.attention.keys, scale, shift)
+        fold_in(self.attention.values, scale, shift)
+
+    def fold(self) -> list[Fold]:
+        return fold_norm(self, "norm", self.ffn.expand, "linear behind it")
 
 
 class LinearHead(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.inputs.base import check_integer
+from zoo.inputs.fits import resized
 from zoo.inputs.images import LARGEST, PixelPreprocess
 
 if TYPE_CHECKING:
@@ -38,25 +39,20 @@ class BoxPreprocess(PixelPreprocess):
         longest: most pixels of the longest side with "shortest".
     """
 
-    size: int = 640
+    size: int = 640  # pyright: ignore[reportIncompatibleVariableOverride]
     interpolation: str = "bilinear"
     fit: str = "stretch"
     longest: int = 1333
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_integer("size", self.size, LARGEST)
         check_integer("longest", self.longest, LARGEST)
-        if self.fit not in FITS:
-            raise ValueError(f"unknown fit {self.fit!r}; allowed: {', '.join(FITS)}")
+        self.check_name("fit", FITS)
 
     def cut(self, image: Image) -> Image:
         """The whole image, resized."""
-        from PIL import Image as images
-
-        height, width = self.sides(image.height, image.width)
-        if (width, height) == image.size:
-            return image
-        return image.resize((width, height), images.Resampling[self.interpolation.upper()])
+        return resized(image, self.sides(image.height, image.width), self.interpolation, self.resizer)
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """The height and width of an image after `cut`."""

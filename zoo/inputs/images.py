@@ -7,16 +7,17 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zoo.inputs.base import Preprocess, check_integer, is_number
+from zoo.inputs.fits import CORNERS, FITS, INTERPOLATIONS, RESIZERS, centred, middle, resized, sides_for
 from zoo.inputs.folders import check_regular
 from zoo.text import one_line, reason
 
@@ -33,11 +34,13 @@ class PixelPreprocess(Preprocess):
     """What the preprocessings of images share: an image is read, cut to the model's size, and normalised.
 
     Args:
-        size: side of the model's input, in pixels.
+        size: side of the model's input in pixels, or its height and width.
         channels: 3 for RGB, 1 for grey.
         mean: mean to subtract, one value per channel, on the scale 0..1.
         std: standard deviation to divide by, one value per channel.
         interpolation: one of `INTERPOLATIONS`.
+        resizer: `pil` resizes as Pillow does, `torch` as torchvision resizes tensors, with antialiasing (transformers'
+            fast image processors); it has `nearest`, `bilinear` and `bicubic`.
 
     Raises:
         ValueError: a value is out of range, or `mean` or `std` does not have one value per channel.
@@ -47,15 +50,16 @@ class PixelPreprocess(Preprocess):
     raw = "image"
     file = "image.jpg"
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     channels: int = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
+    resizer: str = "pil"
 
     def __post_init__(self) -> None:
         _mode(self.channels)
-        check_integer("size", self.size, LARGEST)
+        self.check_size()
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)) or not all(
@@ -69,10 +73,31 @@ class PixelPreprocess(Preprocess):
             raise ValueError(f"std must be >= 1e-6, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
+        self.check_name("resizer", RESIZERS)
+        if self.interpolation not in (known := RESIZERS[self.resizer]):
+            raise ValueError(f"resizer {self.resizer!r} has {', '.join(known)}, got {self.interpolation!r}")
+
+    def check_name(self, field: str, allowed: Iterable[str]) -> None:
+        """ValueError if a field is not one of these names."""
+        if not isinstance(value := getattr(self, field), str) or value not in allowed:
+            raise ValueError(f"unknown {field} {value!r}; allowed: {', '.join(allowed)}")
+
+    def check_size(self) -> None:
+        """ValueError if `size` is not allowed; two equal sides become one integer."""
+        given: Any = self.size
+        sides = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given,)
+        for side in sides:
+            check_integer("size", side, LARGEST)
+        object.__setattr__(self, "size", sides[0] if len(set(sides)) == 1 else tuple(sides))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The height and width of the model's input."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """A random image, uint8 [H, W, channels], larger than the model's input."""
-        height, width = self.size * 3 // 2 + 7, self.size * 2 + 3
+        height, width = self.shape[0] * 3 // 2 + 7, self.shape[1] * 2 + 3
         shape = (height // 4 + 1, width // 4 + 1, self.channels)
         coarse = torch.randint(256, shape, generator=generator, device="cpu")
         fine = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
@@ -86,7 +111,7 @@ class PixelPreprocess(Preprocess):
                 of type uint8, [H, W] or [H, W, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
 
         Returns:
-            float32 [channels, height, width], the sides that `cut` gives.
+            float32 [channels, height, width], those of `cut`.
 
         Raises:
             ValueError: another type or shape, a mode that `convert_image` refuses, or an unreadable file.
@@ -105,8 +130,8 @@ class PixelPreprocess(Preprocess):
 
     def normalized(self, images: Sequence[Image]) -> Tensor:
         """PIL images of one size, in the mode that the model takes, as a batch: float32 [B, channels, height, width].
-        Without images, the height and width are `size`."""
-        width, height = images[0].size if images else (self.size, self.size)
+        Without images, they are those of the model's input."""
+        width, height = images[0].size if images else self.shape[::-1]
         shape = (len(images), height, width, self.channels)
         values = torch.empty(shape, dtype=torch.uint8, device="cpu")
         if images:
@@ -126,27 +151,57 @@ class PixelPreprocess(Preprocess):
 class ImagePreprocess(PixelPreprocess):
     """Preprocessing of an image for a model; stored in a checkpoint's `config.json`.
 
-    As timm's evaluation transform: the short side is resized to `size / crop` (rounded down), the centre of `size` by
-    `size` pixels is cut out, values are scaled to 0..1 and normalised with `mean` and `std`. Of an image more than
-    eight times as long as wide, the middle is cut out before it is resized.
+    The defaults are timm's evaluation transform. Values are scaled to 0..1 and normalised with `mean` and `std`.
 
     Args:
-        crop: share of the resized short side that is kept, in (0, 1]. The others are those of `PixelPreprocess`.
+        crop: share of the resized image that is kept along each side, in (0, 1]: the image is resized to `size / crop`,
+            rounded down, and its centre of `size` is cut out.
+        fit: what happens to another aspect ratio. `crop` keeps it, so that the short side fits and the long side is cut
+            (timm's "center"); of an image more than eight times as long as wide, the middle is cut out first. `squash`
+            resizes each side by itself. `pad` keeps it, so that the long side fits, with a border of the mean on both
+            sides (timm's "border"). `longest` does too, at the top left, and the rest is zeros after normalisation, the
+            mean (transformers' max_height, max_width and pad); it takes no crop.
+        corner: how half of an odd difference is rounded where the centre is cut out: `round`, to even (timm,
+            torchvision), or `floor` (transformers).
+
+    The others are those of `PixelPreprocess`.
     """
 
     crop: float = 0.875
+    fit: str = "crop"
+    corner: str = "round"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.crop) or not 0 < self.crop <= 1:
             raise ValueError(f"crop must be > 0 and <= 1, got {self.crop!r}")
-        if self.size / self.crop > LARGEST:
+        if max(self.shape) / self.crop > LARGEST:
             found = f"size={self.size}, crop={self.crop}"
             raise ValueError(f"size / crop must be <= {LARGEST} pixels, got {found}")
+        self.check_name("fit", FITS)
+        self.check_name("corner", CORNERS)
+        if self.fit == "longest" and self.crop != 1:
+            raise ValueError(f"fit 'longest' cuts nothing, so crop must be 1.0, got {self.crop}")
 
     def cut(self, image: Image) -> Image:
-        """The centre of an image, resized to `size` by `size` pixels."""
-        return _centre(image, self.size, int(self.size / self.crop), self.interpolation)
+        """The part of an image that the model takes, resized: `shape` pixels, or less with fit `longest`."""
+        scaled = (int(self.shape[0] / self.crop), int(self.shape[1] / self.crop))
+        if self.fit == "crop":
+            image = middle(image, scaled)
+        wanted = sides_for((image.height, image.width), self.fit, scaled)
+        image = resized(image, wanted, self.interpolation, self.resizer)
+        if self.fit == "longest":
+            return image
+        fill = tuple(min(255, max(0, round(255 * value))) for value in self.mean)
+        return centred(image, self.shape, self.corner, fill if self.channels > 1 else fill[0])
+
+    def normalized(self, images: Sequence[Image]) -> Tensor:
+        if self.fit != "longest":
+            return super().normalized(images)
+        batch = torch.zeros(len(images), self.channels, *self.shape, dtype=torch.float32, device="cpu")
+        for row, image in enumerate(images):
+            batch[row, :, : image.height, : image.width] = super().normalized([image])[0]
+        return batch
 
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -306,24 +361,6 @@ def _to_8_bits(image: Image) -> Image:
     return images.fromarray(grey.astype(np.uint8))
 
 
-def _centre(image: Image, size: int, side: int, interpolation: str) -> Image:
-    """The image resized so that its short side is `side`, then its central square of `size` pixels."""
-    from PIL import Image as images
-
-    width, height = image.size
-    short = min(width, height)
-    most = (8 * short + width % 2, 8 * short + height % 2)  # cut evenly on both sides
-    if width > most[0] or height > most[1]:
-        left, top = max(0, width - most[0]) // 2, max(0, height - most[1]) // 2
-        image = image.crop((left, top, width - left, height - top))
-        width, height = image.size
-    wide, high = (side if each == short else int(side * each / short) for each in (width, height))
-    if (wide, high) != image.size:
-        image = image.resize((wide, high), images.Resampling[interpolation.upper()])
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
 def _from_array(image: object) -> Image:
     """A PIL image unchanged, or one made from an array or tensor; ValueError for anything else."""
     from PIL import Image as images
@@ -357,7 +394,6 @@ MODES = {1: "L", 3: "RGB"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 ORIENTATION = 0x0112  # EXIF's number of this entry
 LARGEST = 8192  # pixels of the resized short side
 STRIP = 2**20  # pixels converted at once

@@ -64,6 +64,11 @@ class LatentPreprocess(Preprocess):
         if not isinstance(self.decoder, str):
             raise ValueError(f"decoder must be a string, got {type(self.decoder).__name__}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The height and width of the latents."""
+        return self.size, self.size
+
     def __call__(self, latents: Tensor | np.ndarray, /) -> Tensor:
         """Latents [..., channels, H, W] as the model takes them, float32; ValueError for another number of channels."""
         values = torch.as_tensor(latents, dtype=torch.float32)

@@ -15,11 +15,11 @@ from zoo.text import unknown
 
 
 def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
-    """Turns the pairs (first half, second half) of x [B, N, H, d] by the last N angles of rotary [2, keys, d / 2]."""
+    """Turns the pairs (first half, second half) of x [B, N, H, d] by the last N angles of rotary [2, keys, d / 2] or
+    [2, B, keys, d / 2]."""
     if rotary is None:
         return x
-    rotary = rotary[:, -x.shape[1] :]
-    cosine, sine = rotary[0][:, None], rotary[1][:, None]
+    cosine, sine = rotary[..., -x.shape[1] :, None, :]
     first, second = x.chunk(2, -1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
     return turned.to(x.dtype)

@@ -212,7 +212,8 @@ class ConformerConfig(FlatConfig):
             )
         if parse(options["channel"])[0] != "none":
             raise ValueError("subsampling: channel attention reads the whole utterance; a model with chunks cannot")
-        if not self.row_of_position.streams:
+        options = check(POSITIONS, self.chosen("position", 0, 0))
+        if not self.row_of_position.streams_of(**options):
             able = " or ".join(name for name, row in POSITIONS.items() if row.streams)
             raise ValueError(f"position '{self.position}' counts from the start of a stream; choose {able}")
 

@@ -51,7 +51,7 @@ class Trunk(nn.Module):
             except ValueError as error:
                 raise ValueError(f"trunk: {error}") from None
         if isinstance(self.model, ViT):
-            self.model.norm = self.model.head = self.model.head_distilled = None
+            self.model.norm = self.model.head = self.model.head_distilled = self.model.pooler = None
         elif isinstance(self.model, Pyramid):
             self.model.head = None  # pyright: ignore[reportAttributeAccessIssue]
         own = list(self.model.strides)

@@ -3,19 +3,39 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.norms import NORMS
+from zoo.positions import Rotary
 from zoo.spec import make, options_of
 from zoo.text import one_line
 
 SUPPORTED = (
-    "from_timm takes a VisionTransformer, VisionTransformerDistilled, MetaFormer or DaVit of timm, or the state dict "
-    "of one"
+    "from_timm takes a VisionTransformer, VisionTransformerDistilled, Eva, MetaFormer or DaVit of timm, or the state "
+    "dict of one"
 )
+
+
+TABLE = "learned(antialias=True)"
+"""The position of models with a table alone."""
+
+
+class Facts(NamedTuple):
+    """The facts of a vision transformer that the shapes of its tensors do not show."""
+
+    heads: int
+    pool: str  # timm's global_pool: token, avg or map
+    norm: str
+    activation: str
+    fc_norm: bool  # the final norm comes after the pooling
+    qk_norm: bool
+    placement: str
+    layer_scale: float | None
+    image: int
+    position: str
 
 
 def one(what: str, values: list[Any]) -> Any:
@@ -45,8 +65,21 @@ def activation_of(layer: nn.Module) -> str:
     """The name of a timm activation in our feed-forward layers."""
     if isinstance(layer, nn.GELU) and layer.approximate == "tanh":
         return "gelu_tanh"
-    names = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "StarReLU": "star_relu"}
+    names = {
+        "GELU": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "ReLU": "relu",
+        "StarReLU": "star_relu",
+        "QuickGELU": "quick_gelu",
+    }
     return names.get(type(layer).__name__, "silu")
+
+
+def placement_of(attention: bool, mlp: bool) -> str:
+    """The placement of the norms of a block with norms before its branches, and inside of them as given."""
+    if attention and not mlp:
+        raise ValueError("from_timm does not support a norm inside attention without one inside mlp")
+    return "sub" if attention else "sub_ffn" if mlp else "pre"
 
 
 def with_width(
@@ -55,20 +88,20 @@ def with_width(
     """The name of a row of the table with the ratio that makes it `hidden` wide inside, and options; ValueError if
     no ratio gives it. `usual` is the ratio without an option; arguments are the row's, its dim first."""
     ratio = hidden / arguments[0]
-    for choice in (
-        usual,
-        ratio,
-        math.nextafter(ratio, 0),
-        math.nextafter(ratio, math.inf),
-        max(hidden - 4, 1) / arguments[0],
-    ):
-        spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *options])
-        with torch.device("meta"):
-            if make(table, spec, *arguments).out.in_features == hidden:
-                return spec
-    raise ValueError(
-        f"from_timm needs SwiGLU layers whose width is a multiple of 8, got {hidden}"
-    )  # no other row rounds
+    near = (math.nextafter(ratio, 0), math.nextafter(ratio, math.inf), max(hidden - 4, 1) / arguments[0])
+    for exact in ([], ["multiple=1"])[: 1 + ("multiple" in options_of(table[name]))]:
+        for choice in (usual, ratio, *near):
+            spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *exact, *options])
+            with torch.device("meta"):
+                if make(table, spec, *arguments).out.in_features == hidden:
+                    return spec
+    raise ValueError(f"no ratio gives {name} of {arguments[0]} channels the hidden width {hidden}")
+
+
+def packed(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the first linear of the feed-forward has two halves."""
+    first = tensors.get("blocks.0.mlp.fc1.weight")
+    return first is not None and len(first) == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
 
 
 def tensors_of(state: Any) -> dict[str, Tensor]:
@@ -121,4 +154,7 @@ def fill(
     if left:
         raise ValueError(f"'{one_line(next(iter(left)), 100)}' has no counterpart; {SUPPORTED}, of plain blocks")
     model.load_state_dict(state, assign=True)
+    for part in model.modules():
+        if isinstance(part, Rotary):  # which knows its device by a buffer
+            part.anchor = torch.zeros((), device=next(iter(state.values())).device)
     return model.eval()

@@ -43,14 +43,40 @@ def _vit(layers: Any) -> Places:
     block |= dict.fromkeys(("drop_path1", "drop_path2"), (*_NONE, layers.DropPath))
     block |= _under("attn", attention) | _under("mlp", mlp)
     places = {"patch_embed": (layers.PatchEmbed,), "patch_embed.proj": _CONV, "patch_embed.norm": _NONE}
-    places |= {"pos_drop": _DROP, "patch_drop": (*_NONE, layers.PatchDropout), "norm_pre": _NONE}
+    places |= {"pos_drop": _DROP, "patch_drop": (*_NONE, layers.PatchDropout), "norm_pre": (*_NONE, *norms)}
+    places |= _attention_pool(layers, norms)
     places |= {"blocks": (nn.Sequential,), "blocks.*": (vit.Block,)} | _under("blocks.*", block)
     places |= {"norm": (*_NONE, *norms), "fc_norm": (*_NONE, *norms), "head_drop": _DROP}
     return places | dict.fromkeys(("head", "head_dist"), (*_NONE, *_LINEAR))
 
 
+def _eva(layers: Any) -> Places:
+    eva: Any = import_module("timm.models.eva")
+    norms = (nn.LayerNorm, layers.LayerNorm, layers.RmsNorm)
+    attention = dict.fromkeys(("qkv", "q_proj", "k_proj", "v_proj", "proj"), _LINEAR)
+    attention |= dict.fromkeys(("q_norm", "k_norm", "norm"), (*_NONE, *norms))
+    attention |= {"attn_drop": _DROP, "proj_drop": _DROP}
+    mlp = _mlp(layers) | {"fc1_g": _LINEAR, "fc1_x": _LINEAR, "norm": (*_NONE, *norms)}
+    block = {"norm1": norms, "norm2": norms, "attn": (eva.EvaAttention, layers.AttentionRope)}
+    block |= {"mlp": (layers.Mlp, layers.GluMlp, layers.SwiGLU)}
+    block |= dict.fromkeys(("drop_path1", "drop_path2"), (*_NONE, layers.DropPath))
+    block |= _under("attn", attention) | _under("mlp", mlp)
+    places = {"patch_embed": (layers.PatchEmbed,), "patch_embed.proj": _CONV, "patch_embed.norm": _NONE}
+    places |= {"pos_drop": _DROP, "patch_drop": (eva.PatchDropoutWithIndices,), "norm_pre": (*_NONE, *norms)}
+    places |= {"rope": (layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3)}
+    places |= {"blocks": (nn.ModuleList,), "blocks.*": (eva.EvaBlock, eva.EvaBlockPostNorm)}
+    places |= {"norm": (*_NONE, *norms), "fc_norm": (*_NONE, *norms), "head_drop": _DROP, "head": (*_NONE, *_LINEAR)}
+    return places | _under("blocks.*", block) | _attention_pool(layers, norms)
+
+
+def _attention_pool(layers: Any, norms: tuple[type, ...]) -> Places:
+    pool = {"q": _LINEAR, "kv": _LINEAR, "q_norm": _NONE, "k_norm": _NONE, "proj": _LINEAR, "proj_drop": _DROP}
+    pool |= {"norm": norms, "mlp": (layers.Mlp,)} | _under("mlp", _mlp(layers))
+    return {"attn_pool": (layers.AttentionPoolLatent,)} | _under("attn_pool", pool)
+
+
 def _mlp(layers: Any) -> Places:
-    activations = (nn.GELU, layers.GELU, layers.GELUTanh, nn.SiLU, layers.Swish, nn.ReLU)
+    activations = (nn.GELU, layers.GELU, layers.GELUTanh, layers.QuickGELU, nn.SiLU, layers.Swish, nn.ReLU)
     return {"fc1": _LINEAR, "act": activations, "drop1": _DROP, "norm": _NONE, "fc2": _LINEAR, "drop2": _DROP}
 
 
@@ -104,6 +130,7 @@ def _pyramid(layers: Any) -> Places:
 _FAMILIES = {
     "VisionTransformer": ("vision_transformer", _vit),
     "VisionTransformerDistilled": ("deit", _vit),
+    "Eva": ("eva", _eva),
     "MetaFormer": ("metaformer", _metaformer),
     "DaVit": ("davit", _davit),
 }

@@ -3,20 +3,25 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.convert.timm import eva as timm_eva
 from zoo.convert.timm import pyramid as timm_pyramid
 from zoo.convert.timm.parts import (
     SUPPORTED,
+    TABLE,
+    Facts,
     activation_of,
     check_axes,
     fill,
     norm_of,
     one,
+    packed,
+    placement_of,
     spelled,
     tensors_of,
     with_width,
@@ -39,10 +44,19 @@ _NAMES = (
     (".steps.0.branch.out.", ".attn.proj."),
     (".steps.0.layer_scale", ".ls1.gamma"),
     (".steps.1.before.", ".norm2."),
+    (".steps.0.after.", ".norm1."),
+    (".steps.1.after.", ".norm2."),
     (".steps.1.branch.expand.", ".mlp.fc1."),
     (".steps.1.branch.inner.", ".mlp.norm."),
     (".steps.1.branch.out.", ".mlp.fc2."),
     (".steps.1.layer_scale", ".ls2.gamma"),
+    ("first_norm.", "norm_pre."),
+    ("pooler.query", "attn_pool.latent"),
+    ("pooler.attention.queries.", "attn_pool.q."),
+    ("pooler.attention.out.", "attn_pool.proj."),
+    ("pooler.ffn.expand.", "attn_pool.mlp.fc1."),
+    ("pooler.ffn.out.", "attn_pool.mlp.fc2."),
+    ("pooler.norm.", "attn_pool.norm."),
 )
 # Biases that timm omits together: zeros then.
 _BIASES = (
@@ -55,20 +69,6 @@ _PREFIX = ("cls_token", "dist_token", "reg_token")
 _AXES = dict(zip(_NEEDED, (4, 2, 2), strict=True)) | dict.fromkeys((*_PREFIX, "pos_embed"), 3)
 
 
-class _Facts(NamedTuple):
-    """The facts that the shapes of the tensors do not show."""
-
-    heads: int
-    pool: str  # timm's global_pool: token or avg
-    norm: str
-    activation: str
-    fc_norm: bool  # the final norm comes after the pooling
-    qk_norm: bool
-    inner: bool  # norms before both output linears
-    layer_scale: float | None
-    image: int
-
-
 def from_timm(
     model: nn.Module | Mapping[str, Tensor],
     *,
@@ -79,15 +79,17 @@ def from_timm(
 ) -> ViT | Pyramid:
     """Converts a timm model: for images [B, channels, H, W] the outputs equal timm's in eval mode.
 
-    `model` is timm's VisionTransformer or VisionTransformerDistilled, which become a ViT, or MetaFormer or DaVit, which
-    become a Pyramid, or the state dict of one; it is not changed and shares no memory with the result, which has its
-    dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
+    `model` is timm's VisionTransformer, VisionTransformerDistilled or Eva, which become a ViT, or MetaFormer or DaVit,
+    which become a Pyramid, or the state dict of one, except of Eva; it is not changed and shares no memory with the
+    result, which has its dtype and device. Dropout and stochastic depth, which act only in training, are not copied.
 
     Supported parts of vision transformers: class token, registers, distillation token and head, pooling by token or
-    average with the norm on either side of it, position table (with or without rows for the prefix) or none, layer
-    scale, norms of queries and keys, norms inside both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any
-    width, missing biases (as zeros), any patch, depth, channels and classes. At sizes other than its own the position
-    table is resized differently than in timm, so outputs differ a little there.
+    average with the norm on either side of it or by attention of one query (SigLIP), a norm before the blocks (CLIP),
+    position table (with or without rows for the prefix) or none, layer scale, norms of queries and keys, norms inside
+    both branches, LayerNorm or RMSNorm of any eps, MLP or SwiGLU of any width, missing biases (as zeros), any patch,
+    depth, channels and classes. Outputs are equal at every size whose sides the patch divides, as timm's are with
+    dynamic_img_size=True. Of Eva (EVA, EVA-02, DINOv3) also rotary positions of the kinds `cat` and `dinov3`, and norms
+    inside the feed-forward alone or behind the branches; not mixed rotary positions, gates and shared keys.
 
     Supported parts of MetaFormer (PoolFormer, ConvFormer, CAFormer): pooling, no mixer, separable convolution and
     attention of any size, layer scale, scaled shortcuts, group or layer norm, MLP with or without biases, either head;
@@ -99,8 +101,10 @@ def from_timm(
 
     - heads: by default of width 64, where the attention is 128 to 1024 wide; else it must be given (norms of queries
       and keys tell it too). A few models of timm have other heads, vit_base_patch16_gap_224 among them.
-    - pool: "token" or "avg", timm's global_pool. By default "token" where there is a class token and no fc_norm.
-    - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)" or "rmsnorm".
+    - pool: "token", "avg" or "map", timm's global_pool. By default "map" where there is attention pooling, and "token"
+      where there is a class token and no fc_norm.
+    - norm: "layernorm" by default, otherwise for example "layernorm(eps=1e-05)", as CLIP has, or "rmsnorm". It must be
+      given where a norm is before the blocks.
     - activation of the MLP: "gelu" by default. SwiGLU has silu, its two halves packed or apart.
 
     The norms are taken to stand before the branches, attention to have no rotary positions, and the images to be
@@ -108,9 +112,8 @@ def from_timm(
     3 x 3, windows of 7 x 7 in turns with attention between channels, GELU unless it has StarReLU, the usual norms.
     Models that differ are given themselves.
 
-    ValueError, in one line, where something has no counterpart (a norm before the blocks, attention pooling, gates,
-    images that are not square, other classes of models or layers, ...), or where a tensor is missing, left over or of
-    a wrong shape.
+    ValueError, in one line, where something has no counterpart (gates, images that are not square, other classes of
+    models or layers, ...), or where a tensor is missing, left over or of a wrong shape.
     """
     given = (heads, pool, norm, activation) != (None,) * 4
     if isinstance(model, nn.Module):
@@ -119,8 +122,10 @@ def from_timm(
         check_parts(model)
         if type(model).__name__ in ("MetaFormer", "DaVit"):
             return timm_pyramid.from_model(model)
-        facts = _read(model)
-        tensors = dict(model.state_dict())
+        if type(model).__name__ == "Eva":
+            facts, tensors = timm_eva.read(model)
+        else:
+            facts, tensors = _read(model), dict(model.state_dict())
     else:
         tensors = tensors_of(model)
         if "stem.conv.weight" in tensors:
@@ -132,14 +137,16 @@ def from_timm(
     return _fill(_configure(tensors, facts), facts, tensors)
 
 
-def _read(model: Any) -> _Facts:
+def _read(model: Any) -> Facts:
     """The facts of a model of known parts; ValueError if their combination has no counterpart."""
     distilled = type(model).__name__ == "VisionTransformerDistilled"
-    if model.global_pool not in ("token", "avg"):
-        raise ValueError(f"from_timm needs a model that pools by 'token' or 'avg', got {model.global_pool!r}")
-    if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
-        raise ValueError("from_timm does not support pool_include_prefix=True, only the average of the grid's tokens")
+    if model.global_pool not in ("token", "avg", "map"):
+        raise ValueError(f"from_timm needs a model that pools by 'token', 'avg' or 'map', got {model.global_pool!r}")
+    if model.global_pool != "token" and model.pool_include_prefix and model.num_prefix_tokens:
+        raise ValueError("from_timm does not support pool_include_prefix=True, only pooling of the grid's tokens")
     fc_norm = type(model.fc_norm) is not nn.Identity
+    if model.global_pool == "map" and fc_norm:
+        raise ValueError("from_timm does not support fc_norm behind attention pooling")
     if fc_norm == (type(model.norm) is not nn.Identity):
         raise ValueError("from_timm needs a model with one final norm, 'norm' or 'fc_norm', not none or both")
     if distilled and (fc_norm or model.no_embed_class):
@@ -154,21 +161,30 @@ def _read(model: Any) -> _Facts:
             f"from_timm needs an image size that the patch divides, got {sides[0]} x {sides[1]} and patch {patch[0]}"
         )
     blocks = list(model.blocks)
-    heads = one("number of heads", [block.attn.num_heads for block in blocks])
+    pools = [] if model.attn_pool is None else [model.attn_pool]
+    if any((each.latent_len, each.pool, each.pos_embed) != (1, "token", None) for each in pools):
+        raise ValueError("from_timm needs attention pooling of one query without positions")
+    heads = one("number of heads", [part.num_heads for part in [*(block.attn for block in blocks), *pools]])
     norms = [part for block in blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
-    norm = one("norm", [norm_of(part) for part in [*norms, model.norm, model.fc_norm] if type(part) is not nn.Identity])
+    norms += [model.norm_pre, model.norm, model.fc_norm, *(pool.norm for pool in pools)]
+    norm = one("norm", [norm_of(part) for part in norms if type(part) is not nn.Identity])
     pairs = [one("norm of queries and keys", [norm_of(b.attn.q_norm), norm_of(b.attn.k_norm)]) for b in blocks]
     qk_norm = one("norm of queries and keys", pairs)
     if qk_norm not in ("none", "layernorm"):
         raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{qk_norm}'")
-    inner = one("norm inside attention and mlp", [norm_of(part) for b in blocks for part in (b.attn.norm, b.mlp.norm)])
-    gated = one("kind of mlp", [type(block.mlp).__name__ for block in blocks]) != "Mlp"
-    activation = one("activation", [activation_of(block.mlp.act) for block in blocks])
+    placement = placement_of(
+        one("norm inside attention", [type(block.attn.norm) is not nn.Identity for block in blocks]),
+        one("norm inside mlp", [type(block.mlp.norm) is not nn.Identity for block in blocks]),
+    )
+    gated = one("kind of mlp", [type(part.mlp).__name__ for part in [*blocks, *pools]]) != "Mlp"
+    mlps = [part.mlp for part in [*blocks, *pools]]
+    activation = one("activation", [activation_of(mlp.act) for mlp in mlps])
     if gated and (activation != "silu" or getattr(blocks[0].mlp, "gate_last", False)):
         raise ValueError("from_timm supports gated feed-forward layers only with silu on the first half (SwiGLU)")
     scale = getattr(blocks[0].ls1, "init_values", None)
-    return _Facts(
-        heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", inner != "none", scale, sides[0]
+    position = "none" if model.pos_embed is None else TABLE
+    return Facts(
+        heads, model.global_pool, norm, activation, fc_norm, qk_norm != "none", placement, scale, sides[0], position
     )
 
 
@@ -183,7 +199,7 @@ def _check_state(tensors: Mapping[str, Tensor]) -> None:
 
 def _assume(
     tensors: Mapping[str, Tensor], heads: int | None, pool: str | None, norm: str | None, activation: str | None
-) -> _Facts:
+) -> Facts:
     """The facts of a state dict: from its names, then from the arguments, then the usual ones."""
     width, patch = len(tensors["blocks.0.attn.qkv.weight"]) // 3, tensors["patch_embed.proj.weight"].shape[-1]
     fc_norm, qk_norm = "fc_norm.weight" in tensors, "blocks.0.attn.q_norm.weight" in tensors
@@ -198,10 +214,15 @@ def _assume(
             )
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the {width} channels of the queries, got {heads}")
+    pooled = "attn_pool.latent" in tensors
     if pool is None:
-        pool = "token" if "cls_token" in tensors and not fc_norm else "avg"
-    if pool not in ("token", "avg") or (pool == "avg" and "dist_token" in tensors):
-        raise ValueError(f"pool must be 'token' or 'avg', and 'token' for a distilled model, got {pool!r}")
+        pool = "map" if pooled else "token" if "cls_token" in tensors and not fc_norm else "avg"
+    if pool not in ("token", "avg", "map") or (pool != "token" and "dist_token" in tensors):
+        raise ValueError(f"pool must be 'token', 'avg' or 'map', and 'token' for a distilled model, got {pool!r}")
+    if (pool == "map") != pooled:
+        raise ValueError(f"pool is 'map' for models with 'attn_pool.latent', and only for these, got {pool!r}")
+    if norm is None and "norm_pre.weight" in tensors:
+        raise ValueError("a state dict does not hold eps; give norm=, which for CLIP is 'layernorm(eps=1e-05)'")
     if fc_norm == ("norm.weight" in tensors) or (fc_norm and "dist_token" in tensors):
         raise ValueError("from_timm needs a model with one final norm: 'norm', or 'fc_norm' if it is not distilled")
     if norm is None and "blocks.0.norm1.bias" not in tensors:
@@ -211,10 +232,8 @@ def _assume(
         raise ValueError(f"norm must be 'layernorm' or 'rmsnorm', with or without options, got {norm!r}")
     if qk_norm and norm != "layernorm":
         raise ValueError(f"from_timm needs 'layernorm' with eps 1e-06 for queries and keys, got '{norm}'")
-    inner = one(
-        "norm inside attention and mlp", [f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")]
-    )
-    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    placement = placement_of(*(f"blocks.0.{name}.norm.weight" in tensors for name in ("attn", "mlp")))
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or packed(tensors)
     if gated and activation not in (None, "silu"):
         raise ValueError(f"from_timm supports gated feed-forward layers only with silu (SwiGLU), got {activation!r}")
     if "pos_embed" not in tensors:
@@ -228,20 +247,14 @@ def _assume(
         )
     side = math.isqrt(squares[0]) * patch
     scale = 1e-5 if "blocks.0.ls1.gamma" in tensors else None
-    return _Facts(heads, pool, norm, activation or "gelu", fc_norm, qk_norm, inner, scale, side)
+    return Facts(heads, pool, norm, activation or "gelu", fc_norm, qk_norm, placement, scale, side, TABLE)
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
     return tensors[name].shape[1] if name in tensors else 0
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the first linear of the feed-forward has two halves."""
-    first = tensors.get("blocks.0.mlp.fc1.weight")
-    return first is not None and len(first) == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
-
-
-def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
+def _configure(tensors: Mapping[str, Tensor], facts: Facts) -> ViTConfig:
     """The config of a model with these tensors; ValueError if the zoo does not support it."""
     stem = tensors["patch_embed.proj.weight"]
     dim, channels, patch, across = stem.shape
@@ -252,7 +265,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
     head_dim = len(tensors["blocks.0.attn.qkv.weight"]) // 3 // facts.heads
     options = ["qk_norm='layernorm'"] if facts.qk_norm else []
     options += [f"head_dim={head_dim}"] if head_dim * facts.heads != dim else []
-    pool = "norm_after_mean" if facts.pool == "avg" and facts.fc_norm else {"avg": "mean"}.get(facts.pool, facts.pool)
+    pool = {"avg": "norm_after_mean" if facts.fc_norm else "mean", "map": "attention"}.get(facts.pool, facts.pool)
     return ViTConfig(
         dim=dim,
         depth=_depth(tensors),
@@ -260,8 +273,8 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         mixer=spelled("softmax", options),
         ffn=_feed_forward(tensors, facts.activation, dim),
         norm=facts.norm,
-        placement="sub" if facts.inner else "pre",
-        position="learned" if "pos_embed" in tensors else "none",
+        placement=facts.placement,
+        position=facts.position,
         layer_scale=facts.layer_scale,
         image=facts.image,
         patch=patch,
@@ -269,6 +282,7 @@ def _configure(tensors: Mapping[str, Tensor], facts: _Facts) -> ViTConfig:
         classes=len(tensors["head.weight"]) if "head.weight" in tensors else 0,
         pool="distilled" if "dist_token" in tensors else pool,
         class_token="cls_token" in tensors,
+        first_norm="norm_pre.weight" in tensors,
         registers=_count(tensors, "reg_token"),
     )
 
@@ -284,17 +298,17 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> str:
     """Our feed-forward with this many hidden channels."""
     hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
-    gated = "blocks.0.mlp.fc1_g.weight" in tensors or _packed(tensors)
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors or packed(tensors)
     name, usual = ("swiglu", 8 / 3) if gated else ("mlp", 4.0)
     options = [] if gated or activation == "gelu" else [f"activation={activation!r}"]
     return with_width(FFNS, name, usual, hidden, options, dim)
 
 
-def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> ViT:
+def _fill(config: ViTConfig, facts: Facts, tensors: Mapping[str, Tensor]) -> ViT:
     """The model of the config with timm's tensors: each is used, and each of ours is filled."""
     with torch.device("meta"):
         model = config.build()
-    apart = "blocks.0.mlp.fc1_g.weight" in tensors
+    apart, values = "blocks.0.mlp.fc1_g.weight" in tensors, dict[str, Tensor]()
 
     def find(key: str, slot: Tensor, take: Callable[..., Tensor], like: Tensor | None) -> tuple[str, Tensor]:
         name = key
@@ -310,6 +324,13 @@ def _fill(config: ViTConfig, facts: _Facts, tensors: Mapping[str, Tensor]) -> Vi
             if value.shape[1] == slot.shape[1] - config.prefix:
                 value = F.pad(value, (0, 0, config.prefix, 0))
             return name, value
+        if key.startswith("pooler.attention.keys."):
+            kind = key.rpartition(".")[2]
+            keys, values[kind] = take(f"attn_pool.kv.{kind}").chunk(2)
+            return f"attn_pool.kv.{kind}", keys
+        if key.startswith("pooler.attention.values."):
+            kind = key.rpartition(".")[2]
+            return f"attn_pool.kv.{kind}", values[kind]
         if apart and ".mlp.fc1." in name:
             halves = [take(name.replace("fc1", part), _half(like)) for part in ("fc1_g", "fc1_x")]
             return name, _joined(halves, 0, f"the halves of '{name}'")

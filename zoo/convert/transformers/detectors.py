@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Resampling
 from torch import Tensor
 
 from zoo.convert.detection import (
@@ -22,8 +21,8 @@ from zoo.convert.detection import (
 )
 from zoo.convert.source import Section
 from zoo.convert.timm.parts import spelled
-from zoo.convert.transformers.files import HARMLESS, read_folder, read_json
-from zoo.inputs.boxes import BoxPreprocess
+from zoo.convert.transformers.files import HARMLESS, id_names, read_folder, read_json
+from zoo.convert.transformers.images import read_box_preprocess
 from zoo.models.detr import DETRConfig
 from zoo.models.rtdetr import RTDETRConfig
 from zoo.outputs.label_map import LabelMap
@@ -135,22 +134,17 @@ def convert_detector(folder: Path) -> ConvertedDetector:
     if kind == "d_fine":
         _check_constants(tensors, values, str(folder))
     model = build(config, tensors, str(folder), trunk, rows if len(rows) < count else None, count + (kind == "detr"))
-    return ConvertedDetector(model, _preprocess(folder), LabelMap(tuple(names), tuple(rows[: len(names)])))
+    preprocess = read_box_preprocess(folder, "Detr" if kind == "detr" else "RTDetr")
+    return ConvertedDetector(model, preprocess, LabelMap(tuple(names), tuple(rows[: len(names)])))
 
 
 def _classes(values: Mapping[str, Any], whole: Section) -> tuple[list[str], list[int], int]:
     """The names of the classes; the rows of the class heads that they are, for DETR with the last one, which means no
     object; and the number of rows without that one. Ids that COCO does not use are left out."""
-    given = values.get("id2label") or {str(id): f"LABEL_{id}" for id in range(values.get("num_labels") or 2)}
-    try:
-        by_id = {int(id): str(name) for id, name in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise whole.refused("id2label", "it must be an object with a name for each id") from None
-    if sorted(by_id) != list(range(len(by_id))):
-        raise whole.refused("id2label", f"its ids must be 0 to {len(by_id) - 1}")
-    kept = [id for id in sorted(by_id) if by_id[id] not in _UNUSED]
-    rows = [*kept, len(by_id)] if values.get("model_type") == "detr" else kept
-    return [by_id[id] for id in kept], rows if len(kept) < len(by_id) else rows[: len(kept)], len(by_id)
+    found = id_names(values, whole)
+    kept = [id for id, name in enumerate(found) if name not in _UNUSED]
+    rows = [*kept, len(found)] if values.get("model_type") == "detr" else kept
+    return [found[id] for id in kept], rows if len(kept) < len(found) else rows[: len(kept)], len(found)
 
 
 def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]:
@@ -319,34 +313,3 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.endswith(_DROPPED):
             found[name] = tensor
     return found
-
-
-def _preprocess(folder: Path) -> BoxPreprocess | None:
-    """The preprocessing that the image processor of the file does; None if there is no file of it."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    given = Section(read_json(path), "", str(path))
-    given.fixed("do_resize", True)
-    given.fixed("do_rescale", True)
-    given.fixed("rescale_factor", 1 / 255)
-    given.fixed("resample", Resampling.BILINEAR.value)
-    if "max_size" in given.left:  # DETR's files of version 4.26 and before
-        size = {"shortest_edge": given.take("size", int), "longest_edge": given.take("max_size", int)}
-    else:
-        size = given.take("size", dict)
-    normal = given.take("do_normalize", bool, True)
-    options: dict[str, Any] = {"mean": given.take("image_mean", list, null=[0.0] * 3, default=[0.485, 0.456, 0.406])}
-    options["std"] = given.take("image_std", list, null=[1.0] * 3, default=[0.229, 0.224, 0.225])
-    if not normal:
-        options = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if set(size) == {"height", "width"} and size["height"] == size["width"]:
-        options |= {"size": size["height"], "fit": "stretch"}
-    elif set(size) == {"shortest_edge", "longest_edge"}:
-        options |= {"size": size["shortest_edge"], "longest": size["longest_edge"], "fit": "shortest"}
-    else:
-        raise given.refused("size", f"the zoo supports a square, or shortest_edge and longest_edge, not {size}")
-    try:
-        return BoxPreprocess(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error

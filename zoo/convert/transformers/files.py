@@ -1,11 +1,13 @@
 """The files that `save_pretrained` of transformers writes."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from zoo.convert.source import LARGEST, Section
 from zoo.text import from_json, one_line, reason
 from zoo.weights.files import read_tensors
 
@@ -58,6 +60,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return values
+
+
+def id_names(values: Mapping[str, Any], whole: Section) -> list[str]:
+    """The names of the classes in a config, in the order of their ids; without id2label as transformers makes them."""
+    number = values.get("num_labels")
+    usual = {str(id): f"LABEL_{id}" for id in range(number if type(number) is int and 0 <= number <= LARGEST else 2)}
+    try:
+        by_id = {int(id): str(name) for id, name in (values.get("id2label") or usual).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise whole.refused("id2label", "it must be an object with a name for each id") from None
+    if sorted(by_id) != list(range(len(by_id))):
+        raise whole.refused("id2label", f"its ids must be 0 to {len(by_id) - 1}")
+    return [by_id[id] for id in sorted(by_id)]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.convert import timm_preprocess
 from zoo.data.sampling import kept_generators
-from zoo.inputs.images import ImagePreprocess, PixelPreprocess
+from zoo.inputs.images import PixelPreprocess
 from zoo.models.base import ClassifierConfig
 from zoo.models.convolutional import TIMM
 from zoo.text import reason
@@ -88,9 +89,7 @@ def _timm(name: str) -> Reader:
         with kept_generators():
             model: Any = timm.create_model(word, pretrained=True, num_classes=0)
         wanted = timm.data.resolve_model_data_config(model)  # pyright: ignore[reportAttributeAccessIssue]
-        channels, *_, size = wanted["input_size"]
-        shared = {field: wanted[field] for field in ("mean", "std", "interpolation")}
-        preprocess = ImagePreprocess(size=size, channels=channels, crop=wanted["crop_pct"], **shared)
+        preprocess = timm_preprocess(wanted)
     except Exception as error:  # of the Hub, the weights or the preprocessing
         raise ValueError(f"model.features: {name} cannot be loaded: {reason(error)}") from error
     return Reader(name, model, preprocess)

@@ -53,7 +53,7 @@ def sides_of(size: tuple[int, int] | None, preprocess: Any) -> tuple[int, int]:
     """Height and width of a model's samples from those of images in pixels; ValueError if they are not multiples of a
     latent's."""
     if size is None or not isinstance(preprocess, LatentPreprocess):
-        return size or (preprocess.size, preprocess.size)
+        return size or preprocess.shape
     if any(side % preprocess.factor for side in size):
         raise ValueError(f"--size must be multiples of {preprocess.factor}, got {size[0]}x{size[1]}")
     return size[0] // preprocess.factor, size[1] // preprocess.factor
