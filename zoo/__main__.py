@@ -83,9 +83,11 @@ def parser() -> argparse.ArgumentParser:
     listed = commands.add_parser("list", help="list models, choices or checkpoints", epilog=LISTS, **made)
     listed.add_argument("what", nargs="?", metavar="KIND", help=f"{', '.join(quick.kinds())}, models or checkpoints")
     listed.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern, such as 'vit_*'")
+    listed.add_argument("--json", action="store_true", help="print JSON")
     info = commands.add_parser("info", help="describe a model, a choice or a checkpoint", epilog=INFOS, **made)
     info.add_argument("name", metavar="NAME")
     info.add_argument("fields", nargs="*", metavar="FIELD=VALUE", default=[], help="fields of the model to replace")
+    info.add_argument("--json", action="store_true", help="print JSON")
     for task, (_, _, others) in TASKS.items():
         about = quick.facts()["tasks"][task]["about"].lower()
         each = commands.add_parser(task, help=f"{about}: train, measure or use a model", **made)
@@ -123,11 +125,11 @@ def run(arguments: list[str]) -> None:
         return run_task(arguments[0], arguments[1], arguments[2:])
     given = parser().parse_args(arguments)
     if given.command == "list":
-        print(quick.listing(given.what, given.pattern))
+        print((quick.listing_json if given.json else quick.listing)(given.what, given.pattern))
     elif given.fields:
         print(info(given.name, given.fields))
     else:
-        print(quick.info(given.name))
+        print((quick.info_json if given.json else quick.info)(given.name))
 
 
 def run_task(task: str, verb: str, arguments: list[str]) -> None:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from zoo.text import from_json, near, one_line, plain, unknown
 
-CARD_HEAD = "| choice or figure | value |"
+CARD_HEAD = "| choice or figure | value |"  # of cards until format 3
+FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
 VERBS = {
     "fit": "train a model",
     "validate": "measure a model on the validation data",
@@ -33,6 +34,7 @@ EXAMPLES = {
     "generate": ["--config configs/generate/dit_micro_digits.yaml"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
+SHOWN = ("mixer", "norm", "position", "ffn", "dim", "depth", "heads", "classes")  # fields of a checkpoint's model
 # The options in short help, if the task has them, each in a line of 80 columns; the others are in --help-all.
 USUAL = {
     "config": "YAML file of options; later ones replace them",
@@ -119,6 +121,43 @@ def listing(what: str | None = None, pattern: str | None = None) -> str:
     return "\n".join(plain(f"  {name:<{left}}  {cut(said, most)}") for name, said in chosen.items())
 
 
+def listing_json(what: str | None, pattern: str | None) -> str:
+    """What `zoo list --json` prints: of each model, choice or checkpoint, its facts by name. ValueError if there are
+    none."""
+    listing(what, pattern)
+    what = f"{what}s" if f"{what}s" in [*kinds(), "models", "checkpoints"] else what or "models"
+    if what == "models":
+        found = facts()["models"]
+    elif what == "checkpoints":
+        found = known_checkpoints()
+    elif what in kinds():
+        found = {name: row for table in kinds()[what] for name, row in facts()["tables"][table]["rows"].items()}
+    else:
+        what, pattern, found = "models", what, facts()["models"]
+    chosen = {name: each for name, each in found.items() if fnmatchcase(name, pattern or "*")}
+    return json.dumps(chosen, indent=2)
+
+
+def info_json(name: str) -> str:
+    """What `zoo info --json` prints: the facts of the model, the choices and the checkpoint of this name."""
+    found: dict[str, Any] = {"model": facts()["models"][name]} if name in facts()["models"] else {}
+    found |= {kind: table["rows"][name] for kind, table in facts()["tables"].items() if name in table["rows"]}
+    if (folder := checkpoint_folder(name)) is not None:
+        found["checkpoint"] = told(folder)
+    elif name in index():
+        found["checkpoint"] = index()[name]
+    if not found:
+        info(name)  # says what is not there
+    return json.dumps(found, indent=2)
+
+
+def checkpoint_folder(name: str) -> Path | None:
+    """The folder of a checkpoint: by its path, in ./checkpoints, or the best of a run."""
+    path = Path(name).expanduser()
+    places = [path, Path("checkpoints", path), path / "best"]
+    return next((folder for folder in places if (folder / "config.json").is_file()), None)
+
+
 def cut(text: str, most: int | None) -> str:
     """The text, cut between words to at most this many characters."""
     return text if most is None or len(text) <= most else text[: most - 3].rsplit(" ", 1)[0] + " ..."
@@ -134,7 +173,7 @@ def overview() -> Iterator[tuple[str, str]]:
 def entries(what: str) -> dict[str, str]:
     """The names of a kind and a line about each."""
     if what == "checkpoints":
-        return {folder.name: card_line(folder) for folder in checkpoints()}
+        return {name: checkpoint_line(found) for name, found in known_checkpoints().items()}
     if what == "models":
         return {name: model_line(model) for name, model in facts()["models"].items()}
     rows = [facts()["tables"][table]["rows"] for table in kinds()[what]]
@@ -154,8 +193,34 @@ def similar(name: str) -> list[str]:
 # Checkpoints
 
 
+def index() -> dict[str, Any]:
+    """The checkpoints of the zoo by name: the contents of checkpoints.json, which scripts/tables writes."""
+    path = Path(__file__).with_name("checkpoints.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def checkpoints() -> list[Path]:
     return sorted(path.parent for path in Path("checkpoints").glob("*/config.json"))
+
+
+def known_checkpoints() -> dict[str, dict[str, Any]]:
+    """The facts of each checkpoint of the zoo and in ./checkpoints, by name; `error` for a broken one."""
+    found = dict(index())
+    for folder in checkpoints():
+        try:
+            found[folder.name] = told(folder)
+        except ValueError as error:
+            found[folder.name] = {"error": str(error)}
+    return dict(sorted(found.items()))
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint with what older formats have in the card alone; ValueError if it is broken."""
+    config = stored(folder)
+    license, text, rows = card(folder)
+    old = {"license": license, "card": text, "figures": [], "datasets": [], "base": None, "cost": None}
+    old |= {"parameters": rows.get("parameters", 0), "dtype": "", "files": {}}
+    return old | config
 
 
 class Card(NamedTuple):
@@ -198,17 +263,22 @@ def task_of(config: Mapping[str, Any]) -> str | None:
     return facts()["families"].get(str(config.get("family")), {}).get("task")
 
 
-def card_line(folder: Path) -> str:
-    """The task of a checkpoint, its scores and its description."""
-    _, text, rows = card(folder)
+def figure_line(figure: Mapping[str, Any]) -> str:
+    """A figure in a few words: metric, value, interval and n."""
     try:
-        task = task_of(stored(folder)) or ""
-    except ValueError as error:
-        return str(error)
-    names = [*rows]
-    figures = names[names.index("fused") + 1 :] if "fused" in names else []
-    scores = ", ".join(f"{name} {rows[name]}" for name in figures if name != "parameters" and "interval" not in name)
-    return one_line(f"{task}, {scores}: {text.partition('. ')[0]}")
+        interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
+        return f"{figure['metric']} {figure['value']:.4f}{interval}" + (f", n = {figure['n']}" if figure["n"] else "")
+    except (KeyError, TypeError, ValueError, IndexError):
+        return "an invalid figure"
+
+
+def checkpoint_line(found: Mapping[str, Any]) -> str:
+    """The task of a checkpoint, its first figure and what it is."""
+    if "error" in found:
+        return one_line(found["error"])
+    figures = found["figures"] if isinstance(found["figures"], list) else []
+    said = [task_of(found) or "", *(figure_line(each) for each in figures[:1])]
+    return one_line(f"{', '.join(said)}: {str(found['card']).partition('. ')[0]}")
 
 
 # Descriptions
@@ -223,8 +293,12 @@ def info(name: str) -> str:
             pages.append(choice_page(kind, name, table["rows"][name]))
     path = Path(name).expanduser()
     places = [path, Path("checkpoints", path), path / "best"]
-    folders = [folder for folder in places if (folder / "config.json").is_file()]
-    pages += [checkpoint_page(name if folder in places[:2] else str(folder), folder) for folder in folders[:1]]
+    if (folder := checkpoint_folder(name)) is not None:
+        pages.append(checkpoint_page(name if folder in places[:2] else str(folder), folder))
+    elif name in index():
+        pages.append(
+            f"{name} (checkpoint)\n\n  {checkpoint_line(index()[name])}\n\nuse:\n  zoo.load_model({literal(name)})"
+        )
     if not pages:
         hint = f"did you mean {' or '.join(found)}?" if (found := similar(name)) else "`zoo list` shows the kinds"
         if kind := next((kind for kind in kinds() if name in (kind, kind.removesuffix("s"))), None):
@@ -295,14 +369,31 @@ def any_name(value: str, name: str) -> bool:
 
 
 def checkpoint_page(name: str, folder: Path) -> str:
-    """A checkpoint: its card's text and table, and how to use it."""
-    config, (_, text, rows) = stored(folder), card(folder)
-    lines, text = [f"{name} (checkpoint)", ""], text.partition("\n\n")[0]
+    """A checkpoint: what it is, its facts and figures, and how to use it."""
+    config = told(folder)
+    lines, text = [f"{name} (checkpoint)", ""], str(config["card"]).partition("\n\n")[0]
     lines += [*textwrap.wrap(text, width() - 2, initial_indent="  ", subsequent_indent="  "), ""] if text else []
-    pairs = [(key, one_line(config[key])) for key in ("family", "preset", "source") if config.get(key)]
-    pairs += rows.items()
+    pairs = [(key, one_line(config[key])) for key in ("family", "preset", "parameters") if config.get(key)]
+    if isinstance(cost := config["cost"], dict):
+        pairs.append(("multiply-adds", f"{cost.get('multiply_adds'):,} for an input {cost.get('input')}"))
+    files = [each for each in FILES if (folder / each).is_file()]
+    pairs.append(("size", f"{sum((folder / each).stat().st_size for each in files) / 1e6:.1f} MB"))
+    pairs += [(key, one_line(config[key])) for key in ("dtype", "license", "source") if config.get(key)]
+    pairs += [("data", one_line(", ".join(map(str, config["datasets"]))))] if config["datasets"] else []
+    if isinstance(base := config["base"], dict):
+        source = (str(base[key]) for key in ("address", "commit") if base.get(key))
+        pairs.append(("made from", one_line(" at ".join(source))))
+    if isinstance(config.get("preprocess"), dict):
+        pairs.append(
+            ("preprocess", one_line(", ".join(f"{key}={value}" for key, value in config["preprocess"].items())))
+        )
     if isinstance(config.get("labels"), list):
         pairs.append(("labels", cut(", ".join(map(str, config["labels"])), 200)))
+    if isinstance(config.get("model"), dict):
+        pairs += [(key, one_line(config["model"][key])) for key in SHOWN if key in config["model"]]
+    for figure in config["figures"] if isinstance(config["figures"], list) else []:
+        where = " ".join(one_line(figure.get(key) or "") for key in ("data", "split") if figure.get(key))
+        pairs.append((f"on {where}" if where else "measured", figure_line(figure)))
     uses, task = [f"zoo.load_checkpoint({literal(name)})(FILE)"], task_of(config)
     if task == "generate":
         uses = [f"zoo generate sample {name}", f"zoo generate predict {name} FILES"]

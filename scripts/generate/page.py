@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from generate import checkpoints
+
 COLUMNS = ("dim", "depth", "heads", "mixer", "head")  # those that a family has
 INTRODUCTION = """# Recipes, choices and presets
 
@@ -109,9 +111,7 @@ def sentence(text: str) -> str:
 
 
 def checkpoint_table(root: Path) -> str:
-    text = (root / "checkpoints/README.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return "Checkpoints:\n\n" + "\n".join(rows).replace("](", "](../checkpoints/") + "\n"
+    return "Checkpoints:\n\n" + checkpoints.table(root).replace("](", "](../checkpoints/")
 
 
 # Choices

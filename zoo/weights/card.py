@@ -44,7 +44,7 @@ FIGURES = """
 
 def _cell(value: object) -> str:
     """A cell of a table, in one line, with `|` escaped."""
-    return one_line(value).replace("|", "\\|")
+    return one_line(value).replace("|", "\\|") if str(value) else ""
 
 
 def _figures(figures: list[Figure]) -> str:

@@ -10,9 +10,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from zoo.quick import FILES
 from zoo.text import reason
 
-FILES = ("README.md", "config.json", "model.safetensors", "probe.safetensors")
 TENSORS = FILES[2:]
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 CHUNK = 1 << 24  # bytes that are read and hashed at a time

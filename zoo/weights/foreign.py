@@ -41,8 +41,7 @@ def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
     import timm
     from timm.data import ImageNetInfo, infer_imagenet_subset  # pyright: ignore[reportPrivateImportUsage]
 
-    from zoo.convert import from_timm
-    from zoo.inputs.images import ImagePreprocess
+    from zoo.convert import from_timm, timm_preprocess
 
     if refused := [key for key in ("revision", "token", "local_files_only") if hub[key]]:
         raise ValueError(f"timm downloads its models itself; {refused[0]} has no effect, so omit it")
@@ -53,14 +52,7 @@ def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
     except Exception as error:  # of the Hub's client, the network or the file
         raise ValueError(f"its weights cannot be read: {reason(error)}") from error
     given = model.pretrained_cfg
-    preprocess = ImagePreprocess(
-        size=given["input_size"][1],
-        channels=given["input_size"][0],
-        mean=given["mean"],
-        std=given["std"],
-        interpolation=given["interpolation"],
-        crop=given["crop_pct"],
-    )
+    preprocess = timm_preprocess(given)
     labels = None
     if (subset := infer_imagenet_subset(model)) is not None:
         info = ImageNetInfo(subset)

@@ -3,6 +3,7 @@
 Data that is not made here is looked for in the folder of the environment variable ZOO_DATA.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 
 from zoo.__main__ import tasks
-from zoo.quick import card
 from zoo.tasks.evaluate.measure import evaluate
 
 FOLDER = Path(__file__).parents[3] / "checkpoints"
@@ -24,13 +24,6 @@ DATA: dict[str, tuple[str | None, dict[str, Any]]] = {
     "spoken_digits": ("fsdd", {"splits": ["dev"]}),
     "clothing10": ("clothing10_s112", {}),
     "caltech": ("caltech101_s96", {}),
-}
-ROWS = {  # of a card, by metric
-    "top-1 accuracy": "accuracy",
-    "word error rate": "word error rate",
-    "AP": "AP",
-    "AP50": "AP50",
-    "loss": "validation loss",
 }
 
 
@@ -52,10 +45,10 @@ def test_a_checkpoint_has_the_figures_of_its_card(name: str, folder: str | None,
             pytest.skip(f"{root} is not there")
         given = given | {"root": str(root), "workers": 2}
     found = evaluate(tasks(), str(FOLDER / name), device="cpu", **given)
-    rows, seen = card(FOLDER / name).rows, 0
+    stated, seen = json.loads((FOLDER / name / "config.json").read_text())["figures"], 0
     for figure in found["figures"]:
-        if (row := ROWS.get(figure["metric"])) in rows:
-            assert f"{figure['value']:.4f}" == rows[row], (figure["metric"], figure["value"], rows[row])
-            seen += 1
-        print(name, figure["metric"], figure["value"], figure["interval"], figure["n"])
+        for card in stated:
+            if card["metric"] == figure["metric"]:
+                assert card | {"command": ""} == figure | {"data": card["data"], "command": ""}
+                seen += 1
     assert seen
