@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from zoo.norms import NORMS
 from zoo.outputs.boxes import Truth
 from zoo.positions import POSITIONS, Position
 from zoo.spec import make, parse
+from zoo.weights.files import record
 
 DIM, HEADS = 32, 2
 MAPS = ((3, 4), (2, 3), (2, 2), (1, 2))  # of a memory
@@ -28,6 +30,13 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+
+
+def rehash(folder: Path) -> None:
+    """Makes config.json of a checkpoint, whose tensors a test changed, describe them."""
+    config = json.loads((folder / "config.json").read_text())
+    config["files"] = {name: record(folder / name) for name in config["files"]}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @torch.no_grad()

@@ -113,9 +113,10 @@ def test_everything_is_counted(capsys: pytest.CaptureFixture[str]):
 
 def test_checkpoints_are_listed_with_their_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     lines = printed(capsys, "list", "checkpoints").splitlines()
-    assert [line.split()[:4] for line in lines][-1] == ["vit_micro.digits", "classify,", "accuracy", "0.9944,"]
+    assert [line.split()[:4] for line in lines][-1] == ["vit_micro.digits", "classify,", "top-1", "accuracy"]
+    assert "top-1 accuracy 0.9944 (0.980 to 0.998), n = 360: A small vision transformer" in lines[-1]
     os.chdir(tmp_path)
-    assert refused("list", "checkpoints") == "no checkpoints in ./checkpoints"
+    assert printed(capsys, "list", "checkpoints").splitlines() == lines, "of the zoo, wherever one is"
     broken = tmp_path / "checkpoints/broken"
     broken.mkdir(parents=True)
     for text in ("{", "[]", "[" * 100_000, "\0"):
@@ -193,7 +194,9 @@ def test_every_name_is_described(capsys: pytest.CaptureFixture[str]):
 
 def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixture[str]):
     text = printed(capsys, "info", "vit_micro.digits")
-    assert "accuracy       0.9944" in text and "zoo classify predict vit_micro.digits FILES" in text
+    assert "on digits val  top-1 accuracy 0.9944 (0.980 to 0.998), n = 360" in text
+    assert "multiply-adds  47,481,792 for an input [1, 3, 32, 32]" in text and "size           2.7 MB" in text
+    assert "zoo classify predict vit_micro.digits FILES" in text
     assert printed(capsys, "info", "checkpoints/vit_micro.digits") == text.replace(
         "vit_micro.digits (", "checkpoints/vit_micro.digits ("
     ).replace("predict vit", "predict checkpoints/vit").replace('point("vit', 'point("checkpoints/vit')
@@ -275,7 +278,8 @@ def test_other_help_has_examples(arguments: list[str], capsys: pytest.CaptureFix
         ([], "COMMAND"),
         (
             ["trian"],
-            "unknown command 'trian'; choose from: list, info, evaluate, classify, detect, generate, transcribe",
+            "unknown command 'trian'; choose from: list, info, evaluate, publish, classify, detect, generate, "
+            "transcribe",
         ),
         (["clasify", "fit"], "unknown command 'clasify'; did you mean classify?"),
         (["classify"], "VERB"),

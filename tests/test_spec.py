@@ -18,7 +18,7 @@ HINTS = [
     ({"num_classes": 3}, "'vit_micro' has no field 'num_classes'; did you mean classes?"),
     (
         {"pretrained": True},
-        "create_model has no option 'pretrained'; zoo.load_model(NAME) reads a checkpoint with its weights",
+        "pretrained is the name of a checkpoint, as in create_model('vit_micro', pretrained='digits')",
     ),
 ]
 

@@ -15,7 +15,7 @@ _HOMES = {
     "graft": "zoo.weights",
     "load_checkpoint": "zoo.weights",
     "load_model": "zoo.weights",
-    "publish": "zoo.weights",
+    "publish": "zoo.weights.hub",
     "save_model": "zoo.weights",
     "MIXERS": "zoo.mixers",
     "NORMS": "zoo.norms",
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from zoo.models import create_model, list_models
     from zoo.norms import NORMS, refresh_statistics
     from zoo.positions import POSITIONS
-    from zoo.weights import graft, load_checkpoint, load_model, publish, save_model
+    from zoo.weights import graft, load_checkpoint, load_model, save_model
+    from zoo.weights.hub import publish
 
 __all__ = [
     "CHANNELS",

@@ -44,7 +44,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 TRAINING = ("fit", "validate", "test")
 # Commands that are no task: what they do, and the function that takes their arguments.
 COMMANDS = {
-    "evaluate": ("measure checkpoints on data, with 95 % intervals", "zoo.tasks.evaluate.command:main"),
+    "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
     "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main"),
 }
 
@@ -52,8 +52,7 @@ EPILOG = """examples:
   zoo list mixers
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
   zoo evaluate RUN/best --root DIR
-  zoo classify predict RUN/best images/ photo.jpg
-  zoo transcribe predict RUN/best recordings/"""
+  zoo classify predict RUN/best images/ photo.jpg"""
 
 
 LISTS = """examples:

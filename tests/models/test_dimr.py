@@ -16,7 +16,7 @@ from zoo.models import PRESETS
 from zoo.models.base import count_parameters
 from zoo.models.dimr import DiMRConfig
 from zoo.schedules import SCHEDULES
-from zoo.weights.adapt import misfits
+from zoo.weights.trunks import misfits
 
 TINY = {"dim": (32, 16), "depth": (5, 3), "heads": (2, 2), "image": 8, "channels": 3, "classes": 5}
 FORMS: dict[str, dict[str, Any]] = {

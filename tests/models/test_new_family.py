@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from helpers import randomise
+from helpers import randomise, rehash
 from zoo.__main__ import main
 from zoo.block import Block
 from zoo.config import Choice, FlatConfig
@@ -127,6 +127,7 @@ def test_its_probe_names_inputs_and_outputs_and_notices_a_change(model, tmp_path
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["head.bias"] += 0.1
     safetensors.torch.save_file(weights, folder / "model.safetensors")
+    rehash(folder)
     with pytest.raises(CheckpointError, match="logits is off by"):
         zoo.load_checkpoint(folder, check=True)
 
@@ -140,6 +141,7 @@ def test_tokens_that_are_nearly_tied_do_not_upset_its_probe(model, tmp_path):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["head.weight"] *= -1
     safetensors.torch.save_file(weights, folder / "model.safetensors")
+    rehash(folder)
     other: Any = zoo.load_checkpoint(folder, check=True).model
     assert not torch.equal(other(x, time)["order"], model(x, time)["order"])
 

@@ -13,7 +13,7 @@ from helpers import prepared, relative
 from zoo.models import PRESETS
 from zoo.models.base import count_parameters
 from zoo.models.udit import UDiTConfig
-from zoo.weights.adapt import misfits
+from zoo.weights.trunks import misfits
 
 TINY = {"dim": (8, 16, 32, 16, 12), "depth": (1, 2, 1, 1, 2), "heads": (2, 2, 2, 2, 2)}
 TINY |= {"image": 8, "channels": 3, "classes": 5}

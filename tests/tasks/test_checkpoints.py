@@ -96,7 +96,7 @@ def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path: Path):
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
-    for module in ("tasks.classify.train", "tasks.task", "data.loading"):
+    for module in ("tasks.task", "data.loading"):
         monkeypatch.setattr(f"zoo.{module}.rank_zero_info", found.append)
     yield found
 
@@ -115,7 +115,8 @@ def test_classes_that_differ_from_those_of_the_checkpoint(run: Path, lines: list
     assert message == f"the classes of the checkpoint differ from those of the data: {where}"
     flags += [*SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/run"]
     command("fit", *flags)
-    assert f"head kept: the checkpoint has other classes ({where})" in lines
+    number = len(load_checkpoint(folder).model.state_dict()) - 2
+    assert f"started   from {folder}: {number} tensors taken; resized: head.weight, head.bias" in lines
     assert load_checkpoint(tmp_path / "run" / "last").labels == tuple(names)
 
 
@@ -123,7 +124,7 @@ def test_a_new_head(run: Path, lines: list[str]):
     old = zoo.load_model(run / "last").state_dict()
     task = Classify({"classes": 9, "drop_path": 0.2}, weights=str(run / "last"))
     new = task.model.state_dict()
-    assert lines == [f"started   from {run}/last, with a new head"]
+    assert lines == [f"started   from {run}/last: {len(new) - 2} tensors taken; new: head.weight, head.bias"]
     assert new["head.weight"].shape == (9, 16) and task.config.drop_path == 0.2 and task.preset == "vit_micro"
     body = {key for key in old if not key.startswith("head")}
     assert difference({key: old[key] for key in body}, {key: new[key] for key in body}) is None
@@ -133,10 +134,10 @@ def test_a_new_head(run: Path, lines: list[str]):
     ("backbone", "words"),
     [
         ({"name": "vit_tiny"}, "was made from vit_micro, not from model.backbone.name=vit_tiny"),
-        ({"dim": 32}, "do not fit model.backbone: 'blocks.0."),
-        ({"depth": 1}, "do not fit model.backbone: 'blocks.1."),
-        ({"mixer": "sla"}, "do not fit model.backbone: 'blocks.0."),
-        ({"depht": 1}, "unknown field of model.backbone 'depht'; did you mean depth?"),
+        ({"dim": 32}, "has dim '16', not '32'; to start the weights that then differ anew"),
+        ({"depth": 1}, "name it in model.fresh, as in model.fresh=['depth']"),
+        ({"mixer": "sla"}, "has mixer 'softmax', not 'sla'; to start"),
+        ({"depht": 1}, "/last 'depht'; did you mean depth?"),
         ({"classes": 1}, "model.backbone.classes must be >= 2"),
     ],
     ids=str,

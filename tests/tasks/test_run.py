@@ -171,7 +171,10 @@ def test_best_last_and_state_are_written_in_this_order(
         assert source(tmp_path / name) == f"epoch {epoch}, step {4 * epoch}"
         kept = zoo.load_model(tmp_path / name).state_dict()
         assert difference(kept, seen[epoch - 1]) is None and difference(kept, seen[1 - epoch])
-        assert f"| val/accuracy | {(0.9, 0.3)[name == 'last']} |" in (tmp_path / name / "README.md").read_text()
+        assert (
+            f"| val | top-1 accuracy | {(0.9, 0.3)[name == 'last']:.4f} |"
+            in (tmp_path / name / "README.md").read_text()
+        )
 
 
 def test_the_best_score_is_remembered_over_a_resume(writes: Any, seen: Any, tmp_path: Path):
@@ -212,15 +215,15 @@ def test_training_in_steps_ends_with_the_model_of_the_last_step(
         assert difference(kept.state_dict(), task.measured.state_dict()) is None
         assert zoo.fuse(kept)  # so that every norm has its final form
     assert difference(state(tmp_path / "resume/last.ckpt")["state_dict"], task.state_dict()) is None
-    accuracy = round(float(task.trainer.callback_metrics["val/accuracy"]), 4)
-    assert f"| val/accuracy | {accuracy} |" in (tmp_path / "last/README.md").read_text()
+    accuracy = float(task.trainer.callback_metrics["val/accuracy"])
+    assert f"| synthetic | val | top-1 accuracy | {accuracy:.4f} |" in (tmp_path / "last/README.md").read_text()
 
 
 def test_the_end_is_validated_whatever_check_val_every_n_epoch_says(tmp_path: Path):
     fit(tmp_path, *SHORT, "--trainer.check_val_every_n_epoch=5", "--trainer.max_epochs=2")
     for name in ("best", "last"):
         assert source(tmp_path / name) == "epoch 2, step 8"
-        assert "| val/accuracy |" in (tmp_path / name / "README.md").read_text()
+        assert "| val | top-1 accuracy |" in (tmp_path / name / "README.md").read_text()
 
 
 def test_without_validation_there_is_a_last_and_a_state(tmp_path: Path):

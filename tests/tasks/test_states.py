@@ -113,7 +113,7 @@ def test_other_files_to_resume_from(run: Path, tmp_path: Path):
         message = refused("classify", "fit", *again, *(f"--model.{flag}" for flag in flags))
         assert message == f"--ckpt_path belongs to another model: {changed}"
     assert "is a file; a checkpoint is a folder" in refused(*TINY, f"--model.weights={run}/resume/last.ckpt")
-    assert "convert it with zoo.convert.from_nemo" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
+    assert "is a NeMo file; load it as 'nemo:" in refused(*TINY, f"--model.weights={run}/ear.NEMO")
 
 
 class Full(io.FileIO):

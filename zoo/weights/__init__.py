@@ -5,10 +5,9 @@ from zoo.weights.adapt import Loaded, adapt
 from zoo.weights.figures import Figure
 from zoo.weights.files import FILES, CheckpointError
 from zoo.weights.grafting import Graft, graft
-from zoo.weights.hub import publish
 from zoo.weights.load import load_checkpoint, load_model
 from zoo.weights.read import Checkpoint
 from zoo.weights.save import save_model
 
 __all__ = ["FILES", "Checkpoint", "CheckpointError", "Figure", "Graft", "Loaded", "adapt", "graft", "load_checkpoint"]
-__all__ += ["load_model", "publish", "save_model"]
+__all__ += ["load_model", "save_model"]

@@ -83,7 +83,7 @@ def adapt(
     model, report = start.model, Loaded(taken=(*start.model.state_dict(),))
     if different or kept is not None:
         if start.config["fused"]:
-            raise ValueError(f"{name} is fused, so its outputs cannot change; start from the unfused one")
+            raise ValueError(f"{name} is fused, so its config cannot change; start from the unfused one")
         model, report = _rebuilt(start, wanted, different, fresh, kept, name)
     if preprocess is not None:
         preprocess = _prepared(preprocess, changes)

@@ -741,22 +741,28 @@ def test_what_does_not_fit_a_speech_model_is_refused(tmp_path: Path):
         save_model(zoo.create_model("vit_micro", classes=10), tmp_path / "kept", labels=LETTERS)
 
 
+def aged(config: dict[str, Any], format: int) -> dict[str, Any]:
+    """The fields that a config.json of an older format has."""
+    since = ("card", "license", "datasets", "figures", "base", "dtype", "parameters", "cost", "files")
+    return {key: value for key, value in config.items() if key not in since} | {"format": format}
+
+
 def test_a_config_from_before_tokenizers(tmp_path: Path):
     folder = save_model(made(), tmp_path / "kept", preprocess=RECIPES["nemo"])
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"format": 1}))
+    (folder / "config.json").write_text(json.dumps(aged(config, 1)))
     kept = load_checkpoint(folder, check=True)
-    assert kept.labels is None and kept.config == config
+    assert kept.labels is None and aged(kept.config, 1) == aged(config, 1)
 
 
 def test_a_tokenizer_in_a_field_of_its_own_is_read(tmp_path: Path):
     """As format 2 had it."""
     folder = save_model(made(), tmp_path / "kept", preprocess=RECIPES["nemo"], labels=LETTERS)
     config = json.loads((folder / "config.json").read_text())
-    old = config | {"format": 2, "labels": None, "tokenizer": config["labels"]}
+    old = aged(config, 2) | {"labels": None, "tokenizer": config["labels"]}
     (folder / "config.json").write_text(json.dumps(old))
     kept = load_checkpoint(folder, check=True)
-    assert kept.labels == LETTERS and kept.config == config
+    assert kept.labels == LETTERS and aged(kept.config, 2) == aged(config, 2)
 
 
 def test_a_broken_tokenizer_is_one_line(tmp_path: Path):
