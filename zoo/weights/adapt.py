@@ -226,14 +226,16 @@ def _changed(config: Config, different: set[str]) -> str:
     return ", ".join(f"{name}={config.described(name)}" for name in sorted(different)) or "its labels"
 
 
-def _prepared(preprocess: Preprocess, changes: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing for another size or number of channels."""
+def _prepared(preprocess: Preprocess, changes: Mapping[str, Any]) -> Preprocess | None:
+    """The preprocessing for another size or number of channels; None for channels that no image file has."""
     given: dict[str, Any] = {}
     names = {each.name for each in fields(preprocess)}
     if "image" in changes and "size" in names:
         given["size"] = changes["image"]
     channels = changes.get("channels")
     if channels is not None and isinstance(preprocess, PixelPreprocess) and channels != preprocess.channels:
+        if channels not in (1, 3):
+            return None
         given["channels"] = channels
         for name in ("mean", "std"):
             old = getattr(preprocess, name)
