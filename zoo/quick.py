@@ -34,6 +34,7 @@ EXAMPLES = {
     "generate": ["--config configs/generate/dit_micro_digits.yaml"],
     "transcribe": ["--config configs/transcribe/squeezeformer_micro_fsdd.yaml", "--data.root DIR"],
 }
+LARGEST = 1 << 20  # bytes of a card
 SHOWN = ("mixer", "norm", "position", "ffn", "dim", "depth", "heads", "classes")  # fields of a checkpoint's model
 # The options in short help, if the task has them, each in a line of 80 columns; the others are in --help-all.
 USUAL = {
@@ -165,7 +166,7 @@ def cut(text: str, most: int | None) -> str:
 
 def overview() -> Iterator[tuple[str, str]]:
     yield "models", "models; each is a call of zoo.create_model(NAME)"
-    yield "checkpoints", "trained models in ./checkpoints"
+    yield "checkpoints", "trained models of the zoo and in ./checkpoints"
     for kind, tables in kinds().items():
         yield kind, "; ".join(facts()["tables"][table]["about"] for table in tables)
 
@@ -200,7 +201,7 @@ def index() -> dict[str, Any]:
 
 
 def checkpoints() -> list[Path]:
-    return sorted(path.parent for path in Path("checkpoints").glob("*/config.json"))
+    return sorted(path.parent for path in Path("checkpoints").glob("*/config.json") if path.is_file())
 
 
 def known_checkpoints() -> dict[str, dict[str, Any]]:
@@ -233,6 +234,8 @@ class Card(NamedTuple):
 
 def card(folder: Path) -> Card:
     """The card of a checkpoint; empty if it has none."""
+    if not (folder / "README.md").is_file() or (folder / "README.md").stat().st_size > LARGEST:
+        return Card("", "", {})
     try:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
@@ -251,6 +254,8 @@ def card(folder: Path) -> Card:
 def stored(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint; ValueError if it is broken."""
     try:
+        if not (folder / "config.json").is_file():
+            raise ValueError("it is not a file")
         found = from_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {folder}/config.json: {one_line(error)}") from None
@@ -268,7 +273,7 @@ def figure_line(figure: Mapping[str, Any]) -> str:
     try:
         interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
         return f"{figure['metric']} {figure['value']:.4f}{interval}" + (f", n = {figure['n']}" if figure["n"] else "")
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return "an invalid figure"
 
 
@@ -294,7 +299,10 @@ def info(name: str) -> str:
     path = Path(name).expanduser()
     places = [path, Path("checkpoints", path), path / "best"]
     if (folder := checkpoint_folder(name)) is not None:
-        pages.append(checkpoint_page(name if folder in places[:2] else str(folder), folder))
+        try:
+            pages.append(checkpoint_page(name if folder in places[:2] else str(folder), folder))
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{folder}/config.json is invalid: {one_line(error)}") from error
     elif name in index():
         pages.append(
             f"{name} (checkpoint)\n\n  {checkpoint_line(index()[name])}\n\nuse:\n  zoo.load_model({literal(name)})"

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -32,7 +33,15 @@ def from_json(text: str | bytes) -> Any:
             raise ValueError(f"key {key!r} appears twice")
         return found
 
-    return json.loads(text, object_pairs_hook=mapping)
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    def number(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError(f"the number {digits[:40]} is too large")
+        return value
+
+    return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=mapping)
 
 
 def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -52,4 +61,4 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
     hints = [f"did you mean {' or '.join(found)}?"] if found else []
     if not found or len(allowed) <= 20:
         hints.append(f"choose from: {', '.join(allowed) or 'none'}")
-    return f"unknown {what} '{name}'; {' '.join(hints)}"
+    return f"unknown {what} '{one_line(name, 100)}'; {' '.join(hints)}"

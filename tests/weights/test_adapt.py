@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 import zoo
-from helpers import randomise
+from helpers import randomise, rehash
 from zoo.convert import from_timm
 from zoo.inputs.images import ImagePreprocess
 from zoo.outputs.label_map import LabelMap
@@ -140,9 +141,12 @@ def test_other_fields_change_only_if_they_are_named(tmp_path):
         ({"mixr": "sla"}, "'mixr'; did you mean mixer"),
         ({"fresh": ["mixr"]}, "'mixr'; did you mean mixer"),
         ({"classes": ["a", "a"]}, "labels: 'a' appears twice"),
-        ({"classes": 0.5}, "not iterable|must be"),
+        ({"classes": 0.5}, "classes must be a number, a list of names or a LabelMap, got float"),
+        ({"classes": "cat"}, "classes must be a number, a list of names or a LabelMap, got str"),
+        ({"fresh": [1]}, "fresh must be a list of names of fields"),
+        ({"dtype": torch.int32}, "device None and dtype torch.int32 are not possible"),
     ):
-        with pytest.raises((ValueError, TypeError), match=words):
+        with pytest.raises(ValueError, match=words):
             load_model(start, **changes)
     model: Any = load_model(start, mixer="sla", fresh="mixer", drop_path=0.2)
     assert model.config.mixer == "sla" and model.config.drop_path == 0.2
@@ -161,6 +165,8 @@ def test_a_changed_model_says_what_it_was_made_from(tmp_path):
     model = load_model(kept(tmp_path, "vit_micro"))
     start = save_model(model, tmp_path / "y", figures=[figure | {"command": ""}], license="mit", datasets=["x"])
     again = load_checkpoint(save_model(load_model(start, classes=["ant", "fox"]), tmp_path / "z"))
+    assert again.config["base"] == {"address": "y", "commit": None, "layout": "zoo"}
+    assert "Made from y." in (tmp_path / "z" / "README.md").read_text()
     assert again.config["figures"] == [] and again.config["license"] == "mit" and again.labels == ("ant", "fox")
 
 
@@ -198,3 +204,13 @@ def test_names_that_say_where(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words) as error:
             load_model(name)
         assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_nan_are_refused(tmp_path):
+    start = kept(tmp_path, "vit_micro")
+    tensors = safetensors.torch.load_file(start / "model.safetensors")
+    tensors["head.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(tensors, start / "model.safetensors")
+    rehash(start)
+    with pytest.raises(ValueError, match="model.safetensors: 'head.weight' is NaN or infinite"):
+        load_model(start)

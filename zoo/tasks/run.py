@@ -159,6 +159,7 @@ class Score(NamedTuple):
     n: int = 0
     low: float = math.nan
     high: float = math.nan
+    metric: str = ""
 
 
 class Keep(Checkpoint):
@@ -188,7 +189,7 @@ class Keep(Checkpoint):
         for name in ("best", "latest"):
             if (found := state_dict[name]) is not None:
                 found: Any = (*found, *Score(0.0, "", 0, 0)[len(found) :])  # earlier versions had four fields
-                require(found, (0.0, "", 0, 0, 0, 0.0, 0.0), name)
+                require(found, (0.0, "", 0, 0, 0, 0.0, 0.0, ""), name)
                 setattr(self, name, Score(*found))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -209,7 +210,8 @@ class Keep(Checkpoint):
         value = float(trainer.callback_metrics[self.name])
         measured = self.measured(pl_module)
         low, high = measured.interval or (math.nan, math.nan)
-        self.latest = Score(value, pl_module.said, trainer.current_epoch, trainer.global_step, measured.n, low, high)
+        given = (trainer.current_epoch, trainer.global_step, measured.n, low, high, measured.metric)
+        self.latest = Score(value, pl_module.said, *given)
         # While a layer still changes its form, the model is not yet the final one.
         if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
             return
@@ -264,11 +266,11 @@ class Keep(Checkpoint):
 
     def figure(self, task: Task, score: Score) -> Figure:
         """The score as a checkpoint states it."""
-        root = getattr(task.data, "root", None)
+        root, found = getattr(task.data, "root", None), self.measured(task).metric
         return Figure(
-            data=task.data.dataset if root is None else Path(root).name,
+            data=task.data.dataset if root is None else Path(root).resolve().name,
             split="val",
-            metric=self.measured(task).metric,
+            metric=score.metric or found,
             value=score.value,
             n=score.n,
             interval=[score.low, score.high] if math.isfinite(score.low + score.high) else None,

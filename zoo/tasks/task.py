@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -168,8 +169,18 @@ class Task(lightning.LightningModule):
         if any(self.taken[1:]):
             rank_zero_info(f"started   from {self.weights}: {self.taken}")
         model.preset = model.preprocess = model.labels = None  # training sets its own
-        model.about = {"base": {"address": str(self.weights), "commit": None, "layout": "zoo"}}
+        model.about = self.origin()
         return model.train()
+
+    def origin(self) -> dict[str, Any]:
+        """The license of the checkpoint that training starts from, and its name without the folders of this machine."""
+        assert self.start is not None
+        known, base = self.start.config, self.start.config.get("base")
+        if isinstance(self.weights, str) and "files" in known:  # a checkpoint of the zoo
+            name = Path(self.weights).expanduser()
+            address = name.resolve().name if name.is_dir() else self.weights
+            base = {"address": address, "commit": None, "layout": "zoo"}
+        return {"license": known.get("license", "unknown"), "base": base}
 
     def complete(self) -> None:
         """Makes what depends on the model, here its averaged copy; called again if the data changed the model."""
@@ -184,7 +195,7 @@ class Task(lightning.LightningModule):
         found |= {name: getattr(data.preprocess, name) for name in data.preprocess.shared}
         differ = {name: value for name, value in found.items() if getattr(self.config, name) != value}
         taken = {name: value for name, value in differ.items() if name not in self.backbone and stage == "fit"}
-        labels = self.kept_labels() if stage == "fit" and self.config.counted not in self.backbone else None
+        labels = self.kept_labels() if stage == "fit" and {*differ} == {*taken} else None
         if taken or labels is not None:
             self.backbone |= taken
             self.model = self.built(self.backbone, labels)

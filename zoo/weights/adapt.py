@@ -1,6 +1,8 @@
 """A trained model changed for a new task: other classes, channels, image size or choices, with a report of what was
 taken from it and what was not."""
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -62,6 +64,8 @@ def adapt(
         ValueError: a field is unknown, or it changes and is not in `fresh`; or the checkpoint is fused.
     """
     config, preprocess = start.model.config, start.preprocess
+    if not isinstance(fresh, Iterable) or not all(isinstance(each, str) for each in fresh):
+        raise ValueError("fresh must be a list of names of fields")
     changes, fresh = dict(config.migrated(changes, config)), {fresh} if isinstance(fresh, str) else {*fresh}
     known = field_names(config)
     if wrong := [each for each in (*changes, *fresh) if each not in known]:
@@ -88,15 +92,17 @@ def adapt(
     if preprocess is not None:
         preprocess = _prepared(preprocess, changes)
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
-    model.about = dict(start.model.about) if model is start.model else _made_from(start)
+    same = kept is None and different <= {*FREE, "image"}
+    model.about = dict(start.model.about) if same else _made_from(start, name)
     model.loaded = report
     return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
 
 
-def _made_from(start: Checkpoint) -> dict[str, Any]:
+def _made_from(start: Checkpoint, name: object) -> dict[str, Any]:
     """What is still true of a changed model: its license and what it was made from; its figures are not."""
     about = start.model.about
-    return {key: about[key] for key in ("license", "datasets", "base", "source") if key in about}
+    base = about.get("base") or {"address": os.path.basename(str(name)), "commit": None, "layout": "zoo"}
+    return {key: about[key] for key in ("license", "datasets") if key in about} | {"base": base}
 
 
 def _checked_labels(start: Checkpoint, labels: Any, name: object) -> int:
@@ -108,8 +114,8 @@ def _checked_labels(start: Checkpoint, labels: Any, name: object) -> int:
     if not kind.fits(labels):
         raise ValueError(f"labels of {name} must be {kind.what}, got {type(labels).__name__}")
     names = kind.names(labels)
-    if twice := [each for index, each in enumerate(names) if each in names[:index]]:
-        raise ValueError(f"labels: '{twice[0]}' appears twice")
+    if names and (most := Counter(names).most_common(1)[0])[1] > 1:
+        raise ValueError(f"labels: '{most[0]}' appears twice")
     if start.labels is None:
         raise ValueError(f"{name} has no labels, so none can be matched; give the number of classes instead")
     return kind.number(labels)

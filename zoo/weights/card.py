@@ -68,9 +68,9 @@ def _results(name: str, task: str, figures: list[Figure]) -> dict[str, Any]:
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=one_line(each["data"]) or "unknown",
-            dataset_name=one_line(each["data"]) or "unknown",
-            dataset_split=one_line(each["split"]) or None,
+            dataset_type=one_line(each["data"] or "unknown"),
+            dataset_name=one_line(each["data"] or "unknown"),
+            dataset_split=one_line(each["split"]) if each["split"] else None,
             metric_type=one_line(each["metric"]),
             metric_value=each["value"],
         )
@@ -105,12 +105,16 @@ def model_card(config: Config, written: Mapping[str, Any], preprocess: Preproces
     else:
         given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
     call, base = config.call(prepared), written["base"]
-    made_from = "" if base is None else f" Made from {one_line(base['address'])} at {one_line(base['commit'])}."
+    made_from = ""
+    if base is not None and base["address"]:
+        commit = f" at {one_line(base['commit'])}" if base["commit"] else ""
+        made_from = f" Made from {one_line(base['address'])}{commit}."
     return CARD.format(
         front=front.to_yaml(),
         title=title,
         name=name,
-        text=written["card"] or f"A `{written['preset'] or written['family']}` model built with zoo.",
+        text="\n".join(map(plain, written["card"].split("\n")))
+        or f"A `{written['preset'] or written['family']}` model built with zoo.",
         parameters=f"{written['parameters']:,}",
         rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
         figures=_figures(written["figures"]),

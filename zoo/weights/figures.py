@@ -1,6 +1,6 @@
 """Figures of a checkpoint: what was measured, on which data, on how many samples, and by which command."""
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -24,7 +24,7 @@ class Figure(TypedDict):
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def checked_figures(given: Iterable[Mapping[str, Any]]) -> list[Figure]:

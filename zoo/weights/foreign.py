@@ -62,8 +62,9 @@ def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
             each if said.count(each) == 1 else f"{each} ({info.index_to_label_name(index)})"
             for index, each in enumerate(said)
         )
-    address = given.get("hf_hub_id") or given.get("url") or name
-    base = {"address": f"https://huggingface.co/{address}", "commit": None, "layout": "timm"}
+    repository = given.get("hf_hub_id")
+    address = f"https://huggingface.co/{repository}" if repository else given.get("url") or name
+    base = {"address": address, "commit": None, "layout": "timm"}
     return _made(from_timm(model), preprocess, labels, base, given.get("license") or "unknown")
 
 

@@ -24,6 +24,7 @@ FIELDS |= {"labels": list | dict | None, "fused": bool, "source": str, "card": s
 FIELDS |= {"figures": list, "base": dict | None, "dtype": str, "files": dict, "parameters": int, "cost": dict | None}
 ABOUT: dict[str, Any] = {"source": "", "card": "", "license": "unknown", "datasets": [], "figures": [], "base": None}
 """The fields that say where a model comes from and what it does, and their values where nothing is known."""
+DTYPES = ("float32", "float16", "bfloat16")
 BASE = ("address", "commit", "layout")  # the fields of `base`, the model that this one was made from
 
 
@@ -88,7 +89,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {error}") from error
     if odd := sorted(FIELDS.keys() ^ written.keys()):
         verb = "lacks" if odd[0] in FIELDS else "has an unknown"
-        raise CheckpointError(f"{path} {verb} field {odd[0]!r}")
+        raise CheckpointError(f"{path} {verb} field {one_line(odd[0], 100)!r}")
     if wrong := [key for key, kind in FIELDS.items() if not isinstance(written[key], kind)]:
         raise CheckpointError(f"{path}: {wrong[0]} has the wrong type, {type(written[wrong[0]]).__name__}")
     try:
@@ -97,10 +98,13 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if written["family"] not in FAMILIES:
-        raise CheckpointError(f"{path}: unknown family {written['family']!r}; zoo has: {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{path}: unknown family {one_line(written['family'], 100)!r}; zoo has: {', '.join(FAMILIES)}"
+        )
     known = {field.name for field in fields(FAMILIES[written["family"]])}
     if unknown := [field for field in written["model"] if field not in known]:
-        age = f"{one_line(writer)} wrote the model field {unknown[0]!r}, which zoo {zoo.__version__} does not know"
+        field = one_line(unknown[0], 100)
+        age = f"{one_line(writer)} wrote the model field {field!r}, which zoo {zoo.__version__} does not know"
         raise CheckpointError(f"{path}: {age}")
     return written
 
@@ -112,6 +116,13 @@ def check_about(written: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a string, got {type(written[name]).__name__}")
     if not re.fullmatch(r"[\w.+-]{1,100}", written["license"]):
         raise ValueError(f"license must be a name such as apache-2.0, got {one_line(written['license'], 40)!r}")
+    if written.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {one_line(written['dtype'], 40)!r}")
+    cost = written.get("cost")
+    if cost is not None and not (
+        {*cost} == {"multiply_adds", "input"} and type(cost["multiply_adds"]) is int and isinstance(cost["input"], list)
+    ):
+        raise ValueError("cost must have the fields multiply_adds and input, an integer and a shape")
     datasets = written["datasets"]
     if not isinstance(datasets, list | tuple) or not all(isinstance(each, str) for each in datasets):
         raise ValueError("datasets must be a list of names")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from zoo.outputs.label_map import LabelMap
 from zoo.outputs.tokens import Tokenizer
+from zoo.text import reason
 from zoo.weights.adapt import adapt
 from zoo.weights.foreign import foreign
 from zoo.weights.names import locate
@@ -74,12 +76,22 @@ def load_checkpoint(
     config = found.model.config
     given = {"channels": channels, "image": image}
     changes = {key: value for key, value in given.items() if value is not None} | fields
-    labels = tokenizer
-    if isinstance(classes, int):
-        changes[config.counted] = classes
+    if classes is not None and tokenizer is not None:
+        raise ValueError("give classes or tokenizer, not both")
+    labels: Any = tokenizer
+    if isinstance(classes, Integral) and not isinstance(classes, bool):
+        changes[config.counted] = int(classes)
+    elif isinstance(classes, LabelMap):
+        labels = classes
+    elif isinstance(classes, list | tuple):
+        detects = config.labels == "categories" and all(isinstance(each, str) for each in classes)
+        labels = LabelMap(tuple(classes), (*range(1, 1 + len(classes)),)) if detects else tuple(classes)
     elif classes is not None:
-        labels = classes if isinstance(classes, LabelMap) else tuple(classes)
+        raise ValueError(f"classes must be a number, a list of names or a LabelMap, got {type(classes).__name__}")
     found = adapt(found, changes, labels, fresh, name)
     if device is not None or dtype is not None:
-        found.model.to(device=device, dtype=dtype)
+        try:
+            found.model.to(device=device, dtype=dtype)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"device {device} and dtype {dtype} are not possible: {reason(error)}") from error
     return found

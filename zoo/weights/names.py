@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.text import near, unknown
+from zoo.text import near, one_line, unknown
 from zoo.weights.files import FILES, CheckpointError, record
 
 INDEX = Path(zoo.__file__).with_name("checkpoints.json")
@@ -20,6 +20,8 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
     order; "zoo:NAME" and "hf:OWNER/NAME" in one of the last two alone. `hub` are arguments of `download`.
     """
     given, name = name, os.path.expanduser(name)
+    if not str(name).strip() or "\0" in str(name) or max(map(len, Path(name).parts)) > 255:
+        raise CheckpointError(f"'{one_line(name, 60)}' is not the name of a checkpoint")
     prefix, colon, rest = str(name).partition(":")
     if isinstance(given, str) and prefix + colon in ("zoo:", "hf:"):
         return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, given, **hub)
@@ -100,11 +102,11 @@ def _where_it_is_not(name: str) -> str:
         return f"{' and '.join(places)} {'is not a folder' if len(places) == 1 else 'are not folders'}"
     if name in PRESETS:
         return "this is the name of an untrained model, see `zoo list checkpoints`"
-    stored = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
+    folders = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
+    stored = sorted({*index(), *folders})
     if found := near(name, stored):
         return f"did you mean {' or '.join(found)}?"
-    there = f"which has: {', '.join(sorted(stored))}" if stored else "but this folder has no ./checkpoints"
-    return f"names of checkpoints are searched in ./checkpoints, {there}; for one elsewhere, give its path"
+    return f"the checkpoints of the zoo and in ./checkpoints are: {', '.join(stored)}; for one elsewhere, give its path"
 
 
 def previous_of(target: Path) -> Path:

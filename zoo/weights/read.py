@@ -113,13 +113,13 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
             model = _built(config, fused)
         kinds = _match(model, tensors, path)
         if not fused and {name for name, _ in model.named_buffers()} <= kinds.keys():
-            own = {name: tensors[name].to(kind, copy=True) for name, kind in kinds.items()}
+            own = {name: tensors.pop(name).to(kind) for name, kind in kinds.items()}
             model.load_state_dict(own, assign=True)
-            return _checked(model)
+            return _checked(model, path)
         with torch.device("cpu"):  # buffers outside the state dict have to be made
             model = _built(config, fused)
         model.load_state_dict(tensors)
-        return _checked(model)
+        return _checked(model, path)
 
 
 def _built(config: Config, fused: bool) -> nn.Module:
@@ -148,6 +148,9 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
     return {name: tensor.dtype for name, tensor in wanted.items()}
 
 
-def _checked(model: nn.Module) -> Model:
+def _checked(model: nn.Module, path: Path) -> Model:
     assert isinstance(model, Model)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: '{name}' is NaN or infinite")
     return model.eval()
