@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.text import near, one_line, unknown
+from zoo.text import near, unknown
 from zoo.weights.files import FILES, CheckpointError, record
 
 INDEX = Path(zoo.__file__).with_name("checkpoints.json")
@@ -21,7 +21,7 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
     """
     given, name = name, os.path.expanduser(name)
     if not str(name).strip() or "\0" in str(name) or max(map(len, Path(name).parts)) > 255:
-        raise CheckpointError(f"'{one_line(name, 60)}' is not the name of a checkpoint")
+        raise CheckpointError(f"{str(name)[:60]!r} is not the name of a checkpoint")
     prefix, colon, rest = str(name).partition(":")
     if isinstance(given, str) and prefix + colon in ("zoo:", "hf:"):
         return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, given, **hub)
