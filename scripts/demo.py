@@ -18,7 +18,7 @@ import zoo
 from zoo.__main__ import main as command
 from zoo.data.images import Images
 from zoo.models.base import count_parameters
-from zoo.tasks.classify.train import interval
+from zoo.tasks.intervals import wilson
 
 CONFIG = "configs/classify/vit_micro_digits.yaml"
 SIZE = {"dim": 64, "depth": 4, "heads": 4, "patch": 8}
@@ -104,7 +104,7 @@ def measure(folder: Path, data: Images) -> dict[str, str]:
     with torch.inference_mode():
         apart = (fused(batch.images) - model(batch.images)).abs().max().item()
     correct, number = accuracy(model, data)
-    low, high = interval(correct, number)
+    low, high = wilson(correct, number)
     before, after = speeds([model, fused], batch.images)
     return {
         "variant": folder.name,

@@ -6,6 +6,7 @@ from typing import Any
 from zoo.config import Config, field_names
 from zoo.inputs import Preprocess
 from zoo.outputs import LABELS
+from zoo.quick import literal
 from zoo.text import one_line, plain
 from zoo.weights.figures import Figure
 
@@ -28,7 +29,7 @@ Source: {source}.{base}{datasets} License of the weights: {license}. Written by 
 import zoo
 
 # this folder; on the Hub OWNER/{title}
-checkpoint = zoo.load_checkpoint({name!r})
+checkpoint = zoo.load_checkpoint({name})
 {given}{answer}model, preprocess, {labels}, config = checkpoint
 {call}
 ```
@@ -103,7 +104,7 @@ def model_card(config: Config, written: Mapping[str, Any], preprocess: Preproces
     if preprocess is None:
         given, prepared = "# it has no preprocess, so prepare the model's inputs yourself", config.argument
     else:
-        given, prepared = f"{preprocess.raw} = {preprocess.file!r}", f"preprocess({preprocess.raw})[None]"
+        given, prepared = f"{preprocess.raw} = {literal(preprocess.file)}", f"preprocess({preprocess.raw})[None]"
     call, base = config.call(prepared), written["base"]
     made_from = ""
     if base is not None and base["address"]:
@@ -112,7 +113,7 @@ def model_card(config: Config, written: Mapping[str, Any], preprocess: Preproces
     return CARD.format(
         front=front.to_yaml(),
         title=title,
-        name=name,
+        name=literal(name),
         text="\n".join(map(plain, written["card"].split("\n")))
         or f"A `{written['preset'] or written['family']}` model built with zoo.",
         parameters=f"{written['parameters']:,}",
