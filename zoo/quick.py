@@ -256,7 +256,7 @@ def stored(folder: Path) -> dict[str, Any]:
     try:
         if not (folder / "config.json").is_file():
             raise ValueError("it is not a file")
-        found = from_json((folder / "config.json").read_text(encoding="utf-8"))
+        found = from_json((folder / "config.json").read_text(encoding="utf-8"), finite=True)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {folder}/config.json: {one_line(error)}") from None
     if not isinstance(found, dict):

@@ -23,8 +23,8 @@ def reason(error: object) -> str:
     return one_line(getattr(error, "strerror", None) or error)
 
 
-def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is invalid or has a key twice."""
+def from_json(text: str | bytes, finite: bool = False) -> Any:
+    """The value of a JSON text; ValueError if it is invalid or has a key twice, or with `finite` NaN or infinity."""
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -41,7 +41,8 @@ def from_json(text: str | bytes) -> Any:
             raise ValueError(f"the number {digits[:40]} is too large")
         return value
 
-    return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=mapping)
+    strict: Any = {"parse_constant": constant, "parse_float": number} if finite else {}
+    return json.loads(text, object_pairs_hook=mapping, **strict)
 
 
 def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -61,4 +62,4 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
     hints = [f"did you mean {' or '.join(found)}?"] if found else []
     if not found or len(allowed) <= 20:
         hints.append(f"choose from: {', '.join(allowed) or 'none'}")
-    return f"unknown {what} '{one_line(name, 100)}'; {' '.join(hints)}"
+    return f"unknown {what} '{one_line(name, 100) if name else name}'; {' '.join(hints)}"

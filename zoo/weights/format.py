@@ -71,7 +71,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json in the newest format; CheckpointError if it is invalid or from a newer zoo."""
     try:
-        written = from_json(path.read_bytes())
+        written = from_json(path.read_bytes(), finite=True)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(written, dict) or type(written.get("format")) is not int:
