@@ -167,9 +167,14 @@ class Learned(Position):
                 centres = torch.arange(size, device=device, dtype=x.dtype) + 0.5
                 places = centres * number / length.clamp(min=1)[:, None] - 0.5  # [1 or B, size], in rows of the table
                 weights, taps = self.weigh(places, number, number / length.clamp(min=1).to(x.dtype))
-                x = x.index_select(axis, taps).movedim(axis, -2)
-                weights = weights.view(-1, *[1] * (x.ndim - 3), size, weights.shape[-1])
-                x = (weights @ x).movedim(-2, axis)
+                x = x.index_select(axis, taps).movedim(axis, -2)  # [1 or B, tokens of the other axis, taps, D]
+                if x.ndim == 3:
+                    x = weights @ x
+                elif context.mask is None:  # matmul would reshape the other axis, which an export cannot leave free
+                    x = torch.bmm(weights.expand(x.shape[1], -1, -1), x[0])[None]
+                else:
+                    x = weights[:, None] @ x
+                x = x.movedim(-2, axis)
         return x.flatten(1, -2)
 
     def weigh(self, places: Tensor, number: int, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ def test_its_head_may_start_afresh_and_nothing_else(model, tmp_path):
     changed = adapt(start, {"classes": 5}, name="kept").model
     assert changed.loaded.new == ("head.weight", "head.bias") and isinstance(changed, Ranking)
     assert torch.equal(changed.stem.weight, model.stem.weight)
-    with pytest.raises(ValueError, match="kept has dim '.*', not '32'; to start the weights that then differ anew"):
+    with pytest.raises(ValueError, match="kept has dim '.*', not '32'; to allow it, list it in fresh"):
         adapt(start, {"dim": 32}, name="kept")
 
 

@@ -159,8 +159,7 @@ def test_a_fused_model_gives_the_same():
 @pytest.mark.parametrize("name", ["tdn", "mixers", "variance"])
 def test_it_compiles_as_one_graph_and_exports(name):
     torch._dynamo.reset()
-    # The learned table behind a stride cannot be exported with free sides.
-    model = build(name, position=("none", "sincos", "none", "rope", "none")) if name == "tdn" else build(name)
+    model = build(name)
     x, time, labels = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double(), torch.tensor([0, 5])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative(compiled(x, time, labels), model(x, time, labels)) < 1e-12

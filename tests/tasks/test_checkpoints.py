@@ -134,9 +134,9 @@ def test_a_new_head(run: Path, lines: list[str]):
     ("backbone", "words"),
     [
         ({"name": "vit_tiny"}, "was made from vit_micro, not from model.backbone.name=vit_tiny"),
-        ({"dim": 32}, "has dim '16', not '32'; to start the weights that then differ anew"),
-        ({"depth": 1}, "name it in model.fresh, as in model.fresh=['depth']"),
-        ({"mixer": "sla"}, "has mixer 'softmax', not 'sla'; to start"),
+        ({"dim": 32}, "has dim '16', not '32'; to allow it, list it in model.fresh"),
+        ({"depth": 1}, "list it in model.fresh, as in model.fresh=['depth']"),
+        ({"mixer": "sla"}, "has mixer 'softmax', not 'sla'; to allow it"),
         ({"depht": 1}, "/last 'depht'; did you mean depth?"),
         ({"classes": 1}, "model.backbone.classes must be >= 2"),
     ],

@@ -135,7 +135,7 @@ def test_another_image_size_changes_no_weight(name, tmp_path):
 def test_other_fields_change_only_if_they_are_named(tmp_path):
     start = kept(tmp_path, "vit_micro")
     for changes, words in (
-        ({"mixer": "sla"}, "has mixer 'softmax', not 'sla'; to start .* name it in fresh, as in fresh=\\['mixer'\\]"),
+        ({"mixer": "sla"}, "has mixer 'softmax', not 'sla'; to allow it, list it in fresh, as in fresh=\\['mixer'\\]"),
         ({"ffn": "mlp(activation='relu')"}, "has ffn 'mlp', not 'mlp\\(activation='relu'\\)'"),
         ({"dim": 32}, "has dim '16', not '32'"),
         ({"mixr": "sla"}, "'mixr'; did you mean mixer"),
@@ -163,10 +163,13 @@ def test_other_fields_change_only_if_they_are_named(tmp_path):
 def test_a_changed_model_says_what_it_was_made_from(tmp_path):
     figure: Any = {"data": "x", "split": "val", "metric": "accuracy", "value": 0.5, "n": 8, "interval": None}
     model = load_model(kept(tmp_path, "vit_micro"))
+    model.preprocess = ImagePreprocess(size=16)
     start = save_model(model, tmp_path / "y", figures=[figure | {"command": ""}], license="mit", datasets=["x"])
     again = load_checkpoint(save_model(load_model(start, classes=["ant", "fox"]), tmp_path / "z"))
     assert again.config["base"] == {"address": "y", "commit": None, "layout": "zoo"}
     assert "Made from y." in (tmp_path / "z" / "README.md").read_text()
+    assert load_model(start, drop_path=0.2).about["figures"], "it computes the same"
+    assert "figures" not in load_model(start, channels=1).about and "figures" not in load_model(start, image=32).about
     assert again.config["figures"] == [] and again.config["license"] == "mit" and again.labels == ("ant", "fox")
 
 
@@ -197,7 +200,7 @@ def test_names_that_say_where(tmp_path, monkeypatch):
     assert isinstance(load_model("zoo:vit_micro.digits", check=True), torch.nn.Module)
     for name, words in (
         ("zoo:vit_micro.digit", "unknown checkpoint of the zoo 'vit_micro.digit'; did you mean vit_micro.digits"),
-        ("hf:digits", "'hf:digits' must be hf:OWNER/NAME"),
+        ("hf:digits", "'digits' must be OWNER/NAME or OWNER/NAME@REVISION on the Hub"),
         ("nemo:nothing.nemo", "nemo:nothing.nemo: "),
         ("timm:nothing", "timm:nothing: unknown model of timm 'nothing'"),
     ):

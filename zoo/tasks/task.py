@@ -109,6 +109,7 @@ class Task(lightning.LightningModule):
         self.backbone, self.weights, self.said = dict(backbone), weights, ""
         self.figures: list[Measured] = []
         self.fresh, self.taken = list(fresh), Loaded()
+        self.named: list[str] | None = None  # the labels of the model's rows, of a checkpoint that is fine-tuned
         self.start = load_checkpoint(weights) if isinstance(weights, str) else weights  # or a checkpoint as loaded
         if self.start is None and "name" not in backbone:
             raise ValueError(
@@ -214,9 +215,10 @@ class Task(lightning.LightningModule):
         kind = LABELS.get(str(self.config.labels))
         if self.start is None or self.start.labels is None or not self.start.model.config.labelled or kind is None:
             return None
-        labels = self.labels
-        if not kind.fits(labels) or [*kind.names(labels)] == [*kind.names(self.start.labels)]:
+        labels, self.named = self.labels, self.named or [*kind.names(self.start.labels)]
+        if not kind.fits(labels) or [*kind.names(labels)] == self.named:
             return None
+        self.named = [*kind.names(labels)]
         return labels
 
     def outputs_wanted(self, data: DataModule) -> int:

@@ -78,8 +78,8 @@ def adapt(
     if refused := sorted(different - usual - fresh):
         was, now = config.described(refused[0]), wanted.described(refused[0])
         raise ValueError(
-            f"{name} has {refused[0]} '{was}', not '{now}'; to start the weights that then differ anew, "
-            f"name it in fresh, as in fresh=['{refused[0]}']"
+            f"{name} has {refused[0]} '{was}', not '{now}'; to allow it, list it in fresh, as in "
+            f"fresh=['{refused[0]}']: weights that do not fit then start untrained"
         )
     if labels is None:
         labels = start.labels if config.counted not in different else None
@@ -92,7 +92,7 @@ def adapt(
     if preprocess is not None:
         preprocess = _prepared(preprocess, changes)
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
-    same = kept is None and different <= {*FREE, "image"}
+    same = kept is None and different <= {*FREE} and preprocess == start.preprocess
     model.about = dict(start.model.about) if same else _made_from(start, name)
     model.loaded = report
     return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)

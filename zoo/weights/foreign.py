@@ -10,6 +10,7 @@ from zoo.models import family_of
 from zoo.models.base import Model
 from zoo.text import from_json, reason, unknown
 from zoo.weights.files import CheckpointError
+from zoo.weights.names import repository_of
 from zoo.weights.read import Checkpoint
 
 PREFIXES = ("timm:", "nemo:", "hf:")
@@ -82,8 +83,8 @@ def _transformers(name: str, hub: Mapping[str, Any]) -> Checkpoint:
     from zoo.convert import from_transformers
     from zoo.convert.transformers.files import located
 
-    repository, _, revision = name.partition("@")
-    folder = located(repository, **{**hub, "revision": hub["revision"] or revision or None})
+    repository, revision = repository_of(name, hub["revision"])
+    folder = located(repository, **{**hub, "revision": revision})
     found = from_transformers(folder)
     base = {"address": f"https://huggingface.co/{repository}", "commit": folder.name, "layout": "transformers"}
     model, preprocess, labels = found
@@ -95,8 +96,8 @@ def is_ours(name: str, hub: Mapping[str, Any]) -> bool:
     says why."""
     from huggingface_hub import hf_hub_download
 
-    repository, _, revision = name.partition("@")
-    given: dict[str, Any] = dict(hub) | {"revision": hub["revision"] or revision or None}
+    repository, revision = repository_of(name, hub["revision"])
+    given: dict[str, Any] = {**hub, "revision": revision}
     try:
         found = from_json(Path(hf_hub_download(repository, "config.json", **given)).read_bytes())
     except Exception:  # the client raises its own errors, those of its network library, and the system's

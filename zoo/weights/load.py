@@ -72,7 +72,10 @@ def load_checkpoint(
         ValueError: a change does not fit the model.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    found = foreign(name, hub) or read_checkpoint(locate(name, **hub), check)
+    found = foreign(name, hub)
+    if found is not None and check:
+        raise ValueError(f"{name} has no probe, so omit check")
+    found = found or read_checkpoint(locate(name, **hub), check)
     config = found.model.config
     given = {"channels": channels, "image": image}
     changes = {key: value for key, value in given.items() if value is not None} | fields

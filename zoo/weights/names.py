@@ -1,16 +1,14 @@
 """Finds a checkpoint in a folder, under ./checkpoints or on the Hub; and its files."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.text import near, unknown
+from zoo.quick import index
+from zoo.text import near, one_line, unknown
 from zoo.weights.files import FILES, CheckpointError, record
-
-INDEX = Path(zoo.__file__).with_name("checkpoints.json")
 
 
 def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
@@ -24,7 +22,7 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
         raise CheckpointError(f"{str(name)[:60]!r} is not the name of a checkpoint")
     prefix, colon, rest = str(name).partition(":")
     if isinstance(given, str) and prefix + colon in ("zoo:", "hf:"):
-        return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, given, **hub)
+        return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, **hub)
     for folder in (Path(name), Path("checkpoints", name)):
         if folder.is_dir():
             return folder
@@ -40,29 +38,29 @@ def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
         command = f"zoo {config.parent.name} fit --config {config}"
         raise CheckpointError(f"checkpoint {str(name)!r} not found; train it first: {command}")
     if isinstance(given, str) and re.fullmatch(REPOSITORY, name):
-        return _downloaded(name, given, **hub)
+        return _downloaded(name, **hub)
     raise CheckpointError(f"checkpoint {str(name)!r} not found: {_where_it_is_not(str(name))}")
 
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(@.+)?"
 
 
-def _downloaded(name: str, given: str, revision: str | None = None, **hub: Any) -> Path:
+def _downloaded(name: str, revision: str | None = None, **hub: Any) -> Path:
     """The folder of "owner/name" or "owner/name@revision" on the Hub."""
     from zoo.weights.hub import download
 
+    return download(*repository_of(name, revision), **hub)
+
+
+def repository_of(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The repository and the revision in "owner/name" or "owner/name@revision"; CheckpointError if it is neither, or if
+    another revision is given."""
     if not re.fullmatch(REPOSITORY, name):
-        raise CheckpointError(f"'{given}' must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+        raise CheckpointError(f"'{one_line(name, 100)}' must be OWNER/NAME or OWNER/NAME@REVISION on the Hub")
     repository, _, written = name.partition("@")
     if revision and written and revision != written:
-        raise CheckpointError(f"'{given}' names revision '{written}', but revision='{revision}' was given")
-    return download(repository, revision or written or None, **hub)
-
-
-def index() -> dict[str, Any]:
-    """The checkpoints of the zoo by name, as scripts/tables writes them: `repository`, `commit`, and the `size` and
-    `sha256` of each file."""
-    return json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.exists() else {}
+        raise CheckpointError(f"'{name}' names revision '{written}', but revision='{revision}' was given")
+    return repository, revision or written or None
 
 
 def shipped(name: str, revision: str | None = None, **hub: Any) -> Path:
@@ -74,7 +72,7 @@ def shipped(name: str, revision: str | None = None, **hub: Any) -> Path:
         raise CheckpointError(unknown("checkpoint of the zoo", name, known))
     if revision:
         raise CheckpointError(f"'{name}' is a checkpoint of this version of zoo; omit revision, or give OWNER/NAME")
-    entry, beside = known[name], INDEX.parent.parent / "checkpoints" / name
+    entry, beside = known[name], Path(zoo.__file__).parent.parent / "checkpoints" / name
     if (beside / "config.json").is_file():
         return beside
     folder = download(entry["repository"], entry["commit"], **hub)
