@@ -16,6 +16,7 @@ def test_a_checkpoint_learns_shapes(tmp_path, capsys):
     flags = {
         "model.weights": START,
         "model.backbone.queries": 30,
+        "model.fresh": "[queries]",
         "model.denoising": 30,
         "model.rate": 1.5e-3,
         "model.trunk_rate": 1.0,

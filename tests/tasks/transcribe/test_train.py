@@ -117,7 +117,9 @@ def test_best_has_the_smallest_error_of_what_can_be_folded(learned: Path):
     assert any(isinstance(module, PRepBN) for module in kept.model.modules())
     assert all(value.item() == 0 for key, value in kept.model.state_dict().items() if key.endswith("blend"))
     zoo.fuse(kept.model)
-    assert f"| val/wer | {round(min(done), 4)} |" in (learned / "best" / "README.md").read_text()
+    figures = {each["metric"]: each["value"] for each in kept.config["figures"]}
+    assert figures["word error rate"] == pytest.approx(min(done), abs=1e-6)
+    assert f"{min(done):.4f}" in (learned / "best" / "README.md").read_text()
     steps, epoch = state(learned / "resume/last.ckpt")["global_step"], done.index(min(done)) + 1
     assert steps % 6 == 0 and kept.config["source"].endswith(f"epoch {epoch}, step {steps // 6 * epoch}")
 
