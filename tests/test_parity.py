@@ -494,6 +494,15 @@ def test_token_norms_are_torch_norms(name, row, eps):
     check(ours(x, GRID), theirs(x), (x,))
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_the_compressed_norm_is_that_of_one_more_channel(eps):
+    theirs = scattered(nn.LayerNorm(DIM + 1, eps=eps, bias=False))
+    ours = copied(NORMS["crmsnorm"](DIM, eps=eps), {"weight": theirs.weight[:-1]})
+    x = tokens()
+    whole = torch.cat([x, -x.sum(-1, keepdim=True)], -1)
+    check(ours(x, GRID), theirs(whole)[..., :-1], (x,))
+
+
 # Stems and heads
 
 

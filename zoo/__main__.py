@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo evaluate`, `zoo publish`."""
+`zoo info`, `zoo convert`, `zoo evaluate`, `zoo publish`."""
 
 import argparse
 import ast
@@ -44,12 +44,12 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 TRAINING = ("fit", "validate", "test")
 # Commands that are no task: what they do, and the function that takes their arguments.
 COMMANDS = {
+    "convert": ("change a checkpoint: its norm, heads, mixer or dtype", "zoo.tasks.convert:main"),
     "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
     "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main"),
 }
 
 EPILOG = """examples:
-  zoo list mixers
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
   zoo evaluate RUN/best --root DIR
   zoo classify predict RUN/best images/ photo.jpg"""

@@ -5,7 +5,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -52,6 +52,11 @@ def _frozen(value: Any) -> Any:
 def names_of(choice: Choice) -> list[str]:
     """The names in a choice."""
     return [choice] if isinstance(choice, str) else [name for each in choice for name in names_of(each)]
+
+
+def each_name(choice: Choice, change: Callable[[str], str]) -> Any:
+    """The choice with each of its names changed."""
+    return change(choice) if isinstance(choice, str) else tuple(each_name(each, change) for each in choice)
 
 
 def _renamed(choice: Any) -> Any:

@@ -90,15 +90,38 @@ class LayerNorm(Norm):
 
 class RMSNorm(Norm):
     """weight * x / sqrt(mean(x^2) + eps) over each token's channels (Zhang and Sennrich 2019, arXiv:1910.07467).
-    affine=False omits the weight."""
+    affine=False omits the weight, bias=True adds a bias."""
+
+    def __init__(
+        self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, bias: bool = False, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        if bias and not affine:
+            raise ValueError("rmsnorm: bias=True needs affine=True")
+        self.shape, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = F.rms_norm(x, self.shape, self.weight, self.eps)
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
+
+
+class CRMSNorm(Norm):
+    """weight * x / sqrt((sum(x^2) + sum(x)^2) / (D + 1) + eps) over the D channels of each token: the RMS norm of
+    D + 1 channels of mean zero, the last of which is not stored (Jiang et al. 2023, arXiv:2305.14858). affine=False
+    omits the weight."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
-        self.shape, self.eps = (dim,), eps
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = values.square().sum(-1, keepdim=True) + values.sum(-1, keepdim=True).square()
+        y = values * torch.rsqrt(squares / (x.shape[-1] + 1) + self.eps)
+        return (y if self.weight is None else y * self.weight).to(x.dtype)
 
 
 class GroupNorm(Norm):
@@ -361,6 +384,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 NORMS: dict[str, type[Norm]] = {
     "layernorm": LayerNorm,
     "rmsnorm": RMSNorm,
+    "crmsnorm": CRMSNorm,
     "groupnorm": GroupNorm,
     "batchnorm": BatchNorm,
     "repbn": RepBN,

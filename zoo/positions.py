@@ -88,26 +88,36 @@ def _check_axes(name: str, dim: int, place: Place) -> None:
         raise ValueError(f"{name} on {place.axes} axes needs a dim that is a multiple of {2 * place.axes}, got {dim}")
 
 
-def _added(x: Tensor, context: Context, last_first: bool) -> Tensor:
+def _added(x: Tensor, context: Context, last_first: bool, centred: str = "none") -> Tensor:
     """x [B, N, D] + sines and cosines of each axis; the last axis has the first channels if `last_first`."""
-    width = x.shape[-1] // len(context.grid)
-    waves = _on_grid(_sincos, context.grid, width, device=x.device, last_first=last_first).to(x.dtype)
+    width = (x.shape[-1] + (centred == "compressed")) // len(context.grid)
+    waves = _on_grid(_sincos, context.grid, width, device=x.device, last_first=last_first)
+    if centred != "none":
+        waves = (waves.double() - waves.double().mean(-1, keepdim=True))[:, : x.shape[-1]]
+    waves = waves.to(x.dtype)
     return x + (F.pad(waves, (0, 0, context.prefix, 0)) if context.prefix else waves)
 
 
 class SinCos(Position):
     """Adds fixed sines and cosines of each axis (Vaswani et al. 2017; in two dimensions as MoCo v3 and MAE do). On
-    images, order says which axis has the first half of the channels: `yx` or `xy`."""
+    images, order says which axis has the first half of the channels: `yx` or `xy`.
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, order: str = "yx") -> None:
+    centred serves the norms that do not subtract the mean of the channels: `full` subtracts it here, for rmsnorm;
+    `compressed` also omits the last of dim + 1 channels, for crmsnorm; `none` does neither (Jiang et al. 2023,
+    arXiv:2305.14858).
+    """
+
+    def __init__(self, dim: int, head_dim: int, place: Place, *, order: str = "yx", centred: str = "none") -> None:
         super().__init__(dim, head_dim, place)
-        _check_axes("sincos", dim, place)
+        if centred not in ("none", "full", "compressed"):
+            raise ValueError(f"sincos: {unknown('centred', centred, ('none', 'full', 'compressed'))}")
+        _check_axes("sincos", dim + (centred == "compressed"), place)
         if order not in ("yx", "xy"):
             raise ValueError(f"sincos: {unknown('order', order, ('yx', 'xy'))}")
-        self.last_first = order == "xy"
+        self.last_first, self.centred = order == "xy", centred
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return _added(x, context, self.last_first)
+        return _added(x, context, self.last_first, self.centred)
 
 
 def lengths(context: Context, device: torch.device) -> list[Tensor]:

@@ -88,3 +88,11 @@ def make(table: Mapping[str, type], spec: str, *arguments: Any, field: str = "")
         return table[parse(spec)[0]](*arguments, **check(table, spec))
     except ValueError as error:
         raise ValueError(f"{field} '{spec}': {error}" if field else str(error)) from None
+
+
+def respelled(spec: str, name: str | None = None, **options: Any) -> str:
+    """A spec with another name, or with some options replaced or added; an option of None is left out."""
+    old, given = parse(spec)
+    kept = {**dict(given), **options}
+    text = ", ".join(f"{option}={value!r}" for option, value in kept.items() if value is not None)
+    return f"{name or old}({text})" if text else name or old

@@ -2,6 +2,7 @@
 computes the same. Only JSON and safetensors are read; no code from a file is ever run."""
 
 from zoo.weights.adapt import Loaded, adapt
+from zoo.weights.converting import share_kv_heads, to_rmsnorm
 from zoo.weights.figures import Figure
 from zoo.weights.files import FILES, CheckpointError
 from zoo.weights.grafting import Graft, graft
@@ -10,4 +11,4 @@ from zoo.weights.read import Checkpoint
 from zoo.weights.save import save_model
 
 __all__ = ["FILES", "Checkpoint", "CheckpointError", "Figure", "Graft", "Loaded", "adapt", "graft", "load_checkpoint"]
-__all__ += ["load_model", "save_model"]
+__all__ += ["load_model", "save_model", "share_kv_heads", "to_rmsnorm"]

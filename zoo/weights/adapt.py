@@ -93,12 +93,12 @@ def adapt(
         preprocess = _prepared(preprocess, changes)
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
     same = kept is None and different <= {*FREE} and preprocess == start.preprocess
-    model.about = dict(start.model.about) if same else _made_from(start, name)
+    model.about = dict(start.model.about) if same else made_from(start, name)
     model.loaded = report
     return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
 
 
-def _made_from(start: Checkpoint, name: object) -> dict[str, Any]:
+def made_from(start: Checkpoint, name: object) -> dict[str, Any]:
     """What is still true of a changed model: its license and what it was made from; its figures are not."""
     about = start.model.about
     base = about.get("base") or {"address": os.path.basename(str(name)), "commit": None, "layout": "zoo"}

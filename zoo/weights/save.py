@@ -157,6 +157,7 @@ def _write(
     fate = "the previous one is untouched" if exists else "nothing was left behind"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        check_target(target)
         _clear(target)
         aside.mkdir()
         for name, content in tensors.items():
@@ -186,14 +187,18 @@ def _write(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _clear(target: Path) -> None:
-    """Refuses to replace anything but a checkpoint, and removes leftovers of saves killed long ago."""
+def check_target(target: Path) -> None:
+    """ValueError if saving there would replace anything but a checkpoint."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, so no checkpoint can be written there")
     found = {entry.name for entry in target.iterdir()} if target.exists() else set()
     if not found <= set(FILES) or found == {"README.md"}:
         other = min(found - set(FILES), default="README.md")
         raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")
+
+
+def _clear(target: Path) -> None:
+    """Removes leftovers of saves killed long ago."""
     for entry in target.parent.iterdir():
         if entry.name.startswith(f".{target.name}.") and entry.suffix == ".new":
             with contextlib.suppress(OSError):  # another save may be faster
