@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LABELS = ["command", "hardware", "time", "result"]
 # Classes of the data that a file is named after.
-HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "coco": 80, "bccd": 3, "aquarium": 7}
+HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "mnist": 10, "coco": 80, "bccd": 3, "aquarium": 7}
 OWN = 7  # classes in a user's own folder
 PLACEHOLDERS = {"DIR": "data", "N": str(OWN)}
 STARTS = {"detect": "rtdetr_micro.blood_cells"}  # a checkpoint to fine-tune, by task

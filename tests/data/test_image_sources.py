@@ -1,10 +1,13 @@
+import gzip
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from zoo.data.benchmarks import Benchmark
 from zoo.data.images import Images
 from zoo.inputs.images import EXTENSIONS
 
@@ -74,3 +77,81 @@ def test_control_characters_of_names_are_escaped(root: Path):
     with pytest.warns(UserWarning, match=r"\\x1b\[31m") as said:
         count(root)
     assert all(str(warning.message).isprintable() for warning in said)
+
+
+# Fashion-MNIST
+
+SIZES = {"train": 5003, "t10k": 7}
+
+
+def idx(values: np.ndarray) -> bytes:
+    """A file of MNIST's format."""
+    sizes = np.array(values.shape, dtype=">u4").tobytes()
+    return bytes([0, 0, 8, values.ndim]) + sizes + values.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(params=["plain", "gzipped"])
+def fashion(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    for part, number in SIZES.items():
+        images = np.arange(number)[:, None, None] % 251 + np.zeros((1, 4, 4))
+        for name, values in {"images-idx3": images, "labels-idx1": np.arange(number) % 10}.items():
+            path, data = tmp_path / f"{part}-{name}-ubyte", idx(values)
+            if request.param == "plain":
+                path.write_bytes(data)
+            else:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(data, 1))
+    return tmp_path
+
+
+def test_fashion_mnist(fashion: Path):
+    """The last 5,000 training images are for validation; the test images are those of the other files."""
+    data = Images(dataset="fashion_mnist", root=str(fashion), channels=1, size=4)
+    for split, first, number in (("train", 0, 3), ("val", 3, 5000), ("test", 0, 7)):
+        source = data.source(split)
+        assert len(source.labels) == number and len(source.classes) == 10
+        for index in (0, number - 1):
+            assert np.asarray(source.image(index)).tolist() == [[(first + index) % 251] * 4] * 4
+            assert source.labels[index] == (first + index) % 10
+    assert data.classes[:2] == ["T-shirt/top", "Trouser"]
+
+
+def test_fashion_mnist_is_measured(fashion: Path):
+    """Classes are matched by name, whatever their order in the checkpoint."""
+    known = [*Images(dataset="fashion_mnist", root=str(fashion)).classes][::-1]
+    for split, number in (("val", 5000), ("test", 7)):
+        data = Benchmark(known, str(fashion), split)
+        assert data.part == split and len(data.source(split).labels) == number
+    assert data.source("test").labels.tolist() == [9, 8, 7, 6, 5, 4, 3]
+    with pytest.raises(ValueError, match="omit --labels"):
+        Benchmark(known, str(fashion), labels="labels.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("t10k-labels-idx1", b"", "is not a file of MNIST's format"),
+        ("t10k-labels-idx1", idx(np.zeros(6)), "7 images and 6 labels"),
+        ("t10k-labels-idx1", idx(np.full(7, 10)), "does not hold Fashion-MNIST"),
+        ("t10k-images-idx3", idx(np.zeros((7, 4, 4)))[:-1], "truncated"),
+        ("t10k-images-idx3", idx(np.zeros((7, 4, 4))) + b"0", "is not a file of MNIST's format"),
+        ("t10k-images-idx3", b"\0\0\x0d\x03" + bytes(12), "is not a file of MNIST's format"),
+        ("t10k-images-idx3", b"\0\0\x08\xff", "is not a file of MNIST's format"),
+        ("t10k-images-idx3", idx(np.zeros(7)), "does not hold Fashion-MNIST"),
+        ("t10k-images-idx3", None, "cannot read .*t10k-images-idx3-ubyte.gz"),
+    ],
+)
+@pytest.mark.parametrize("fashion", ["plain"], indirect=True)
+def test_damaged_fashion_mnist(fashion: Path, name: str, data: bytes | None, words: str):
+    path = fashion / f"{name}-ubyte"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=words):
+        Images(dataset="fashion_mnist", root=str(fashion)).source("test")
+
+
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(bytes(100))[:-9]])
+def test_a_damaged_gzip(tmp_path: Path, data: bytes):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
+    with pytest.raises(ValueError, match=f"cannot read {re.escape(str(tmp_path))}"):
+        Images(dataset="fashion_mnist", root=str(tmp_path)).source("val")

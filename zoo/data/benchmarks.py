@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from zoo.data.class_names import Classes, imagenet, read_names
-from zoo.data.image_sources import SOURCES, Files, is_image
+from zoo.data.image_sources import SOURCES, Files, is_fashion_mnist, is_image
 from zoo.data.images import Images
 from zoo.data.label_files import Given, LabelFile, read_labels
 from zoo.inputs.folders import files_below
@@ -22,15 +22,16 @@ SPLITS = {"val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 class Benchmark(Images):
-    """Images and their classes as a checkpoint numbers them: from class folders, from a label file, or the digits.
+    """Images and their classes as a checkpoint numbers them: from class folders, from a label file, or a
+    data set of its own: Fashion-MNIST or the digits.
 
     Where class folders are fewer than the checkpoint's classes, logits of the others do not count, as is usual for
     ImageNet-A and -R. With ImageNet ReaL's sets of labels, a prediction is right if it is in the set.
 
     Args:
         known: the labels of the checkpoint; None if it has none.
-        root: a folder with class folders, or with images if there is a label file, or with those of `split`; None for
-            the digits.
+        root: a folder with class folders, or with images if there is a label file, or with those of `split`, or with
+            Fashion-MNIST's files; None for the digits.
         split: `val` or `test`; None for the folder val, or root itself.
         labels: a file as of `read_labels`.
         names: a file as of `read_names`, with further names of the classes.
@@ -56,7 +57,9 @@ class Benchmark(Images):
         batch: int = 64,
         workers: int | None = None,
     ) -> None:
-        super().__init__("digits" if root is None else "imagefolder", root, batch=batch, workers=workers)
+        base = None if root is None else Path(root).expanduser()
+        kind = "digits" if base is None else "fashion_mnist" if is_fashion_mnist(base) else "imagefolder"
+        super().__init__(kind, root, batch=batch, workers=workers)
         if root is None and (labels or names):
             raise ValueError("--labels and --names need --root, the folder of the images")
         self.skip_unknown = skip_unknown
@@ -68,7 +71,11 @@ class Benchmark(Images):
                 raise ValueError("the checkpoint has no class names; --names FILE must list those of its outputs")
             known = [each[0] for each in named.classes]
         self.known = Classes(known, [*([named] if named else []), *([] if named and not named.ids else [imagenet()])])
-        self.folder, self.part = (None, split or "val") if root is None else _folder(root, split)
+        if kind == "fashion_mnist" and labels:
+            raise ValueError(f"{base} holds Fashion-MNIST with its labels, so omit --labels")
+        self.folder, self.part = None, split or "val"
+        if base is not None and kind == "imagefolder":
+            self.folder, self.part = _folder(base, split)
         self.file = read_labels(Path(labels).expanduser()) if labels else None
         self.found: Any = None
 
@@ -78,7 +85,7 @@ class Benchmark(Images):
 
     def source(self, split: str) -> Any:
         if self.found is None:
-            self.found = self._digits() if self.folder is None else self._files(self.folder)
+            self.found = self._whole() if self.folder is None else self._files(self.folder)
         return self.found
 
     def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +106,8 @@ class Benchmark(Images):
             return metric
         return f"{metric} among {int(self.allowed.sum()):,} of {len(self.allowed):,} classes"
 
-    def _digits(self) -> Any:
-        source = SOURCES["digits"]("val", self.preprocess, None, self.fraction)
+    def _whole(self) -> Any:
+        source = SOURCES[self.dataset](self.part, self.preprocess, self.root, self.fraction)
         outputs = self._outputs(source.classes, [""] * len(source.classes))
         source.classes, source.labels = self.classes, np.array(outputs)[source.labels]
         return source
@@ -213,9 +220,8 @@ class Benchmark(Images):
         return kept
 
 
-def _folder(root: str, split: str | None) -> tuple[Path, str]:
+def _folder(base: Path, split: str | None) -> tuple[Path, str]:
     """The folder of the images, and the name of the split."""
-    base = Path(root).expanduser()
     if not base.is_dir():
         raise ValueError(f"{base} is not a folder")
     places = SPLITS[split or "val"]

@@ -23,9 +23,9 @@ class WholeImages(Images):
     such images, normalised per channel; each epoch draws new ones, and validation takes their means.
 
     Args:
-        dataset: `digits`, `imagefolder` or `synthetic`, as for `zoo classify`; or `latents`, a folder that
-            `zoo generate encode` wrote.
-        root: folder of an imagefolder or of latents.
+        dataset: `digits`, `fashion_mnist`, `imagefolder` or `synthetic`, as for `zoo classify`; or `latents`, a folder
+            that `zoo generate encode` wrote.
+        root: folder of an imagefolder, of Fashion-MNIST or of latents.
         size: side of the images in pixels; null for that of the checkpoint, or 32. Latents have their own.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3. Latents have their own.
         batch: images in a batch, per device.
@@ -37,7 +37,7 @@ class WholeImages(Images):
     """
 
     sources = {**SOURCES, "latents": _latents}
-    folders = ("imagefolder", "latents")
+    folders = (*Images.folders, "latents")
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
 """Sources of labelled images: one row of `SOURCES` for each kind of data set."""
 
+import gzip
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from zoo.inputs.folders import files_below, leads_above
 from zoo.inputs.images import EXTENSIONS, ImagePreprocess, convert_image, read_image
-from zoo.text import plain
+from zoo.text import plain, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +105,50 @@ class _Synthetic:
         return f"synthetic/{self.split}/{index}"
 
 
+class _FashionMNIST:
+    """Fashion-MNIST's files as published, gzipped or not, in one folder (Xiao et al. 2017, arXiv:1708.07747). The last
+    5,000 of its 60,000 training images are for validation."""
+
+    classes = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    held_out = 5000
+
+    def __init__(self, split: str, preprocess: ImagePreprocess, root: str | None, fraction: float):
+        self.split, self.preprocess = split, preprocess
+        base, part = Path(root or "").expanduser(), "t10k" if split == "test" else "train"
+        images, labels = (_idx(base / f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
+        if images.ndim != 3 or len(images) != len(labels) or labels.max(initial=0) >= len(self.classes):
+            raise ValueError(f"{base} does not hold Fashion-MNIST: {len(images)} images and {len(labels)} labels")
+        part = {"train": slice(-self.held_out), "val": slice(-self.held_out, None), "test": slice(None)}[split]
+        self.images, self.labels = images[part], labels[part].astype(np.int64)
+
+    def image(self, index: int) -> "Image":
+        return enlarged(self.images[index], self.preprocess)
+
+    def name(self, index: int) -> str:
+        return f"fashion_mnist/{self.split}/{index}"
+
+
+def is_fashion_mnist(folder: Path) -> bool:
+    """Whether a folder holds the test images of Fashion-MNIST."""
+    return any((folder / f"t10k-images-idx3-ubyte{end}").is_file() for end in ("", ".gz"))
+
+
+def _idx(path: Path) -> np.ndarray:
+    """The bytes in a file of MNIST's format, gzipped if only that is there: big-endian sizes, then uint8 values."""
+    if not path.exists():
+        path = path.with_name(f"{path.name}.gz")
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {reason(error)}") from None
+    axes = data[3] if len(data) > 3 else 0
+    sizes = np.frombuffer(data[4 : 4 + 4 * axes], ">u4").astype(np.int64) if len(data) >= 4 + 4 * axes else [-1]
+    if data[:3] != b"\0\0\x08" or not axes or len(data) != 4 + 4 * axes + math.prod(map(int, sizes)):
+        raise ValueError(f"{path} is not a file of MNIST's format, or is truncated")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(*sizes)
+
+
 def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, fraction: float) -> Source:
     base = Path(root or "").expanduser()
     if split == "test" and not (base / "test").exists():
@@ -160,6 +206,7 @@ def _few(names: list[str]) -> str:
 
 SOURCES: dict[str, Callable[[str, ImagePreprocess, str | None, float], Source]] = {
     "digits": _Digits,
+    "fashion_mnist": _FashionMNIST,
     "imagefolder": _imagefolder,
     "synthetic": _Synthetic,
 }

@@ -99,10 +99,10 @@ class Images(DataModule):
 
     Args:
         dataset: `digits` (scikit-learn's 1797 handwritten digits; validation and test are the same
-            stratified, fixed part), `imagefolder` (ImageNet's layout: `root/train/<class>/*`,
-            `root/val/<class>/*` and, if there is one, `root/test/<class>/*`), or `synthetic`
-            (generated gratings of four directions).
-        root: folder of an imagefolder.
+            stratified, fixed part), `fashion_mnist` (its four files; the last 5,000 training images are for
+            validation), `imagefolder` (ImageNet's layout: `root/train/<class>/*`, `root/val/<class>/*` and, if there
+            is one, `root/test/<class>/*`), or `synthetic` (generated gratings of four directions).
+        root: folder of an imagefolder or of Fashion-MNIST.
         size: side of the images that the model takes in pixels, or height and width; null for that of the checkpoint,
             or 32.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
@@ -129,7 +129,7 @@ class Images(DataModule):
     """
 
     sources: ClassVar[Mapping[str, Callable[[str, Any, str | None, float], Any]]] = SOURCES
-    folders: ClassVar[tuple[str, ...]] = ("imagefolder",)  # the rows that take a root
+    folders: ClassVar[tuple[str, ...]] = ("fashion_mnist", "imagefolder")  # the rows that take a root
 
     preprocess: Any
 
