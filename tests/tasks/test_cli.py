@@ -51,7 +51,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ([*TINY, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches must be > 0 for training"),
         ([*TINY, "--trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
         ([*TINY, "--model.weights=nowhere"], "checkpoint 'nowhere' not found"),
-        ([*TINY, "--data.dataset=mnist"], "unknown dataset 'mnist'; allowed: digits, fashion_mnist, imagefolder, synthetic"),
+        (
+            [*TINY, "--data.dataset=mnist"],
+            "unknown dataset 'mnist'; allowed: digits, fashion_mnist, imagefolder, synthetic",
+        ),
         ([*TINY, "--data.dataset=imagefolder"], "needs root"),
         ([*TINY, "--data.dataset=imagefolder", "--data.root=nowhere"], "nowhere/train is not a folder"),
         ([*TINY, "--data.batch=1"], "raise data.batch"),

@@ -1,0 +1,127 @@
+"""The cells of a sweep: each has a folder, is trained by one worker at a time, and can be resumed after a kill."""
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STEPS, COST = "steps", "multiply-adds"  # what is equal for all choices
+
+
+class Cell(NamedTuple):
+    """One training: the choices by field, the seed, and what it has in common with those of the first choices."""
+
+    choices: tuple[tuple[str, str], ...]
+    seed: int
+    equal: str = STEPS
+
+    @property
+    def name(self) -> str:
+        parts = [*(f"{field}={value}" for field, value in self.choices), f"seed={self.seed}", self.equal]
+        return re.sub(r"[^\w=.,()+-]+", "_", ",".join(parts))
+
+
+class Result(NamedTuple):
+    """What a training gave: the score of its last validation, on n samples, and what it took."""
+
+    metric: str
+    value: float
+    n: int
+    parameters: int
+    multiply_adds: int  # of the model, for one input
+    epochs: int
+
+
+def grid_of(given: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each field in words such as "mixer=softmax,sla"; commas inside parentheses do not separate."""
+    grid: dict[str, list[str]] = {}
+    for word in given:
+        field, equals, text = word.partition("=")
+        values = [each.strip() for each in re.split(r",(?![^(]*\))", text)]
+        if not equals or not field or not all(values):
+            raise ValueError(f"--grid {word}: write FIELD=VALUE,VALUE as in mixer=softmax,sla")
+        if field in grid or len({*values}) < len(values):
+            raise ValueError(f"--grid {word}: each field and each value can be given once")
+        grid[field] = values
+    return grid
+
+
+def cells_of(grid: Mapping[str, Sequence[str]], seeds: int, equal: str = STEPS) -> list[Cell]:
+    """Every combination of values, seed by seed; the first values are the reference."""
+    combined = [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [Cell(choices, seed, equal) for seed in range(seeds) for choices in combined]
+
+
+def option(field: str) -> str:
+    """The option of `zoo TASK fit` for a field; one without a dot is a field of the model."""
+    return f"--{field if '.' in field else f'model.backbone.{field}'}"
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[int | None]:
+    """Takes the cell of a folder for this process and its children; None if another worker has it. The lock ends with
+    the last process that holds it, even if that is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        yield None
+        return
+    try:
+        yield lock
+    finally:
+        os.close(lock)  # a child that still runs keeps the lock
+
+
+def result_of(folder: Path) -> Result | None:
+    """The result of a finished cell."""
+    try:
+        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'result.json'} is damaged ({error}); delete it to train the cell again") from None
+
+
+def train(cell: Cell, folder: Path, lock: int, task: str, config: Path, epochs: int, more: Sequence[str]) -> Result:
+    """Trains a cell, or resumes its training, and writes its result.
+
+    Raises:
+        ValueError: the training failed; one line with the end of its output.
+        KeyboardInterrupt: it was stopped.
+    """
+    run = folder / "run"
+    arguments = [f"--config={config}", *more, *(f"{option(field)}={value}" for field, value in cell.choices)]
+    arguments += [f"--seed_everything={cell.seed}", f"--trainer.max_epochs={epochs}"]
+    arguments += [f"--trainer.default_root_dir={run}"]
+    if (run / "resume/last.ckpt").exists():
+        arguments.append(f"--ckpt_path={run}")
+    else:
+        shutil.rmtree(run, ignore_errors=True)  # killed before its first state
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "zoo", task, "fit", *arguments]
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,)).returncode
+    if code in (130, 143, -2, -15):
+        raise KeyboardInterrupt
+    if code:
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise ValueError(f"{cell.name}: {lines[-1] if lines else f'exit status {code}'} (see {folder / 'log.txt'})")
+    written: dict[str, Any] = json.loads((run / "last/config.json").read_text(encoding="utf-8"))
+    if not written["figures"]:
+        raise ValueError(f"{cell.name}: the training ended without a validation")
+    figure, cost = written["figures"][0], written["cost"]["multiply_adds"]
+    result = Result(figure["metric"], figure["value"], figure["n"], written["parameters"], cost, epochs)
+    aside = folder / ".result.json.new"
+    aside.write_text(json.dumps(result._asdict(), indent=1), encoding="utf-8")
+    os.replace(aside, folder / "result.json")
+    return result

@@ -1,0 +1,188 @@
+"""scripts/sweep: its queue, which kills and several workers do not disturb, and its statistics."""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+CONFIG = SCRIPTS.parent / "configs/classify/vit_micro_digits.yaml"
+SMALL = ["model.backbone.dim=24", "model.backbone.depth=1", "model.warmup=0", "data.batch=256", "data.workers=0"]
+SMALL += ["trainer.max_epochs=2", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def sweeps() -> dict[str, ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return {name: import_module(f"sweeps.{name}") for name in ("cells", "table", "command")}
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def test_grids(sweeps: dict[str, ModuleType]):
+    cells = sweeps["cells"]
+    grid = cells.grid_of(["mixer=softmax,dcnv4(kernel=5, bias=False)", "data.size=32,48"])
+    assert grid == {"mixer": ["softmax", "dcnv4(kernel=5, bias=False)"], "data.size": ["32", "48"]}
+    assert [cells.option(field) for field in grid] == ["--model.backbone.mixer", "--data.size"]
+    found = cells.cells_of(grid, 2)
+    assert len(found) == 8 and len({cell.name for cell in found}) == 8
+    assert found[0].choices == (("mixer", "softmax"), ("data.size", "32")) and found[4].seed == 1
+    for wrong in ("mixer", "=a", "mixer=a,,b", "mixer=a,a"):
+        with pytest.raises(ValueError, match="--grid"):
+            cells.grid_of([wrong])
+    with pytest.raises(ValueError, match="once"):
+        cells.grid_of(["mixer=a", "mixer=b"])
+
+
+def test_intervals_are_those_of_student_and_differences_are_paired(sweeps: dict[str, ModuleType]):
+    cells, table = sweeps["cells"], sweeps["table"]
+    values = {"softmax": [0.90, 0.94, 0.95], "sla": [0.92, 0.95, 0.97]}
+    found = {}
+    for cell in cells.cells_of({"mixer": [*values]}, 3):
+        value = values[cell.choices[0][1]][cell.seed]
+        found[cell] = cells.Result("top-1 accuracy", value, 360, 1000, 5_000_000, 10)
+    first, second = table.rows_of(found, "steps")
+    for row, mixer in ((first, "softmax"), (second, "sla")):
+        low, high = stats.t.interval(0.95, 2, np.mean(values[mixer]), stats.sem(values[mixer]))
+        assert row.value.mean == pytest.approx((low + high) / 2) and row.value.half == pytest.approx((high - low) / 2)
+    paired = np.subtract(values["sla"], values["softmax"])
+    low, high = stats.t.interval(0.95, 2, paired.mean(), stats.sem(paired))
+    assert first.difference is None
+    assert second.difference.mean == pytest.approx(paired.mean())
+    assert second.difference.half == pytest.approx((high - low) / 2)
+    text = table.markdown(found, "mixers", "scripts/sweep ...")
+    assert f"| `sla` | 1,000 | 5,000,000 | 10 | 3 | {second.value} | +{second.difference} |" in text
+    rows = list(csv.DictReader(io.StringIO(table.table(found))))
+    assert [float(row["value"]) for row in rows if row["mixer"] == "sla"] == values["sla"]
+
+
+def test_a_missing_seed_is_left_out_of_the_pairs(sweeps: dict[str, ModuleType]):
+    cells, table = sweeps["cells"], sweeps["table"]
+    every = cells.cells_of({"norm": ["a", "b"]}, 2)
+    found = {cell: cells.Result("accuracy", 0.1 * index, 9, 1, 1, 1) for index, cell in enumerate(every[:3])}
+    first, second = table.rows_of(found, "steps")
+    assert (first.seeds, second.seeds) == (2, 1) and second.difference.mean == pytest.approx(0.1)
+    assert math.isnan(second.difference.half) and "±" not in str(second.difference)
+
+
+def test_a_cell_has_one_worker(sweeps: dict[str, ModuleType], tmp_path: Path):
+    taken = sweeps["cells"].taken
+    with taken(tmp_path) as lock, taken(tmp_path) as again:
+        assert lock is not None and again is None
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    with taken(tmp_path) as other:
+        assert other is None  # the child of a worker that is gone still has it
+    child.kill()
+    child.wait()
+    with taken(tmp_path) as free:
+        assert free is not None
+
+
+def sweep(output: Path, *words: str, more: list[str] = SMALL, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(SCRIPTS / "sweep"), str(CONFIG), f"--output={output}", *words, "--"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *(f"--{word}" for word in more)], env=environment, **pipes | options)
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "message"),
+    [
+        (["--grid", "mixer"], SMALL, "--grid mixer: write FIELD=VALUE"),
+        (["--grid", "mixer=a,b", "--seeds=0"], SMALL, "--seeds must be >= 1"),
+        (["--grid", "mixer=a,b"], ["model.backbone.mixer=sla"], "is set by the sweep itself"),
+        (["--grid", "mixer=a,b"], ["trainer.max_epochs=x"], "no trainer.max_epochs"),
+    ],
+)
+def test_wrong_arguments(words: list[str], more: list[str], message: str, tmp_path: Path):
+    run = sweep(tmp_path / "out", *words, more=more)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 1 and said.startswith("scripts/sweep: error: ") and message in said
+    assert said.count("\n") == 1 and not (tmp_path / "out/results.csv").exists()
+
+
+def table_of(output: Path) -> list[str]:
+    return sorted((output / "results.csv").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of four cells that nothing disturbed."""
+    output = tmp_path_factory.mktemp("sweep") / "whole"
+    run = sweep(output, "--grid", "mixer=softmax,sla", "--seeds=2")
+    said, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
+    assert said.startswith("# vit_micro_digits") and (output / "results.png").stat().st_size > 5000
+    return output
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_same_table(whole: Path, tmp_path: Path):
+    """Killed at random moments, alone or with the training it waits for; each training is resumed, not doubled."""
+    draw = random.Random(0)
+    for number in range(6):
+        run = sweep(tmp_path / "out", "--grid", "mixer=softmax,sla", "--seeds=2", start_new_session=True)
+        time.sleep(draw.uniform(2, 12))
+        if number % 2:
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            run.kill()
+        run.communicate()
+    run = sweep(tmp_path / "out", "--grid", "mixer=softmax,sla", "--seeds=2")
+    _, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
+    assert table_of(tmp_path / "out") == table_of(whole)
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_cells(whole: Path, tmp_path: Path):
+    runs = [sweep(tmp_path / "out", "--grid", "mixer=softmax,sla", "--seeds=2") for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=600)
+        assert run.returncode == 0, errors
+    assert table_of(tmp_path / "out") == table_of(whole)
+    logs = [path.read_text() for path in (tmp_path / "out/cells").glob("*/log.txt")]
+    assert len(logs) == 4 and all(log.count("training  2 epochs") == 1 for log in logs)
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_does_not_stop_the_others(whole: Path, tmp_path: Path):
+    run = sweep(tmp_path / "out", "--grid", "mixer=softmax,nothing", "--seeds=1")
+    _, errors = run.communicate(timeout=600)
+    last = errors.strip().splitlines()[-1]
+    assert run.returncode == 1 and "mixer=nothing,seed=0,steps" in last and "unknown mixer 'nothing'" in last
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/results.csv").read_text())))
+    assert [row["mixer"] for row in rows] == ["softmax"]
+    assert f"softmax,0,steps,{rows[0]['metric']},{rows[0]['value']}" in "\n".join(table_of(whole))
+    again = sweep(tmp_path / "out", "--grid", "mixer=softmax,sla", more=[*SMALL, "model.rate=1e-4"])
+    assert "holds a sweep of another training" in again.communicate(timeout=120)[1]
+
+
+@pytest.mark.slow
+def test_equal_multiply_adds(tmp_path: Path):
+    """A model of twice the cost is trained for half of the epochs; the same training is not run twice."""
+    run = sweep(tmp_path / "out", "--grid", "depth=1,2", "--seeds=1", "--equal=both", more=SMALL[:1] + SMALL[2:])
+    said, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
+    assert "## At equal steps" in said and "## At equal multiply-adds" in said
+    cells = {path.name: json.loads((path / "result.json").read_text()) for path in (tmp_path / "out/cells").iterdir()}
+    assert {name: each["epochs"] for name, each in cells.items()} == {
+        "depth=1,seed=0,steps": 2,
+        "depth=2,seed=0,steps": 2,
+        "depth=2,seed=0,multiply-adds": 1,
+    }
