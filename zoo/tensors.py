@@ -1,6 +1,7 @@
 """Functions of tensors that every part uses: masks, tokens and maps, filters along the grid."""
 
 import itertools
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ def like(module: nn.Module) -> Tensor:
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
+
+
+def fingerprint(module: nn.Module) -> dict[str, int]:
+    """The CRC-32 of each tensor of a module's state, by name; that of its float32 values for any dtype of floating
+    point, so that a dtype that holds the same values gives the same."""
+    state = {name: each.detach().cpu() for name, each in module.state_dict().items()}
+    plain = {name: each.float() if each.is_floating_point() else each for name, each in state.items()}
+    return {name: zlib.crc32(each.reshape(-1).numpy()) for name, each in plain.items()}
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
