@@ -1,4 +1,4 @@
-"""Every preset with small sizes: its choices, layouts, stages and options stay, so that each kind of tensor is there."""
+"""Every preset with small sizes: choices, layouts, stages and options stay, so that each kind of tensor is there."""
 
 import re
 from typing import Any

@@ -3,7 +3,6 @@
 One preset of each family, another one each day, is in the quick tests; the others are slow.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from helpers import relative
+from helpers import randomise, relative
 from shrinking import shrunk
 from signatures import SEED
 from zoo.convert import from_timm
@@ -167,6 +166,40 @@ def test_another_image_size_leaves_the_old_one_bit_for_bit(name: str, tmp_path: 
     large = images(source, source.config.image + 32)
     wanted, found = outputs(source, large), outputs(model, large)
     assert all(bool(each.isfinite().all()) and torch.equal(found[key], each) for key, each in wanted.items())
+
+
+# timm's models of the presets that it has too, their small sizes where timm takes them, and two sides of images. Its ViTs
+# have a table of positions. Its DaViT attends to padding, so sides are multiples of its windows.
+FLAT: dict[str, Any] = {"img_size": 48, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DAVIT: dict[str, Any] = {"embed_dims": (16, 32, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
+THEIRS: dict[str, tuple[dict[str, Any], int, int]] = {
+    **{f"vit_{size}_patch16_224": (FLAT, 48, 80) for size in ("tiny", "small", "base", "large")},
+    **{f"deit_{size}_patch16_224": (FLAT, 48, 80) for size in ("tiny", "small", "base")},
+    **{name: ({}, 48, 80) for name in ("poolformer_s12", "poolformer_s24", "convformer_s18", "caformer_s18")},
+    "davit_tiny": (DAVIT, 224, 448),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if sizes else [pytest.mark.slow]) for name, (sizes, *_) in THEIRS.items()]
+)
+def test_another_image_size_is_timms_resized_model(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    sizes, before, after = THEIRS[name]
+    theirs = randomise(timm.create_model(name, **sizes, num_classes=5)).eval()
+    ours = from_timm(theirs).eval()
+    folder = save_model(ours, tmp_path / name, preprocess=ImagePreprocess(size=before), labels=[*"abcde"])
+    model: Any = load_model(folder, image=after)
+    assert model.preprocess.size == after and model.loaded.taken == (*model.state_dict(),)
+    small, large = torch.randn(2, 3, before, before), torch.randn(2, 3, after, after)
+    assert torch.equal(model(small), ours(small)) and relative(model(small), theirs(small)) <= 1e-4
+    if "img_size" in sizes:
+        resized = timm.create_model(name, **sizes | {"img_size": after}, num_classes=5)
+        state = timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), resized)  # pyright: ignore
+        resized.load_state_dict(state)
+        theirs = resized.eval()
+    assert relative(model(large), theirs(large)) <= 1e-4
 
 
 def scores(model: Any, x: Tensor) -> list[Tensor]:
