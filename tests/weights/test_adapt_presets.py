@@ -168,7 +168,7 @@ def test_another_image_size_leaves_the_old_one_bit_for_bit(name: str, tmp_path: 
     assert all(bool(each.isfinite().all()) and torch.equal(found[key], each) for key, each in wanted.items())
 
 
-# timm's models of the presets that it has too, their small sizes where timm takes them, and two sides of images. Its ViTs
+# timm's models of the presets that it has, too, small sizes where timm takes them, and two sides of images. Its ViTs
 # have a table of positions. Its DaViT attends to padding, so sides are multiples of its windows.
 FLAT: dict[str, Any] = {"img_size": 48, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DAVIT: dict[str, Any] = {"embed_dims": (16, 32, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
