@@ -41,9 +41,12 @@ def like(module: nn.Module) -> Tensor:
 def fingerprint(module: nn.Module) -> dict[str, int]:
     """The CRC-32 of each tensor of a module's state, by name; that of its float32 values for any dtype of floating
     point, so that a dtype that holds the same values gives the same."""
-    state = {name: each.detach().cpu() for name, each in module.state_dict().items()}
-    plain = {name: each.float() if each.is_floating_point() else each for name, each in state.items()}
-    return {name: zlib.crc32(each.reshape(-1).numpy()) for name, each in plain.items()}
+
+    def checksum(x: Tensor) -> int:
+        plain = x.detach().cpu().reshape(-1)
+        return zlib.crc32((plain.float() if x.is_floating_point() else plain).numpy().data)
+
+    return {name: checksum(each) for name, each in module.state_dict().items()}
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

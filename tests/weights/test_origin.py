@@ -108,8 +108,9 @@ def test_the_same_weights_keep_them(change: str, start: Path, tmp_path: Path):
 
 def test_half_precision_that_loses_nothing_keeps_them(start: Path, tmp_path: Path):
     half = save_model(load_model(start).half(), tmp_path / "half", **SAID)
-    assert load_model(half).head.weight.dtype == torch.float32
-    for model in (load_model(half), load_model(half).half()):
+    loaded: Any = load_model(half)
+    assert loaded.head.weight.dtype == torch.float32
+    for model in (loaded, load_model(half).half()):
         assert load_checkpoint(save_model(model, tmp_path / "new")).config["figures"] == [FIGURE]
 
 
