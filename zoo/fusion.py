@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.layer import Fold, Layer
 from zoo.norms import Affine, Norm
+from zoo.tensors import fingerprint
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -175,6 +176,9 @@ def fuse(model: Model) -> Model:
             f"'{quantized[0]}' is quantized and cannot be folded into; fuse the model before quantizing it"
         )
     model = copy.deepcopy(model).eval()
+    origin: Any = getattr(model, "origin", None)
+    if origin is not None and origin.weights != fingerprint(model):
+        origin = None
     report: list[Fold] = []
     for name, module in list(model.named_modules()):
         step: Callable[[], list[Fold]] | None = getattr(module, "fold", None)
@@ -182,4 +186,6 @@ def fuse(model: Model) -> Model:
             prefix = f"{name}." if name else ""
             report += [Fold(prefix + fold.layer, fold.into, fold.reason) for fold in step()]
     object.__setattr__(model, "fusion", report)
+    if origin is not None:
+        object.__setattr__(model, "origin", origin._replace(weights=fingerprint(model)))
     return model

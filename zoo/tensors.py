@@ -1,6 +1,7 @@
 """Functions of tensors that every part uses: masks, tokens and maps, filters along the grid."""
 
 import itertools
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,17 @@ def like(module: nn.Module) -> Tensor:
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((each for each in tensors if each.is_floating_point()), torch.zeros(()))
+
+
+def fingerprint(module: nn.Module) -> dict[str, int]:
+    """The CRC-32 of each tensor of a module's state, by name; that of its float32 values for any dtype of floating
+    point, so that a dtype that holds the same values gives the same."""
+
+    def checksum(x: Tensor) -> int:
+        plain = x.detach().cpu().reshape(-1)
+        return zlib.crc32((plain.float() if x.is_floating_point() else plain).numpy().data)
+
+    return {name: checksum(each) for name, each in module.state_dict().items()}
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

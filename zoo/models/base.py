@@ -66,7 +66,8 @@ class Model(nn.Module, Generic[Kind]):
     `checkpointing` recomputes activations in the backward pass, to save memory. `fusion` is the report of
     `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card,
     figures and more) are those of the checkpoint that it was read from; set the first three to None, and `about` to {},
-    to save it without them. `loaded` says which of its weights are from there (see `zoo.weights.Loaded`).
+    to save it without them. `loaded` says which of its weights are from there (see `zoo.weights.Loaded`), and `origin`
+    for which weights `about` holds.
     """
 
     replaceable: tuple[str, ...] = ("head",)  # parts that may start untrained in fine-tuning
@@ -80,6 +81,7 @@ class Model(nn.Module, Generic[Kind]):
     labels: Any = None
     about: Mapping[str, Any] = MappingProxyType({})
     loaded: Any = None
+    origin: Any = None
 
     def __init__(self, config: Kind) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from zoo.inputs.images import PixelPreprocess
 from zoo.models.base import Model
 from zoo.outputs import LABELS
 from zoo.text import unknown
+from zoo.weights.origin import made_from
 from zoo.weights.read import Checkpoint
 
 FREE = ("drop_path", "dropout")  # fields that have no part in what a trained model computes
@@ -93,16 +94,10 @@ def adapt(
         preprocess = _prepared(preprocess, changes)
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
     same = kept is None and different <= {*FREE} and preprocess == start.preprocess
-    model.about = dict(start.model.about) if same else made_from(start, name)
-    model.loaded = report
-    return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
-
-
-def made_from(start: Checkpoint, name: object) -> dict[str, Any]:
-    """What is still true of a changed model: its license and what it was made from; its figures are not."""
     about = start.model.about
-    base = about.get("base") or {"address": os.path.basename(str(name)), "commit": None, "layout": "zoo"}
-    return {key: about[key] for key in ("license", "datasets") if key in about} | {"base": base}
+    model.about = dict(about) if same else made_from(about, os.path.basename(str(name)))
+    model.loaded, model.origin = report, start.model.origin
+    return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
 
 
 def _checked_labels(start: Checkpoint, labels: Any, name: object) -> int:

@@ -14,6 +14,7 @@ from zoo.text import reason
 from zoo.weights.adapt import adapt
 from zoo.weights.foreign import foreign
 from zoo.weights.names import locate
+from zoo.weights.origin import origin_of
 from zoo.weights.read import Checkpoint, read_checkpoint
 
 
@@ -21,7 +22,8 @@ def load_model(name: str | os.PathLike[str], **options: Any) -> nn.Module:
     """The model of a checkpoint in eval mode, as in load_model("vit_micro.digits", classes=37). Arguments and errors
     are those of `load_checkpoint`.
 
-    `model.preprocess` and `model.labels` are the checkpoint's; `save_model` keeps them and the contents of its card.
+    `model.preprocess` and `model.labels` are the checkpoint's; `save_model` keeps them and, as long as the weights are
+    the same, the contents of its card.
     `model.loaded` says which weights were taken, resized, new or left out.
     """
     return load_checkpoint(name, **options).model
@@ -76,6 +78,7 @@ def load_checkpoint(
     if found is not None and check:
         raise ValueError(f"{name} has no probe, so omit check")
     found = found or read_checkpoint(locate(name, **hub), check)
+    found.model.origin = origin_of(found.model, name)
     config = found.model.config
     given = {"channels": channels, "image": image}
     changes = {key: value for key, value in given.items() if value is not None} | fields

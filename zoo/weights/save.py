@@ -29,6 +29,7 @@ from zoo.weights.figures import Figure, checked_figures
 from zoo.weights.files import FILES, TENSORS, CheckpointError, record, sync_folder
 from zoo.weights.format import ABOUT, FORMAT, check_about, check_fit, write_preprocess
 from zoo.weights.names import previous_of
+from zoo.weights.origin import still_true
 from zoo.weights.probe import cost_of, inputs_for, outputs_of, pack
 from zoo.weights.read import read_checkpoint
 
@@ -52,9 +53,12 @@ def save_model(
     """Writes a checkpoint folder: README.md, config.json, model.safetensors and probe.safetensors.
 
     The folder is written aside, loaded again and probed, and only then renamed into place; an existing
-    checkpoint is replaced completely or not at all. The model itself is not touched. Weights keep their dtype. What is
-    None is taken from the checkpoint that the model was read from, if it was. A warning names a preprocess or labels
-    that are missing.
+    checkpoint is replaced completely or not at all. The model itself is not touched. Weights keep their dtype. A
+    warning names a preprocess or labels that are missing.
+
+    What is None is taken from the checkpoint that the model was read from, if it was. Figures hold only for what was
+    measured: if a weight or the preprocessing has changed since, as by training, `source`, `card` and `figures` are not
+    taken, and `base` is that checkpoint, unless it has a base itself. `zoo.fuse` counts as no change.
 
     Args:
         model: a model of the zoo, fused or not, compiled or not, in float32, float16 or bfloat16.
@@ -88,11 +92,8 @@ def save_model(
     preset, preprocess = preset or model.preset, preprocess or model.preprocess
     labels = model.labels if labels is None else labels
     given = {"source": source, "card": card, "license": license, "datasets": datasets, "figures": figures, "base": base}
-    said = {**ABOUT, **model.about} | {name: value for name, value in given.items() if value is not None}
     if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
         raise ValueError(unknown("preset", str(preset), PRESETS))
-    check_about(said)
-    said |= {"datasets": [*said["datasets"]], "figures": checked_figures(said["figures"])}
     config = model.config
     check_fit(config, preprocess, labels)
     twin = copied(model).cpu().eval()
@@ -102,6 +103,10 @@ def save_model(
         raise ValueError(
             f"'{odd[0]}' is quantized, which checkpoints do not support; save the model before quantizing it"
         )
+    said = {**ABOUT, **still_true(model, twin, preprocess)}
+    said |= {name: value for name, value in given.items() if value is not None}
+    check_about(said)
+    said |= {"datasets": [*said["datasets"]], "figures": checked_figures(said["figures"])}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     inputs = inputs_for(config, preprocess)

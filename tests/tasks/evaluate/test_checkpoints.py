@@ -1,6 +1,10 @@
 """Every checkpoint of the repository has the figures of its card, by `zoo evaluate`.
 
 Data that is not made here is looked for in the folder of the environment variable ZOO_DATA.
+
+The average precision of a detector is the only figure that depends on the processor: processors round in different
+ways, and detections whose scores differ by that change places. On the 127 images of Aquarium, that is in 38 places of
+the ranks of 12,700 detections, between float32 and float64, and 5e-7 of AP50.
 """
 
 import json
@@ -25,6 +29,7 @@ DATA: dict[str, tuple[str | None, dict[str, Any]]] = {
     "clothing10": ("clothing10_s112", {}),
     "caltech": ("caltech101_s96", {}),
 }
+ROUNDED = 2e-6  # of an average precision on another processor
 
 
 def cases() -> list[Any]:
@@ -49,6 +54,11 @@ def test_a_checkpoint_has_the_figures_of_its_card(name: str, folder: str | None,
     for figure in found["figures"]:
         for card in stated:
             if card["metric"] == figure["metric"]:
-                assert card | {"command": ""} == figure | {"data": card["data"], "command": ""}
+                same = figure | {"data": card["data"], "command": card["command"]}
+                if found["task"] == "detect":
+                    numbers = ([each["value"], *each["interval"]] for each in (card, figure))
+                    assert next(numbers) == pytest.approx(next(numbers), rel=0, abs=ROUNDED)
+                    same |= {"value": card["value"], "interval": card["interval"]}
+                assert card == same
                 seen += 1
     assert seen

@@ -1,0 +1,40 @@
+"""The checkpoint that a model was read from, and what it says that still holds for the model."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from zoo.inputs import Preprocess
+from zoo.models.base import Model
+from zoo.tensors import fingerprint
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a model was read from: `model.origin`."""
+
+    name: str  # without the folders of this machine
+    weights: Mapping[str, int]  # their fingerprint
+    preprocess: Preprocess | None
+
+
+def origin_of(model: Model, name: str | os.PathLike[str]) -> Origin:
+    """The origin of a model that was just read from the checkpoint of this name."""
+    return Origin(os.path.basename(os.path.normpath(name)), fingerprint(model), model.preprocess)
+
+
+def still_true(model: Model, weights: nn.Module, preprocess: Preprocess | None) -> Mapping[str, Any]:
+    """What `model.about` says that holds for these weights, those of the model on the CPU, with this preprocessing:
+    all of it if both are those of the checkpoint that the model was read from, or if it was read from none."""
+    origin: Origin | None = model.origin
+    if origin is None or (origin.preprocess in (None, preprocess) and origin.weights == fingerprint(weights)):
+        return model.about
+    return made_from(model.about, origin.name)
+
+
+def made_from(about: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What is still true of a changed model: its license, its data and what it was made from; source, card and figures
+    are not."""
+    base = about.get("base") or {"address": name, "commit": None, "layout": "zoo"}
+    return {key: about[key] for key in ("license", "datasets") if key in about} | {"base": base}
