@@ -8,6 +8,7 @@ from torch import Tensor
 
 import zoo
 from helpers import randomise
+from zoo.inputs.images import ImagePreprocess
 from zoo.models import configure
 from zoo.norms import LayerNorm
 from zoo.weights import share_kv_heads, to_rmsnorm
@@ -93,10 +94,16 @@ def test_a_bias_stays_in_the_norm_where_nothing_takes_it(fields: dict[str, Any])
 
 
 def test_a_converted_model_is_saved_and_trained(tmp_path):
-    model = vit().float()
+    figure = {"data": "x", "split": "val", "metric": "accuracy", "value": 1.0, "n": 9, "interval": None, "command": ""}
+    facts: Any = {"labels": [*"abcde"], "preprocess": ImagePreprocess(size=32), "license": "mit", "figures": [figure]}
+    zoo.save_model(vit().float(), tmp_path / "model", **facts)
+    model = zoo.load_model(tmp_path / "model")
     made = to_rmsnorm(model, compressed=True)
     assert next(made.parameters()).dtype == torch.float32
-    again = zoo.load_model(zoo.save_model(made, tmp_path / "kept", labels=[*"abcde"]))
+    again: Any = zoo.load_model(zoo.save_model(share_kv_heads(to_rmsnorm(model), 1), tmp_path / "shared"))
+    assert again.labels == (*"abcde",) and again.about["figures"] == [] and again.about["license"] == "mit"
+    again = zoo.load_model(zoo.save_model(made, tmp_path / "kept"))
+    assert again.labels == (*"abcde",) and again.about["figures"] == [] and again.about["base"]["address"] == "model"
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(made(images), again(images)) and difference(model, again, images) < 1e-5
     again.train()(images).sum().backward()

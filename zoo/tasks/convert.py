@@ -60,7 +60,6 @@ def main(arguments: list[str]) -> None:
     if given.mixer is not None and not given.on:
         made.error("--mixer needs --on PATH: files that the new mixer learns from")
     from zoo.weights import load_checkpoint, save_model
-    from zoo.weights.origin import made_from
     from zoo.weights.save import check_target
 
     device = files.device_for(given.device)
@@ -70,16 +69,14 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{given.folder} is the checkpoint itself; choose another folder")
     start = load_checkpoint(given.name, device=device)
     inputs = compared(start, given, device)
-    model, about = start.model, made_from(start.model.about, Path(given.name).name)
+    model = start.model
     print(f"compared on      {counted(len(inputs), 'file' if given.on else 'random input')}")
     for name, value in changes.items():
         model = change(model, name, value, start, given, inputs)
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()]
-    model.preset, model.preprocess, model.labels = start.config["preset"], start.preprocess, start.labels
-    model.origin = None
-    model.about = about | {"source": f"zoo convert {shlex.quote(Path(given.name).name)} {' '.join(words)}"}
+    source = f"zoo convert {shlex.quote(Path(given.name).name)} {' '.join(words)}"
     before, after = (sum(each.numel() for each in part.parameters()) for part in (start.model, model))
-    save_model(model.cpu(), target)
+    save_model(model.cpu(), target, source=source)
     print(f"parameters       {before:,}, now {after:,}\nwritten to       {given.folder}")
 
 

@@ -21,6 +21,7 @@ from zoo.layer import Context
 from zoo.mixers import MIXERS
 from zoo.models.base import Model
 from zoo.text import one_line
+from zoo.weights.origin import inherit
 
 
 class Graft(NamedTuple):
@@ -60,7 +61,7 @@ def graft(model: nn.Module, mixer: Any, batches: Iterable[Any], *, rate: float =
     grafted.to(device, next(model.parameters()).dtype)
     paths = changed(model, grafted)
     copy_common(model, grafted)
-    grafted.preset, grafted.preprocess, grafted.labels = model.preset, model.preprocess, model.labels
+    inherit(grafted, model)
     new = {path: grafted.get_submodule(path).train() for path in paths}
     trained = [each for part in new.values() for each in part.parameters()]
     if not trained:

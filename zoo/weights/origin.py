@@ -33,6 +33,12 @@ def still_true(model: Model, weights: nn.Module, preprocess: Preprocess | None) 
     return made_from(model.about, origin.name)
 
 
+def inherit(made: Model, model: Model) -> None:
+    """Gives a model that was made from another what that one has of its checkpoint."""
+    made.preset, made.preprocess, made.labels = model.preset, model.preprocess, model.labels
+    made.about, made.origin = dict(model.about), model.origin
+
+
 def made_from(about: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What is still true of a changed model: its license, its data and what it was made from; source, card and figures
     are not."""

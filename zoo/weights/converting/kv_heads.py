@@ -12,6 +12,7 @@ from zoo.layer import copied
 from zoo.mixers.attention import Projected
 from zoo.models.base import Model
 from zoo.spec import options_of, parse, respelled
+from zoo.weights.origin import inherit
 
 
 def share_kv_heads(model: nn.Module, kv_heads: int) -> Model:
@@ -45,6 +46,7 @@ def share_kv_heads(model: nn.Module, kv_heads: int) -> Model:
                     mixer.qkv.bias = nn.Parameter(_means(mixer, mixer.qkv.bias, kv_heads))
     made.to(next(twin.parameters()))
     made.load_state_dict(twin.state_dict())
+    inherit(made, twin)
     return made
 
 

@@ -15,6 +15,7 @@ from zoo.models.vit import ViT, ViTConfig
 from zoo.norms import LayerNorm
 from zoo.positions import Learned, Position, Rotary, SinCos
 from zoo.spec import check, options_of, parse, respelled
+from zoo.weights.origin import inherit
 
 Writer = nn.Linear | nn.Conv2d | nn.Parameter
 
@@ -56,7 +57,9 @@ def to_rmsnorm(model: nn.Module, *, compressed: bool = False) -> ViT:
         with torch.no_grad():
             twin.double()
             _change(twin, residuals, readers, compressed, biased)
-        return _built(config, twin).to(like)
+        made = _built(config, twin).to(like)
+        inherit(made, model)
+        return made
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from None
 
