@@ -284,6 +284,22 @@ def test_a_checkpoint_is_checked_before_the_hub_is_asked(
     assert any(word in refusal(copy, NAME) for word in words.split("|")) and hub.log == []
 
 
+@pytest.mark.parametrize("format", [1, 2, 3])
+def test_an_older_format_is_saved_again_before_it_is_published(hub, folder, format):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("license", "card", "figures", "dtype", "cost", "parameters", "datasets", "base", "files"):
+        config.pop(name)
+    config |= {"format": format} | ({"tokenizer": None} if format == 2 else {})
+    path.write_text(json.dumps(config))
+    line = refusal(folder, NAME, dry_run=True)
+    assert str(folder) in line and "has an older format" in line and "zoo.save_model(zoo.load_model(FOLDER)" in line
+    assert refusal(folder, NAME) == line and hub.log == []
+    save_model(load_model(folder), folder)
+    publish(folder, NAME)
+    assert published(hub)["config.json"] == path.read_bytes()
+
+
 def test_names_are_checked_before_the_hub_is_asked(hub, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "'nothing' not found" in refusal("nothing", NAME)

@@ -83,6 +83,11 @@ def publish(
 def _files(folder: Path, repository: str) -> Files:
     """What is uploaded, after the checkpoint has been checked."""
     paths = {file: file_of(folder, file) for file in FILES}
+    if not read_config(paths["config.json"])["files"]:
+        raise CheckpointError(
+            f"{folder} has an older format, without the hashes of its files; save it again by "
+            "zoo.save_model(zoo.load_model(FOLDER), FOLDER), then publish it"
+        )
     config = read_checkpoint(folder, check=True).config
     return paths | _results(config["figures"])
 
