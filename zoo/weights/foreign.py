@@ -8,9 +8,9 @@ from typing import Any
 
 from zoo.models import family_of
 from zoo.models.base import Model
-from zoo.text import from_json, reason, unknown
+from zoo.text import from_json, one_line, reason, unknown
 from zoo.weights.files import CheckpointError
-from zoo.weights.names import repository_of
+from zoo.weights.names import name_of, repository_of
 from zoo.weights.read import Checkpoint
 
 PREFIXES = ("timm:", "nemo:", "hf:")
@@ -18,15 +18,15 @@ PREFIXES = ("timm:", "nemo:", "hf:")
 
 def foreign(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> Checkpoint | None:
     """The model of another library that the name describes; None if it is a checkpoint of the zoo."""
-    prefix, colon, rest = str(name).partition(":")
+    prefix, colon, rest = name_of(name).partition(":")
     if not isinstance(name, str) or prefix + colon not in PREFIXES:
         return None
     if prefix == "hf" and is_ours(rest, hub):
         return None
     try:
         return {"timm": _timm, "nemo": _nemo, "hf": _transformers}[prefix](rest, hub)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{name}: {reason(error)}") from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{one_line(name, 200)}: {reason(error)}") from error
 
 
 def _made(model: Any, preprocess: Any, labels: Any, base: Mapping[str, Any], license: str) -> Checkpoint:
