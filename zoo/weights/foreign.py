@@ -21,7 +21,7 @@ def foreign(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> Checkpoint 
     prefix, colon, rest = name_of(name).partition(":")
     if not isinstance(name, str) or prefix + colon not in PREFIXES:
         return None
-    if prefix == "hf" and is_ours(rest, hub):
+    if prefix == "hf" and not _is_path(rest) and is_ours(rest, hub):
         return None
     try:
         return {"timm": _timm, "nemo": _nemo, "hf": _transformers}[prefix](rest, hub)
@@ -79,16 +79,27 @@ def _nemo(name: str, hub: Mapping[str, Any]) -> Checkpoint:
 
 
 def _transformers(name: str, hub: Mapping[str, Any]) -> Checkpoint:
-    """A model of transformers on the Hub."""
+    """A model of transformers on the Hub or in a folder, with the license that its README.md names."""
     from zoo.convert import from_transformers
-    from zoo.convert.transformers.files import located
+    from zoo.convert.transformers.files import license_of, located
 
-    repository, revision = repository_of(name, hub["revision"])
-    folder = located(repository, **{**hub, "revision": revision})
-    found = from_transformers(folder)
-    base = {"address": f"https://huggingface.co/{repository}", "commit": folder.name, "layout": "transformers"}
-    model, preprocess, labels = found
-    return _made(model, preprocess, labels, base, "unknown")
+    if _is_path(name):
+        folder, commit = Path(name).expanduser().resolve(), None
+        if not folder.is_dir():
+            raise ValueError("there is no such folder")
+        address = folder.name
+    else:
+        repository, revision = repository_of(name, hub["revision"])
+        folder = located(repository, **{**hub, "revision": revision})
+        address, commit = f"https://huggingface.co/{repository}", folder.name
+    model, preprocess, labels = from_transformers(folder)
+    base = {"address": address, "commit": commit, "layout": "transformers"}
+    return _made(model, preprocess, labels, base, license_of(folder))
+
+
+def _is_path(name: str) -> bool:
+    """Whether what follows `hf:` is the path of a folder, which OWNER/NAME is not."""
+    return name.startswith(("/", "./", "../", "~"))
 
 
 def is_ours(name: str, hub: Mapping[str, Any]) -> bool:

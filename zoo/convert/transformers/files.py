@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.convert.nemo.files import CONFIG, config_of
 from zoo.convert.source import LARGEST, Section
 from zoo.text import from_json, one_line, reason
 from zoo.weights.files import read_tensors
+from zoo.weights.hub.errors import explain
 
 HARMLESS = (
     "architectures",
@@ -33,6 +35,7 @@ HARMLESS = (
 )
 """Keys that every config may have, and that change nothing at inference."""
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "p*processor_config.json"]
+_FILES += ["README.md"]
 
 
 def located(name: str, **hub: Any) -> Path:
@@ -46,8 +49,9 @@ def located(name: str, **hub: Any) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, **given))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
+        why = explain(error, repository, hub.get("token"))
         raise ValueError(
-            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {error}")
+            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {why}")
         ) from error
 
 
@@ -60,6 +64,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return values
+
+
+def license_of(folder: Path) -> str:
+    """The license that the front matter of README.md names, as on the Hub; "unknown" if there is none that can be
+    read."""
+    path = folder / "README.md"
+    try:
+        with open(path, "rb") as file:
+            front = re.match(rb"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", file.read(CONFIG), re.S | re.M)
+        said = config_of(front[1], str(path)).get("license") if front else None
+    except (OSError, ValueError):
+        said = None
+    return said if isinstance(said, str) and re.fullmatch(r"[\w.+-]{1,100}", said) else "unknown"
 
 
 def id_names(values: Mapping[str, Any], whole: Section) -> list[str]:
