@@ -44,7 +44,7 @@ def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
 
     from zoo.convert import from_timm, timm_preprocess
 
-    if refused := [key for key in ("revision", "token", "local_files_only") if hub[key]]:
+    if refused := [key for key in ("revision", "token", "force_download", "local_files_only") if hub[key]]:
         raise ValueError(f"timm downloads its models itself; {refused[0]} has no effect, so omit it")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(unknown("model of timm", name, timm.list_models(pretrained=True)))

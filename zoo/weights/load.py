@@ -41,6 +41,7 @@ def load_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
     local_files_only: bool = False,
     **fields: Any,
 ) -> Checkpoint:
@@ -63,6 +64,7 @@ def load_checkpoint(
         revision: branch, tag or commit on the Hub.
         token: of the Hub; the stored one by default, False for none.
         cache_dir: the Hub's cache.
+        force_download: download again what the cache holds.
         local_files_only: never ask the Hub; use what the cache holds.
         fields: other fields of the model's config, such as drop_path.
 
@@ -71,7 +73,10 @@ def load_checkpoint(
             fit the others; it was written by a newer zoo; or its probe fails.
         ValueError: a change does not fit the model.
     """
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if force_download and local_files_only:
+        raise ValueError("force_download and local_files_only exclude each other; give one of them")
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub |= {"force_download": force_download, "local_files_only": local_files_only}
     found = foreign(name, hub)
     if found is not None and check:
         raise ValueError(f"{name} has no probe, so omit check")
