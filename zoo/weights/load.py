@@ -51,8 +51,8 @@ def load_checkpoint(
     Args:
         name: a folder; the name of a folder in ./checkpoints or of a checkpoint of the zoo; or "owner/name" or
             "owner/name@revision" on the Hub. Explicit names never look at folders here: "zoo:NAME", a checkpoint of
-            the zoo; "hf:OWNER/NAME", one on the Hub, also of transformers; "hf:./FOLDER", a folder that transformers
-            saved; "timm:NAME", a pretrained model of timm; "nemo:FILE", a .nemo file.
+            the zoo; "hf:OWNER/NAME", one on the Hub, also of transformers or a DiT of diffusers; "hf:./FOLDER", a
+            folder that these saved; "timm:NAME", a pretrained model of timm; "nemo:FILE", a .nemo file.
         classes: another number of classes, or their names; rows of names that the checkpoint has are kept.
         tokenizer: another tokenizer, for a speech model; rows of pieces that the checkpoint has are kept.
         channels: another number of channels of the images; weights are summed or spread.
