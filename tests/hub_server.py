@@ -292,6 +292,11 @@ def paths_info(at: Handler, name: str, revision: str) -> None:
     raise Answer(200, [entry(path, files[path]) for path in wanted if path in files])
 
 
+def tree(at: Handler, name: str, revision: str) -> None:
+    repo = at.repo(name)
+    raise Answer(200, [entry(path, data) for path, data in repo.commits[at.commit(repo, revision)].items()])
+
+
 def refs(at: Handler, name: str) -> None:
     repo = at.repo(name)
     kinds = {"branches": ("heads", repo.branches), "tags": ("tags", repo.tags)}
@@ -405,6 +410,7 @@ PAGES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("GET", "HEAD"), "/lfs/(.+)", lfs),
     (("GET",), f"/api/models/{REPO}", info),
     (("GET",), f"/api/models/{REPO}/revision/(.+)", info),
+    (("GET",), f"/api/models/{REPO}/tree/([^/]+)", tree),
     (("GET",), f"/api/models/{REPO}/refs", refs),
     (("GET",), f"/api/models/{REPO}/discussions", discussions),
     (("GET",), "/api/whoami-v2", whoami),

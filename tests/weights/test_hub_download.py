@@ -16,6 +16,7 @@ import zoo
 from helpers import randomise
 from hub_server import READER, WRITER, Hub, environment, hub_on_loopback, point_to
 from zoo.inputs.images import ImagePreprocess
+from zoo.models.vit import ViT
 from zoo.weights import FILES, CheckpointError, load_checkpoint, save_model
 from zoo.weights.hub import download, downloading
 from zoo.weights.hub.errors import explain
@@ -224,6 +225,21 @@ def test_offline(hub, files, monkeypatch):
     assert download(NAME, "v1.0") == folder and hub.log == []
     (folder / "model.safetensors").unlink()
     assert "it is not in the cache" in refusal(NAME, "v1.0")
+
+
+def test_force_download(hub, files):
+    folder = download(NAME)
+    hub.log.clear()
+    assert ViT.from_pretrained(NAME, revision="v1.0", force_download=True).labels == ("ant", "bee")
+    assert len(hub.seen("GET /lfs")) == len(files) - 2 and len(hub.seen("GET .*config.json")) == 1
+    hub.log.clear()
+    ViT.from_pretrained(NAME)
+    assert not hub.seen("GET /lfs") and contents(folder).items() <= files.items()
+    for name in (NAME, f"hf:{NAME}", "timm:resnet18"):
+        with pytest.raises(ValueError, match="force_download"):
+            load_checkpoint(name, force_download=True, local_files_only=True)
+    with pytest.raises(CheckpointError, match="force_download has no effect, so omit it"):
+        load_checkpoint("timm:resnet18", force_download=True)
 
 
 def test_nothing_is_written_to_a_cache_that_is_complete(hub, tmp_path):

@@ -193,6 +193,37 @@ def test_a_pull_request_is_opened_once(hub, made, monkeypatch):
     assert "after it is merged" in refusal(made[0], NAME, pr=True, tag="v1")
 
 
+def test_a_model_is_pushed_with_the_arguments_of_the_hub(hub, folder, monkeypatch):
+    model: Any = load_model(folder)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="no token of the Hub found"):
+        model.push_to_hub(NAME)
+    with pytest.raises(ValueError, match="no token of the Hub found"):
+        model.push_to_hub(NAME, token=False)
+    assert hub.log == []
+    given = {"commit_message": "A first one", "private": True, "tag": "v1", "token": WRITER}
+    assert model.push_to_hub(NAME, **given) == f"{hub.address}/{NAME}"
+    repo = hub.repos[NAME]
+    assert repo.messages == ["initial commit", "A first one"] and repo.private and repo.tags.keys() == {"v1"}
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    randomise(model, 5)
+    for _ in range(2):
+        assert model.push_to_hub(NAME, commit_message="Mend it", create_pr=True, token=True).endswith("discussions/1")
+    assert [each["title"] for each in repo.pulls] == ["Mend it"] and len(repo.messages) == 3
+    for name in ("owner/..", "owner/", "a/b/c", "", "a", None, 3):
+        with pytest.raises(ValueError, match="^Repo id|the name on the Hub must be OWNER/NAME"):
+            model.push_to_hub(name)
+    with pytest.raises(TypeError, match="'pr'"):
+        model.push_to_hub(NAME, pr=True)
+
+
+def test_the_message_of_a_commit(hub, folder, capsys):
+    main(["publish", str(folder), NAME, "--message", "A second: ä"])
+    assert capsys.readouterr().out == f"{hub.address}/{NAME}\n" and hub.repos[NAME].messages[1:] == ["A second: ä"]
+    for message in ("", " ", "a\nb", "x" * 201, "\x1b[31m"):
+        assert "the message must be one line of 1 to 200 characters" in refusal(folder, NAME, message=message)
+
+
 def test_a_pull_request_without_changes_is_not_opened(hub, folder):
     publish(folder, NAME)
     assert publish(folder, NAME, pr=True) == f"{hub.address}/{NAME}" and not hub.repos[NAME].pulls
@@ -284,10 +315,27 @@ def test_a_checkpoint_is_checked_before_the_hub_is_asked(
     assert any(word in refusal(copy, NAME) for word in words.split("|")) and hub.log == []
 
 
+@pytest.mark.parametrize("format", [1, 2, 3])
+def test_an_older_format_is_saved_again_before_it_is_published(hub, folder, format):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("license", "card", "figures", "dtype", "cost", "parameters", "datasets", "base", "files"):
+        config.pop(name)
+    config |= {"format": format} | ({"tokenizer": None} if format == 2 else {})
+    path.write_text(json.dumps(config))
+    line = refusal(folder, NAME, dry_run=True)
+    assert str(folder) in line and "has an older format" in line and "zoo.save_model(zoo.load_model(FOLDER)" in line
+    assert refusal(folder, NAME) == line and hub.log == []
+    save_model(load_model(folder), folder)
+    publish(folder, NAME)
+    assert published(hub)["config.json"] == path.read_bytes()
+
+
 def test_names_are_checked_before_the_hub_is_asked(hub, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "'nothing' not found" in refusal("nothing", NAME)
-    assert "must be OWNER/NAME" in refusal(folder, "name")
+    for name in ("name", "", None, 3, b"owner/name"):
+        assert "must be OWNER/NAME" in refusal(folder, name)
     assert "Repo id" in refusal(folder, "owner/name@v1")
     for tag in ("", "a b", "../x", "-x"):
         assert "a tag must be letters" in refusal(folder, NAME, tag=tag)

@@ -1,9 +1,14 @@
 """Files of other libraries: their configs key by key, their tensors one by one, so that nothing is left unnoticed."""
 
+import argparse
+import contextlib
+import io
 import pickle
+import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -95,17 +100,58 @@ def refusal(error: Exception) -> str:
     return reason(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason(error)}"
 
 
+CLAIMED = 4
+"""The most bytes of all tensors of a file, as a multiple of its size: some share their values."""
+_FILLED = (b"__builtin__\nbytearray\n", b"builtins\nbytearray\n")  # made of a number, it is that many bytes of zeros
+_CHUNK = 1 << 24
+
+
+def loaded(source: Path | io.BytesIO, classes: Sequence[type] = ()) -> Any:
+    """What torch.save wrote to a file or to memory. Only tensors, plain values and these classes are read; raises
+    errors of many kinds. What would become larger than the file is refused before it is read."""
+    with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+        _check_parts(file)
+        file.seek(0)
+    with torch.serialization.safe_globals([*classes]):
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
+def _check_parts(file: IO[bytes]) -> None:
+    """ValueError if a file of torch.save has parts that expand, or asks for memory by a mere number."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if file.read(2) == b"PK":
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > size:
+            raise ValueError("its parts are compressed or overlap, which torch.save never writes")
+    file.seek(0)
+    with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:"):
+        raise ValueError("it is a tar archive, which PyTorch wrote before version 0.2; save its state dict again")
+    file.seek(0)
+    end = b""
+    while chunk := file.read(_CHUNK):
+        if any(word in end + chunk for word in _FILLED):
+            raise ValueError("it holds a bytearray, which tensors and plain values do not need")
+        end = chunk[-32:]
+
+
+def check_claims(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
+    """ValueError if tensors have far more values than a file of this size can hold: nothing was allocated for them yet,
+    but copies of them would be."""
+    if sum(each.numel() * each.element_size() for each in tensors.values()) > CLAIMED * size:
+        raise ValueError(f"{where}: its tensors claim far more values than it stores")
+
+
 def state_dict_of(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
     """The state dict in a file of PyTorch, of which only tensors and plain values are read: under one of the keys, the
     first that is there, then inside that again, or at the top.
 
-    ValueError, in one line, if it cannot be read or holds none.
+    ValueError, in one line, if it cannot be read or holds none, or if its tensors claim more than CLAIMED times its
+    size.
     """
-    import argparse
-
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        found, size = loaded(path, [argparse.Namespace]), path.stat().st_size
     except Exception as error:  # of the system, of zip files, and of what the file asks for
         raise ValueError(one_line(f"{path} cannot be read: {refusal(error)}", 300)) from error
     for key in keys:
@@ -113,7 +159,9 @@ def state_dict_of(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(isinstance(each, Tensor) for each in found.values()):
         raise ValueError(f"{path} holds no state dict, neither at the top nor under {' or '.join(map(repr, keys))}")
-    return {str(name): tensor for name, tensor in found.items()}
+    state = {str(name): tensor for name, tensor in found.items()}
+    check_claims(state, size, str(path))
+    return state
 
 
 class Source:

@@ -129,7 +129,8 @@ class Model(nn.Module, Generic[Kind]):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
-        """`zoo.load_model` for a checkpoint of this family; ValueError if it is one of another."""
+        """`zoo.load_model` for a checkpoint of this family, with its options, such as classes, revision, token,
+        cache_dir, force_download and local_files_only; ValueError if it is one of another."""
         model = zoo.load_model(name, **options)
         if not isinstance(model, cls):
             raise ValueError(f"{name} holds a {type(model).__name__}, not a {cls.__name__}; use zoo.load_model")
@@ -139,13 +140,38 @@ class Model(nn.Module, Generic[Kind]):
         """`zoo.save_model`: writes a checkpoint folder."""
         zoo.save_model(self, folder, **facts)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publishes the model as a checkpoint on the Hub: `zoo.publish` of a folder that `save_pretrained` writes.
-        Returns its address."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+    ) -> str:
+        """Publishes the model as a checkpoint on the Hub: `zoo.publish` of a folder that `save_pretrained` writes, with
+        the argument names of the Hub's client.
+
+        Args:
+            repo_id: "owner/name"; it is created if it does not exist, unless with `create_pr`.
+            commit_message: title of the commit or the pull request, in one line.
+            private: create the repository as private.
+            token: of the Hub; None or True is the stored one or HF_TOKEN.
+            create_pr: open a pull request instead of writing to `main`.
+            tag: a tag for this upload, so that "owner/name@tag" always loads it.
+
+        Returns:
+            The address of the repository or the pull request.
+        """
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(str(repo_id))  # before a folder gets its name
         with tempfile.TemporaryDirectory() as home:
-            folder = Path(home, repo_id.rpartition("/")[2])
+            folder = Path(home, str(repo_id).rpartition("/")[2])
             zoo.save_model(self, folder)
-            return zoo.publish(folder, repo_id, **options)
+            given: dict[str, Any] = {"message": commit_message, "private": bool(private), "token": token, "tag": tag}
+            return zoo.publish(folder, repo_id, pr=create_pr, **given)
 
     def name_layers(self) -> None:
         """Tells each layer its path in the model."""

@@ -1,5 +1,6 @@
 """The card of a checkpoint: README.md in the Hub's format, made from config.json alone."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,57 @@ FIGURES = """
 |---|---|---|---|---|---|
 {rows}
 {commands}"""
+
+# What opens HTML that holds everything up to its end, and that end, in lower case.
+_HTML = {r"<!--": "-->", r"<\?": "?>", r"<!\[cdata\[": "]]>", r"<![a-z]": ">"}
+_RAW = ("</pre>", "</script>", "</style>", "</textarea>")  # each of them ends all of them
+_HTML |= {rf"<{end[2:-1]}(?=[\s>]|$)": end for end in _RAW}
+_FENCE = re.compile(r"(`{3,})[^`]*$|(~{3,})")
+_ITEM = re.compile(r"\s*([-*+]|\d+[.)])(\s|$)")
+_ELEMENTS = ("details", "div", "table", "template", "noscript")
+
+
+def closed(text: str) -> str:
+    """A text in Markdown with its open fences of code, comments and elements of HTML closed at its end, so that what
+    follows it is seen. What a list may hold is closed before a line that is less indented, and a fence straight after a
+    tag gets an empty line before it."""
+    lines, shown, start, end, listed, tagged = list[str](), list[str](), "", "", False, False
+    for line in text.split("\n"):
+        if end and listed and line.strip() and len(line) - len(line.lstrip()) < len(start):
+            lines.append(start + end)
+            end = ""
+        if end:
+            end = "" if _ends(line, end) else end
+        else:
+            shown.append(line.lower())
+            listed = listed or _ITEM.match(line) is not None
+            start, end = _opened(line)
+            lines += [""] * (tagged and bool(end))
+            tagged = bool(line.strip()) and not end and (tagged or re.match(" *</?[A-Za-z]", line) is not None)
+        lines.append(line)
+    lines += [start + end] if end else []
+    whole = "\n".join(shown)
+    missing = {name: len(re.findall(rf"<{name}\b", whole)) - whole.count(f"</{name}>") for name in _ELEMENTS}
+    ends = [f"</{name}>" for name, number in missing.items() for _ in range(number)]
+    return "\n".join([*lines, *([""] if ends else []), *ends])
+
+
+def _opened(line: str) -> tuple[str, str]:
+    """The indentation of what a line opens and does not close, and what closes it."""
+    rest = line.lower().lstrip(" ")
+    indent = line[: len(line) - len(rest)]
+    if len(indent) > 3:
+        return "", ""
+    if fence := _FENCE.match(rest):
+        return indent, fence[1] or fence[2]
+    end = next((end for start, end in _HTML.items() if re.match(start, rest)), "")
+    return indent, "" if end and _ends(rest, end) else end
+
+
+def _ends(line: str, end: str) -> bool:
+    if end[0] in "`~":
+        return re.fullmatch(rf" {{0,3}}{end[0]}{{{len(end)},}}\s*", line) is not None
+    return any(each in line.lower() for each in (_RAW if end in _RAW else (end,)))
 
 
 def _cell(value: object) -> str:
@@ -114,7 +166,7 @@ def model_card(config: Config, written: Mapping[str, Any], preprocess: Preproces
         front=front.to_yaml(),
         title=title,
         name=literal(name),
-        text="\n".join(map(plain, written["card"].split("\n")))
+        text=closed("\n".join(map(plain, written["card"].split("\n"))))
         or f"A `{written['preset'] or written['family']}` model built with zoo.",
         parameters=f"{written['parameters']:,}",
         rows="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),

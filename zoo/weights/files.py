@@ -23,11 +23,16 @@ class CheckpointError(ValueError):
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """A file of a checkpoint; CheckpointError if it is missing."""
+    """A file of a checkpoint; CheckpointError if it is missing or cannot be read."""
     path = folder / name
-    if path.is_file():
-        return path
-    if pickles := sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES):
+    try:
+        if path.is_file():
+            with open(path, "rb"):
+                return path
+        pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {reason(error)}") from error
+    if pickles:
         raise CheckpointError(f"{folder} holds {pickles[0]} and no {name}; only safetensors are read, never a pickle")
     raise CheckpointError(f"{folder} has no {name}")
 

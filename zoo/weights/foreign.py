@@ -8,25 +8,26 @@ from typing import Any
 
 from zoo.models import family_of
 from zoo.models.base import Model
-from zoo.text import from_json, reason, unknown
+from zoo.text import from_json, one_line, reason, unknown
 from zoo.weights.files import CheckpointError
-from zoo.weights.names import repository_of
+from zoo.weights.names import name_of, repository_of
 from zoo.weights.read import Checkpoint
 
 PREFIXES = ("timm:", "nemo:", "hf:")
+PIPELINE = "model_index.json"  # of a repository of diffusers
 
 
 def foreign(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> Checkpoint | None:
     """The model of another library that the name describes; None if it is a checkpoint of the zoo."""
-    prefix, colon, rest = str(name).partition(":")
+    prefix, colon, rest = name_of(name).partition(":")
     if not isinstance(name, str) or prefix + colon not in PREFIXES:
         return None
-    if prefix == "hf" and is_ours(rest, hub):
+    if prefix == "hf" and not _is_path(rest) and is_ours(rest, hub):
         return None
     try:
-        return {"timm": _timm, "nemo": _nemo, "hf": _transformers}[prefix](rest, hub)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{name}: {reason(error)}") from error
+        return {"timm": _timm, "nemo": _nemo, "hf": _huggingface}[prefix](rest, hub)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{one_line(name, 200)}: {reason(error)}") from error
 
 
 def _made(model: Any, preprocess: Any, labels: Any, base: Mapping[str, Any], license: str) -> Checkpoint:
@@ -44,7 +45,7 @@ def _timm(name: str, hub: Mapping[str, Any]) -> Checkpoint:
 
     from zoo.convert import from_timm, timm_preprocess
 
-    if refused := [key for key in ("revision", "token", "local_files_only") if hub[key]]:
+    if refused := [key for key in ("revision", "token", "force_download", "local_files_only") if hub[key]]:
         raise ValueError(f"timm downloads its models itself; {refused[0]} has no effect, so omit it")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(unknown("model of timm", name, timm.list_models(pretrained=True)))
@@ -78,28 +79,49 @@ def _nemo(name: str, hub: Mapping[str, Any]) -> Checkpoint:
     return _made(found.model, found.preprocess, found.tokenizer, base, "unknown")
 
 
-def _transformers(name: str, hub: Mapping[str, Any]) -> Checkpoint:
-    """A model of transformers on the Hub."""
+def _huggingface(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """A model of transformers, or a DiT of diffusers, on the Hub or in a folder, with the license of its README.md."""
     from zoo.convert import from_transformers
-    from zoo.convert.transformers.files import located
+    from zoo.convert.dit.pipeline import FILES, convert_pipeline
+    from zoo.convert.transformers.files import license_of, located
 
-    repository, revision = repository_of(name, hub["revision"])
-    folder = located(repository, **{**hub, "revision": revision})
-    found = from_transformers(folder)
-    base = {"address": f"https://huggingface.co/{repository}", "commit": folder.name, "layout": "transformers"}
-    model, preprocess, labels = found
-    return _made(model, preprocess, labels, base, "unknown")
+    repository = commit = None
+    if _is_path(name):
+        folder = Path(name).expanduser().resolve()
+        if not folder.is_dir():
+            raise ValueError("there is no such folder")
+        address, piped = folder.name, (folder / PIPELINE).is_file()
+    else:
+        repository, revision = repository_of(name, hub["revision"])
+        piped = _json_of(name, "config.json", hub) is None  # `is_ours` has seen the other file
+        files = {"files": FILES} if piped else {}
+        folder = located(repository, **files, **{**hub, "revision": revision})
+        address, commit = f"https://huggingface.co/{repository}", folder.name
+    model, preprocess, labels = convert_pipeline(folder, repository) if piped else from_transformers(folder)
+    base = {"address": address, "commit": commit, "layout": "diffusers" if piped else "transformers"}
+    return _made(model, preprocess, labels, base, license_of(folder))
+
+
+def _is_path(name: str) -> bool:
+    """Whether what follows `hf:` is the path of a folder, which OWNER/NAME is not."""
+    return name.startswith(("/", "./", "../", "~"))
 
 
 def is_ours(name: str, hub: Mapping[str, Any]) -> bool:
     """Whether a repository on the Hub holds a checkpoint of the zoo. True, too, if it cannot be read: the download then
     says why."""
+    found = _json_of(name, "config.json", hub)
+    return "family" in found if found is not None else _json_of(name, PIPELINE, hub) is None
+
+
+def _json_of(name: str, file: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object in a JSON file of a repository on the Hub; None if it cannot be read or is none."""
     from huggingface_hub import hf_hub_download
 
     repository, revision = repository_of(name, hub["revision"])
     given: dict[str, Any] = {**hub, "revision": revision}
     try:
-        found = from_json(Path(hf_hub_download(repository, "config.json", **given)).read_bytes())
+        found = from_json(Path(hf_hub_download(repository, file, **given)).read_bytes())
     except Exception:  # the client raises its own errors, those of its network library, and the system's
-        return True
-    return isinstance(found, dict) and "family" in found
+        return None
+    return found if isinstance(found, dict) else None

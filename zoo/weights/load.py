@@ -43,6 +43,7 @@ def load_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
     local_files_only: bool = False,
     **fields: Any,
 ) -> Checkpoint:
@@ -52,8 +53,8 @@ def load_checkpoint(
     Args:
         name: a folder; the name of a folder in ./checkpoints or of a checkpoint of the zoo; or "owner/name" or
             "owner/name@revision" on the Hub. Explicit names never look at folders here: "zoo:NAME", a checkpoint of
-            the zoo; "hf:OWNER/NAME", one on the Hub, also of transformers; "timm:NAME", a pretrained model of timm;
-            "nemo:FILE", a .nemo file.
+            the zoo; "hf:OWNER/NAME", one on the Hub, also of transformers or a DiT of diffusers; "hf:./FOLDER", a
+            folder that these saved; "timm:NAME", a pretrained model of timm; "nemo:FILE", a .nemo file.
         classes: another number of classes, or their names; rows of names that the checkpoint has are kept.
         tokenizer: another tokenizer, for a speech model; rows of pieces that the checkpoint has are kept.
         channels: another number of channels of the images; weights are summed or spread.
@@ -65,6 +66,7 @@ def load_checkpoint(
         revision: branch, tag or commit on the Hub.
         token: of the Hub; the stored one by default, False for none.
         cache_dir: the Hub's cache.
+        force_download: download again what the cache holds.
         local_files_only: never ask the Hub; use what the cache holds.
         fields: other fields of the model's config, such as drop_path.
 
@@ -73,7 +75,10 @@ def load_checkpoint(
             fit the others; it was written by a newer zoo; or its probe fails.
         ValueError: a change does not fit the model.
     """
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if force_download and local_files_only:
+        raise ValueError("force_download and local_files_only exclude each other; give one of them")
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub |= {"force_download": force_download, "local_files_only": local_files_only}
     found = foreign(name, hub)
     if found is not None and check:
         raise ValueError(f"{name} has no probe, so omit check")

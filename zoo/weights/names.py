@@ -7,19 +7,34 @@ from typing import Any
 
 import zoo
 from zoo.quick import index
-from zoo.text import near, one_line, unknown
+from zoo.text import near, one_line, reason, unknown
 from zoo.weights.files import FILES, CheckpointError, record
 
 
+def name_of(name: str | os.PathLike[str]) -> str:
+    """The name of a checkpoint, or the path of one, as a string; CheckpointError if it is neither, or empty."""
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"the name of a checkpoint must be a string or a path, got {one_line(repr(name), 60)}")
+    if not text.strip() or "\0" in text:
+        raise CheckpointError(f"{text[:60]!r} is not the name of a checkpoint")
+    return str(text)
+
+
 def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder of a checkpoint; CheckpointError if it is not found.
+    """The folder of a checkpoint; CheckpointError if it is not found or its place cannot be read.
 
     A name is searched as a folder here and in ./checkpoints, among the checkpoints of the zoo, and on the Hub, in this
     order; "zoo:NAME" and "hf:OWNER/NAME" in one of the last two alone. `hub` are arguments of `download`.
     """
-    given, name = name, os.path.expanduser(name)
-    if not str(name).strip() or "\0" in str(name) or max(map(len, Path(name).parts)) > 255:
-        raise CheckpointError(f"{str(name)[:60]!r} is not the name of a checkpoint")
+    text = name_of(name)
+    try:
+        return _found(name, os.path.expanduser(text), hub)
+    except (OSError, RuntimeError, UnicodeError) as error:  # a folder may not be read, a link leads to itself
+        raise CheckpointError(f"checkpoint '{one_line(text, 200)}' cannot be read: {reason(error)}") from error
+
+
+def _found(given: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
     prefix, colon, rest = str(name).partition(":")
     if isinstance(given, str) and prefix + colon in ("zoo:", "hf:"):
         return shipped(rest, **hub) if prefix == "zoo" else _downloaded(rest, **hub)

@@ -11,6 +11,7 @@ from zoo.models.dit import DiT
 
 _NAMES = (
     (r"^pos_embed\.proj\.", "x_embedder.proj."),
+    (r"^pos_embed\.pos_embed$", "pos_embed"),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.", "y_embedder."),

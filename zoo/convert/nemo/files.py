@@ -4,7 +4,6 @@ nothing is written to disk, and no code is run."""
 import gzip
 import io
 import tarfile
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
-from zoo.convert.source import refusal
+from zoo.convert.source import check_claims, loaded, refusal
 from zoo.text import one_line
 
 HEADER, CONFIG, PIECES = 2**20, 2**20, 2**26
@@ -142,20 +140,12 @@ def _count(node: Any, known: dict[int, int], where: str) -> int:
 
 def tensors_of(content: bytes, where: str) -> dict[str, Tensor]:
     """The tensors by name that torch.save wrote; ValueError if there is anything else, or more than is stored."""
-    stream = io.BytesIO(content)
     try:
-        if zipfile.is_zipfile(stream):
-            with zipfile.ZipFile(stream) as packed:
-                entries = packed.infolist()
-            if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > len(content):
-                raise ValueError("its parts are compressed or overlap, which torch.save never writes")
-        stream.seek(0)
-        loaded = torch.load(stream, map_location="cpu", weights_only=True)
+        found = loaded(io.BytesIO(content))
     except Exception as error:  # unpickling other data raises errors of many kinds
         raise ValueError(one_line(f"{where} is not a complete file of plain tensors: {refusal(error)}")) from error
-    tensors = named(loaded, where)
-    if sum(each.numel() * each.element_size() for each in tensors.values()) > 4 * len(content):
-        raise ValueError(f"{where}: its tensors claim far more values than it stores")
+    tensors = named(found, where)
+    check_claims(tensors, len(content), where)
     return tensors
 
 

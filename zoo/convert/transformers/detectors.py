@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.convert.detection import (
@@ -31,7 +32,6 @@ _UNUSED = ("N/A",)  # names of ids that COCO does not use
 _TRAINING = (
     "activation_dropout",
     "attention_dropout",
-    "auxiliary_loss",
     "bbox_cost",
     "bbox_loss_coefficient",
     "box_noise_scale",
@@ -71,21 +71,14 @@ _TRAINING = (
 # Keys that say again what others say, or how something is computed that the zoo computes for any size.
 _REPEATED = (
     "anchor_image_size",
+    "auxiliary_loss",
     "backbone_kwargs",
-    "eval_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_size",
     "encoder_in_channels",
-    "decoder_in_channels",
     "scale_embedding",
-    "num_labels",
 )
 _BACKBONE = (
     "features_only",
     "freeze_batch_norm_2d",
-    "out_features",
-    "out_indices",
     "stage_names",
     "use_pretrained_backbone",
     "hidden_act",
@@ -124,13 +117,14 @@ def convert_detector(folder: Path) -> ConvertedDetector:
     whole = Section(values, "", where)
     kind = whole.fixed("model_type", "detr", "rt_detr", "rt_detr_v2", "d_fine")
     names, rows, count = _classes(values, whole)
+    whole.fixed("num_labels", count)
     shared = {"classes": len(names), "channels": 3}
     if kind == "detr":
         config, trunk = _detr(whole, shared)
     else:
         config, trunk = _rtdetr(whole, shared, fine=kind == "d_fine")
     whole.finish(*HARMLESS, *_TRAINING, *_REPEATED)
-    tensors = _renamed(read_folder(folder))
+    tensors = _renamed(read_folder(folder), str(folder))
     if kind == "d_fine":
         _check_constants(tensors, values, str(folder))
     model = build(config, tensors, str(folder), trunk, rows if len(rows) < count else None, count + (kind == "detr"))
@@ -151,8 +145,12 @@ def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]
     whole.fixed("position_embedding_type", "sine")
     dim, heads = whole.whole("d_model", 256), whole.whole("encoder_attention_heads", 8)
     whole.fixed("decoder_attention_heads", heads)
+    whole.fixed("auxiliary_loss", False)  # with it transformers feeds normalized tokens to the next layer
     act = _activation(whole, "activation_function", "relu")
-    trunk, named = _trunk(whole, whole.fixed("dilation", False, True))
+    trunk, named = _trunk(whole)
+    layers = whole.whole("encoder_layers", 6)
+    for key, value in (("hidden_size", dim), ("num_attention_heads", heads), ("num_hidden_layers", layers)):
+        whole.fixed(key, value)  # other names of the same fields
     return (
         DETRConfig(
             trunk=trunk,
@@ -160,7 +158,7 @@ def _detr(whole: Section, shared: Mapping[str, Any]) -> tuple[DETRConfig, Named]
             dim=dim,
             heads=heads,
             depth=whole.whole("decoder_layers", 6),
-            encoder_depth=whole.whole("encoder_layers", 6),
+            encoder_depth=layers,
             queries=whole.whole("num_queries", 100),
             ffn=ffn_of(whole.whole("encoder_ffn_dim", 2048), act, dim),
             decoder_ffn=ffn_of(whole.whole("decoder_ffn_dim", 2048), act, dim),
@@ -180,6 +178,10 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
     for key, value in (
         ("num_feature_levels", len(strides)),
         ("encode_proj_layers", [len(strides) - 1]),
+        ("decoder_in_channels", [inside] * len(strides)),
+        ("hidden_size", dim),  # another name of d_model, as the next of encoder_attention_heads
+        ("num_attention_heads", heads),
+        ("eval_size", None),  # with it transformers adds no positions
         ("positional_encoding_temperature", 10000),
         ("normalize_before", False),
         ("learn_initial_query", False),
@@ -203,7 +205,7 @@ def _rtdetr(whole: Section, shared: Mapping[str, Any], fine: bool) -> tuple[RTDE
         whole.fixed("decoder_n_levels", len(strides))
     encoder = _activation(whole, "encoder_activation_function", "gelu")
     decoder = _activation(whole, "decoder_activation_function", "relu")
-    trunk, named = _trunk(whole, False)
+    trunk, named = _trunk(whole)
     config = RTDETRConfig(
         trunk=trunk,
         strides=tuple(strides),
@@ -253,18 +255,26 @@ def _activation(whole: Section, key: str, usual: str) -> str:
     return whole.fixed(key, usual, *({"relu", "gelu", "silu"} - {usual}))
 
 
-def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
+def _trunk(whole: Section) -> tuple[str, Named]:
     """The trunk, and from its parts to their names in the file."""
-    timm = whole.left.pop("use_timm_backbone", None)
+    timm, dilated = whole.left.pop("use_timm_backbone", None), whole.take("dilation", bool, False, null=False)
     name, given = whole.left.pop("backbone", None), whole.left.pop("backbone_config", None)
     channels = whole.fixed("num_channels", 3, None)
     if given is None:
         given = {"model_type": "timm_backbone", "backbone": name or "resnet50", "num_channels": channels or 3}
         if timm is False:
             raise whole.refused("backbone_config", "it is missing")
+        more = Section(whole.left.pop("backbone_kwargs", None) or {}, "backbone_kwargs", whole.where)
+        more.fixed("in_chans", 3)
+        dilated = more.fixed("output_stride", None, 16, 32) == 16 or dilated
+        _check_last_map(more)
+        more.finish("features_only")
+    else:
+        dilated = False  # then the network's own config says it
     inside = Section(given, "backbone_config", whole.where)
     kind = inside.fixed("model_type", "timm_backbone", "resnet", "rt_detr_resnet", "hgnet_v2")
     inside.fixed("num_channels", 3)
+    _check_last_map(inside)
     if kind == "timm_backbone":
         net = inside.take("backbone", str)
         if not re.fullmatch(r"resnet\d+d?", net):
@@ -290,6 +300,14 @@ def _trunk(whole: Section, dilated: bool) -> tuple[str, Named]:
     return f"timm:{net}" + "(output_stride=16)" * dilated, named
 
 
+def _check_last_map(given: Section) -> None:
+    """ValueError if the maps that a trunk gives do not end with its last one; the earlier ones follow from strides."""
+    for key, last in (("out_indices", (4, -1)), ("out_features", ("stage4", "layer4"))):
+        found = given.take(key, list, None, null=None)
+        if found is not None and (not found or found[-1] not in last):
+            raise given.refused(key, f"it must end with {last[0]!r}, the last map, got {found!r}")
+
+
 def _hgnet(inside: Section) -> str:
     """timm's name of an HGNetV2."""
     keys = ("stage_out_channels", "stage_num_blocks", "stage_numb_of_layers")
@@ -304,12 +322,16 @@ def _hgnet(inside: Section) -> str:
     return net
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the names of version 5; those that only say where something lies are dropped."""
-    found = {}
-    for name, tensor in tensors.items():
+def _renamed(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors with the names of version 5; those that only say where something lies are dropped. ValueError if two
+    that get one name differ, as heads that are not shared do."""
+    found = dict[str, Tensor]()
+    for first, tensor in tensors.items():
+        name = first
         for theirs, other in _RENAMED:
             name = re.sub(theirs, other, name)
+        if name in found and not torch.equal(found[name], tensor):
+            raise ValueError(f"{where}: the tensor '{first}' differs from '{name}', which it must repeat")
         if not name.endswith(_DROPPED):
             found[name] = tensor
     return found

@@ -1,15 +1,17 @@
 """The files that `save_pretrained` of transformers writes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from zoo.convert.nemo.files import CONFIG, config_of
 from zoo.convert.source import LARGEST, Section
 from zoo.text import from_json, one_line, reason
 from zoo.weights.files import read_tensors
+from zoo.weights.hub.errors import explain
 
 HARMLESS = (
     "architectures",
@@ -33,10 +35,11 @@ HARMLESS = (
 )
 """Keys that every config may have, and that change nothing at inference."""
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "p*processor_config.json"]
+_FILES += ["README.md"]
 
 
-def located(name: str, **hub: Any) -> Path:
-    """The folder that holds the files of OWNER/NAME[@REVISION] on the Hub; `hub` are arguments of its client."""
+def located(name: str, files: Sequence[str] = _FILES, **hub: Any) -> Path:
+    """The folder that holds these files of OWNER/NAME[@REVISION] on the Hub; `hub` are arguments of its client."""
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
@@ -44,10 +47,11 @@ def located(name: str, **hub: Any) -> Path:
         raise ValueError(f"{name} is neither a folder with config.json and model.safetensors nor OWNER/NAME on the Hub")
     given: dict[str, Any] = hub | {"revision": hub.get("revision") or revision or None}
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, **given))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*files], **given))
     except Exception as error:  # the client raises its own errors, those of its network library, and the system's
+        why = explain(error, repository, hub.get("token"))
         raise ValueError(
-            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {error}")
+            one_line(f"folder {name} not found, and it cannot be downloaded from the Hub: {why}")
         ) from error
 
 
@@ -60,6 +64,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return values
+
+
+def license_of(folder: Path) -> str:
+    """The license that the front matter of README.md names, as on the Hub; "unknown" if there is none that can be
+    read."""
+    path = folder / "README.md"
+    try:
+        with open(path, "rb") as file:
+            front = re.match(rb"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", file.read(CONFIG), re.S | re.M)
+        said = config_of(front[1], str(path)).get("license") if front else None
+    except (OSError, ValueError):
+        said = None
+    return said if isinstance(said, str) and re.fullmatch(r"[\w.+-]{1,100}", said) else "unknown"
 
 
 def id_names(values: Mapping[str, Any], whole: Section) -> list[str]:
@@ -75,18 +92,18 @@ def id_names(values: Mapping[str, Any], whole: Section) -> list[str]:
     return [by_id[id] for id in sorted(by_id)]
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one file, or of several that an index names."""
-    if (folder / "model.safetensors").is_file():
-        return read_tensors(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
+def read_folder(folder: Path, name: str = "model") -> dict[str, Tensor]:
+    """The tensors of the file NAME.safetensors, or of several that an index names."""
+    if (folder / f"{name}.safetensors").is_file():
+        return read_tensors(folder / f"{name}.safetensors")
+    index = folder / f"{name}.safetensors.index.json"
     if not index.is_file():
-        raise ValueError(f"{folder} has no model.safetensors; only safetensors are read, never a pickle")
+        raise ValueError(f"{folder} has no {name}.safetensors; only safetensors are read, never a pickle")
     listed = read_json(index).get("weight_map")
     names = set(listed.values()) if isinstance(listed, dict) else set()
     tensors: dict[str, Tensor] = {}
-    for name in sorted(map(str, names)):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of this folder")
-        tensors |= read_tensors(folder / name)
+    for part in sorted(map(str, names)):
+        if Path(part).name != part:
+            raise ValueError(f"{index} names {part!r}, which is not a file of this folder")
+        tensors |= read_tensors(folder / part)
     return tensors

@@ -1,6 +1,7 @@
 """Evaluates a checkpoint on data prepared with the checkpoint's own preprocessing."""
 
 import inspect
+import os
 import shlex
 import sys
 import tempfile
@@ -47,7 +48,13 @@ class Bar(Callback):
 
 
 def evaluate(
-    tasks: Tasks, name: str, *, device: str = "auto", precision: str = "32-true", data: str | None = None, **given: Any
+    tasks: Tasks,
+    name: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: str = "32-true",
+    data: str | None = None,
+    **given: Any,
 ) -> dict[str, Any]:
     """Measures a checkpoint by the task that trains it, after its probe has passed.
 
@@ -70,7 +77,7 @@ def evaluate(
     Raises:
         ValueError: no task can evaluate the model, it has no preprocess, or an argument is invalid.
     """
-    found = load_checkpoint(name, check=True)
+    found, name = load_checkpoint(name, check=True), str(name)
     command = found.model.config.task
     if command is None or command not in tasks:
         raise ValueError(f"no task can evaluate {name}; the tasks are: {', '.join(tasks)}")

@@ -23,6 +23,7 @@ def download(
     *,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
     """The folder of a checkpoint on the Hub, in the client's cache. Only what the cache lacks is downloaded.
@@ -35,6 +36,7 @@ def download(
         revision: a branch, a tag or a commit; the newest commit of `main` if None.
         token: of the Hub; None is the stored one or HF_TOKEN, False is none.
         cache_dir: of the client; None is its usual one.
+        force_download: download what the cache has, too.
         local_files_only: use the cache alone, as HF_HUB_OFFLINE=1 does.
 
     Raises:
@@ -45,6 +47,7 @@ def download(
         hf_hub_download,
         token=token,
         cache_dir=cache_dir,
+        force_download=force_download,
         local_files_only=local_files_only,
         library_name="zoo",
         library_version=zoo.__version__,

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 import zoo
-from zoo.text import counted
+from zoo.text import counted, one_line
 from zoo.weights.files import FILES, CheckpointError, file_of
 from zoo.weights.format import read_config
 from zoo.weights.hub.downloading import download, git_blob, sha256_of
@@ -39,8 +39,9 @@ def publish(
     dry_run: bool = False,
     pr: bool = False,
     tag: str | None = None,
+    message: str | None = None,
     private: bool = False,
-    token: str | None = None,
+    token: str | bool | None = None,
 ) -> str:
     """Uploads a checkpoint in one commit, downloads it again, checks its probe, and only then makes the tag.
 
@@ -52,8 +53,9 @@ def publish(
         dry_run: upload nothing; needs no network and no token.
         pr: open a pull request instead of writing to `main`.
         tag: a tag for this upload, so that "owner/name@tag" always loads it.
+        message: title of the commit or the pull request, in one line; otherwise it names the checkpoint.
         private: create the repository as private.
-        token: of the Hub; None is the stored one or HF_TOKEN.
+        token: of the Hub; None or True is the stored one or HF_TOKEN.
 
     Returns:
         The address of the repository or the pull request; with `dry_run` a list of what would be uploaded.
@@ -63,26 +65,34 @@ def publish(
             repository holds something other than a checkpoint of the zoo, or its tag is on another commit.
         OSError: the Hub refuses or cannot be reached, or gives back something else; one line that says what was done.
     """
+    if not isinstance(repository, str) or "/" not in repository:
+        raise ValueError(f"the name on the Hub must be OWNER/NAME, got '{one_line(repository, 100)}'")
     validate_repo_id(repository)
-    if "/" not in repository:
-        raise ValueError(f"the name on the Hub must be OWNER/NAME, got '{repository}'")
     if tag is not None and not re.fullmatch(r"\w[\w.+-]*", tag):
         raise ValueError(f"a tag must be letters, digits and . + - _, got '{tag}'")
+    if message is not None and (not message.strip() or one_line(message, 200) != message):
+        raise ValueError(f"the message must be one line of 1 to 200 characters, got '{one_line(message, 60)}'")
     if tag is not None and pr:
         raise ValueError("a pull request cannot be tagged; publish with a tag after it is merged")
     folder = locate(name).resolve()
     files = _files(folder, repository)
     if dry_run:
         return _listing(files, repository)
-    if token is None and get_token() is None:
+    if token is False or (not isinstance(token, str) and get_token() is None):
         raise ValueError(f"no token of the Hub found; {LOG_IN}")
     with TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as cache:
-        return _Upload(repository, files, f"Publish {folder.name} with zoo", token, cache).run(pr, tag, private)
+        title = message or f"Publish {folder.name} with zoo"
+        return _Upload(repository, files, title, token, cache).run(pr, tag, private)
 
 
 def _files(folder: Path, repository: str) -> Files:
     """What is uploaded, after the checkpoint has been checked."""
     paths = {file: file_of(folder, file) for file in FILES}
+    if not read_config(paths["config.json"])["files"]:
+        raise CheckpointError(
+            f"{folder} has an older format, without the hashes of its files; save it again by "
+            "zoo.save_model(zoo.load_model(FOLDER), FOLDER), then publish it"
+        )
     config = read_checkpoint(folder, check=True).config
     return paths | _results(config["figures"])
 
@@ -121,7 +131,7 @@ def _listing(files: Files, repository: str) -> str:
 class _Upload:
     """One run of `publish` against the Hub."""
 
-    def __init__(self, repository: str, files: Files, title: str, token: str | None, cache: str) -> None:
+    def __init__(self, repository: str, files: Files, title: str, token: str | bool | None, cache: str) -> None:
         self.repository, self.files, self.title, self.token, self.cache = repository, files, title, token, cache
         self.api = HfApi(token=token, library_name="zoo", library_version=zoo.__version__)
 
@@ -243,5 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no network")
     parser.add_argument("--pr", action="store_true", help="open a pull request in an existing repository")
     parser.add_argument("--tag", metavar="TAG", help="tag of this upload, to load it as OWNER/NAME@TAG")
+    parser.add_argument("--message", metavar="TEXT", help="title of the commit or the pull request")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     print(publish(**vars(parser.parse_args(arguments))))
