@@ -66,6 +66,7 @@ def test_digits(tmp_path: Path):
         "top-1 accuracy": "accuracy",
         "top-5 accuracy": "top5_accuracy",
         "balanced accuracy": "balanced_accuracy",
+        "expected calibration error": "calibration_error",
     }
     assert values(found) == {metric: logged[f"val/{key}"] for metric, key in metrics.items()}
     assert values(measured(name, batch=1, workers=0)) == values(found)
@@ -74,10 +75,13 @@ def test_digits(tmp_path: Path):
     assert values(measured(model_of(tmp_path / "fused", fused=True))) == values(found)
 
     model = zoo.load_model(name)
-    right = torch.zeros(2)
+    right, surest, hits = torch.zeros(2), list[float](), list[float]()
     with torch.inference_mode():
         for batch in tasks()["classify"][1](size=16, crop=1.0).val_dataloader():
-            best = model(batch.images).topk(5).indices == batch.labels[:, None]
+            logits = model(batch.images)
+            best = logits.topk(5).indices == batch.labels[:, None]
+            surest += logits.softmax(1).amax(1).tolist()
+            hits += best[:, 0].tolist()
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()])
     for figure, correct in zip(found["figures"], right.int().tolist(), strict=False):
         assert figure.keys() == FIELDS and figure["n"] == 360
@@ -85,6 +89,9 @@ def test_digits(tmp_path: Path):
         assert figure["value"] == pytest.approx(correct / 360, abs=1e-7)
         assert figure["interval"] == list(wilson(correct, 360))
     assert 0 < right[0] < right[1] < 360 and found["figures"][2]["interval"] is None
+    bins, gaps = np.ceil(15 * np.array(surest)).astype(int), np.array(hits) - np.array(surest)
+    error = sum(abs(gaps[bins == each].sum()) for each in range(1, 16)) / 360  # Guo et al. 2017, arXiv:1706.04599
+    assert found["figures"][3]["value"] == pytest.approx(error, abs=1e-4) and error > 0.01
     assert json.loads(json.dumps(found)) == found
 
 

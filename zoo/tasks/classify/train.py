@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
 from zoo.data.images import Batch
 from zoo.data.sampling import rank_and_world
@@ -92,6 +92,7 @@ class Classify(Task):
             metrics[f"top{TOP}_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=TOP)
         # Not grouped: metrics whose first batches agree would share one state from then on.
         self.metrics = MetricCollection(metrics, compute_groups=False)
+        self.calibration = MulticlassCalibrationError(classes, n_bins=15)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -134,6 +135,7 @@ class Classify(Task):
             return
         logits, labels = self.data.judged(self.measured(batch.images), batch.labels)
         self.metrics.update(logits, labels)
+        self.calibration.update(logits.float().softmax(1), labels)
         self.mean_loss.update(F.cross_entropy(logits, labels), len(logits))
         self.number.update(len(logits))
 
@@ -147,6 +149,8 @@ class Classify(Task):
         values = self.metrics.compute()
         part = "test" if self.trainer.testing else "val"
         self.log_dict({f"{part}/{name}": value for name, value in values.items()})
+        # Four digits: further ones depend on how the batches are cut.
+        self.log(f"{part}/calibration_error", self.calibration.compute().double().round(decimals=4))
         self.log(f"{part}/loss", self.mean_loss.compute())
         right = {name: round(float(value) * number) for name, value in values.items()}
         low, high = wilson(right["accuracy"], number)
@@ -158,10 +162,11 @@ class Classify(Task):
                 if name == f"top{TOP}_accuracy"
             ),
             Measured("balanced_accuracy", "balanced accuracy", number),
+            Measured("calibration_error", "expected calibration error", number),
         ]
         accuracy = right["accuracy"] / number
         self.said = f"accuracy {accuracy:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
-        for metric in (self.metrics, self.mean_loss, self.number):
+        for metric in (self.metrics, self.calibration, self.mean_loss, self.number):
             metric.reset()
 
     test_step = validation_step
