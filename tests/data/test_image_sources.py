@@ -139,6 +139,7 @@ def test_fashion_mnist_is_measured(fashion: Path):
         ("t10k-images-idx3", idx(np.zeros(7)), "does not hold Fashion-MNIST"),
         ("t10k-images-idx3", None, "cannot read .*t10k-images-idx3-ubyte.gz"),
     ],
+    ids=lambda value: "data" if isinstance(value, bytes) else str(value),
 )
 @pytest.mark.parametrize("fashion", ["plain"], indirect=True)
 def test_damaged_fashion_mnist(fashion: Path, name: str, data: bytes | None, words: str):
@@ -150,7 +151,7 @@ def test_damaged_fashion_mnist(fashion: Path, name: str, data: bytes | None, wor
         Images(dataset="fashion_mnist", root=str(fashion)).source("test")
 
 
-@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(bytes(100))[:-9]])
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(bytes(100), mtime=0)[:-9]], ids=["no gzip", "cut off"])
 def test_a_damaged_gzip(tmp_path: Path, data: bytes):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
     with pytest.raises(ValueError, match=f"cannot read {re.escape(str(tmp_path))}"):
