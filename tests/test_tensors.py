@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from helpers import relative
-from zoo.tensors import filtered, gelu, relu, shortfall, silu
+from zoo.tensors import Unfilled, filtered, gelu, linear, relu, shapes_alone, shortfall, silu
 
 
 @pytest.mark.parametrize(("form", "plain"), [(gelu, F.gelu), (relu, F.relu), (silu, F.silu)])
@@ -43,3 +44,15 @@ def test_a_filter_takes_part_of_wider_tokens(grid):
 def test_the_shortfall_completes_a_multiple():
     assert [shortfall(size, 4) for size in range(6)] == [0, 3, 2, 1, 0, 3]
     assert all(shortfall(size, divisor) == -size % divisor for size in range(30) for divisor in range(1, 9))
+
+
+def test_unfilled_modules_have_zeros_for_random_values_and_take_no_random_numbers():
+    state = torch.get_rng_state()
+    with Unfilled():
+        made = [linear(3, 4), nn.Conv2d(3, 4, 3), nn.Embedding(5, 2)]
+        assert torch.full((2,), 3.0).clamp_(max=2.0).tolist() == [2.0, 2.0]
+    assert all(not weight.any() and weight.requires_grad for each in made for weight in each.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    with shapes_alone():
+        assert linear(3, 4).weight.is_meta and torch.randn(2, device="cpu").isfinite().all()
+    assert linear(3, 4).weight.any()

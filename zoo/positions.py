@@ -363,6 +363,13 @@ class Sine(Position):
         return torch.cat(parts, -1).flatten(1, -2)
 
 
+def make_anchors(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Gives the positions of a model that was made on the meta device the buffer by which they know their device."""
+    for part in model.modules():
+        if isinstance(part, Rotary | Sine):
+            part.anchor = torch.zeros((), device=device)
+
+
 POSITIONS: dict[str, type[Position]] = {
     "none": NoPosition,
     "learned": Learned,

@@ -2,10 +2,14 @@
 
 import itertools
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def mask_of(lengths: Tensor, size: int) -> Tensor:
@@ -27,6 +31,32 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules made in it have zeros, or on the meta device nothing, instead of random values: for weights that are
+    about to be read. PyTorch imports its compiler for those on the meta device, which takes half as long as PyTorch.
+    """
+
+    RANDOM = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.normal_)
+    REST = (Tensor.erfinv_, Tensor.clamp_)  # what nn.init.trunc_normal_ does next; zeros stay zeros
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.RANDOM + self.REST:
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        if tensor.is_meta or func is Tensor.erfinv_:
+            return tensor
+        with torch.no_grad():
+            return tensor.zero_() if func in self.RANDOM else func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules made in it are on the meta device: they have shapes and dtypes, and cost neither memory nor time."""
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 def like(module: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from helpers import relative
 from zoo.kernels import deformable, deformable_cpu, multiscale
-from zoo.kernels.deformable import gathered, operator, operator_backward, reference
+from zoo.kernels.deformable import backward, forward, gathered, reference
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # without a compiler the other forms are tested
@@ -290,10 +290,10 @@ def flattened(grid, kind=torch.float32, batch=2):
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_operators_keep_torch_library_rules(grid, kind):
     arguments = flattened(grid, kind)
-    torch.library.opcheck(operator_backward, (torch.randn_like(operator(*arguments)), *arguments))
+    torch.library.opcheck(backward, (torch.randn_like(forward(*arguments)), *arguments))
     for each in arguments[:3]:
         each.requires_grad_()
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(forward, arguments)
 
 
 # One sample and the batch

@@ -18,6 +18,7 @@ from zoo.models.detection import DetectorConfig
 from zoo.models.detr import DETR, DETRConfig
 from zoo.models.rtdetr import RTDETR
 from zoo.outputs.label_map import LabelMap
+from zoo.tensors import shapes_alone
 from zoo.text import one_line
 
 Table = Sequence[tuple[str, Callable[..., str | list[str]]]]
@@ -219,7 +220,7 @@ def build(
         ValueError: in one line, a tensor is missing, unused or of a wrong shape.
     """
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             model = config.build()
     except ValueError as error:
         raise ValueError(one_line(f"{where}: {error}")) from error

@@ -18,6 +18,7 @@ from zoo.models.conformer import CONFORMER, SQUEEZEFORMER, Conformer, ConformerC
 from zoo.outputs.tokens import Tokenizer
 from zoo.spec import options_of
 from zoo.stems import SUBSAMPLINGS
+from zoo.tensors import shapes_alone
 from zoo.text import one_line
 
 SUBSAMPLING = {(False, 4): "conv4", (True, 4): "depthwise4", (True, 8): "depthwise8"}
@@ -121,7 +122,7 @@ def build(
     _check_sizes(facts, tensors, where, rename)
     try:
         config = configure(facts)
-        with torch.device("meta"):
+        with shapes_alone():
             model = config.build()
     except ValueError as error:
         raise ValueError(one_line(f"{where}: {error}")) from error

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,27 @@ def positions(offsets: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tens
     return base[:, None, None] + scale * (taps + offsets)
 
 
-@torch.library.custom_op("zoo::deformable", mutates_args=())
-def operator(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function the operator zoo::NAME, as torch.library.custom_op does, whose first call imports PyTorch's
+    compiler, too, and takes half as long as importing PyTorch."""
+
+    def make(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"zoo::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"zoo::{name}", "default", function)
+        return getattr(torch.ops.zoo, name).default
+
+    return make
+
+
+@_operator("deformable")
+def forward(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
     """`aggregate` by the fast form of the device."""
     return _fast(value.device.type).forward(value, offsets, weights, base, taps, scale)
 
 
-@torch.library.custom_op("zoo::deformable_backward", mutates_args=())
-def operator_backward(
+@_operator("deformable_backward")
+def backward(
     gradient: Tensor, value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value, offsets and weights."""
@@ -108,12 +121,12 @@ def _has_fast(device: str) -> bool:
 _has_fast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@operator.register_fake
+@torch.library.register_fake("zoo::deformable")
 def _(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
     return value.new_empty(offsets.shape[0], offsets.shape[1], value.shape[-1])
 
 
-@operator_backward.register_fake
+@torch.library.register_fake("zoo::deformable_backward")
 def _(
     gradient: Tensor, value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,10 +139,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*operator_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None)
+    return (*backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None)
 
 
-operator.register_autograd(_differentiate, setup_context=_remember)
+torch.library.register_autograd("zoo::deformable", _differentiate, setup_context=_remember)
 
 
 def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps: Tensor, scale: float) -> Tensor:
@@ -143,7 +156,7 @@ def aggregate(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, tap
         )
     if not _has_fast(value.device.type):
         return reference(value, positions(offsets, base, taps, scale), weights)
-    return operator(value, offsets, weights, base, taps, scale)
+    return forward(value, offsets, weights, base, taps, scale)
 
 
 def deformable(

@@ -79,7 +79,8 @@ class DCNv4(Layer):
         self.largest = scales
         self.scales = None
         if scales:
-            self.scales = nn.Parameter(torch.logit((torch.arange(self.heads) + 0.5) / self.heads))
+            start = torch.logit((torch.arange(self.heads, device="cpu") + 0.5) / self.heads)
+            self.scales = nn.Parameter(start.to(self.sample.weight.device))
         self.inner: Layer | None = None
 
     @classmethod
@@ -161,10 +162,10 @@ class DeformableCross(Layer):
         for layer in (self.offsets, self.scores):
             nn.init.zeros_(layer.weight)
         # The heads look in as many directions, each point one pixel farther.
-        angles = torch.arange(heads) * (2 * math.pi / heads)
+        angles = torch.arange(heads, device="cpu") * (2 * math.pi / heads)
         ways = torch.stack([angles.cos(), angles.sin()], -1)
         ways = (ways / ways.abs().amax(-1, keepdim=True))[:, None]
-        steps = torch.cat([torch.arange(1, number + 1) for number in self.points])[:, None]
+        steps = torch.cat([torch.arange(1, number + 1, device="cpu") for number in self.points])[:, None]
         with torch.no_grad():
             self.offsets.bias.copy_((ways * steps).flatten())
         start = {"softmax": 0.0, "raw": 1 / samples, "sigmoid": -math.log(max(samples - 1, 1e-3))}

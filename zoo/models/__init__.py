@@ -5,7 +5,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 import zoo
@@ -20,6 +19,7 @@ from zoo.models.presets import pyramid as pyramid_presets
 from zoo.models.presets import rtdetr as rtdetr_presets
 from zoo.models.presets import udit as udit_presets
 from zoo.models.presets import vit as vit_presets
+from zoo.tensors import shapes_alone
 from zoo.text import unknown
 
 _PRESETS = (vit_presets, pyramid_presets, conformer_presets, detr_presets, rtdetr_presets)
@@ -101,7 +101,7 @@ def describe(name: str, **choices: Any) -> dict[str, Any]:
     `parameters`, and `fields`, each with its value as text; stages separated by commas, turns by slashes.
     """
     config = configure(name, **choices)
-    with torch.device("meta"):
+    with shapes_alone():
         number = count_parameters(config.build())
     begins = max((each for each in ABOUT if f"{name}_".startswith(f"{each}_")), key=len, default=None)
     return {

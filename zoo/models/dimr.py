@@ -187,7 +187,7 @@ class DiMR(Model[DiMRConfig]):
         self.replaceable = tuple(f"embeddings.{index}.label_table" for index in range(len(widths)))
         self.tokens = None
         if config.class_tokens:
-            self.tokens = nn.Parameter(0.02 * torch.randn(1, config.class_tokens, config.dim[0]))
+            self.tokens = nn.Parameter(nn.init.normal_(torch.empty(1, config.class_tokens, config.dim[0]), std=0.02))
         rates = drop_rates(config.drop_path, sum(config.depth))
         branches = []
         for stage, depth in enumerate(config.depth):

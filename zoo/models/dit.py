@@ -139,11 +139,11 @@ class DiT(Conditioned, Model[DiTConfig]):
         self.add_embeddings(config, config.dim)
         self.tokens = None
         if config.class_tokens:
-            self.tokens = nn.Parameter(0.02 * torch.randn(1, config.class_tokens, config.dim))
+            self.tokens = nn.Parameter(nn.init.normal_(torch.empty(1, config.class_tokens, config.dim), std=0.02))
         self.remember = self.nothing = None
         if config.memory_dim:
             self.remember = nn.Linear(config.memory_dim, config.dim)
-            self.nothing = nn.Parameter(0.02 * torch.randn(1, 1, config.memory_dim))
+            self.nothing = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.memory_dim), std=0.02))
         rates = drop_rates(config.drop_path, config.depth + config.head_depth)
         before, behind = rates[: config.depth], rates[config.depth :]
         self.blocks = nn.ModuleList(make_block(config, 0, index, rate) for index, rate in enumerate(before))

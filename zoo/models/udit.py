@@ -174,7 +174,9 @@ class UDiT(Model[UDiTConfig]):
         self.replaceable = tuple(f"embeddings.{index}.label_table" for index in range(len(widths)))
         self.tokens = None
         if config.class_tokens:
-            self.tokens = nn.Parameter(0.02 * torch.randn(1, config.class_tokens, config.dim[config.middle]))
+            self.tokens = nn.Parameter(
+                nn.init.normal_(torch.empty(1, config.class_tokens, config.dim[config.middle]), std=0.02)
+            )
         rates = drop_rates(config.drop_path, sum(config.depth))
         stages = []
         for stage, depth in enumerate(config.depth):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from zoo.config import Config, field_names
@@ -15,6 +14,7 @@ from zoo.inputs import Preprocess
 from zoo.inputs.images import PixelPreprocess
 from zoo.models.base import Model
 from zoo.outputs import LABELS
+from zoo.tensors import shapes_alone
 from zoo.text import unknown
 from zoo.weights.origin import made_from
 from zoo.weights.read import Checkpoint
@@ -130,7 +130,7 @@ def _kept_rows(old: Any, new: Any, config: Config) -> list[int | None] | None:
 
 def _of_classes(config: Config) -> set[str]:
     """The tensors that have a row for each class."""
-    with torch.device("meta"):
+    with shapes_alone():
         one, more = (
             replace(config, **{config.counted: getattr(config, config.counted) + extra}).build().state_dict()
             for extra in (0, 1)
@@ -181,7 +181,7 @@ def _with_its_own_tables(config: Config, wanted: Config, different: set[str]) ->
     model = wanted.build()
     if "image" in different:
         same = replace(wanted, image=config.image)  # pyright: ignore
-        with torch.device("meta"):
+        with shapes_alone():
             shapes = {key: tensor.shape for key, tensor in same.build().state_dict().items()}
         if shapes != {key: tensor.shape for key, tensor in model.state_dict().items()}:
             model = same.build()

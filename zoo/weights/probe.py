@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.config import Config
 from zoo.inputs import Preprocess
@@ -44,6 +43,8 @@ def outputs_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[
 def cost_of(model: nn.Module, preprocess: Preprocess | None, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The multiply-adds of matrix products, convolutions and attention for such inputs, and the shape of the prepared
     one."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         outputs_of(model, preprocess, inputs)
     shape = (preprocess(inputs[RAW])[None] if preprocess and RAW in inputs else next(iter(inputs.values()))).shape

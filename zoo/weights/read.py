@@ -14,6 +14,8 @@ from zoo.models import FAMILIES
 from zoo.models.base import Model
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
+from zoo.positions import make_anchors
+from zoo.tensors import Unfilled, shapes_alone
 from zoo.text import reason
 from zoo.weights.files import CheckpointError, file_of, read_tensors
 from zoo.weights.format import ABOUT, check_fit, read_config, read_preprocess
@@ -109,16 +111,14 @@ def _load(folder: Path, check: bool) -> Checkpoint:
 def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) -> Model:
     """The model with the given weights. The caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):  # costs nothing, and finds misfits before memory is taken
+        with shapes_alone():  # finds misfits before memory is taken
             model = _built(config, fused)
         kinds = _match(model, tensors, path)
-        if not fused and {name for name, _ in model.named_buffers()} <= kinds.keys():
-            own = {name: tensors.pop(name).to(kind) for name, kind in kinds.items()}
-            model.load_state_dict(own, assign=True)
-            return _checked(model, path)
-        with torch.device("cpu"):  # buffers outside the state dict have to be made
-            model = _built(config, fused)
-        model.load_state_dict(tensors)
+        make_anchors(model)
+        if fused or any(each.is_meta and name not in kinds for name, each in model.named_buffers()):
+            with torch.device("cpu"), Unfilled():  # other buffers outside the state dict have to be made
+                model = _built(config, fused)
+        model.load_state_dict({name: tensors.pop(name).to(kind) for name, kind in kinds.items()}, assign=True)
         return _checked(model, path)
 
 
@@ -151,6 +151,6 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
 def _checked(model: nn.Module, path: Path) -> Model:
     assert isinstance(model, Model)
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+        if not weight.sum().isfinite() and not weight.isfinite().all():  # the sum is fast, and may overflow
             raise CheckpointError(f"{path}: '{name}' is NaN or infinite")
     return model.eval()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.norms import NORMS
-from zoo.positions import Rotary
+from zoo.positions import make_anchors
 from zoo.spec import make, options_of
+from zoo.tensors import shapes_alone
 from zoo.text import one_line
 
 SUPPORTED = (
@@ -92,7 +93,7 @@ def with_width(
     for exact in ([], ["multiple=1"])[: 1 + ("multiple" in options_of(table[name]))]:
         for choice in (usual, ratio, *near):
             spec = spelled(name, [*([] if choice == usual else [f"ratio={choice!r}"]), *exact, *options])
-            with torch.device("meta"):
+            with shapes_alone():
                 if make(table, spec, *arguments).out.in_features == hidden:
                     return spec
     raise ValueError(f"no ratio gives {name} of {arguments[0]} channels the hidden width {hidden}")
@@ -154,7 +155,5 @@ def fill(
     if left:
         raise ValueError(f"'{one_line(next(iter(left)), 100)}' has no counterpart; {SUPPORTED}, of plain blocks")
     model.load_state_dict(state, assign=True)
-    for part in model.modules():
-        if isinstance(part, Rotary):  # which knows its device by a buffer
-            part.anchor = torch.zeros((), device=next(iter(state.values())).device)
+    make_anchors(model, next(iter(state.values())).device)
     return model.eval()

@@ -21,6 +21,7 @@ from zoo.ffns import FFNS
 from zoo.heads import HEADS
 from zoo.mixers import MIXERS
 from zoo.models.pyramid import Pyramid, PyramidConfig
+from zoo.tensors import shapes_alone
 
 # Our names and timm's, in the order in which they are replaced.
 _NAMES = (
@@ -280,7 +281,7 @@ def _head_of(tensors: Mapping[str, Tensor], dim: int, norm: str) -> tuple[int, s
 def _fill(tensors: Mapping[str, Tensor], facts: _Facts, davit: bool) -> Pyramid:
     """The model with timm's tensors: each is used, and each of ours is filled."""
     config = _configure(tensors, facts, davit)
-    with torch.device("meta"):
+    with shapes_alone():
         model = config.build()
 
     def unit(match: re.Match[str]) -> str:

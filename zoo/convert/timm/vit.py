@@ -31,6 +31,7 @@ from zoo.ffns import FFNS
 from zoo.models.pyramid import Pyramid
 from zoo.models.vit import ViT, ViTConfig
 from zoo.spec import parse
+from zoo.tensors import shapes_alone
 
 # Our names and timm's, in the order in which they are replaced.
 _NAMES = (
@@ -306,7 +307,7 @@ def _feed_forward(tensors: Mapping[str, Tensor], activation: str, dim: int) -> s
 
 def _fill(config: ViTConfig, facts: Facts, tensors: Mapping[str, Tensor]) -> ViT:
     """The model of the config with timm's tensors: each is used, and each of ours is filled."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = config.build()
     apart, values = "blocks.0.mlp.fc1_g.weight" in tensors, dict[str, Tensor]()
 

@@ -16,6 +16,7 @@ from zoo.convert.transformers.files import HARMLESS, id_names, read_folder, read
 from zoo.convert.transformers.images import read_preprocess
 from zoo.ffns import FFNS
 from zoo.models.vit import ViT, ViTConfig
+from zoo.tensors import shapes_alone
 from zoo.text import one_line
 
 VISION = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
@@ -153,7 +154,7 @@ def _side(whole: Section, key: str, usual: int) -> int:
 
 def _filled(config: ViTConfig, kind: str, source: Source, bias: bool) -> ViT:
     """The model with the tensors, each used once; without `bias` those of queries, keys and values are zeros."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = config.build()
     parts, heads = dict(_PARTS), {"head": "classifier"}
     if str(config.ffn).startswith("swiglu"):
