@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> None:
     if given.mixer is not None and not given.on:
         made.error("--mixer needs --on PATH: files that the new mixer learns from")
     from zoo.weights import load_checkpoint, save_model
+    from zoo.weights.names import public_name
     from zoo.weights.save import check_target
 
     device = files.device_for(given.device)
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> None:
     for name, value in changes.items():
         model = change(model, name, value, start, given, inputs)
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()]
-    source = f"zoo convert {shlex.quote(Path(given.name).name)} {' '.join(words)}"
+    source = f"zoo convert {shlex.quote(public_name(given.name))} {' '.join(words)}"
     before, after = (sum(each.numel() for each in part.parameters()) for part in (start.model, model))
     save_model(model.cpu(), target, source=source)
     print(f"parameters       {before:,}, now {after:,}\nwritten to       {given.folder}")

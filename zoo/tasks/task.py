@@ -5,7 +5,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -30,6 +29,7 @@ from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
+from zoo.weights.names import public_name
 from zoo.weights.trunks import misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
@@ -178,9 +178,7 @@ class Task(lightning.LightningModule):
         assert self.start is not None
         known, base = self.start.config, self.start.config.get("base")
         if isinstance(self.weights, str) and "files" in known:  # a checkpoint of the zoo
-            name = Path(self.weights).expanduser()
-            address = name.resolve().name if name.is_dir() else self.weights
-            base = {"address": address, "commit": None, "layout": "zoo"}
+            base = {"address": public_name(self.weights), "commit": None, "layout": "zoo"}
         return {"license": known.get("license", "unknown"), "base": base}
 
     def complete(self) -> None:
