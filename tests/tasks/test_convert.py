@@ -80,6 +80,7 @@ def test_what_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model = f"{home}/model"
     assert "at least one of --norm, --kv-heads, --mixer, --fuse, --dtype" in refused(capsys, model, tmp_path / "a")
     assert "--mixer needs --on" in refused(capsys, model, tmp_path / "a", "--mixer=sla")
+    assert "--steps is only for --mixer" in refused(capsys, model, tmp_path / "a", "--fuse", "--steps=9")
     assert "no layer of" in refused(capsys, model, tmp_path / "a", "--fuse")
     assert "kv_heads must divide" in refused(capsys, model, tmp_path / "a", "--kv-heads=5")
     assert "is the checkpoint itself" in refused(capsys, model, model, "--dtype=float16")
