@@ -170,10 +170,10 @@ class Task(lightning.LightningModule):
         if any(self.taken[1:]):
             rank_zero_info(f"started   from {self.weights}: {self.taken}")
         model.preset = model.preprocess = model.labels = None  # training sets its own
-        model.about = self.origin()
+        model.about = self.about_start()
         return model.train()
 
-    def origin(self) -> dict[str, Any]:
+    def about_start(self) -> dict[str, Any]:
         """The license of the checkpoint that training starts from, and its name without the folders of this machine."""
         assert self.start is not None
         known, base = self.start.config, self.start.config.get("base")
