@@ -94,6 +94,14 @@ def test_what_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "a").exists()
 
 
+def test_outputs_that_float16_cannot_hold(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model: Any = zoo.load_model(home / "model")
+    model.head.weight.data[0] = 1e6
+    zoo.save_model(model, tmp_path / "large")
+    assert "NaN or infinite" in refused(capsys, tmp_path / "large", tmp_path / "a", "--dtype=float16")
+    assert "outputs differ" not in capsys.readouterr().out and not (tmp_path / "a").exists()
+
+
 def test_a_generator_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], home: Path):
     model = zoo.create_model("dit_micro", dim=16, depth=1, heads=2)
     zoo.save_model(model, tmp_path / "model")

@@ -118,7 +118,8 @@ def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inp
 
 
 def agreement(model: nn.Module, made: nn.Module, inputs: Inputs) -> str:
-    """How much the outputs of a changed model differ from those before, for people."""
+    """How much the outputs of a changed model differ from those before, for people; ValueError if they are NaN or
+    infinite."""
     import torch
 
     from zoo.layer import copied
@@ -129,6 +130,8 @@ def agreement(model: nn.Module, made: nn.Module, inputs: Inputs) -> str:
     with torch.no_grad():
         for each in inputs:
             old, new = (config.probe_outputs(part, dict(each)) for part in pair)
+            if not all(bool(output.isfinite().all()) for output in new.values()):
+                raise ValueError("the changed model's output is NaN or infinite, so it is not saved")
             for name, output in old.items():
                 worst[name] = max(worst.get(name, 0.0), float((new[name] - output).abs().max()))
                 largest[name] = max(largest.get(name, 0.0), float(output.abs().max()))
