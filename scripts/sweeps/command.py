@@ -1,12 +1,15 @@
 """The command of scripts/sweep: trains all cells, then writes the tables."""
 
 import argparse
+import hashlib
+import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -14,6 +17,7 @@ from tqdm import tqdm
 from sweeps.cells import COST, Cell, Result, cells_of, grid_of, option, result_of, taken, train
 from sweeps.table import draw, markdown, table
 
+OWN = ("--config", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path")  # what the sweep itself sets
 PAUSE = 5.0  # seconds between looks at cells that another worker trains
 
 
@@ -60,11 +64,16 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     grid = grid_of(given.grid)
     if given.seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {given.seeds}")
-    if doubled := [word for word in more if word.split("=")[0] in {*map(option, grid), "--seed_everything"}]:
+    options, more = [*map(option, grid)], joined(more)
+    if fixed := [each for each in options if each in (*OWN, "--trainer.max_epochs")]:
+        raise ValueError(f"--grid: {fixed[0]} is the same for all choices; give another field")
+    if doubled := [word for word in more if word.split("=")[0] in (*options, *OWN)]:
         raise ValueError(f"{doubled[0]} is set by the sweep itself")
-    epochs = epochs_of(config, more)
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    epochs = epochs_of(config.name, values, more)
     home = (given.output or Path("runs/sweeps", config.stem)).resolve()
-    check_command(home, [task, config.name, *sorted(more), f"{epochs} epochs"])
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    check_command(home, [task, config.name, digest, *sorted(more), f"{epochs} epochs"])
     cells = cells_of(grid, given.seeds)
     failed = work(dict.fromkeys(cells, epochs), home, task, config, more)
     found = results(cells, home)
@@ -89,12 +98,23 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     return 1 if failed else 0
 
 
-def epochs_of(config: Path, more: Sequence[str]) -> int:
-    """The number of epochs of the config, or of the options that replace it."""
+def joined(more: Sequence[str]) -> list[str]:
+    """Options with their values in one word: "--name value" becomes "--name=value"."""
+    found = list[str]()
+    for word in more:
+        if found and found[-1].startswith("--") and "=" not in found[-1] and not word.startswith("--"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def epochs_of(name: str, values: Mapping[str, Any], more: Sequence[str]) -> int:
+    """The number of epochs in the values of a config, or in the options that replace it."""
     given = next((word.partition("=")[2] for word in reversed(more) if word.startswith("--trainer.max_epochs=")), None)
-    written = (yaml.safe_load(config.read_text(encoding="utf-8")).get("trainer") or {}).get("max_epochs")
+    written = (values.get("trainer") or {}).get("max_epochs")
     if not (text := str(given or written)).isdecimal() or int(text) < 1:
-        raise ValueError(f"{config.name} has no trainer.max_epochs; give -- --trainer.max_epochs=N")
+        raise ValueError(f"{name} has no trainer.max_epochs; give -- --trainer.max_epochs=N")
     return int(text)
 
 

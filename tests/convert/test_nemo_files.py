@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from zoo.convert import from_nemo
+from zoo.convert import from_nemo, yaml_config
 from zoo.convert.nemo import files
 from zoo.convert.nemo.archive import _features, _seen
 from zoo.convert.source import Section
@@ -146,7 +146,7 @@ CONFIGS = {
     "a: 1\na: 2": "the key 'a' appears twice",
     f"a: {'1' * 70_000}": "more than 65,536 characters",
     f"a: {'1' * 5_000}": "cannot be read as YAML",
-    " " * (files.CONFIG + 1): "at most 1,048,576 are read",
+    " " * (yaml_config.BYTES + 1): "at most 1,048,576 are read",
     "[" * 5_000: "cannot be read as YAML",
     "- 1": "is not the config of a model",
     "": "is not the config of a model",
@@ -161,7 +161,7 @@ def test_a_config_that_grows_or_repeats_itself_is_refused(tmp_path, text):
 
 def test_aliases_are_read_where_they_stay_small():
     text = "a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}"
-    assert files.config_of(text.encode(), "a") == yaml.safe_load(text)
+    assert yaml_config.config_of(text.encode(), "a") == yaml.safe_load(text)
 
 
 def test_tensors_that_claim_more_than_is_stored_are_refused():

@@ -80,6 +80,34 @@ def test_a_missing_seed_is_left_out_of_the_pairs(sweeps: dict[str, ModuleType]):
     assert math.isnan(second.difference.half) and "±" not in str(second.difference)
 
 
+def test_options_in_two_words(sweeps: dict[str, ModuleType]):
+    command = sweeps["command"]
+    more = command.joined(["--trainer.max_epochs", "3", "--data.batch=8", "--model.warmup", "-1", "--flag", "--last"])
+    assert more == ["--trainer.max_epochs=3", "--data.batch=8", "--model.warmup=-1", "--flag", "--last"]
+    assert command.epochs_of("x.yaml", {"trainer": {"max_epochs": 9}}, more) == 3
+    assert command.epochs_of("x.yaml", {"trainer": {"max_epochs": 9}}, more[1:]) == 9
+
+
+def test_cells_of_another_config_are_not_mixed(sweeps: dict[str, ModuleType], tmp_path: Path):
+    config, done = tmp_path / "classify/x.yaml", tmp_path / "out/cells/depth=1,seed=0,steps"
+    config.parent.mkdir()
+    done.mkdir(parents=True)
+    result = sweeps["cells"].Result("accuracy", 0.5, 9, 1, 1, 2)
+    (done / "result.json").write_text(json.dumps(result._asdict()))
+    given = (
+        sweeps["command"]
+        .parser()
+        .parse_args([str(config), "--grid", "depth=1", "--seeds=1", f"--output={tmp_path / 'out'}"])
+    )
+    config.write_text("trainer: {max_epochs: 2}")
+    assert sweeps["command"].sweep(given, []) == 0
+    config.write_text("# a comment\ntrainer:\n  max_epochs: 2")
+    assert sweeps["command"].sweep(given, []) == 0
+    config.write_text("trainer: {max_epochs: 2}\nmodel: {rate: 0.1}")
+    with pytest.raises(ValueError, match="another training"):
+        sweeps["command"].sweep(given, [])
+
+
 def test_a_cell_has_one_worker(sweeps: dict[str, ModuleType], tmp_path: Path):
     taken = sweeps["cells"].taken
     with taken(tmp_path) as lock, taken(tmp_path) as again:
@@ -106,7 +134,9 @@ def sweep(output: Path, *words: str, more: list[str] = SMALL, **options: Any) ->
         (["--grid", "mixer"], SMALL, "--grid mixer: write FIELD=VALUE"),
         (["--grid", "mixer=a,b", "--seeds=0"], SMALL, "--seeds must be >= 1"),
         (["--grid", "mixer=a,b"], ["model.backbone.mixer=sla"], "is set by the sweep itself"),
+        (["--grid", "mixer=a,b"], ["trainer.default_root_dir=x"], "is set by the sweep itself"),
         (["--grid", "mixer=a,b"], ["trainer.max_epochs=x"], "no trainer.max_epochs"),
+        (["--grid", "trainer.max_epochs=1,2"], SMALL, "--trainer.max_epochs is the same for all choices"),
     ],
 )
 def test_wrong_arguments(words: list[str], more: list[str], message: str, tmp_path: Path):

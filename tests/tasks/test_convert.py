@@ -80,6 +80,7 @@ def test_what_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model = f"{home}/model"
     assert "at least one of --norm, --kv-heads, --mixer, --fuse, --dtype" in refused(capsys, model, tmp_path / "a")
     assert "--mixer needs --on" in refused(capsys, model, tmp_path / "a", "--mixer=sla")
+    assert "--steps is only for --mixer" in refused(capsys, model, tmp_path / "a", "--fuse", "--steps=9")
     assert "no layer of" in refused(capsys, model, tmp_path / "a", "--fuse")
     assert "kv_heads must divide" in refused(capsys, model, tmp_path / "a", "--kv-heads=5")
     assert "is the checkpoint itself" in refused(capsys, model, model, "--dtype=float16")
@@ -91,6 +92,14 @@ def test_what_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "broken.png").write_text("not an image")
     assert "broken.png" in refused(capsys, model, tmp_path / "a", "--dtype=float16", f"--on={tmp_path}/broken.png")
     assert not (tmp_path / "a").exists()
+
+
+def test_outputs_that_float16_cannot_hold(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model: Any = zoo.load_model(home / "model")
+    model.head.weight.data[0] = 1e6
+    zoo.save_model(model, tmp_path / "large")
+    assert "NaN or infinite" in refused(capsys, tmp_path / "large", tmp_path / "a", "--dtype=float16")
+    assert "outputs differ" not in capsys.readouterr().out and not (tmp_path / "a").exists()
 
 
 def test_a_generator_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], home: Path):

@@ -60,6 +60,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "swiglu": {"ffn": "swiglu", "position": "sincos(order='xy')"},
     "parallel branches": {"layout": ("mixer+ffn",)},
     "half feed-forward": {"layout": ("half", "mixer", "half"), "layer_scale": 0.1},
+    "mixers alone": {"layout": ("mixer",)},
+    "feed-forward layers alone": {"layout": ("ffn",)},
     "another eps": {"norm": "layernorm(eps=0.1)"},
     "norms without a bias": {"norm": "layernorm(bias=False)"},
     "norms in turn": {"norm": ("layernorm", "layernorm(affine=False)")},

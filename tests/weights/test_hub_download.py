@@ -15,6 +15,7 @@ from huggingface_hub import constants
 import zoo
 from helpers import randomise
 from hub_server import READER, WRITER, Hub, environment, hub_on_loopback, point_to
+from zoo.__main__ import main
 from zoo.inputs.images import ImagePreprocess
 from zoo.models.vit import ViT
 from zoo.weights import FILES, CheckpointError, load_checkpoint, save_model
@@ -305,3 +306,13 @@ def test_processes_in_parallel_get_whole_checkpoints(hub, files, tmp_path):
     offline = start(hub, tmp_path / "home", HF_HUB_OFFLINE="1")
     out, error = offline.communicate(timeout=100)
     assert offline.returncode == 0 and Path(out.strip()) == folder, error
+
+
+def test_a_model_made_from_one_on_the_hub_names_its_owner(hub, tmp_path):
+    for name in (f"{NAME}@v1.0", f"hf:{NAME}"):
+        model: Any = zoo.load_model(name)
+        model.head.weight.data += 1
+        assert load_checkpoint(save_model(model, tmp_path / "new")).config["base"]["address"] == name
+    assert zoo.load_model(NAME, classes=5).about["base"]["address"] == NAME
+    main(["convert", NAME, f"{tmp_path}/converted", "--norm=rmsnorm"])
+    assert load_checkpoint(tmp_path / "converted").config["source"] == f"zoo convert {NAME} --norm rmsnorm"

@@ -131,3 +131,10 @@ def test_a_base_stays_that_of_the_checkpoint(start: Path, tmp_path: Path):
     base = {"address": "https://example.org/theirs", "commit": "abc", "layout": "timm"}
     based = save_model(load_model(start), tmp_path / "based", base=base)
     assert load_checkpoint(save_model(train(load_model(based)), tmp_path / "new")).config["base"] == base
+
+
+def test_folders_of_this_machine_are_in_no_base(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(start)
+    for name in (start, str(start), ".", "../start", "./"):
+        saved = load_checkpoint(save_model(train(load_model(name)), tmp_path / "new"))
+        assert saved.config["base"]["address"] == "start"

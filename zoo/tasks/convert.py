@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CHANGES = ("norm", "kv_heads", "mixer", "fuse", "dtype")
 DTYPES = ("float32", "float16", "bfloat16")
 COMPARED = 64  # files, at most
+LEARNING = {"steps": 500, "rate": 1e-3, "batch": 16}  # how a new mixer learns
 RANDOM = 8  # random inputs, if no files are given
 
 
@@ -38,15 +39,15 @@ def parser() -> Parser:
     add("name", metavar="NAME", help=files.NAME)
     add("folder", metavar="FOLDER", help="where the result is written")
     add("--norm", choices=("rmsnorm", "crmsnorm"), help="norm in place of layernorm")
-    add("--kv-heads", metavar="N", type=count, help="keys and values that the heads share")
+    add("--kv-heads", metavar="N", type=count, help="number of key and value heads, shared by the heads")
     add("--mixer", metavar="NAME", help="another mixer, as in `zoo list mixers`; needs --on")
     add("--fuse", action="store_true", help="fold norms and scales into linears, for inference")
-    add("--dtype", choices=DTYPES, help="of the weights in the file")
+    add("--dtype", choices=DTYPES, help="dtype of the weights in the file (default: float32)")
     add("--on", metavar="PATH", nargs="+", default=[], help="files and folders to compare on (default: random inputs)")
     files.add_device(made)
-    rare("--steps", metavar="N", type=count, default=500, help="steps of a new mixer (default: 500)")
-    rare("--rate", metavar="R", type=float, default=1e-3, help="peak learning rate of a new mixer (default: 0.001)")
-    rare("--batch", metavar="N", type=count, default=16, help="files in a batch (default: 16)")
+    rare("--steps", metavar="N", type=count, help=f"training steps of a new mixer (default: {LEARNING['steps']})")
+    rare("--rate", metavar="R", type=float, help=f"peak learning rate of a new mixer (default: {LEARNING['rate']})")
+    rare("--batch", metavar="N", type=count, help=f"files in a batch for a new mixer (default: {LEARNING['batch']})")
     return made
 
 
@@ -59,7 +60,12 @@ def main(arguments: list[str]) -> None:
         made.error(f"give at least one of {', '.join('--' + name.replace('_', '-') for name in CHANGES)}")
     if given.mixer is not None and not given.on:
         made.error("--mixer needs --on PATH: files that the new mixer learns from")
+    if given.mixer is None and (unused := [name for name in LEARNING if getattr(given, name) is not None]):
+        made.error(f"--{unused[0]} is only for --mixer")
+    for name, usual in LEARNING.items():
+        setattr(given, name, usual if getattr(given, name) is None else getattr(given, name))
     from zoo.weights import load_checkpoint, save_model
+    from zoo.weights.names import public_name
     from zoo.weights.save import check_target
 
     device = files.device_for(given.device)
@@ -74,7 +80,7 @@ def main(arguments: list[str]) -> None:
     for name, value in changes.items():
         model = change(model, name, value, start, given, inputs)
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()]
-    source = f"zoo convert {shlex.quote(Path(given.name).name)} {' '.join(words)}"
+    source = f"zoo convert {shlex.quote(public_name(given.name))} {' '.join(words)}"
     before, after = (sum(each.numel() for each in part.parameters()) for part in (start.model, model))
     save_model(model.cpu(), target, source=source)
     print(f"parameters       {before:,}, now {after:,}\nwritten to       {given.folder}")
@@ -112,7 +118,8 @@ def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inp
 
 
 def agreement(model: nn.Module, made: nn.Module, inputs: Inputs) -> str:
-    """How much the outputs of a changed model differ from those before, for people."""
+    """How much the outputs of a changed model differ from those before, for people; ValueError if they are NaN or
+    infinite."""
     import torch
 
     from zoo.layer import copied
@@ -123,6 +130,8 @@ def agreement(model: nn.Module, made: nn.Module, inputs: Inputs) -> str:
     with torch.no_grad():
         for each in inputs:
             old, new = (config.probe_outputs(part, dict(each)) for part in pair)
+            if not all(bool(output.isfinite().all()) for output in new.values()):
+                raise ValueError("the changed model's output is NaN or infinite, so it is not saved")
             for name, output in old.items():
                 worst[name] = max(worst.get(name, 0.0), float((new[name] - output).abs().max()))
                 largest[name] = max(largest.get(name, 0.0), float(output.abs().max()))

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -30,6 +29,7 @@ from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
+from zoo.weights.names import public_name
 from zoo.weights.trunks import misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
@@ -170,17 +170,15 @@ class Task(lightning.LightningModule):
         if any(self.taken[1:]):
             rank_zero_info(f"started   from {self.weights}: {self.taken}")
         model.preset = model.preprocess = model.labels = None  # training sets its own
-        model.about = self.origin()
+        model.about = self.about_start()
         return model.train()
 
-    def origin(self) -> dict[str, Any]:
+    def about_start(self) -> dict[str, Any]:
         """The license of the checkpoint that training starts from, and its name without the folders of this machine."""
         assert self.start is not None
         known, base = self.start.config, self.start.config.get("base")
         if isinstance(self.weights, str) and "files" in known:  # a checkpoint of the zoo
-            name = Path(self.weights).expanduser()
-            address = name.resolve().name if name.is_dir() else self.weights
-            base = {"address": address, "commit": None, "layout": "zoo"}
+            base = {"address": public_name(self.weights), "commit": None, "layout": "zoo"}
         return {"license": known.get("license", "unknown"), "base": base}
 
     def complete(self) -> None:

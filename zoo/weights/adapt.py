@@ -1,7 +1,6 @@
 """A trained model changed for a new task: other classes, channels, image size or choices, with a report of what was
 taken from it and what was not."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -94,9 +93,9 @@ def adapt(
         preprocess = _prepared(preprocess, changes)
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
     same = kept is None and different <= {*FREE} and preprocess == start.preprocess
-    about = start.model.about
-    model.about = dict(about) if same else made_from(about, os.path.basename(str(name)))
-    model.loaded, model.origin = report, start.model.origin
+    about, origin = start.model.about, start.model.origin
+    model.about = dict(about) if same else made_from(about, origin.name if origin else str(name))
+    model.loaded, model.origin = report, origin
     return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
 
 

@@ -21,6 +21,15 @@ def name_of(name: str | os.PathLike[str]) -> str:
     return str(text)
 
 
+def public_name(name: str | os.PathLike[str]) -> str:
+    """The name of a checkpoint without the folders of this machine: the last part of a path; other names as they
+    are."""
+    text = os.path.expanduser(name_of(name))
+    if isinstance(name, str) and re.fullmatch(f"(hf:)?{REPOSITORY}", text) and not Path(text).exists():
+        return text
+    return Path(text).resolve().name
+
+
 def locate(name: str | os.PathLike[str], **hub: Any) -> Path:
     """The folder of a checkpoint; CheckpointError if it is not found or its place cannot be read.
 

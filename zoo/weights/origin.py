@@ -9,6 +9,7 @@ from torch import nn
 from zoo.inputs import Preprocess
 from zoo.models.base import Model
 from zoo.tensors import fingerprint
+from zoo.weights.names import public_name
 
 
 class Origin(NamedTuple):
@@ -21,7 +22,7 @@ class Origin(NamedTuple):
 
 def origin_of(model: Model, name: str | os.PathLike[str]) -> Origin:
     """The origin of a model that was just read from the checkpoint of this name."""
-    return Origin(os.path.basename(os.path.normpath(name)), fingerprint(model), model.preprocess)
+    return Origin(public_name(name), fingerprint(model), model.preprocess)
 
 
 def still_true(model: Model, weights: nn.Module, preprocess: Preprocess | None) -> Mapping[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.convert import yaml_config
 from zoo.convert.nemo import files
-from zoo.convert.nemo.files import config_of, named, opened, tensors_of
+from zoo.convert.nemo.files import named, opened, tensors_of
 from zoo.convert.source import LARGEST, Section
 from zoo.convert.speech import (
     SUBSAMPLING,
@@ -17,6 +18,7 @@ from zoo.convert.speech import (
     build,
     checked_mels,
 )
+from zoo.convert.yaml_config import config_of
 from zoo.inputs.audio import AudioPreprocess
 from zoo.outputs.tokens import Characters, Tokenizer, WordPieces
 from zoo.text import one_line, reason
@@ -92,7 +94,7 @@ def from_nemo(
 def _from_archive(path: Path) -> Converted:
     where = f"{path}: {WEIGHTS}"
     with opened(path) as archive:
-        config = config_of(archive.content(CONFIG, files.CONFIG), f"{path}: {CONFIG}")
+        config = config_of(archive.content(CONFIG, yaml_config.BYTES), f"{path}: {CONFIG}")
         weights = archive.content(WEIGHTS)
         model = _model_file(config, archive.members)
         pieces = None if model is None else archive.content(model, files.PIECES)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.convert.nemo.files import CONFIG, config_of
 from zoo.convert.source import LARGEST, Section
+from zoo.convert.yaml_config import BYTES, config_of
 from zoo.text import from_json, one_line, reason
 from zoo.weights.files import read_tensors
 from zoo.weights.hub.errors import explain
@@ -72,7 +72,7 @@ def license_of(folder: Path) -> str:
     path = folder / "README.md"
     try:
         with open(path, "rb") as file:
-            front = re.match(rb"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", file.read(CONFIG), re.S | re.M)
+            front = re.match(rb"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", file.read(BYTES), re.S | re.M)
         said = config_of(front[1], str(path)).get("license") if front else None
     except (OSError, ValueError):
         said = None

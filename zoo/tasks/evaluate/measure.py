@@ -58,8 +58,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a checkpoint by the task that trains it, after its probe has passed.
 
-    In fp32 the figures are the same for every size of batch, for a fused model and on every processor, unless two
-    outputs are so nearly equal that rounding decides between them.
+    In fp32 the figures are the same for every size of batch and for a fused model, unless two outputs are so nearly
+    equal that rounding decides between them. On another processor a loss or an average precision may differ by
+    rounding, the latter by up to 2e-6.
 
     Args:
         tasks: by command, the task and the data module, whose `measuring` makes the data by split.

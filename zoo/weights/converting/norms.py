@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.block import Residual
-from zoo.choices import TABLES
+from zoo.choices import FEED_FORWARD, TABLES
 from zoo.config import each_name, names_of
 from zoo.layer import copied
 from zoo.models.vit import ViT, ViTConfig
@@ -134,8 +134,9 @@ def _config(config: ViTConfig, kind: str, biased: bool) -> ViTConfig:
     if parse(names_of(config.position)[0])[0] == "sincos":
         centred = "compressed" if kind == "crmsnorm" else "full"
         changed["position"] = each_name(config.position, lambda spec: respelled(spec, centred=centred))
-    if kind == "crmsnorm":
+    if kind == "crmsnorm" and "mixer" in config.words:
         changed["mixer"] = each_name(config.mixer, lambda spec: _same_heads(spec, config))
+    if kind == "crmsnorm" and not {*FEED_FORWARD}.isdisjoint(config.words):
         changed["ffn"] = each_name(config.ffn, lambda spec: _same_width(spec, config))
     return replace(config, **changed)  # pyright: ignore[reportArgumentType]
 
