@@ -109,4 +109,4 @@ def test_a_generator_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "use zoo.graft in Python" in refused(capsys, *arguments)
     main(["convert", f"{tmp_path}/model", f"{tmp_path}/a", "--kv-heads=1"])
     assert "outputs differ by" in capsys.readouterr().out
-    assert "crmsnorm: only the family vit" in refused(capsys, tmp_path / "model", tmp_path / "b", "--norm=crmsnorm")
+    assert "crmsnorm: the gates of modulation" in refused(capsys, tmp_path / "model", tmp_path / "b", "--norm=crmsnorm")

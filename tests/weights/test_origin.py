@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +128,20 @@ def test_another_preprocessing_loses_the_figures(start: Path, tmp_path: Path):
     assert added.config["figures"] == [FIGURE], "there was none to differ from"
 
 
-def test_a_base_stays_that_of_the_checkpoint(start: Path, tmp_path: Path):
+def test_the_base_of_a_trained_model_is_the_checkpoint_that_it_was_read_from(start: Path, tmp_path: Path):
     base = {"address": "https://example.org/theirs", "commit": "abc", "layout": "timm"}
     based = save_model(load_model(start), tmp_path / "based", base=base)
-    assert load_checkpoint(save_model(train(load_model(based)), tmp_path / "new")).config["base"] == base
+    assert load_checkpoint(save_model(load_model(based), tmp_path / "same")).config["base"] == base
+    trained = load_checkpoint(save_model(train(load_model(based)), tmp_path / "new"))
+    assert trained.config["base"] == {"address": "based", "commit": None, "layout": "zoo"}
+
+
+def test_a_base_in_the_cache_of_the_hub_has_its_commit(start: Path, tmp_path: Path):
+    folder = tmp_path / "models--owner--name/snapshots" / ("0123456789" * 4)
+    folder.parent.mkdir(parents=True)
+    shutil.copytree(start, folder)
+    saved = load_checkpoint(save_model(train(load_model(folder)), tmp_path / "new"))
+    assert saved.config["base"] == {"address": folder.name, "commit": folder.name, "layout": "zoo"}
 
 
 def test_folders_of_this_machine_are_in_no_base(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

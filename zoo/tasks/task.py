@@ -29,7 +29,6 @@ from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
-from zoo.weights.names import public_name
 from zoo.weights.trunks import misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
@@ -174,12 +173,10 @@ class Task(lightning.LightningModule):
         return model.train()
 
     def about_start(self) -> dict[str, Any]:
-        """The license of the checkpoint that training starts from, and its name without the folders of this machine."""
+        """The license of the checkpoint that training starts from, and where it is from."""
         assert self.start is not None
-        known, base = self.start.config, self.start.config.get("base")
-        if isinstance(self.weights, str) and "files" in known:  # a checkpoint of the zoo
-            base = {"address": public_name(self.weights), "commit": None, "layout": "zoo"}
-        return {"license": known.get("license", "unknown"), "base": base}
+        origin = self.start.model.origin
+        return {"license": self.start.config.get("license", "unknown"), "base": origin and dict(origin.base)}
 
     def complete(self) -> None:
         """Makes what depends on the model, here its averaged copy; called again if the data changed the model."""

@@ -94,7 +94,7 @@ def adapt(
     model.preset, model.preprocess, model.labels = start.config["preset"], preprocess, labels
     same = kept is None and different <= {*FREE} and preprocess == start.preprocess
     about, origin = start.model.about, start.model.origin
-    model.about = dict(about) if same else made_from(about, origin.name if origin else str(name))
+    model.about = dict(about) if same else made_from(about, origin and origin.base)
     model.loaded, model.origin = report, origin
     return Checkpoint(model.train(start.model.training), preprocess, labels, start.config)
 

@@ -82,8 +82,11 @@ def load_checkpoint(
     found = foreign(name, hub)
     if found is not None and check:
         raise ValueError(f"{name} has no probe, so omit check")
-    found = found or read_checkpoint(locate(name, **hub), check)
-    found.model.origin = origin_of(found.model, name)
+    folder = None
+    if found is None:
+        folder = locate(name, **hub)
+        found = read_checkpoint(folder, check)
+    found.model.origin = origin_of(found.model, name, folder)
     config = found.model.config
     given = {"channels": channels, "image": image}
     changes = {key: value for key, value in given.items() if value is not None} | fields

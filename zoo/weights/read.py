@@ -118,8 +118,17 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
         if fused or any(each.is_meta and name not in kinds for name, each in model.named_buffers()):
             with torch.device("cpu"), Unfilled():  # other buffers outside the state dict have to be made
                 model = _built(config, fused)
-        model.load_state_dict({name: tensors.pop(name).to(kind) for name, kind in kinds.items()}, assign=True)
+        places = model.state_dict()
+        own = {name: _laid_out(tensors.pop(name).to(kind), places[name]) for name, kind in kinds.items()}
+        model.load_state_dict(own, assign=True)
         return _checked(model, path)
+
+
+def _laid_out(tensor: Tensor, place: Tensor) -> Tensor:
+    """The tensor with the strides of its place in the model, such as those of channels last."""
+    if tensor.stride() == place.stride():
+        return tensor
+    return torch.empty_like(place, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
 def _built(config: Config, fused: bool) -> nn.Module:

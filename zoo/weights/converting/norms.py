@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from zoo.block import Residual
 from zoo.choices import FEED_FORWARD, TABLES
-from zoo.config import each_name, names_of
+from zoo.config import ModelConfig, each_name, names_of
 from zoo.layer import copied
+from zoo.models.base import Model
+from zoo.models.pyramid import Pyramid
 from zoo.models.vit import ViT, ViTConfig
 from zoo.norms import LayerNorm
 from zoo.positions import Learned, Position, Rotary, SinCos
@@ -44,11 +46,15 @@ def to_rmsnorm(model: nn.Module, *, compressed: bool = False) -> ViT:
     """
     kind = "crmsnorm" if compressed else "rmsnorm"
     try:
+        if not isinstance(model, Model) or not isinstance(model.config, ModelConfig):
+            raise ValueError("only models of the zoo with blocks can be converted")
+        _check_choices(model, model.config)
         if not isinstance(model, ViT):
-            raise ValueError(f"only the family vit is known to be exact, and this is a {type(model).__name__}")
+            start = "stem and reductions" if isinstance(model, Pyramid) else "parts around the blocks"
+            raise ValueError(f"only the family vit is exact; the {start} of a {type(model).__name__} may have norms")
         twin = copied(model).eval()
         residuals = [part for part in twin.modules() if isinstance(part, Residual)]
-        _check(twin, residuals)
+        _check_writers(twin, residuals)
         readers, like = _readers(twin, residuals), next(model.parameters())
         biased = not compressed and any(map(_keeps_bias, readers))
         config = _config(twin.config, kind, biased)
@@ -64,9 +70,8 @@ def to_rmsnorm(model: nn.Module, *, compressed: bool = False) -> ViT:
         raise ValueError(f"{kind}: {error}") from None
 
 
-def _check(model: ViT, residuals: list[Residual]) -> None:
-    """ValueError where something else than linears, and tables, writes to the stream."""
-    config = model.config
+def _check_choices(model: Model, config: ModelConfig) -> None:
+    """ValueError if the choices of a config let norms read or write what cannot be centred."""
     if model.fusion is not None:
         raise ValueError("the model is fused; start from the unfused one")
     if wrong := [name for name in names_of(config.norm) if parse(name)[0] != "layernorm"]:
@@ -76,11 +81,20 @@ def _check(model: ViT, residuals: list[Residual]) -> None:
     if "norm" in config.words:
         raise ValueError("the layout has a norm that writes the stream, and its result is not zero-mean")
     if "conv" in config.words:
-        raise ValueError("the layout has a convolution, and its own norm does not read the stream")
+        raise ValueError("the layout has a convolution, whose result cannot be made zero-mean")
     if wrong := [name for name in names_of(config.channel) if parse(name)[0] != "none"]:
         raise ValueError(
             f"channel attention '{wrong[0]}' scales each channel by another factor, so the stream is not zero-mean"
         )
+    if wrong := [name for name in names_of(config.modulation) if parse(name)[0] != "none"]:
+        raise ValueError(
+            f"the gates of modulation '{wrong[0]}' scale each channel by another factor, so the stream is not zero-mean"
+        )
+
+
+def _check_writers(model: ViT, residuals: list[Residual]) -> None:
+    """ValueError where something else than linears and tables writes to the stream."""
+    config = model.config
     if config.first_norm:
         raise ValueError("first_norm writes the stream, and its result is not zero-mean")
     if config.pool == "attention":
