@@ -5,7 +5,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,12 +16,9 @@ from zoo.choices import USES, WORDS, BlockConfig, words_of
 from zoo.layer import Place
 from zoo.modulations import MODULATIONS
 from zoo.positions import POSITIONS
-from zoo.spec import parse
+from zoo.spec import Choice, names_of, parse
 from zoo.text import unknown
 
-# One name for all blocks, or a tuple of names that the blocks take in turn. Where a model has stages, the tuple has an
-# entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turn.
-Choice = str | tuple[str | tuple[str, ...], ...]
 CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
 
 
@@ -47,16 +44,6 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
-
-
-def names_of(choice: Choice) -> list[str]:
-    """The names in a choice."""
-    return [choice] if isinstance(choice, str) else [name for each in choice for name in names_of(each)]
-
-
-def each_name(choice: Choice, change: Callable[[str], str]) -> Any:
-    """The choice with each of its names changed."""
-    return change(choice) if isinstance(choice, str) else tuple(each_name(each, change) for each in choice)
 
 
 def _renamed(choice: Any) -> Any:

@@ -3,11 +3,15 @@
 import ast
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, get_args, get_origin
 
 from zoo.text import unknown
+
+# One name for all blocks, or a tuple of names that the blocks take in turn. Where a model has stages, the tuple has an
+# entry for each stage, and such an entry may again be a tuple of names that the stage's blocks take in turn.
+Choice = str | tuple[str | tuple[str, ...], ...]
 
 # The largest value of an option that is an integer; 1,000,000 for others.
 LARGEST = {"kernel": 1_000, "layers": 100, "levels": 100, "size": 1_000}
@@ -96,3 +100,13 @@ def respelled(spec: str, name: str | None = None, **options: Any) -> str:
     kept = {**dict(given), **options}
     text = ", ".join(f"{option}={value!r}" for option, value in kept.items() if value is not None)
     return f"{name or old}({text})" if text else name or old
+
+
+def names_of(choice: Choice) -> list[str]:
+    """The names in a choice."""
+    return [choice] if isinstance(choice, str) else [name for each in choice for name in names_of(each)]
+
+
+def each_name(choice: Choice, change: Callable[[str], str]) -> Any:
+    """The choice with each of its names changed."""
+    return change(choice) if isinstance(choice, str) else tuple(each_name(each, change) for each in choice)

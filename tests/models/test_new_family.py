@@ -14,11 +14,12 @@ import zoo
 from helpers import randomise, rehash
 from zoo.__main__ import main
 from zoo.block import Block
-from zoo.config import Choice, FlatConfig
+from zoo.config import FlatConfig
 from zoo.layer import Context
 from zoo.models import FAMILIES, PRESETS, describe
 from zoo.models.base import Model
 from zoo.quick import model_page
+from zoo.spec import Choice
 from zoo.tensors import linear, to_tokens
 from zoo.weights import CheckpointError, adapt
 

@@ -195,6 +195,7 @@ def test_a_shared_head_is_the_mean():
         ({}, 3, "must divide"),
         ({"mixer": "softmax(kv_heads=1)"}, 2, "must divide the 1 that the model has"),
         ({"mixer": "sla"}, 1, "mixer 'sla' has no such option"),
+        ({"mixer": "softmax(kv_heads=1)"}, 1, "has kv_heads=1 already"),
     ],
 )
 def test_heads_that_cannot_be_shared(fields: dict[str, Any], number: int, words: str):

@@ -85,7 +85,7 @@ class Benchmark(Images):
 
     def source(self, split: str) -> Any:
         if self.found is None:
-            self.found = self._whole() if self.folder is None else self._files(self.folder)
+            self.found = self._data_set() if self.folder is None else self._files(self.folder)
         return self.found
 
     def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class Benchmark(Images):
             return metric
         return f"{metric} among {int(self.allowed.sum()):,} of {len(self.allowed):,} classes"
 
-    def _whole(self) -> Any:
+    def _data_set(self) -> Any:
         source = SOURCES[self.dataset](self.part, self.preprocess, self.root, self.fraction)
         outputs = self._outputs(source.classes, [""] * len(source.classes))
         source.classes, source.labels = self.classes, np.array(outputs)[source.labels]

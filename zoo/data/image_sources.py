@@ -118,8 +118,8 @@ class _FashionMNIST:
         images, labels = (_idx(base / f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
         if images.ndim != 3 or len(images) != len(labels) or labels.max(initial=0) >= len(self.classes):
             raise ValueError(f"{base} does not hold Fashion-MNIST: {len(images)} images and {len(labels)} labels")
-        part = {"train": slice(-self.held_out), "val": slice(-self.held_out, None), "test": slice(None)}[split]
-        self.images, self.labels = images[part], labels[part].astype(np.int64)
+        kept = {"train": slice(-self.held_out), "val": slice(-self.held_out, None), "test": slice(None)}[split]
+        self.images, self.labels = images[kept], labels[kept].astype(np.int64)
 
     def image(self, index: int) -> "Image":
         return enlarged(self.images[index], self.preprocess)
@@ -129,7 +129,7 @@ class _FashionMNIST:
 
 
 def is_fashion_mnist(folder: Path) -> bool:
-    """Whether a folder holds the test images of Fashion-MNIST."""
+    """Whether a folder holds the test images of Fashion-MNIST; MNIST's files have the same names."""
     return any((folder / f"t10k-images-idx3-ubyte{end}").is_file() for end in ("", ".gz"))
 
 

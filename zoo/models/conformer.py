@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.choices import BlockConfig
-from zoo.config import Choice, Config, FlatConfig, Size, names_of
+from zoo.config import Config, FlatConfig, Size
 from zoo.fusion import keep
 from zoo.heads import SPEECH_HEADS
 from zoo.layer import Chunks, Context, Fold, Layer, halved
@@ -20,7 +20,7 @@ from zoo.models.rates import Reduce, Strided
 from zoo.models.streaming import Stream
 from zoo.norms import NORMS, Norm
 from zoo.positions import POSITIONS, Position
-from zoo.spec import check, make, parse
+from zoo.spec import Choice, check, make, names_of, parse
 from zoo.stems import SUBSAMPLINGS
 from zoo.tensors import check_floats, compiling, like, linear, mask_of
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.choices import BlockConfig
-from zoo.config import Choice, ModelConfig, Size
+from zoo.config import ModelConfig, Size
 from zoo.models.convolutional import TIMM
 from zoo.norms import NORMS
-from zoo.spec import check, parse
+from zoo.spec import Choice, check, parse
 from zoo.stems.images import checked, padding_of
 from zoo.tensors import exporting, relu
 from zoo.text import unknown

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.config import Choice
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import MLP, DetectorConfig, Noised, Predicted, Trained, padded, wide, xavier
 from zoo.models.trunk import Trunk
 from zoo.norms import NORMS
-from zoo.spec import make, parse
+from zoo.spec import Choice, make, parse
 from zoo.stems.images import checked
 from zoo.tensors import to_map
 from zoo.text import unknown

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.config import Choice, ModelConfig, names_of
+from zoo.config import ModelConfig
 from zoo.layer import Context, Place
 from zoo.modulations import MODULATIONS, Modulation
 from zoo.schedules import SCHEDULES
-from zoo.spec import check, parse
+from zoo.spec import Choice, check, names_of, parse
 from zoo.stems.conditions import TIMES, LabelEmbedding, TimeEmbedding
 from zoo.tensors import compiling
 from zoo.text import unknown

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.config import Choice, Size, names_of
+from zoo.config import Size
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.diffusion import DiffusionConfig, Embeddings, joined, last_modulation, preceded
 from zoo.modulations import MODULATIONS, Modulation, TimeDependent
 from zoo.norms import LayerNorm
-from zoo.spec import parse
+from zoo.spec import Choice, names_of, parse
 from zoo.stems.images import Patches
 from zoo.tensors import linear, to_map, to_tokens, zeroed
 

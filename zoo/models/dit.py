@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.config import Choice, FlatConfig, Size, names_of
+from zoo.config import FlatConfig, Size
 from zoo.layer import Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.decoupled import DecoupledHead
@@ -26,7 +26,7 @@ from zoo.models.diffusion import (
 )
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
-from zoo.spec import make, parse
+from zoo.spec import Choice, make, names_of, parse
 from zoo.stems.images import Patches
 from zoo.tensors import to_map
 

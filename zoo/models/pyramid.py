@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from zoo.config import Choice, ModelConfig, Size
+from zoo.config import ModelConfig, Size
 from zoo.heads import HEADS
 from zoo.layer import Context
 from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position, run
 from zoo.norms import NORMS
-from zoo.spec import check, make, parse
+from zoo.spec import Choice, check, make, parse
 from zoo.stems import REDUCTIONS, STEMS
 from zoo.tensors import to_map
 

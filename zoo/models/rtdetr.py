@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.channels import CHANNELS
-from zoo.config import Choice, Size
+from zoo.config import Size
 from zoo.kernels import suppressed
 from zoo.layer import Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
@@ -31,7 +31,7 @@ from zoo.models.distribution import BOXES, Boxes, Delta, Distribution
 from zoo.models.neck import NECKS, ConvNorm, Level, Neck
 from zoo.models.trunk import Trunk
 from zoo.norms import NORMS, LayerNorm
-from zoo.spec import make, parse
+from zoo.spec import Choice, make, parse
 from zoo.tensors import exporting, linear, to_map
 from zoo.text import unknown
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.config import Choice, Size, names_of
+from zoo.config import Size
 from zoo.layer import Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.diffusion import DiffusionConfig, Embeddings, check_number, joined, last_modulation, preceded, start
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Norm
-from zoo.spec import make, parse
+from zoo.spec import Choice, make, names_of, parse
 from zoo.stems.images import checked, coarsened, convolve, padding_of, stream
 from zoo.tensors import compiling, to_map, to_tokens, zeroed
 

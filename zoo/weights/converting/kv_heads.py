@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from zoo.block import Block
 from zoo.choices import TABLES
-from zoo.config import ModelConfig, each_name
+from zoo.config import ModelConfig
 from zoo.layer import copied
 from zoo.mixers.attention import Projected
 from zoo.models.base import Model
-from zoo.spec import options_of, parse, respelled
+from zoo.spec import each_name, options_of, parse, respelled
 from zoo.weights.origin import inherit
 
 
@@ -36,6 +36,8 @@ def share_kv_heads(model: nn.Module, kv_heads: int) -> Model:
 
     made = replace(config, mixer=each_name(config.mixer, shared)).build().eval()
     assert isinstance(made, Model)
+    if made.config == config:
+        raise ValueError(f"the model has kv_heads={kv_heads} already")
     with torch.no_grad():
         for block in (part for part in twin.modules() if isinstance(part, Block)):
             for mixer in (part for part in block.modules() if isinstance(part, Projected)):

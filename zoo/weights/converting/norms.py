@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from zoo.block import Residual
 from zoo.choices import FEED_FORWARD, TABLES
-from zoo.config import ModelConfig, each_name, names_of
+from zoo.config import ModelConfig
 from zoo.layer import copied
 from zoo.models.base import Model
 from zoo.models.pyramid import Pyramid
 from zoo.models.vit import ViT, ViTConfig
 from zoo.norms import LayerNorm
 from zoo.positions import Learned, Position, Rotary, SinCos
-from zoo.spec import check, options_of, parse, respelled
+from zoo.spec import check, each_name, names_of, options_of, parse, respelled
 from zoo.weights.origin import inherit
 
 Writer = nn.Linear | nn.Conv2d | nn.Parameter
