@@ -75,7 +75,10 @@ def main(arguments: list[str]) -> None:
     print(f"compared on      {counted(len(inputs), 'file' if given.on else 'random input')}")
     for name, value in changes.items():
         model = change(model, name, value, start, given, inputs)
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}") for name, value in changes.items()]
+    words = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+        for name, value in changes.items()
+    ]
     source = f"zoo convert {shlex.quote(Path(given.name).name)} {' '.join(words)}"
     before, after = (sum(each.numel() for each in part.parameters()) for part in (start.model, model))
     with warnings.catch_warnings():
