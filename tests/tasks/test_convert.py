@@ -106,7 +106,8 @@ def test_the_source_is_a_command_and_nothing_is_warned_of(
         zoo.save_model(other.config.build(), tmp_path / "a model", preprocess=other.preprocess)
     more = ["--mixer=softmax(kv_heads=1)", f"--on={home}/images", "--steps=1"]
     main(["convert", f"{tmp_path}/a model", f"{tmp_path}/made", *more])
-    assert not recwarn.list and not re.search("(?i)warning", capsys.readouterr().err)
+    said = capsys.readouterr()
+    assert not recwarn.list and not re.search("(?i)warning", said.err) and "mixer softmax(kv_heads=1) " in said.out
     config = json.loads((tmp_path / "made/config.json").read_text())
     assert config["source"] == "zoo convert 'a model' --mixer 'softmax(kv_heads=1)'"
 

@@ -131,3 +131,10 @@ def test_a_base_stays_that_of_the_checkpoint(start: Path, tmp_path: Path):
     base = {"address": "https://example.org/theirs", "commit": "abc", "layout": "timm"}
     based = save_model(load_model(start), tmp_path / "based", base=base)
     assert load_checkpoint(save_model(train(load_model(based)), tmp_path / "new")).config["base"] == base
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path: Path):
+    model = zoo.create_model("vit_micro", depth=1, classes=3).to("meta")
+    with pytest.raises(ValueError, match="on the meta device and has no weights to save"):
+        zoo.save_model(model, tmp_path / "made")
+    assert not (tmp_path / "made").exists()

@@ -125,7 +125,7 @@ def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inp
         made, errors = zoo.graft(model, value, batches(start, given), rate=given.rate)
         worst = max(errors.values())
         said = f", largest relative squared error of a mixer {worst:.2g}"
-    label = f"{name} {'' if value is True else value}".strip().replace("_", " ")
+    label = name.replace("_", " ") + ("" if value is True else f" {value}")
     print(f"{label:<16} {agreement(model, made, inputs)}{said}")
     return made
 
