@@ -130,7 +130,7 @@ def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inp
     return made
 
 
-def fused(model: nn.Module, given: Any) -> tuple[Any, str]:
+def fused(model: Any, given: Any) -> tuple[Any, str]:
     """The model with its layers folded, and how many they are; ValueError if there are none."""
     import zoo
 
