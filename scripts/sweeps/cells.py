@@ -1,19 +1,23 @@
 """The cells of a sweep: each has a folder, is trained by one worker at a time, and can be resumed after a kill."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 STEPS, COST = "steps", "multiply-adds"  # what is equal for all choices
+LONGEST = 200  # bytes of the name of a cell, of the 255 that a file system allows
+OWN = ("--seed_everything", "--trainer.max_epochs", "--trainer.default_root_dir", "--ckpt_path")  # set for each cell
 
 
 class Cell(NamedTuple):
@@ -26,7 +30,11 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         parts = [*(f"{field}={value}" for field, value in self.choices), f"seed={self.seed}", self.equal]
-        return re.sub(r"[^\w=.,()+-]+", "_", ",".join(parts))
+        text = ",".join(parts)
+        plain = re.sub(r"[^\w=.,()+-]+", "_", text)
+        if plain == text and len(text.encode()) <= LONGEST:
+            return text
+        return f"{plain.encode()[:LONGEST].decode(errors='ignore')},{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 class Result(NamedTuple):
@@ -41,17 +49,38 @@ class Result(NamedTuple):
 
 
 def grid_of(given: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each field in words such as "mixer=softmax,sla"; commas inside parentheses do not separate."""
+    """The values of each field in words such as "mixer=softmax,sla"; commas in brackets or quotes do not separate."""
     grid: dict[str, list[str]] = {}
     for word in given:
         field, equals, text = word.partition("=")
-        values = [each.strip() for each in re.split(r",(?![^(]*\))", text)]
+        values = [each.strip() for each in parts_of(text)]
         if not equals or not field or not all(values):
             raise ValueError(f"--grid {word}: write FIELD=VALUE,VALUE as in mixer=softmax,sla")
-        if field in grid or len({*values}) < len(values):
+        if option(field) in OWN:
+            raise ValueError(f"--grid {word}: {field} is set by the sweep itself")
+        if option(field) in map(option, grid) or len({*values}) < len(values):
             raise ValueError(f"--grid {word}: each field and each value can be given once")
         grid[field] = values
     return grid
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts between the commas that are outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if letter == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def cells_of(grid: Mapping[str, Sequence[str]], seeds: int, equal: str = STEPS) -> list[Cell]:
@@ -62,7 +91,8 @@ def cells_of(grid: Mapping[str, Sequence[str]], seeds: int, equal: str = STEPS) 
 
 def option(field: str) -> str:
     """The option of `zoo TASK fit` for a field; one without a dot is a field of the model."""
-    return f"--{field if '.' in field else f'model.backbone.{field}'}"
+    whole = "." in field or f"--{field}" in OWN
+    return f"--{field if whole else f'model.backbone.{field}'}"
 
 
 @contextmanager
@@ -86,7 +116,11 @@ def taken(folder: Path) -> Iterator[int | None]:
 def result_of(folder: Path) -> Result | None:
     """The result of a finished cell."""
     try:
-        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        for field, kind in get_type_hints(Result).items():
+            if type(value := getattr(result, field)) is not kind:
+                raise TypeError(f"{field} is {value!r}")
+        return result
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -110,7 +144,7 @@ def train(cell: Cell, folder: Path, lock: int, task: str, config: Path, epochs: 
         shutil.rmtree(run, ignore_errors=True)  # killed before its first state
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "zoo", task, "fit", *arguments]
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,)).returncode
+        code = status_of(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,)))
     if code in (130, 143, -2, -15):
         raise KeyboardInterrupt
     if code:
@@ -125,3 +159,20 @@ def train(cell: Cell, folder: Path, lock: int, task: str, config: Path, epochs: 
     aside.write_text(json.dumps(result._asdict(), indent=1), encoding="utf-8")
     os.replace(aside, folder / "result.json")
     return result
+
+
+def status_of(training: "subprocess.Popen[bytes]") -> int:
+    """The exit status of a training; a signal that stops the sweep first lets the training write its state."""
+
+    def stop(number: int, frame: object) -> None:
+        training.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return training.wait()
+    except KeyboardInterrupt:  # a terminal sends it to the training, too
+        training.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from sweeps.cells import COST, Cell, Result, cells_of, grid_of, option, result_of, taken, train
+from sweeps.cells import COST, OWN, Cell, Result, cells_of, grid_of, option, result_of, taken, train
 from sweeps.table import draw, markdown, table
+from zoo.text import one_line
 
-OWN = ("--config", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path")  # what the sweep itself sets
 PAUSE = 5.0  # seconds between looks at cells that another worker trains
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = sweep(given, words[end + 1 :])
     except (ValueError, OSError) as error:
-        sys.exit(f"scripts/sweep: error: {error}")
+        sys.exit(f"scripts/sweep: error: {one_line(error, most=2000)}")
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         code = 130
@@ -62,18 +62,16 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     if not config.is_file() or task not in ("classify", "detect", "generate", "transcribe"):
         raise ValueError(f"{given.config} is not a config in a folder named after its task, such as configs/classify")
     grid = grid_of(given.grid)
-    if given.seeds < 1:
-        raise ValueError(f"--seeds must be >= 1, got {given.seeds}")
-    options, more = [*map(option, grid)], joined(more)
-    if fixed := [each for each in options if each in (*OWN, "--trainer.max_epochs")]:
-        raise ValueError(f"--grid: {fixed[0]} is the same for all choices; give another field")
-    if doubled := [word for word in more if word.split("=")[0] in (*options, *OWN)]:
+    if not 1 <= given.seeds <= 1000:
+        raise ValueError(f"--seeds must be from 1 to 1000, got {given.seeds}")
+    own = {*map(option, grid), *OWN} - {"--trainer.max_epochs"}
+    if doubled := [word for word in more if word.split("=")[0] in own]:
         raise ValueError(f"{doubled[0]} is set by the sweep itself")
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = values_of(config)
     epochs = epochs_of(config.name, values, more)
-    home = (given.output or Path("runs/sweeps", config.stem)).resolve()
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    check_command(home, [task, config.name, digest, *sorted(more), f"{epochs} epochs"])
+    home = (given.output or Path("runs/sweeps", config.stem)).resolve()
+    check_command(home, [task, config.name, digest, *more, f"{epochs} epochs"])
     cells = cells_of(grid, given.seeds)
     failed = work(dict.fromkeys(cells, epochs), home, task, config, more)
     found = results(cells, home)
@@ -98,21 +96,22 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     return 1 if failed else 0
 
 
-def joined(more: Sequence[str]) -> list[str]:
-    """Options with their values in one word: "--name value" becomes "--name=value"."""
-    found = list[str]()
-    for word in more:
-        if found and found[-1].startswith("--") and "=" not in found[-1] and not word.startswith("--"):
-            found[-1] += f"={word}"
-        else:
-            found.append(word)
-    return found
+def values_of(config: Path) -> dict[str, Any]:
+    """What a config sets; ValueError if it is none."""
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not a config: {one_line(error)}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def epochs_of(name: str, values: Mapping[str, Any], more: Sequence[str]) -> int:
-    """The number of epochs in the values of a config, or in the options that replace it."""
+    """The number of epochs of a config with these values, or of the options that replace it."""
+    if "--trainer.max_epochs" in more:
+        raise ValueError("write --trainer.max_epochs=N in one word")
     given = next((word.partition("=")[2] for word in reversed(more) if word.startswith("--trainer.max_epochs=")), None)
-    written = (values.get("trainer") or {}).get("max_epochs")
+    trainer = values.get("trainer")
+    written = trainer.get("max_epochs") if isinstance(trainer, dict) else None
     if not (text := str(given or written)).isdecimal() or int(text) < 1:
         raise ValueError(f"{name} has no trainer.max_epochs; give -- --trainer.max_epochs=N")
     return int(text)
@@ -122,9 +121,12 @@ def check_command(home: Path, words: Sequence[str]) -> None:
     """ValueError if the folder holds cells of another training."""
     home.mkdir(parents=True, exist_ok=True)
     path, text = home / "training.txt", "\n".join(words) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if not path.exists():
+        aside = home / f".new.{os.getpid()}"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)  # another worker never reads a part of it
+    if path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{home} holds a sweep of another training (see {path}); choose another --output")
-    path.write_text(text, encoding="utf-8")
 
 
 def work(epochs: dict[Cell, int], home: Path, task: str, config: Path, more: Sequence[str]) -> list[str]:
@@ -152,7 +154,11 @@ def work(epochs: dict[Cell, int], home: Path, task: str, config: Path, more: Seq
 
 
 def results(cells: Sequence[Cell], home: Path) -> dict[Cell, Result]:
-    found = {cell: result_of(home / "cells" / cell.name) for cell in cells}
+    """The results that there are, those of the first choices first, even if their first seed has none."""
+    order = {choices: place for place, choices in enumerate(dict.fromkeys(cell.choices for cell in cells))}
+    found = {
+        cell: result_of(home / "cells" / cell.name) for cell in sorted(cells, key=lambda cell: order[cell.choices])
+    }
     return {cell: result for cell, result in found.items() if result is not None}
 
 

@@ -156,3 +156,16 @@ def test_a_damaged_gzip(tmp_path: Path, data: bytes):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
     with pytest.raises(ValueError, match=f"cannot read {re.escape(str(tmp_path))}"):
         Images(dataset="fashion_mnist", root=str(tmp_path)).source("val")
+
+
+@pytest.mark.parametrize("fashion", ["gzipped"], indirect=True)
+def test_fashion_mnist_without_images_or_of_any_size(fashion: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, values in {"images-idx3": np.zeros((20, 4, 4)), "labels-idx1": np.zeros(20)}.items():
+        (fashion / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(idx(values)))
+    data = Images(dataset="fashion_mnist", root=str(fashion), channels=1, size=4)
+    assert len(data.source("val").labels) == 20
+    with pytest.raises(ValueError, match="holds 20 images of Fashion-MNIST, too few for the split train"):
+        data.source("train")
+    monkeypatch.setattr("zoo.data.image_sources._LARGEST", 100)
+    with pytest.raises(ValueError, match="is not a file of MNIST's format"):
+        data.source("test")

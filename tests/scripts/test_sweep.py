@@ -12,6 +12,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from threading import Timer
 from types import ModuleType
 from typing import Any
 
@@ -45,8 +46,73 @@ def test_grids(sweeps: dict[str, ModuleType]):
     for wrong in ("mixer", "=a", "mixer=a,,b", "mixer=a,a"):
         with pytest.raises(ValueError, match="--grid"):
             cells.grid_of([wrong])
-    with pytest.raises(ValueError, match="once"):
-        cells.grid_of(["mixer=a", "mixer=b"])
+    for twice in (["mixer=a", "mixer=b"], ["mixer=a", "model.backbone.mixer=b"]):
+        with pytest.raises(ValueError, match="once"):
+            cells.grid_of(twice)
+    for own in ("trainer.max_epochs=1,2", "seed_everything=1,2"):
+        with pytest.raises(ValueError, match="set by the sweep itself"):
+            cells.grid_of([own])
+    nested = ["softmax(kv_heads=1, qk_norm='rmsnorm(eps=1e-5, affine=False)')", "[softmax,sla]", "'a,b'"]
+    assert cells.grid_of([f"mixer={','.join(nested)}"]) == {"mixer": nested}
+
+
+def test_each_cell_has_its_own_folder(sweeps: dict[str, ModuleType]):
+    cell = sweeps["cells"].Cell
+    names = [cell((("data.root", root),), 0).name for root in ("a_b", "a/b", "a b", "../a b", "ü" * 400, "ü" * 401)]
+    assert len({*names}) == len(names) and all(len(name.encode()) < 256 and "/" not in name for name in names)
+    assert names[0] == "data.root=a_b,seed=0,steps"
+
+
+def test_a_damaged_result_is_named(sweeps: dict[str, ModuleType], tmp_path: Path):
+    cells = sweeps["cells"]
+    good = cells.Result("top-1 accuracy", 0.5, 360, 1000, 5_000_000, 10)._asdict()
+    for text in ("", "[]", "null", json.dumps(good | {"value": "x"}), json.dumps(good | {"n": None}), "{}"):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(ValueError, match=r"result.json is damaged \(.*\); delete it"):
+            cells.result_of(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(good))
+    assert cells.result_of(tmp_path)._asdict() == good
+
+
+def test_the_first_choices_stay_the_first_row(sweeps: dict[str, ModuleType], tmp_path: Path):
+    """Even if their first seed failed."""
+    cells, command, table = (sweeps[name] for name in ("cells", "command", "table"))
+    every = cells.cells_of({"norm": ["a", "b"]}, 2)
+    for index, cell in enumerate(every[1:]):
+        folder = tmp_path / "cells" / cell.name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(cells.Result("accuracy", index / 8, 9, 1, 1, 1)._asdict()))
+    first, second = table.rows_of(command.results(every, tmp_path), "steps")
+    assert first.choices == (("norm", "a"),) and first.difference is None and second.difference.mean == 1 / 8
+
+
+def test_the_training_of_a_sweep_is_fixed(sweeps: dict[str, ModuleType], tmp_path: Path):
+    command = sweeps["command"]
+    command.check_command(tmp_path, ["a", "--b=1", "--b=2"])
+    command.check_command(tmp_path, ["a", "--b=1", "--b=2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["training.txt"]
+    with pytest.raises(ValueError, match="another training"):
+        command.check_command(tmp_path, ["a", "--b=2", "--b=1"])
+
+
+@pytest.mark.parametrize("text", ["", "a: [b", "[1, 2]", "words", "trainer: 5", "trainer: {max_epochs: yes}", "\0"])
+def test_other_files_are_no_configs(sweeps: dict[str, ModuleType], tmp_path: Path, text: str):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.yaml (is not a config: |has no trainer\.max_epochs)"):
+        sweeps["command"].epochs_of("a.yaml", sweeps["command"].values_of(tmp_path / "a.yaml"), [])
+
+
+def test_a_signal_waits_for_the_state_of_the_training(sweeps: dict[str, ModuleType]):
+    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(143)));"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{slow} print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline()
+    before = signal.getsignal(signal.SIGTERM)
+    Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with child, pytest.raises(KeyboardInterrupt):
+        sweeps["cells"].status_of(child)
+    assert child.returncode == 143 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_intervals_are_those_of_student_and_differences_are_paired(sweeps: dict[str, ModuleType]):
@@ -78,14 +144,6 @@ def test_a_missing_seed_is_left_out_of_the_pairs(sweeps: dict[str, ModuleType]):
     first, second = table.rows_of(found, "steps")
     assert (first.seeds, second.seeds) == (2, 1) and second.difference.mean == pytest.approx(0.1)
     assert math.isnan(second.difference.half) and "±" not in str(second.difference)
-
-
-def test_options_in_two_words(sweeps: dict[str, ModuleType]):
-    command = sweeps["command"]
-    more = command.joined(["--trainer.max_epochs", "3", "--data.batch=8", "--model.warmup", "-1", "--flag", "--last"])
-    assert more == ["--trainer.max_epochs=3", "--data.batch=8", "--model.warmup=-1", "--flag", "--last"]
-    assert command.epochs_of("x.yaml", {"trainer": {"max_epochs": 9}}, more) == 3
-    assert command.epochs_of("x.yaml", {"trainer": {"max_epochs": 9}}, more[1:]) == 9
 
 
 def test_cells_of_another_config_are_not_mixed(sweeps: dict[str, ModuleType], tmp_path: Path):
@@ -132,11 +190,11 @@ def sweep(output: Path, *words: str, more: list[str] = SMALL, **options: Any) ->
     ("words", "more", "message"),
     [
         (["--grid", "mixer"], SMALL, "--grid mixer: write FIELD=VALUE"),
-        (["--grid", "mixer=a,b", "--seeds=0"], SMALL, "--seeds must be >= 1"),
+        (["--grid", "mixer=a,b", "--seeds=0"], SMALL, "--seeds must be from 1 to 1000"),
         (["--grid", "mixer=a,b"], ["model.backbone.mixer=sla"], "is set by the sweep itself"),
         (["--grid", "mixer=a,b"], ["trainer.default_root_dir=x"], "is set by the sweep itself"),
         (["--grid", "mixer=a,b"], ["trainer.max_epochs=x"], "no trainer.max_epochs"),
-        (["--grid", "trainer.max_epochs=1,2"], SMALL, "--trainer.max_epochs is the same for all choices"),
+        (["--grid", "mixer=a,b"], ["trainer.max_epochs", "3"], "write --trainer.max_epochs=N in one word"),
     ],
 )
 def test_wrong_arguments(words: list[str], more: list[str], message: str, tmp_path: Path):

@@ -91,6 +91,11 @@ def test_what_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_text("not an image")
     assert "broken.png" in refused(capsys, model, tmp_path / "a", "--dtype=float16", f"--on={tmp_path}/broken.png")
+    assert "is inside the checkpoint itself" in refused(capsys, model, f"{model}/a", "--dtype=float16")
+    assert "small.png is a file" in refused(capsys, model, tmp_path / "small.png/a", "--dtype=float16")
+    new = ["--mixer=sla", f"--on={home}/images"]
+    assert "--mixer 'softmax(kv_heads=1)'" in refused(capsys, model, tmp_path / "a", "--kv-heads=1", *new)
+    assert "can be folded" in refused(capsys, model, tmp_path / "a", "--fuse", "--steps=99999999", *new)
     assert not (tmp_path / "a").exists()
 
 
@@ -102,11 +107,28 @@ def test_outputs_that_float16_cannot_hold(home: Path, tmp_path: Path, capsys: py
     assert "outputs differ" not in capsys.readouterr().out and not (tmp_path / "a").exists()
 
 
+def test_the_source_is_a_command_and_nothing_is_warned_of(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+):
+    other: Any = zoo.load_model(home / "model")
+    with pytest.warns(UserWarning, match="without labels"):
+        zoo.save_model(other.config.build(), tmp_path / "a model", preprocess=other.preprocess)
+    more = ["--mixer=softmax(kv_heads=1)", f"--on={home}/images", "--steps=1"]
+    main(["convert", f"{tmp_path}/a model", f"{tmp_path}/made", *more])
+    said = capsys.readouterr()
+    assert not recwarn.list and not re.search("(?i)warning", said.err) and "mixer softmax(kv_heads=1) " in said.out
+    config = json.loads((tmp_path / "made/config.json").read_text())
+    assert config["source"] == "zoo convert 'a model' --mixer 'softmax(kv_heads=1)'"
+
+
 def test_a_generator_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], home: Path):
     model = zoo.create_model("dit_micro", dim=16, depth=1, heads=2)
     zoo.save_model(model, tmp_path / "model")
     arguments = [tmp_path / "model", tmp_path / "a", "--mixer=sla", f"--on={home}/images"]
     assert "use zoo.graft in Python" in refused(capsys, *arguments)
+    trained = Path(__file__).parents[2] / "checkpoints/dit_micro.digits"  # its preprocessing reads images
+    arguments = [trained, tmp_path / "a", "--dtype=float16", f"--on={home}/images"]
+    assert "takes no files, only prepared inputs" in refused(capsys, *arguments)
     main(["convert", f"{tmp_path}/model", f"{tmp_path}/a", "--kv-heads=1"])
     assert "outputs differ by" in capsys.readouterr().out
     assert "crmsnorm: the gates of modulation" in refused(capsys, tmp_path / "model", tmp_path / "b", "--norm=crmsnorm")

@@ -189,6 +189,14 @@ def test_a_shared_head_is_the_mean():
         assert torch.equal(new[:32], old[:32]) and torch.allclose(new[32:], torch.cat([keys, values]))
 
 
+def test_mixers_that_the_config_does_not_choose_stay():
+    model: Any = zoo.create_model("rtdetr_micro", image=64, classes=2).eval()
+    made: Any = share_kv_heads(model, 1)
+    old, new = model.state_dict(), made.state_dict()
+    changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
+    assert changed == {name for name in old if name.startswith("encoder") and ".qkv." in name} != set()
+
+
 @pytest.mark.parametrize(
     ("fields", "number", "words"),
     [

@@ -149,3 +149,10 @@ def test_folders_of_this_machine_are_in_no_base(start: Path, tmp_path: Path, mon
     for name in (start, str(start), ".", "../start", "./"):
         saved = load_checkpoint(save_model(train(load_model(name)), tmp_path / "new"))
         assert saved.config["base"]["address"] == "start"
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path: Path):
+    model = zoo.create_model("vit_micro", depth=1, classes=3).to("meta")
+    with pytest.raises(ValueError, match="on the meta device and has no weights to save"):
+        zoo.save_model(model, tmp_path / "made")
+    assert not (tmp_path / "made").exists()

@@ -120,6 +120,8 @@ class _FashionMNIST:
             raise ValueError(f"{base} does not hold Fashion-MNIST: {len(images)} images and {len(labels)} labels")
         kept = {"train": slice(-self.held_out), "val": slice(-self.held_out, None), "test": slice(None)}[split]
         self.images, self.labels = images[kept], labels[kept].astype(np.int64)
+        if not len(self.labels):
+            raise ValueError(f"{base} holds {len(labels)} images of Fashion-MNIST, too few for the split {split}")
 
     def image(self, index: int) -> "Image":
         return enlarged(self.images[index], self.preprocess)
@@ -133,13 +135,16 @@ def is_fashion_mnist(folder: Path) -> bool:
     return any((folder / f"t10k-images-idx3-ubyte{end}").is_file() for end in ("", ".gz"))
 
 
+_LARGEST = 1 << 28  # bytes read of a file that may claim any size; the largest of Fashion-MNIST has 47 MB
+
+
 def _idx(path: Path) -> np.ndarray:
     """The bytes in a file of MNIST's format, gzipped if only that is there: big-endian sizes, then uint8 values."""
     if not path.exists():
         path = path.with_name(f"{path.name}.gz")
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(_LARGEST)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read {path}: {reason(error)}") from None
     axes = data[3] if len(data) > 3 else 0

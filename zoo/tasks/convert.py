@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,28 +65,47 @@ def main(arguments: list[str]) -> None:
         made.error("--mixer needs --on PATH: files that the new mixer learns from")
     if given.mixer is None and (unused := [name for name in LEARNING if getattr(given, name) is not None]):
         made.error(f"--{unused[0]} is only for --mixer")
+    if given.mixer is not None and given.kv_heads is not None:
+        made.error("--kv-heads is for the present mixer; give a new one its own, as in --mixer 'softmax(kv_heads=1)'")
     for name, usual in LEARNING.items():
         setattr(given, name, usual if getattr(given, name) is None else getattr(given, name))
     from zoo.weights import load_checkpoint, save_model
     from zoo.weights.names import public_name
-    from zoo.weights.save import check_target
 
     device = files.device_for(given.device)
     target = Path(given.folder).expanduser().resolve()
-    check_target(target)  # before the work
-    if target in (Path(given.name).expanduser().resolve(), Path("checkpoints", given.name).resolve()):
-        raise ValueError(f"{given.folder} is the checkpoint itself; choose another folder")
+    check_place(given, target)  # before the work
     start = load_checkpoint(given.name, device=device)
     inputs = compared(start, given, device)
     model = start.model
     print(f"compared on      {counted(len(inputs), 'file' if given.on else 'random input')}")
     for name, value in changes.items():
         model = change(model, name, value, start, given, inputs)
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changes.items()]
+    words = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+        for name, value in changes.items()
+    ]
     source = f"zoo convert {shlex.quote(public_name(given.name))} {' '.join(words)}"
     before, after = (sum(each.numel() for each in part.parameters()) for part in (start.model, model))
-    save_model(model.cpu(), target, source=source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what the checkpoint lacked before, too
+        save_model(model.cpu(), target, source=source)
     print(f"parameters       {before:,}, now {after:,}\nwritten to       {given.folder}")
+
+
+def check_place(given: Any, target: Path) -> None:
+    """ValueError or OSError if the result cannot be written there, or would be part of the checkpoint itself."""
+    from zoo.weights.save import check_target
+
+    for own in (Path(given.name).expanduser().resolve(), Path("checkpoints", given.name).resolve()):
+        if own in (target, *target.parents) and (own / "config.json").is_file():
+            where = "is" if own == target else "is inside"
+            raise ValueError(f"{given.folder} {where} the checkpoint itself; choose another folder")
+    check_target(target)
+    near = next(each for each in target.parents if each.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        why = "is not writable" if near.is_dir() else "is a file"
+        raise OSError(f"{given.folder} cannot be written: {near} {why}")
 
 
 def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inputs: Inputs) -> Any:
@@ -100,21 +122,30 @@ def change(model: Any, name: str, value: Any, start: Checkpoint, given: Any, inp
     elif name == "kv_heads":
         made = share_kv_heads(model, value)
     elif name == "fuse":
-        made = zoo.fuse(model)
-        report = made.fusion or []
-        if not (folded := [each for each in report if each.into is not None]):
-            why = f": {report[0].layer}: {report[0].reason}" if report else ""
-            raise ValueError(f"--fuse: no layer of {given.name} can be folded{why}")
-        said = f", {len(folded)} of {counted(len(report), 'layer')} folded"
+        made, said = fused(model, given)
     elif name == "dtype":
         made = copied(model).to(getattr(torch, value))
     else:
+        if given.fuse:  # before the work
+            fused(replace(model.config, mixer=value).build().eval(), given)
         made, errors = zoo.graft(model, value, batches(start, given), rate=given.rate)
         worst = max(errors.values())
         said = f", largest relative squared error of a mixer {worst:.2g}"
-    label = f"{name} {'' if value is True else value}".strip().replace("_", " ")
+    label = name.replace("_", " ") + ("" if value is True else f" {value}")
     print(f"{label:<16} {agreement(model, made, inputs)}{said}")
     return made
+
+
+def fused(model: Any, given: Any) -> tuple[Any, str]:
+    """The model with its layers folded, and how many they are; ValueError if there are none."""
+    import zoo
+
+    made = zoo.fuse(model)
+    report = made.fusion or []
+    if not (folded := [each for each in report if each.into is not None]):
+        why = f": {report[0].layer}: {report[0].reason}" if report else ""
+        raise ValueError(f"--fuse: no layer of {given.name} can be folded{why}")
+    return made, f", {len(folded)} of {counted(len(report), 'layer')} folded"
 
 
 def agreement(model: nn.Module, made: nn.Module, inputs: Inputs) -> str:
@@ -148,8 +179,9 @@ def found(start: Checkpoint, given: Any) -> list[str]:
     from zoo.inputs.audio import EXTENSIONS as AUDIO
     from zoo.inputs.images import EXTENSIONS as IMAGES
 
-    kind = start.model.config.input
-    if start.preprocess is None or kind not in ("image", "boxes", "audio"):
+    config = start.model.config
+    kind = config.input
+    if start.preprocess is None or config.task == "generate" or kind not in ("image", "boxes", "audio"):
         raise ValueError(f"--on: {given.name} takes no files, only prepared inputs; use zoo.graft in Python")
     extensions, word = (AUDIO, "audio file") if kind == "audio" else (IMAGES, "image")
     return files.find_files(given.on, extensions, word)

@@ -96,6 +96,8 @@ def save_model(
         raise ValueError(unknown("preset", str(preset), PRESETS))
     config = model.config
     check_fit(config, preprocess, labels)
+    if any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
+        raise ValueError("the model is on the meta device and has no weights to save")
     twin = copied(model).cpu().eval()
     twin._compiled_call_impl = None  # of model.compile(), which would compile for a single input
     tensors = twin.state_dict()

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from zoo.block import Block
 from zoo.choices import TABLES
 from zoo.config import ModelConfig
 from zoo.layer import copied
@@ -39,13 +38,15 @@ def share_kv_heads(model: nn.Module, kv_heads: int) -> Model:
     if made.config == config:
         raise ValueError(f"the model has kv_heads={kv_heads} already")
     with torch.no_grad():
-        for block in (part for part in twin.modules() if isinstance(part, Block)):
-            for mixer in (part for part in block.modules() if isinstance(part, Projected)):
-                if mixer.kv_heads % kv_heads:
-                    raise ValueError(f"kv_heads must divide the {mixer.kv_heads} that the model has, got {kv_heads}")
-                mixer.qkv.weight = nn.Parameter(_means(mixer, mixer.qkv.weight, kv_heads))
-                if mixer.qkv.bias is not None:
-                    mixer.qkv.bias = nn.Parameter(_means(mixer, mixer.qkv.bias, kv_heads))
+        for path, mixer in twin.named_modules():
+            new = made.get_submodule(path)
+            if not isinstance(mixer, Projected) or not isinstance(new, Projected) or new.kv_heads == mixer.kv_heads:
+                continue  # such as a decoder's mixer, which is not that of the config
+            if mixer.kv_heads % kv_heads:
+                raise ValueError(f"kv_heads must divide the {mixer.kv_heads} that the model has, got {kv_heads}")
+            mixer.qkv.weight = nn.Parameter(_means(mixer, mixer.qkv.weight, kv_heads))
+            if mixer.qkv.bias is not None:
+                mixer.qkv.bias = nn.Parameter(_means(mixer, mixer.qkv.bias, kv_heads))
     made.to(next(twin.parameters()))
     made.load_state_dict(twin.state_dict())
     inherit(made, twin)
