@@ -1,0 +1,65 @@
+"""Preprocessing and model as one graph, and how far it is from the checkpoint's own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.inputs.images import ImagePreprocess
+from zoo.tasks import exporting
+from zoo.tasks.page.pixels import Pixels
+
+RESIZED = 2e-2  # largest difference of an image that is resized, as a share of the largest logit
+TRACED = (70, 90)  # height and width of the example; other sizes give the same file
+
+
+class Classify(nn.Module):
+    """From pixels [H, W, 4] to the logits [1, classes] of a classifier."""
+
+    def __init__(self, model: Any, preprocess: ImagePreprocess):
+        super().__init__()
+        self.pixels, self.model = Pixels(preprocess), model
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(self.pixels(pixels)).float()}
+
+
+def classify_graph(model: Any, preprocess: ImagePreprocess, notes: dict[str, str]) -> bytes:
+    """A classifier as the contents of an ONNX file: `pixels`, uint8 [H, W, 4] of any size, to `logits` [1, classes]."""
+    free = {"pixels": {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}}
+    example = drawn(*TRACED, torch.Generator().manual_seed(0))
+    return exporting.to_onnx(Classify(model, preprocess).eval(), example, free, ["logits"], exporting.OLDEST, notes)
+
+
+def compare_classify(model: Any, preprocess: ImagePreprocess, contents: bytes) -> tuple[float, float]:
+    """How far onnxruntime is from the checkpoint's own answer, as a share of the largest logit: for an image of the
+    model's size, and at most for some that are resized. ValueError if that is more than allowed."""
+
+    def own(pixels: Tensor) -> dict[str, Tensor]:
+        return {"logits": model(preprocess(pixels[..., :3])[None]).float()}
+
+    height, width = preprocess.shape
+    sides = [(height * 2 + 7, width * 3 + 2), (height // 2 + 1, width // 2 + 3), (height * 3 + 5, width + 1)]
+    whole = [] if preprocess.crop < 1 else [(height, width)]
+    found = [
+        exporting.largest_difference(
+            own, contents, [partial(drawn, *each) for each in shapes], lambda got, _: got, allowed
+        )
+        for shapes, allowed in ((whole, exporting.TOLERANCE), (sides, RESIZED))
+    ]
+    return found[0], found[1]
+
+
+def drawn(height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A random opaque image with coarse and fine structure."""
+    coarse = torch.randint(256, (height // 8 + 1, width // 8 + 1, 3), generator=generator)
+    fine = coarse.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
+    fine = (fine + torch.randint(-20, 21, fine.shape, generator=generator)).clamp(0, 255)
+    return {"pixels": torch.cat([fine, torch.full_like(fine[..., :1], 255)], -1).to(torch.uint8)}
+
+
+GRAPHS: dict[str, Callable[..., bytes]] = {"classify": classify_graph}
