@@ -28,7 +28,9 @@ WORDS: dict[str, dict[str, str]] = {
 }
 
 
-def document(task: str, name: str, written: Mapping[str, Any], shown: Mapping[str, Any], graph: bytes, runtime: Runtime):
+def document(
+    task: str, name: str, written: Mapping[str, Any], shown: Mapping[str, Any], graph: bytes, runtime: Runtime
+):
     """The contents of the file.
 
     Args:

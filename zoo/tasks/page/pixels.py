@@ -59,6 +59,10 @@ class Pixels(nn.Module):
     fixed size.
     """
 
+    fill: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, preprocess: ImagePreprocess):
         super().__init__()
         self.preprocess = preprocess
