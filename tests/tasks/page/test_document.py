@@ -31,9 +31,9 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def page(**written: Any) -> str:
+def page(task: str = "classify", **written: Any) -> str:
     shown = {"labels": EVIL, "top": 5}
-    return document("classify", EVIL[0] + EVIL[2], WRITTEN | written, shown, b"graph", RUNTIME).decode()
+    return document(task, EVIL[0] + EVIL[2], WRITTEN | written, shown, b"graph", RUNTIME).decode()
 
 
 def test_labels_and_card_are_text():
@@ -47,8 +47,9 @@ def test_labels_and_card_are_text():
     assert "0.2500 to 0.7500" in seen(evil) and "1,234,567" in seen(evil)
 
 
-def test_nothing_is_loaded_and_no_address_is_inside():
-    made = page(card="A model.")
+@pytest.mark.parametrize("task", module.WORDS)
+def test_nothing_is_loaded_and_no_address_is_inside(task: str):
+    made = page(task, card="A model.")
     assert "http" not in re.sub(r'http-equiv="Content', "", made) and "//" not in unpacked(made, "engine").decode()
     for _, attributes in Elements(made).found:
         assert not {"src", "href", "action", "style", "onclick", "onload"} & {*attributes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ def parser() -> Parser:
     made = Parser(
         "zoo page",
         "Writes one HTML file that runs a checkpoint in a browser, opened from disk and\nwithout a network. "
-        "It takes an image by drop, paste or camera; nothing leaves the\nmachine. Models: image classification.",
+        "It takes an image by drop, paste or camera, or speech by file\nor microphone; nothing leaves the machine. "
+        "Models: classifiers, CTC recognisers.",
         "zoo page vit_micro.digits --output page.html",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
@@ -34,46 +36,86 @@ def main(arguments: list[str]) -> None:
     from zoo.tasks.page.document import document
     from zoo.tasks.page.runtime import read_runtime
 
-    checkpoint = supported(given.name)
+    checkpoint = files.load(given.name)
+    task = str(checkpoint.model.config.task)
+    if task not in TASKS:
+        allowed = " and ".join(f"`zoo {each}`" for each in TASKS)
+        raise ValueError(f"zoo page: {given.name} is for `zoo {task}`, which is not yet supported, only {allowed}")
+    files.check_complete(checkpoint, given.name)
+    check, make = TASKS[task]
+    check(checkpoint, given.name)
     runtime = read_runtime(given.runtime)
-    graph, labels = classify(*checkpoint[:3])
-    shown = {"labels": labels, "top": given.top}
-    contents = document("classify", title(given.name), checkpoint.config, shown, graph, runtime)
+    files.report("exporting; this takes a minute or less")
+    graph, shown = make(checkpoint)
+    contents = document(task, title(given.name), checkpoint.config, shown | {"top": given.top}, graph, runtime)
     exporting.write(output, contents)
     files.report(f"wrote {output} ({len(contents) / 1e6:.1f} MB)")
 
 
-def supported(name: str) -> Any:
-    """A checkpoint that a page can run; ValueError for another."""
+def title(name: str) -> str:
+    """The name of a checkpoint without its place."""
+    return Path(name.partition("@")[0].rpartition(":")[2]).expanduser().absolute().name
+
+
+def check_images(checkpoint: Any, name: str) -> None:
+    """ValueError if a page cannot prepare this classifier's images."""
     from zoo.inputs.images import ImagePreprocess
 
-    found = files.load(name)
-    task = found.model.config.task
-    if task != "classify":
-        raise ValueError(f"zoo page: {name} is for `zoo {task}`, which is not yet supported; choose a classifier")
-    files.check_complete(found, name)
-    preprocess: Any = found.preprocess
+    preprocess = checkpoint.preprocess
     if not isinstance(preprocess, ImagePreprocess):
         raise ValueError(f"zoo page: {type(preprocess).__name__} is not yet supported, only ImagePreprocess")
     if preprocess.interpolation == "nearest":
         raise ValueError("zoo page: interpolation 'nearest' is not yet supported")
-    return found
 
 
-def title(name: str) -> str:
-    return Path(name.partition("@")[0].rpartition(":")[2]).expanduser().absolute().name
-
-
-def classify(model: Any, preprocess: Any, labels: Any) -> tuple[bytes, list[str]]:
-    """The graph of a classifier, compared with its own answers, and the names of its classes."""
-    from zoo.fusion import fuse
+def classify(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
+    """The graph of a classifier, compared with its own answers, and what the script needs."""
     from zoo.outputs.answers import class_names
     from zoo.tasks.page import graph
 
-    files.report("exporting; this takes a minute or less")
-    notes = exporting.metadata(model, preprocess, class_names(labels, model.config.labelled))
-    contents = graph.classify_graph(fuse(model) if model.fusion is None else model, preprocess, notes)
+    model, preprocess = checkpoint.model, checkpoint.preprocess
+    labels = class_names(checkpoint.labels, model.config.labelled)
+    notes = exporting.metadata(model, preprocess, labels)
+    contents = graph.classify_graph(fused(model), preprocess, notes)
     files.report("comparing with PyTorch")
     same, resized = graph.compare_classify(model, preprocess, contents)
     files.report(f"largest difference: {same:.1e} of the largest logit, {resized:.1e} where images are resized")
-    return contents, class_names(labels, model.config.labelled)
+    return contents, {"labels": labels}
+
+
+def check_speech(checkpoint: Any, name: str) -> None:
+    """ValueError if a page cannot spell this recogniser's output."""
+    if checkpoint.labels is None:
+        raise ValueError(f"{name} has no tokenizer, so its output cannot be turned into text")
+    if checkpoint.model.config.transducer:
+        raise ValueError(f"zoo page: {name} is a transducer, which is not yet supported, only CTC")
+    if any(re.fullmatch("<0x[0-9A-F]{2}>", piece) for piece in checkpoint.labels.pieces):
+        raise ValueError(f"zoo page: the pieces of {name} have bytes among them, which is not yet supported")
+
+
+def transcribe(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
+    """The graph of a recogniser, compared with its own answers, and what the script needs."""
+    from zoo.inputs.audio.features import LONGEST, SILENCE
+    from zoo.tasks.page import graph
+
+    model, preprocess, tokenizer = checkpoint.model, checkpoint.preprocess, checkpoint.labels
+    contents = graph.transcribe_graph(fused(model), preprocess, exporting.metadata(model, preprocess, tokenizer))
+    files.report("comparing with PyTorch")
+    files.report(
+        f"largest difference: {graph.compare_transcribe(model, preprocess, contents):.1e} of the largest logit"
+    )
+    ids = range(tokenizer.blank)
+    pieces = [" " * tokenizer.starts_word(each) + tokenizer.decode([each]) for each in ids]
+    step = preprocess.seconds_per_frame * model.config.stride
+    return contents, {"pieces": pieces, "rate": preprocess.rate, "step": step, "longest": LONGEST, "silence": SILENCE}
+
+
+def fused(model: Any) -> Any:
+    """The model with its norms folded."""
+    from zoo.fusion import fuse
+
+    return fuse(model) if model.fusion is None else model
+
+
+# For each task that a page can do: what refuses a checkpoint early, and what makes its graph.
+TASKS = {"classify": (check_images, classify), "transcribe": (check_speech, transcribe)}

@@ -24,6 +24,15 @@ WORDS: dict[str, dict[str, str]] = {
         "choose": "Choose an image",
         "live": "Use the camera",
         "accept": "image/*",
+        "shown": "The image that was read",
+    },
+    "transcribe": {
+        "about": "Speech recognition.",
+        "hint": "Drop a recording here, or",
+        "choose": "Choose a recording",
+        "live": "Use the microphone",
+        "accept": "audio/*",
+        "shown": "The sound that was read",
     },
 }
 
@@ -57,7 +66,7 @@ def document(
         "binary": packed(runtime.binary),
         "engine": packed(engine),
     }
-    texts = {"title": plain(name), "version": zoo.__version__, "runtime": VERSION, **WORDS[task]}
+    texts = {"task": task, "title": plain(name), "version": zoo.__version__, "runtime": VERSION, **WORDS[task]}
     parts |= {key: html.escape(text) for key, text in texts.items()}
     made = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html"))
     contents = made.encode("utf-8", "backslashreplace")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.inputs.audio import AudioPreprocess
 from zoo.inputs.images import ImagePreprocess
 from zoo.tasks import exporting
 from zoo.tasks.page.pixels import Pixels
+from zoo.tasks.page.sound import Sound, length_of
 
 RESIZED = 2e-2  # largest difference of an image that is resized, as a share of the largest logit
 TRACED = (70, 90)  # height and width of the example; other sizes give the same file
@@ -62,4 +63,43 @@ def drawn(height: int, width: int, generator: torch.Generator) -> dict[str, Tens
     return {"pixels": torch.cat([fine, torch.full_like(fine[..., :1], 255)], -1).to(torch.uint8)}
 
 
-GRAPHS: dict[str, Callable[..., bytes]] = {"classify": classify_graph}
+class Transcribe(nn.Module):
+    """From samples [S] to the logits [1, T, vocabulary] of a recogniser and their number [1]."""
+
+    def __init__(self, model: Any, preprocess: AudioPreprocess):
+        super().__init__()
+        self.sound, self.model = Sound(preprocess), model
+
+    def forward(self, samples: Tensor) -> dict[str, Tensor]:
+        features = self.sound(samples)
+        logits, lengths = self.model(features, length_of(features))
+        return {"logits": logits.float(), "lengths": lengths}
+
+
+def transcribe_graph(model: Any, preprocess: AudioPreprocess, notes: dict[str, str]) -> bytes:
+    """A recogniser as the contents of an ONNX file: `samples`, float32 [S] at the rate of the preprocess and of any
+    length from two hops on, to `logits` [1, T, vocabulary] and `lengths` [1]."""
+    free = {"samples": {0: torch.export.Dim("samples", min=2 * preprocess.hop)}}
+    example = noise(1.3, preprocess, torch.Generator().manual_seed(0))
+    outputs = ["logits", "lengths"]
+    return exporting.to_onnx(Transcribe(model, preprocess).eval(), example, free, outputs, exporting.OLDEST, notes)
+
+
+def compare_transcribe(model: Any, preprocess: AudioPreprocess, contents: bytes) -> float:
+    """How far onnxruntime is from the checkpoint's own answer, as a share of the largest logit. ValueError if that is
+    more than allowed."""
+
+    def own(samples: Tensor) -> dict[str, Tensor]:
+        features = preprocess(samples)
+        logits, lengths = model(features[None], torch.tensor([len(features)]))
+        return {"logits": logits.float(), "lengths": lengths}
+
+    draws = [partial(noise, seconds, preprocess) for seconds in (0.1, 0.333, 2.0, 7.7)]
+    return exporting.largest_difference(own, contents, draws, lambda got, _: got)
+
+
+def noise(seconds: float, preprocess: AudioPreprocess, generator: torch.Generator) -> dict[str, Tensor]:
+    """Noise that swells and fades."""
+    count = round(seconds * preprocess.rate)
+    swell = torch.linspace(0, 15 * seconds, count, dtype=torch.float32).sin()
+    return {"samples": 0.1 * torch.randn(count, generator=generator, dtype=torch.float32) * swell}
