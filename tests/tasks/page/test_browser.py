@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
 from browsing import CHROMIUM, Browser
@@ -25,13 +25,13 @@ pytestmark = [
 ]
 
 
-DIGITS, SPEECH = "vit_micro.digits", "squeezeformer_micro.spoken_digits"
+DIGITS, SPEECH, CELLS = "vit_micro.digits", "squeezeformer_micro.spoken_digits", "rtdetr_micro.blood_cells"
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
-    for name in (DIGITS, SPEECH):
+    for name in (DIGITS, SPEECH, CELLS):
         made[name] = tmp_path_factory.mktemp("page") / "page.html"
         main(["page", name, "--output", str(made[name])])
     return made
@@ -173,9 +173,9 @@ def test_200_digits_get_the_answers_of_python(browser: Browser, tmp_path: Path):
     assert browser.errors == []
 
 
-@pytest.mark.parametrize("name", [DIGITS, SPEECH])
+@pytest.mark.parametrize("name", [DIGITS, SPEECH, CELLS])
 def test_the_first_answer_comes_within_5_seconds(name: str, pages: dict[str, Path], tmp_path: Path):
-    path = digit(0, tmp_path / "digit.png") if name == DIGITS else clips(tmp_path, 1)[0]
+    path = clips(tmp_path, 1)[0] if name == SPEECH else digit(0, tmp_path / "digit.png")
     with opened(pages[name], tmp_path / "profile") as browser:
         start = time.monotonic()
         browser.open(pages[name])
@@ -227,3 +227,55 @@ def test_a_script_cannot_reach_the_network(browser: Browser):
         setTimeout(() => done("nothing was forbidden"), 3000);
     })"""
     assert browser.run(told) == "connect-src"
+
+
+def cells(path: Path, seed: int) -> Path:
+    """A drawing of red and violet cells on a light ground, 640 x 480."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (640, 480), (224, 216, 200))
+    drawing = ImageDraw.Draw(image)
+    for _ in range(10):
+        x, y, radius = random.uniform(50, 590), random.uniform(50, 430), random.uniform(35, 50)
+        colour = (110, 70, 170) if random.random() < 0.2 else (205, 140, 130)
+        drawing.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    image.filter(ImageFilter.GaussianBlur(2)).save(path)
+    return path
+
+
+def test_boxes_are_those_of_python(pages: dict[str, Path], tmp_path: Path):
+    checkpoint, number = load_checkpoint(CELLS), 0
+    with opened(pages[CELLS], tmp_path / "profile") as browser:
+        for seed in range(10):
+            path = cells(tmp_path / "cells.png", seed)
+            got, wanted = browser.give(path)["found"], checkpoint(str(path))
+            assert len(got) == len(wanted) == 100
+            for each in (each for each in wanted if each.score >= 0.3):
+                number += 1
+                near = min(
+                    got, key=lambda one: np.abs(np.subtract(one["box"], each.box)).max() + (one["label"] != each.label)
+                )
+                assert near["label"] == each.label and abs(near["score"] - each.score) < 0.02
+                assert np.abs(np.subtract(near["box"], each.box)).max() < 1
+        counted = "[...document.querySelectorAll('#answers .share')].slice(1).map((each) => parseInt(each.textContent))"
+        assert sum(browser.run(counted)) == sum(each.score >= 0.5 for each in wanted)
+        browser.run(
+            "const slider = document.querySelector('input[type=range]'); slider.value = 0.05;"
+            "slider.dispatchEvent(new Event('input'))"
+        )
+        assert sum(browser.run(counted)) == sum(each.score >= 0.05 for each in wanted)
+    assert number > 20
+
+
+@pytest.mark.parametrize(
+    "event", ["DragEvent('drop', { dataTransfer: data })", "ClipboardEvent('paste', { clipboardData: data })"]
+)
+def test_drop_and_paste(event: str, browser: Browser):
+    browser.wait("document.body.dataset.state == 'ready'")
+    script = """(async () => {
+        const canvas = new OffscreenCanvas(20, 20), data = new DataTransfer();
+        canvas.getContext("2d").fillRect(0, 0, 20, 20);
+        data.items.add(new File([await canvas.convertToBlob()], "image.png", { type: "image/png" }));
+        window.dispatchEvent(new EVENT);
+    })()""".replace("EVENT", event)
+    browser.run(script)
+    browser.wait("answers.length == 1")

@@ -16,7 +16,7 @@ def parser() -> Parser:
         "zoo page",
         "Writes one HTML file that runs a checkpoint in a browser, opened from disk and\nwithout a network. "
         "It takes an image by drop, paste or camera, or speech by file\nor microphone; nothing leaves the machine. "
-        "Models: classifiers, CTC recognisers.",
+        "Models: classifiers,\ndetectors and CTC recognisers.",
         "zoo page vit_micro.digits --output page.html",
     )
     made.add_argument("name", metavar="NAME", help=files.NAME)
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = files.load(given.name)
     task = str(checkpoint.model.config.task)
     if task not in TASKS:
-        allowed = " and ".join(f"`zoo {each}`" for each in TASKS)
+        allowed = ", ".join(TASKS)
         raise ValueError(f"zoo page: {given.name} is for `zoo {task}`, which is not yet supported, only {allowed}")
     files.check_complete(checkpoint, given.name)
     check, make = TASKS[task]
@@ -83,6 +83,32 @@ def classify(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
     return contents, {"labels": labels}
 
 
+def check_boxes(checkpoint: Any, name: str) -> None:
+    """ValueError if a page cannot prepare this detector's images, or choose among its boxes."""
+    fit, config = checkpoint.preprocess.fit, checkpoint.model.config
+    if fit != "stretch":
+        raise ValueError(f"zoo page: detection with fit '{fit}' is not yet supported, only 'stretch'")
+    if checkpoint.preprocess.interpolation == "nearest":
+        raise ValueError("zoo page: interpolation 'nearest' is not yet supported")
+    if min(config.detection_nms, getattr(config, "proposal_nms", 1.0)) < 1:
+        raise ValueError(f"zoo page: {name} has non-maximum suppression, which is not yet supported")
+
+
+def detect(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
+    """The graph of a detector, compared with its own answers, and what the script needs."""
+    from zoo.outputs.answers import class_names
+    from zoo.outputs.label_map import LabelMap
+    from zoo.tasks.page import graph
+
+    model, preprocess = checkpoint.model, checkpoint.preprocess
+    labels = checkpoint.labels or LabelMap.from_names(class_names(None, model.config.labelled))
+    contents = graph.detect_graph(fused(model), preprocess, exporting.metadata(model, preprocess, labels))
+    files.report("comparing with PyTorch")
+    same, resized = graph.compare_detect(model, preprocess, contents)
+    files.report(f"largest difference: {same:.1e} of the largest output, {resized:.1e} where images are resized")
+    return contents, {"labels": list(labels.names)}
+
+
 def check_speech(checkpoint: Any, name: str) -> None:
     """ValueError if a page cannot spell this recogniser's output."""
     if checkpoint.labels is None:
@@ -118,4 +144,8 @@ def fused(model: Any) -> Any:
 
 
 # For each task that a page can do: what refuses a checkpoint early, and what makes its graph.
-TASKS = {"classify": (check_images, classify), "transcribe": (check_speech, transcribe)}
+TASKS = {
+    "classify": (check_images, classify),
+    "detect": (check_boxes, detect),
+    "transcribe": (check_speech, transcribe),
+}

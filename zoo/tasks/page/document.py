@@ -17,6 +17,7 @@ from zoo.tasks.page.runtime import VERSION, Runtime
 from zoo.text import plain
 
 LARGEST = 40_000_000  # bytes of a page
+FIGURES = ("data", "split", "metric", "value", "n", "95 % interval")
 WORDS: dict[str, dict[str, str]] = {
     "classify": {
         "about": "Image classification.",
@@ -25,6 +26,14 @@ WORDS: dict[str, dict[str, str]] = {
         "live": "Use the camera",
         "accept": "image/*",
         "shown": "The image that was read",
+    },
+    "detect": {
+        "about": "Object detection.",
+        "hint": "Drop an image here, paste one, or",
+        "choose": "Choose an image",
+        "live": "Use the camera",
+        "accept": "image/*",
+        "shown": "The image that was read, with the boxes of the objects",
     },
     "transcribe": {
         "about": "Speech recognition.",
@@ -53,7 +62,7 @@ def document(
     Raises:
         ValueError: the page is larger than LARGEST.
     """
-    style, script = (asset(each) for each in ("page.css", "page.js"))
+    style, script = asset("page.css"), "\n".join(map(asset, ("page.js", "sound.js", "boxes.js")))
     # What a source map would be loaded from is left out.
     engine = re.sub(rb"\n//# sourceMappingURL=.*", b"", runtime.engine)
     parts = {
@@ -107,26 +116,26 @@ def inert(value: Any) -> str:
 def card(written: Mapping[str, Any]) -> str:
     """What a checkpoint's card says, as HTML."""
 
-    def cell(tag: str, value: object) -> str:
-        return f"<{tag}>{html.escape(plain(str(value)))}</{tag}>"
+    def cell(value: object, tag: str = "td", scope: str = "") -> str:
+        return f"<{tag}{scope}>{html.escape(plain(str(value)))}</{tag}>"
 
-    def table(head: list[str], rows: list[list[object]]) -> str:
-        lines = ["".join(cell("th", each) for each in head)] if head else []
-        lines += ["".join(cell("td", each) for each in row) for row in rows]
-        return f'<div class="table"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+    def table(rows: list[str]) -> str:
+        return f'<div class="table"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
     text = "\n".join(map(plain, str(written.get("card") or "").split("\n")))
     made = ["<h2>About the model</h2>"] + ([f"<p>{html.escape(text)}</p>"] if text.strip() else [])
-    rows = []
+    rows = ["".join(cell(name, "th") for name in FIGURES)]
     for each in written.get("figures") or []:
         interval = "" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
-        rows.append([each["data"], each["split"], each["metric"], f"{each['value']:.4f}", each["n"] or "", interval])
-    if rows:
-        made.append(table(["data", "split", "metric", "value", "n", "95 % interval"], rows))
-    facts: list[list[object]] = [
-        ["Model", written.get("preset") or written["family"]],
-        ["Parameters", f"{written['parameters']:,}"],
-        ["Data", ", ".join(written.get("datasets") or []) or "not stated"],
-        ["License of the weights", written.get("license") or "unknown"],
-    ]
-    return "\n".join([*made, table([], facts)])
+        values = (each["data"], each["split"], each["metric"], f"{each['value']:.4f}", each["n"] or "", interval)
+        rows.append("".join(map(cell, values)))
+    if len(rows) > 1:
+        made.append(table(rows))
+    facts = {
+        "Model": written.get("preset") or written["family"],
+        "Parameters": f"{written['parameters']:,}",
+        "Data": ", ".join(written.get("datasets") or []) or "not stated",
+        "License of the weights": written.get("license") or "unknown",
+    }
+    made.append(table([cell(name, "th", ' scope="row"') + cell(value) for name, value in facts.items()]))
+    return "\n".join(made)

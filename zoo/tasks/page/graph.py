@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.inputs.audio import AudioPreprocess
+from zoo.inputs.boxes import BoxPreprocess
 from zoo.inputs.images import ImagePreprocess
 from zoo.tasks import exporting
+from zoo.tasks.detect.export import OUTPUTS, paired
 from zoo.tasks.page.pixels import Pixels
 from zoo.tasks.page.sound import Sound, length_of
 
@@ -61,6 +63,44 @@ def drawn(height: int, width: int, generator: torch.Generator) -> dict[str, Tens
     fine = coarse.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
     fine = (fine + torch.randint(-20, 21, fine.shape, generator=generator)).clamp(0, 255)
     return {"pixels": torch.cat([fine, torch.full_like(fine[..., :1], 255)], -1).to(torch.uint8)}
+
+
+class Detect(nn.Module):
+    """From pixels [H, W, 4] to the logits [1, queries, classes] and boxes [1, queries, 4] of a detector."""
+
+    def __init__(self, model: Any, preprocess: BoxPreprocess):
+        super().__init__()
+        shared = {name: getattr(preprocess, name) for name in ("channels", "mean", "std", "interpolation", "resizer")}
+        self.pixels = Pixels(ImagePreprocess(size=preprocess.size, fit="squash", crop=1.0, **shared))
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        made = self.model(self.pixels(pixels))
+        return {name: made[name].float() for name in OUTPUTS}
+
+
+def detect_graph(model: Any, preprocess: BoxPreprocess, notes: dict[str, str]) -> bytes:
+    """A detector whose preprocess stretches images as the contents of an ONNX file: `pixels`, uint8 [H, W, 4] of any
+    size, to `logits` [1, queries, classes] and `boxes` [1, queries, 4], relative to the image."""
+    free = {"pixels": {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}}
+    example = drawn(*TRACED, torch.Generator().manual_seed(0))
+    return exporting.to_onnx(Detect(model, preprocess).eval(), example, free, OUTPUTS, exporting.OLDEST, notes)
+
+
+def compare_detect(model: Any, preprocess: BoxPreprocess, contents: bytes) -> tuple[float, float]:
+    """As `compare_classify`, for the logits and boxes of a detector."""
+
+    def own(pixels: Tensor) -> dict[str, Tensor]:
+        made = model(next(preprocess.parts(pixels[..., :3])).image[None])
+        return {name: made[name].float() for name in OUTPUTS}
+
+    side = preprocess.size
+    given = (([(side, side)], exporting.TOLERANCE), ([(side * 2 + 7, side * 3 + 2)], RESIZED))
+    found = [
+        exporting.largest_difference(own, contents, [partial(drawn, *each) for each in shapes], paired, allowed)
+        for shapes, allowed in given
+    ]
+    return found[0], found[1]
 
 
 class Transcribe(nn.Module):
