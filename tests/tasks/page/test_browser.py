@@ -243,7 +243,7 @@ def cells(path: Path, seed: int) -> Path:
 
 
 def test_boxes_are_those_of_python(pages: dict[str, Path], tmp_path: Path):
-    checkpoint, number = load_checkpoint(CELLS), 0
+    checkpoint, number, wanted = load_checkpoint(CELLS), 0, []
     with opened(pages[CELLS], tmp_path / "profile") as browser:
         for seed in range(10):
             path = cells(tmp_path / "cells.png", seed)

@@ -77,6 +77,7 @@ def document(
     }
     texts = {"task": task, "title": plain(name), "version": zoo.__version__, "runtime": VERSION, **WORDS[task]}
     parts |= {key: html.escape(text) for key, text in texts.items()}
+    parts["heading"] = re.sub("([._-])", r"\1<wbr>", parts["title"])  # a long name is broken there
     made = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], asset("page.html"))
     contents = made.encode("utf-8", "backslashreplace")
     if len(contents) > LARGEST:

@@ -39,15 +39,15 @@ def classify_graph(model: Any, preprocess: ImagePreprocess, notes: dict[str, str
 
 
 def compare_classify(model: Any, preprocess: ImagePreprocess, contents: bytes) -> tuple[float, float]:
-    """How far onnxruntime is from the checkpoint's own answer, as a share of the largest logit: for an image of the
-    model's size, and at most for some that are resized. ValueError if that is more than allowed."""
+    """How far onnxruntime is from the checkpoint's own answer, as a share of the largest logit: for an image that
+    needs no resizing, and at most for some that do. ValueError if that is more than allowed."""
 
     def own(pixels: Tensor) -> dict[str, Tensor]:
         return {"logits": model(preprocess(pixels[..., :3])[None]).float()}
 
     height, width = preprocess.shape
     sides = [(height * 2 + 7, width * 3 + 2), (height // 2 + 1, width // 2 + 3), (height * 3 + 5, width + 1)]
-    whole = [] if preprocess.crop < 1 else [(height, width)]
+    whole = [(int(height / preprocess.crop), int(width / preprocess.crop))]
     found = [
         exporting.largest_difference(
             own, contents, [partial(drawn, *each) for each in shapes], lambda got, _: got, allowed
