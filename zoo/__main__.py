@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo convert`, `zoo evaluate`, `zoo publish`."""
+`zoo info`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`."""
 
 import argparse
 import ast
@@ -46,12 +46,12 @@ TRAINING = ("fit", "validate", "test")
 COMMANDS = {
     "convert": ("change a checkpoint: its norm, heads, mixer or dtype", "zoo.tasks.convert:main"),
     "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
+    "page": ("write a web page that runs a checkpoint in a browser", "zoo.tasks.page.command:main"),
     "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main"),
 }
 
 EPILOG = """examples:
   zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo evaluate RUN/best --root DIR
   zoo classify predict RUN/best images/ photo.jpg"""
 
 

@@ -19,7 +19,7 @@ from zoo.text import plain, reason
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from zoo.models.base import Model
 
@@ -39,10 +39,10 @@ def opset(text: str) -> int:
     return int(text)
 
 
-def check_packages() -> None:
-    """ValueError if a package is missing that export needs."""
+def check_packages(command: str = "export") -> None:
+    """ValueError if a package is missing that export needs; `command` is what the message calls it."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ValueError(f'export needs {", ".join(missing)}; run: pip install "zoo[export]"')
+        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[export]"')
 
 
 def check_target(path: Path) -> None:
@@ -91,7 +91,7 @@ def _silent() -> Iterator[None]:
 
 
 def to_onnx(
-    model: Model,
+    model: nn.Module,
     inputs: Mapping[str, Tensor],
     free: Mapping[str, Mapping[int, Any]],
     outputs: Sequence[str],
@@ -139,21 +139,23 @@ def to_onnx(
 
 
 def largest_difference(
-    model: Model,
+    model: Callable[..., Mapping[str, Tensor]],
     contents: bytes,
     draws: Sequence[Callable[[Any], dict[str, Tensor]]],
     arranged: Callable[[Arrays, Arrays], Arrays],
+    tolerance: float = TOLERANCE,
 ) -> float:
     """How far the outputs of onnxruntime are from those of PyTorch, as a share of the largest value of each output.
 
     Args:
-        model: in eval mode, on the CPU.
+        model: in eval mode, on the CPU; or a function of the inputs by name that gives the outputs by name.
         contents: of the ONNX file.
         draws: each draws inputs of one shape from a `torch.Generator`.
         arranged: puts the first outputs in the order of the second ones, where a model may give another.
+        tolerance: the largest difference that is allowed.
 
     Raises:
-        ValueError: it is more than TOLERANCE, or onnxruntime cannot run the file.
+        ValueError: it is more than `tolerance`, or onnxruntime cannot run the file.
     """
     import onnxruntime
     import torch
@@ -180,11 +182,11 @@ def largest_difference(
         found = math.inf
         for attempt in range(TRIES):
             found = min(found, tried(draw(torch.Generator().manual_seed(number * TRIES + attempt))))
-            if found <= TOLERANCE:
+            if found <= tolerance:
                 break
         worst = max(worst, found)
-    if worst > TOLERANCE:
-        off = f"by {worst:.2g} of the largest value, and {TOLERANCE:g} is allowed"
+    if worst > tolerance:
+        off = f"by {worst:.2g} of the largest value, and {tolerance:g} is allowed"
         raise ValueError(f"onnxruntime and PyTorch differ {off}; nothing was written")
     return worst
 

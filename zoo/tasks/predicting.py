@@ -92,22 +92,32 @@ def device_for(wanted: str) -> str:
 
 def load_for(command: str, name: str) -> Checkpoint:
     """A checkpoint that `zoo COMMAND predict` can use; ValueError if it is of another task or has no head."""
+    found = load(name)
+    config = found.model.config
+    if config.task != command:
+        other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
+        raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
+    check_complete(found, name)
+    return found
+
+
+def load(name: str) -> Checkpoint:
+    """A checkpoint; ValueError if it is a run."""
     from zoo.weights import load_checkpoint
 
     best = Path(name).expanduser() / "best"
     if (best / "config.json").is_file() and not (best.parent / "config.json").is_file():
         raise ValueError(f"{name} is a run, not a checkpoint; did you mean {Path(name) / 'best'}?")
-    found = load_checkpoint(name)
-    config = found.model.config
-    if config.task != command:
-        other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
-        raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
+    return load_checkpoint(name)
+
+
+def check_complete(found: Checkpoint, name: str) -> None:
+    """ValueError if a checkpoint has no preprocess or no head."""
     if found.preprocess is None:
         again = "load it, and save it with zoo.save_model(model, folder, preprocess=...)"
         raise ValueError(f"{name} has no preprocess in its config.json, so its input cannot be prepared; {again}")
-    if not config.headed:
+    if not found.model.config.headed:
         raise ValueError(f"{name} is a backbone without a head, so it predicts nothing")
-    return found
 
 
 def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:

@@ -203,9 +203,10 @@ class AudioPreprocess(Preprocess):
         if self.top_db is not None:
             loudest = features.masked_fill(padding, -math.inf).amax((1, 2), keepdim=True)
             features = features.maximum(loudest - self.top_db)
-        return self._normalized(features, frames, padding).masked_fill(padding, 0), frames
+        return self.normalized(features, frames, padding).masked_fill(padding, 0), frames
 
-    def _normalized(self, features: Tensor, frames: Tensor, padding: Tensor) -> Tensor:
+    def normalized(self, features: Tensor, frames: Tensor, padding: Tensor) -> Tensor:
+        """Features [B, T, mels] normalised as `normalize` says, over the frames [B] that are not padding [B, T, 1]."""
         if self.normalize == "none":
             return features
         over = (1,) if self.normalize == "bin" else (1, 2)
@@ -222,8 +223,8 @@ class AudioPreprocess(Preprocess):
         """[B, S], already pre-emphasised, to [B, T, mels], not normalised; without `center` frame 0 starts at 0."""
         from torchaudio.functional import amplitude_to_DB, spectrogram
 
-        window = table(_window, self, device=waveforms.device)
-        filters = table(_filters, self, device=waveforms.device)
+        window = table(hann_window, self, device=waveforms.device)
+        filters = table(mel_filters, self, device=waveforms.device)
         sizes = (self.fft, self.hop, self.window)
         with torch.autocast(waveforms.device.type, enabled=False):
             power = spectrogram(waveforms, 0, window, *sizes, 2.0, False, center=center, pad_mode="constant")
@@ -359,11 +360,12 @@ def _waveform(raw: object, shape: str = "[S]") -> Tensor:
     return found
 
 
-def _window(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
+def hann_window(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
+    """The window of a frame, float32 [window]."""
     return torch.hann_window(preprocess.window, periodic=preprocess.periodic, device=device, dtype=torch.float32)
 
 
-def _filters(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
+def mel_filters(preprocess: AudioPreprocess, device: torch.device) -> Tensor:
     """Triangles over the bins of the Fourier transform, float32 [fft // 2 + 1, mels]."""
     made, edges = preprocess, preprocess._edges()
     hertz = torch.arange(made.fft // 2 + 1, dtype=torch.float64, device="cpu")[:, None] * made.rate / made.fft
