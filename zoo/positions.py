@@ -90,7 +90,7 @@ def _check_axes(name: str, dim: int, place: Place) -> None:
 
 def _added(x: Tensor, context: Context, last_first: bool, centred: str = "none") -> Tensor:
     """x [B, N, D] + sines and cosines of each axis; the last axis has the first channels if `last_first`."""
-    width = (x.shape[-1] + (centred == "compressed")) // len(context.grid)
+    width = (x.shape[-1] + int(centred == "compressed")) // len(context.grid)
     waves = _on_grid(_sincos, context.grid, width, device=x.device, last_first=last_first)
     if centred != "none":
         waves = (waves.double() - waves.double().mean(-1, keepdim=True))[:, : x.shape[-1]]
