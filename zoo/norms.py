@@ -109,7 +109,7 @@ class RMSNorm(Norm):
 
 class CRMSNorm(Norm):
     """weight * x / sqrt((sum(x^2) + sum(x)^2) / (D + 1) + eps) over the D channels of each token: the RMS norm of
-    D + 1 channels of mean zero, the last of which is not stored (Jiang et al. 2023, arXiv:2305.14858). affine=False
+    D + 1 channels with zero mean, the last of which is not stored (Jiang et al. 2023, arXiv:2305.14858). affine=False
     omits the weight."""
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, affine: bool = True, eps: float = 1e-6) -> None:

@@ -71,7 +71,8 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     epochs = epochs_of(config.name, values, more)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
     home = (given.output or Path("runs/sweeps", config.stem)).resolve()
-    check_command(home, [task, config.name, digest, *more, f"{epochs} epochs"])
+    first = [f"{field}={values[0]}" for field, values in grid.items()]  # the epochs at equal multiply-adds depend on it
+    check_command(home, [task, config.name, digest, *more, f"{epochs} epochs", *first])
     cells = cells_of(grid, given.seeds)
     failed = work(dict.fromkeys(cells, epochs), home, task, config, more)
     found = results(cells, home)
@@ -84,7 +85,7 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
         }
         same = {cell: found[each] for cell in scaled if scaled[cell] == epochs and (each := Cell(*cell[:2])) in found}
         failed += work({cell: number for cell, number in scaled.items() if cell not in same}, home, task, config, more)
-        found |= {cell: each for cell, each in (same | results([*scaled], home)).items()}
+        found |= same | results([*scaled], home)
     if not found:
         raise ValueError(failed[0] if failed else "no cell has a result")
     words = ["scripts/sweep", str(given.config), "--grid", *given.grid, "--seeds", str(given.seeds)]

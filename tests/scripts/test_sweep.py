@@ -161,6 +161,11 @@ def test_cells_of_another_config_are_not_mixed(sweeps: dict[str, ModuleType], tm
     assert sweeps["command"].sweep(given, []) == 0
     config.write_text("# a comment\ntrainer:\n  max_epochs: 2")
     assert sweeps["command"].sweep(given, []) == 0
+    reordered = (
+        sweeps["command"].parser().parse_args([str(config), "--grid", "depth=2,1", f"--output={tmp_path / 'out'}"])
+    )
+    with pytest.raises(ValueError, match="another training"):  # the reference would be another one
+        sweeps["command"].sweep(reordered, [])
     config.write_text("trainer: {max_epochs: 2}\nmodel: {rate: 0.1}")
     with pytest.raises(ValueError, match="another training"):
         sweeps["command"].sweep(given, [])

@@ -82,7 +82,7 @@ def test_a_readme_that_is_not_text_or_not_there(theirs: Path, tmp_path: Path):
     (folder / "README.md").unlink()
     (folder / "README.md").mkdir()
     assert load_checkpoint(f"hf:{folder}").config["license"] == "unknown"
-    with pytest.raises(CheckpointError, match=r"^hf:\./nothing: there is no such folder$"):
+    with pytest.raises(CheckpointError, match=r"^hf:\./nothing: folder not found$"):
         load_model("hf:./nothing")
 
 

@@ -89,7 +89,7 @@ def _huggingface(name: str, hub: Mapping[str, Any]) -> Checkpoint:
     if _is_path(name):
         folder = Path(name).expanduser().resolve()
         if not folder.is_dir():
-            raise ValueError("there is no such folder")
+            raise ValueError("folder not found")
         address, piped = folder.name, (folder / PIPELINE).is_file()
     else:
         repository, revision = repository_of(name, hub["revision"])

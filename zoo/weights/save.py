@@ -58,7 +58,7 @@ def save_model(
 
     What is None is taken from the checkpoint that the model was read from, if it was. Figures hold only for what was
     measured: if a weight or the preprocessing has changed since, as by training, `source`, `card` and `figures` are not
-    taken, and `base` is that checkpoint, unless it has a base itself. `zoo.fuse` counts as no change.
+    taken, and `base` is that checkpoint. `zoo.fuse` counts as no change.
 
     Args:
         model: a model of the zoo, fused or not, compiled or not, in float32, float16 or bfloat16.

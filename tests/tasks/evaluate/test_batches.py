@@ -89,7 +89,7 @@ def write_objects(root: Path, found: Checkpoint) -> None:
 
 
 def write_speech(root: Path, found: Checkpoint) -> None:
-    """Sweeps of several lengths; every third text is another word than the checkpoint hears."""
+    """Sine sweeps of several lengths; every third reference text is a word that the checkpoint does not output."""
     for split in SPLITS:
         chapter = root / split / "1" / "2"
         chapter.mkdir(parents=True)

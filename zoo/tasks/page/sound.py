@@ -49,5 +49,5 @@ class Sound(nn.Module):
 
 
 def length_of(features: Tensor) -> Tensor:
-    """The number of frames of [1, T, mels] as int64 [1], which a graph computes anew for each clip."""
+    """The number of frames of [1, T, mels] as int64 [1], computed in the graph so that clips of any length work."""
     return torch.ones_like(features[..., 0], dtype=torch.int64).sum(1)

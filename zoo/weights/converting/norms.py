@@ -19,8 +19,6 @@ from zoo.positions import Learned, Position, Rotary, SinCos
 from zoo.spec import check, each_name, names_of, options_of, parse, respelled
 from zoo.weights.origin import inherit
 
-Writer = nn.Linear | nn.Conv2d | nn.Parameter
-
 
 class Reader(NamedTuple):
     """A norm, by its owner and its site there, and the linears that alone read its result; or why there are none."""
