@@ -1,4 +1,4 @@
-"""Texts to speak, in capitals as LibriSpeech has them: digits, numbers, dates, letters, words, sentences."""
+"""Texts to speak, in capitals as LibriSpeech has them: digits, numbers, dates, letters, codes of both, words, sentences."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,7 +72,17 @@ def letters(draw: Random) -> str:
     return " ".join(draw.choices(ALPHABET, k=draw.randint(3, 8)))
 
 
-RULES: dict[str, Callable[[Random], str]] = {"digits": digits, "numbers": numbers, "dates": dates, "letters": letters}
+def codes(draw: Random) -> str:
+    return " ".join(draw.choices([*ALPHABET, *ONES], k=draw.randint(3, 8)))
+
+
+RULES: dict[str, Callable[[Random], str]] = {
+    "digits": digits,
+    "numbers": numbers,
+    "dates": dates,
+    "letters": letters,
+    "codes": codes,
+}
 LISTED = ("words", "spelled", "sentences")  # kinds that need a file
 
 

@@ -132,11 +132,13 @@ def add_noise(waveform: Tensor, ratio: float, rate: int, lowest: float = 60.0) -
     Returns:
         A new tensor [S].
     """
+    from scipy.fft import next_fast_len
     from torchaudio.functional import add_noise as mix
 
-    spectrum = torch.fft.rfft(torch.randn(len(waveform)))
-    hertz = torch.arange(float(len(spectrum))) * rate / len(waveform)
-    noise = torch.fft.irfft(spectrum * hertz.clamp(min=lowest).pow(-float(torch.rand(()))), len(waveform))
+    length = next_fast_len(len(waveform), real=True)
+    spectrum = torch.fft.rfft(torch.randn(length))
+    hertz = torch.arange(float(len(spectrum))) * rate / length
+    noise = torch.fft.irfft(spectrum * hertz.clamp(min=lowest).pow(-float(torch.rand(()))), length)[: len(waveform)]
     return mix(waveform, noise, torch.tensor(ratio)) if waveform.any() else waveform
 
 
