@@ -1,10 +1,12 @@
 """95 % intervals."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from zoo.tasks.intervals import bootstrap_ratio, speaker_of, wilson
+from zoo.tasks.intervals import bootstrap_ratio, lowest, speaker_of, wilson
 
 
 def test_wilson():
@@ -54,3 +56,14 @@ def test_utterances_weigh_by_their_words():
 )
 def test_speakers_are_in_the_names_of_librispeech(name: str, speaker: str):
     assert speaker_of(name) == speaker
+
+
+def test_lowest_proportions():
+    right, number = Counter({"a": 1, "b": 3, "c": 1}), {"a": 2, "b": 4, "c": 5, "d": 2, "e": 1}
+    found = lowest("recall", right, number, least=2)
+    assert [(each.metric, each.value, each.n) for each in found] == [
+        ("recall of d", 0.0, 2),
+        ("recall of c", 0.2, 5),
+        ("recall of a", 0.5, 2),
+    ]
+    assert found[1].interval == wilson(1, 5) and not lowest("recall", right, {"e": 1}, least=2)

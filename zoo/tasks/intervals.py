@@ -1,21 +1,24 @@
 """What a measurement gives: figures with their 95 % intervals."""
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
 
 DRAWS = 1000
+WORST = 3  # classes or words named in a card
 
 
 class Measured(NamedTuple):
-    """One measured value, which the task logs as `key`."""
+    """One measured value, which the task logs as `key` if it is not given here."""
 
     key: str
     metric: str  # its name for people, such as "top-1 accuracy"
     n: int  # how many images, words or samples it counts
     interval: tuple[float, float] | None = None  # 95 %
+    value: float | None = None
 
 
 def wilson(correct: int, number: int) -> tuple[float, float]:
@@ -24,6 +27,25 @@ def wilson(correct: int, number: int) -> tuple[float, float]:
 
     low, high = binomtest(correct, number).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
+
+
+def lowest(name: str, right: Mapping[str, int], number: Mapping[str, int], least: int = 1) -> list[Measured]:
+    """The proportions right / number of the labels for which they are lowest, as figures called `name` of the label.
+
+    Args:
+        name: of the proportion, such as "recall".
+        right: how often, by label.
+        number: out of how many, by label.
+        least: labels with a smaller number do not count.
+    """
+    counted = [label for label in number if number[label] >= least]
+    found = sorted(counted, key=lambda label: (right[label] / number[label], label))[:WORST]
+    figures = []
+    for label in found:
+        interval = wilson(right[label], number[label])
+        share = right[label] / number[label]
+        figures.append(Measured(f"{name}/{label}", f"{name} of {label}", number[label], interval, share))
+    return figures
 
 
 def bootstrap_ratio(above: np.ndarray, below: np.ndarray, groups: np.ndarray) -> tuple[float, float] | None:

@@ -68,7 +68,8 @@ def test_digits(tmp_path: Path):
         "balanced accuracy": "balanced_accuracy",
         "expected calibration error": "calibration_error",
     }
-    assert values(found) == {metric: logged[f"val/{key}"] for metric, key in metrics.items()}
+    by_class = {metric: value for metric, value in values(found).items() if metric.startswith("recall of ")}
+    assert values(found) == {metric: logged[f"val/{key}"] for metric, key in metrics.items()} | by_class
     assert values(measured(name, batch=1, workers=0)) == values(found)
     tested = measured(name, split="test")
     assert values(tested) == values(found) and tested["figures"][0]["split"] == "test"
@@ -76,12 +77,15 @@ def test_digits(tmp_path: Path):
 
     model = zoo.load_model(name)
     right, surest, hits = torch.zeros(2), list[float](), list[float]()
+    by_label: dict[int, list[bool]] = {}
     with torch.inference_mode():
         for batch in tasks()["classify"][1](size=16, crop=1.0).val_dataloader():
             logits = model(batch.images)
             best = logits.topk(5).indices == batch.labels[:, None]
             surest += logits.softmax(1).amax(1).tolist()
             hits += best[:, 0].tolist()
+            for label, hit in zip(batch.labels.tolist(), best[:, 0].tolist(), strict=True):
+                by_label.setdefault(label, []).append(hit)
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()])
     for figure, correct in zip(found["figures"], right.int().tolist(), strict=False):
         assert figure.keys() == FIELDS and figure["n"] == 360
@@ -92,6 +96,8 @@ def test_digits(tmp_path: Path):
     bins, gaps = np.ceil(15 * np.array(surest)).astype(int), np.array(hits) - np.array(surest)
     error = sum(abs(gaps[bins == each].sum()) for each in range(1, 16)) / 360  # Guo et al. 2017, arXiv:1706.04599
     assert found["figures"][3]["value"] == pytest.approx(error, abs=1e-4) and error > 0.01
+    recalls = sorted((np.mean(each), f"recall of {label}", len(each)) for label, each in by_label.items())[:3]
+    assert [(each["value"], each["metric"], each["n"]) for each in found["figures"][4:]] == recalls
     assert json.loads(json.dumps(found)) == found
 
 
@@ -197,7 +203,8 @@ def test_errors_are_counted_exactly_in_any_precision(spoken: tuple[str, Path], t
     (chapter / "1-2.trans.txt").write_text(f"1-2-0000 {'A ' * 301}\n1-2-0001 B C\n")
     with pytest.warns(UserWarning, match="fewer frames than its transcript needs|omitted from a loss"):
         found = measured(spoken[0], root=str(tmp_path), splits=["long"], workers=0, precision="bf16-true")
-    words, letters = found["figures"]
+    words, letters, recall = found["figures"]
+    assert (recall["metric"], recall["n"]) == ("recall of A", 301)  # B and C are rare
     assert (words["n"], letters["n"]) == (303, 604)
     assert words["value"] * 303 == pytest.approx(round(words["value"] * 303), abs=1e-4)
 
@@ -207,9 +214,17 @@ def test_detection_by_the_names_of_categories(tmp_path: Path):
     name = saved(tmp_path / "model", LabelMap(("dog", "bird", "cat"), (1, 2, 3)), 64)
     write_coco(tmp_path / "data", split="val")
     found = measured(name, root=str(tmp_path / "data"), workers=0)
-    assert [each["metric"] for each in found["figures"]] == ["AP", "AP50", "AP75"] and found["figures"][0]["n"] == 3
+    assert [each["metric"] for each in found["figures"][:3]] == ["AP", "AP50", "AP75"] and found["figures"][0]["n"] == 3
     logged = validated("detect", name, tasks()["detect"][1]("auto", str(tmp_path / "data"), workers=0))
-    assert values(found) == {"AP": logged["val/ap"], "AP50": logged["val/ap50"], "AP75": logged["val/ap75"]}
+    by_category = {each["metric"]: each["value"] for each in found["figures"][3:]}
+    assert [*by_category] == [f"AP of {label}" for label in ("bird", "cat", "dog")]  # equal values: by name
+    assert values(found) == {
+        "AP": logged["val/ap"],
+        "AP50": logged["val/ap50"],
+        "AP75": logged["val/ap75"],
+        **by_category,
+    }
+    assert np.mean([*by_category.values()]) == pytest.approx(logged["val/ap"], abs=1e-6)
     assert values(measured(name, root=str(tmp_path / "data"), workers=0, batch=1)) == values(found)
 
     write_coco(tmp_path / "other", coco(ids=(9, 4, 6)), split="val")

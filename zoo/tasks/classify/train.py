@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from zoo.data.images import Batch
 from zoo.data.sampling import rank_and_world
-from zoo.tasks.intervals import Measured, wilson
+from zoo.tasks.intervals import Measured, lowest, wilson
 from zoo.tasks.task import Task, differing
 
 UNREADABLE = "skipped {}: cannot be read as an image"
@@ -22,9 +22,13 @@ class BalancedAccuracy(MulticlassStatScores):
     """The mean over classes of the accuracy on their images; classes without images do not count."""
 
     def compute(self) -> Tensor:
-        right, _, _, missed = self._final_state()
-        number = right + missed
+        right, number = self.counts()
         return (right / number)[number > 0].mean()
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """By class, how many of its images are classified right, and how many there are."""
+        right, _, _, missed = self._final_state()
+        return right, right + missed
 
 
 class Count(Metric):
@@ -164,10 +168,18 @@ class Classify(Task):
             Measured("balanced_accuracy", "balanced accuracy", number),
             Measured("calibration_error", "expected calibration error", number),
         ]
+        if not self.fitting:
+            self.figures += self.worst()
         accuracy = right["accuracy"] / number
         self.said = f"accuracy {accuracy:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
         for metric in (self.metrics, self.calibration, self.mean_loss, self.number):
             metric.reset()
+
+    def worst(self) -> list[Measured]:
+        """The recall of the classes that are recognised worst."""
+        counts: Any = self.metrics["balanced_accuracy"]
+        right, number = (dict(zip(self.labels, each.tolist(), strict=True)) for each in counts.counts())
+        return lowest("recall", right, number)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -116,7 +116,7 @@ def evaluate(
                             "data": title or each.dataset,
                             "split": split,
                             "metric": metric,
-                            "value": float(logged[f"{part}/{figure.key}"]),
+                            "value": float(logged[f"{part}/{figure.key}"]) if figure.value is None else figure.value,
                             "n": figure.n,
                             "interval": figure.interval and list(figure.interval),
                             "command": written,

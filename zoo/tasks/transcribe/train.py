@@ -2,6 +2,7 @@
 2012, arXiv:1211.3711), on spectra with random bands removed."""
 
 import math
+from collections import Counter
 from typing import Any
 from zlib import crc32
 
@@ -20,11 +21,12 @@ from zoo.layer import Chunks
 from zoo.models.conformer import Conformer
 from zoo.outputs import frames_for, greedy, transducer_greedy
 from zoo.outputs.tokens import Tokenizer, tokenizer_from_dict
-from zoo.tasks.intervals import Measured, bootstrap_ratio, speaker_of
+from zoo.tasks.intervals import Measured, bootstrap_ratio, lowest, speaker_of
 from zoo.tasks.task import Task
 from zoo.tensors import mask_of
 from zoo.text import counted
 
+FREQUENT = 5  # how often a word occurs at least of which the recall is given
 SCHEDULES = ("cosine", "noam", "noam_hold")
 SILENT, CLIPPED = REMARKS = ("silent files with a transcript", "clipped files")
 UNREADABLE, LONG, UNKNOWN, EMPTY, BETWEEN = FAULTS = (
@@ -148,6 +150,7 @@ class Transcribe(Task):
         self.tokenizer: Tokenizer | None = None
         self.learned = 0  # utterances with a loss, on this rank
         self.spoken, self.mean_loss, self.with_loss = Spoken(), MeanMetric(), SumMetric()
+        self.words, self.recognised = Counter[str](), Counter[str]()  # of this validation, on this rank
 
     @property
     def labels(self) -> Tokenizer:
@@ -333,6 +336,8 @@ class Transcribe(Task):
             found = transducer_greedy(head, logits, lengths) if self.transducer else greedy(logits.float(), lengths)
             said = [self.labels.decode(each) for each in found]
             for one, text, name in zip(said, batch.texts, batch.names, strict=True):
+                self.words.update(text.split())
+                self.recognised.update(Counter(text.split()) & Counter(one.split()))
                 row = [crc32(speaker_of(name).encode(errors="surrogatepass"))]
                 for metric in (WordErrorRate(), CharErrorRate()):
                     metric.update(one, text)
@@ -362,6 +367,9 @@ class Transcribe(Task):
             Measured("wer", "word error rate", words, found),
             Measured("cer", "character error rate", int(letters.sum()), other),
         ]
+        if not self.fitting and self.trainer.world_size == 1:
+            self.figures += lowest("recall", self.recognised, self.words, FREQUENT)
+        self.words.clear(), self.recognised.clear()
         if found is not None:
             size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
         self.said = f"word error rate {wer:.4f}, character error rate {cer:.4f} ({size})"
