@@ -263,8 +263,9 @@ def forward(value: Tensor, offsets: Tensor, weights: Tensor, base: Tensor, taps:
     pairs = value.dtype == torch.bfloat16 and wide == torch.float32 and row % 2 == 0 and value.storage_offset() % 2 == 0
     words = value.view(torch.int32) if pairs else value
     row = row // 2 if pairs else row
-    tile = _tile(row, 16 // words.element_size(), lanes=2, held=8 if pairs else 16, threads=128)
-    _launch(_forward, (words, offsets, weights, base, taps, out), scale, wide, row, 128, PAIRS=pairs, **tile)
+    lanes, held, threads = (4, 8, 256) if pairs else (2, 16, 128)
+    tile = _tile(row, 16 // words.element_size(), lanes, held, threads)
+    _launch(_forward, (words, offsets, weights, base, taps, out), scale, wide, row, threads, PAIRS=pairs, **tile)
     return out
 
 
@@ -278,7 +279,7 @@ def backward(
     grad_offsets, grad_weights = offsets.new_zeros(offsets.shape), weights.new_zeros(weights.shape)
     if gradient.numel() and value.numel() and weights.numel():
         row, vector = value.shape[-1] // weights.shape[2], 16 // wide.itemsize
-        tile = _tile(row, vector, lanes=4, held=2 * vector, threads=32)
+        tile = _tile(row, vector, lanes=8, held=2 * vector, threads=32)
         tensors = value, offsets, weights, base, taps, gradient.contiguous(), grad_value, grad_offsets, grad_weights
         _launch(_backward, tensors, scale, wide, row, 32, VECTOR=min(vector, tile["WIDTH"]), **tile)
     return grad_value.to(value.dtype), grad_offsets, grad_weights

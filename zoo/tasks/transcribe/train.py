@@ -369,7 +369,8 @@ class Transcribe(Task):
         ]
         if not self.fitting and self.trainer.world_size == 1:
             self.figures += lowest("recall", self.recognised, self.words, FREQUENT)
-        self.words.clear(), self.recognised.clear()
+        self.words.clear()
+        self.recognised.clear()
         if found is not None:
             size += f", 95 % interval {found[0]:.4f} to {found[1]:.4f}"
         self.said = f"word error rate {wer:.4f}, character error rate {cer:.4f} ({size})"
