@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     page = "also put the page of `zoo page` into a static Space of the same name, which costs nothing to run"
     made.add_argument("--page", action="store_true", help=page)
     made.add_argument("--runtime", metavar="DIR", help="with --page: as in `zoo page`")
+    made.add_argument("--webgpu", action="store_true", help="with --page: as in `zoo page`")
     made.add_argument("--pr", action="store_true", help="open a pull request in an existing repository")
     made.add_argument("--tag", metavar="TAG", help="tag of this upload, to load it as OWNER/NAME@TAG")
     made.add_argument("--message", metavar="TEXT", help="title of the commit or the pull request")
@@ -29,16 +30,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Uploads as given by the arguments, and prints the addresses. ValueError or OSError of one line otherwise."""
     given = vars(parser().parse_args(arguments))
-    page, runtime, pr = given.pop("page"), given.pop("runtime"), given.pop("pr")
+    page, runtime, webgpu, pr = (given.pop(name) for name in ("page", "runtime", "webgpu", "pr"))
     if page and pr:
         raise ValueError("a pull request has no page; publish with --page after it is merged")
-    if runtime is not None and not page:
-        raise ValueError("--runtime is for --page")
+    if (runtime is not None or webgpu) and not page:
+        raise ValueError(f"{'--webgpu' if webgpu else '--runtime'} is for --page")
     if page:
         from zoo.tasks.page.command import Options
         from zoo.tasks.page.space import publish_with_page
 
-        print(publish_with_page(**given, options=Options(runtime=runtime)))
+        print(publish_with_page(**given, options=Options(runtime=runtime, webgpu=webgpu)))
     else:
         from zoo.weights.hub import publish
 

@@ -16,6 +16,7 @@ from paging import config, stand_in
 from training import refused
 from zoo.__main__ import main
 from zoo.tasks.page import document
+from zoo.tasks.page.command import Options
 from zoo.weights import FILES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of the client's HTTP library
@@ -87,8 +88,9 @@ def test_a_new_page_replaces_the_old_one(hub: Hub, quick: list[Any]):
     space = hub.repos[SPACE]
     assert space.private and hub.repos[NAME].private and hub.repos[NAME].tags and not space.tags
     assert space.messages[1:] == hub.repos[NAME].messages[1:] == ["A first one"]
-    main(["publish", MODEL, NAME, "--page", "--runtime", "elsewhere"])
-    assert len(space.messages) == 3 and b"elsewhere" in held(hub, SPACE)["index.html"]
+    main(["publish", MODEL, NAME, "--page", "--runtime", "elsewhere", "--webgpu"])
+    assert len(space.messages) == 3 and quick[-1][2] == Options("elsewhere", webgpu=True)
+    assert b"elsewhere" in held(hub, SPACE)["index.html"]
     assert len(hub.repos[NAME].messages) == 2, "of the model nothing changed"
     assert [each[:2] for each in quick] == [(MODEL, "digits")] * 2
 
@@ -111,6 +113,7 @@ def test_what_has_no_page_is_not_uploaded(hub: Hub, runtime: str, monkeypatch: p
     assert refused("publish", MODEL, NAME, "--page", "--runtime", "nowhere").startswith("--runtime nowhere: ")
     assert refused("publish", MODEL, NAME, "--page", "--pr").startswith("a pull request has no page; ")
     assert refused("publish", MODEL, NAME, "--runtime", runtime) == "--runtime is for --page"
+    assert refused("publish", MODEL, NAME, "--webgpu") == "--webgpu is for --page"
     assert refused("publish", MODEL, "digits", *more).startswith("the name on the Hub must be OWNER/NAME")
     assert hub.log == []
 
