@@ -173,7 +173,7 @@ def transcribe(known: Configs, name: str, figure: Any) -> str:
         sounds = [checkpoint.preprocess(f"{folder}/{number}.wav").numpy().T for number in range(len(said))]
     for number, (text, entry, sound) in enumerate(zip(said, heard, sounds, strict=True)):
         place = (0.02 + 0.196 * (number % 5), 0.62 - 0.44 * (number // 5), 0.176, 0.25)
-        axes = figure.add_axes(place if digits else (0.03, 0.2, 0.94, 0.5))
+        axes = figure.add_axes(place if digits else (0.03, 0.2, 0.94, 0.6))
         axes.imshow(sound, origin="lower", aspect="auto", cmap="magma", extent=(0, entry["seconds"], 0, 1))
         axes.axis("off")
         right = entry["text"].lower() == text
@@ -183,7 +183,7 @@ def transcribe(known: Configs, name: str, figure: Any) -> str:
             y = (1.05, 1.2)[lane % 2]
             axes.text(word["start"], y, word["text"].lower(), fontsize=7, color=INK, parse_math=False)
             axes.plot([word["start"]] * 2, [0, y], color=INK, lw=0.6, clip_on=False)
-    caption(figure, "spoken by flite, and what was heard" + "; red: wrong" * digits)
+    caption(figure, "spoken by flite, and what was heard; red: wrong" if digits else f"flite said “{SENTENCE}”")
     return "Spectrograms of synthetic speech, and what was heard"
 
 

@@ -77,6 +77,7 @@ def test_the_page_holds_the_card_and_the_options(page: str):
     assert "reads a single handwritten digit" in seen(page) and "0.9800 to 0.9985" in seen(page)
     notes = onnxruntime.InferenceSession(unpacked(page, "model")).get_modelmeta().custom_metadata_map
     assert notes["license"] == "apache-2.0" and notes["family"] == "vit"
+    assert b".py" not in unpacked(page, "model"), "no line of code, with the folders of this machine"
 
 
 def test_a_model_without_names_of_its_classes(runtime: str, tmp_path: Path):
