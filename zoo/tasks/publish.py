@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("name", metavar="NAME", help="a checkpoint: a folder, or a name under checkpoints/")
     made.add_argument("repository", metavar="OWNER/NAME", help="its name on the Hub; created if it does not exist")
-    made.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no network")
+    made.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and ask the Hub nothing")
     page = "also put the page of `zoo page` into a static Space of the same name, which costs nothing to run"
     made.add_argument("--page", action="store_true", help=page)
     made.add_argument("--runtime", metavar="DIR", help="with --page: as in `zoo page`")

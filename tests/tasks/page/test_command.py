@@ -121,9 +121,10 @@ def test_what_is_refused(runtime: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert not Path("other.html").exists()
 
 
-def test_help_and_the_package_import_nothing_heavy():
-    code = "import sys\nfrom zoo.__main__ import main\ntry: main(['page', '--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("command", ["page", "publish"])
+def test_help_and_the_package_import_nothing_heavy(command: str):
+    code = f"import sys\nfrom zoo.__main__ import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass\n"
     code += "print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = shown.splitlines()[-1].split()
-    assert not {"torch", "onnx", "onnxruntime", "onnxscript", "numpy"} & {*loaded}
+    assert not {"torch", "onnx", "onnxruntime", "onnxscript", "numpy", "huggingface_hub"} & {*loaded}
