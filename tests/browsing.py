@@ -13,18 +13,22 @@ from typing import Any
 
 SECONDS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+OPTIONS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run"]
 OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
 OPTIONS += ["--host-resolver-rules=MAP * ~NOTFOUND", "--use-fake-ui-for-media-stream", "--remote-debugging-pipe"]
+NO_GPU = "--disable-gpu"
+WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")  # an adapter that computes on the CPU
 
 
 class Browser:
-    """One tab; `requests` are the addresses that it asked for, and `errors` what it wrote to its console."""
+    """One tab, without a GPU unless WEBGPU is among its options; `requests` are the addresses that it asked for, and
+    `errors` what it wrote to its console."""
 
     def __init__(self, profile: Path, *options: str):
         inward, outward = os.pipe(), os.pipe()
         assert CHROMIUM is not None
-        command = [CHROMIUM, *OPTIONS, *options, f"--user-data-dir={profile}", "about:blank"]
+        gpu = [] if {*WEBGPU} <= {*options} else [NO_GPU]
+        command = [CHROMIUM, *OPTIONS, *gpu, *options, f"--user-data-dir={profile}", "about:blank"]
         # Chromium reads from 3 and writes to 4, which may be in use here.
         ends = [fcntl.fcntl(each, fcntl.F_DUPFD, 20) for each in (inward[0], outward[1])]
         self.process = subprocess.Popen(

@@ -1,5 +1,5 @@
-"""A Hugging Face Hub on loopback, for the real client with Xet off: repositories, LFS, commits, tags, pull requests and
-faults on request."""
+"""A Hugging Face Hub on loopback, for the real client with Xet off: repositories of models and Spaces, LFS, commits,
+tags, pull requests and faults on request."""
 
 import base64
 import hashlib
@@ -23,6 +23,8 @@ from huggingface_hub import constants
 WRITER, READER = "hf_writer", "hf_reader"  # tokens: of the owner of everything, and of someone who may only read
 USERS = {WRITER: "owner", READER: "visitor"}
 CHUNK = 1024
+LARGE = 10_000_000  # bytes from which on a file is kept in LFS
+TEMPLATE = {"README.md": b"---\nsdk: static\n---\n", "index.html": b"Welcome", "style.css": b""}  # of a static Space
 
 
 def git_blob(data: bytes) -> str:
@@ -47,14 +49,15 @@ class Fault:
 class Repo:
     """Commits are whole maps from path to bytes; the newest one of a branch is its head."""
 
-    def __init__(self, private: bool = False) -> None:
-        self.private, self.gated = private, False
+    def __init__(self, private: bool = False, template: dict[str, bytes] | None = None) -> None:
+        self.private, self.gated, self.sdk = private, False, ""
         self.commits: dict[str, dict[str, bytes]] = {}
         self.messages: list[str] = []
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.pulls: list[dict[str, Any]] = []
-        self.add("main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, "initial commit")
+        attributes = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        self.add("main", attributes | (template or {}), "initial commit")
 
     def add(self, branch: str, files: dict[str, bytes], message: str = "change") -> str:
         commit = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
@@ -263,7 +266,7 @@ def resolve(at: Handler, name: str, revision: str, path: str) -> None:
     if path not in repo.commits[commit]:
         raise Answer(404, code="EntryNotFound", message="Entry not found", X_Repo_Commit=commit)
     data = repo.commits[commit][path]
-    if not path.endswith(".safetensors"):
+    if not in_lfs(path, len(data)):
         raise Answer(200, data, X_Repo_Commit=commit, ETag=f'"{git_blob(data)}"')
     sha = hashlib.sha256(data).hexdigest()
     at.server.objects[sha] = data
@@ -275,12 +278,18 @@ def info(at: Handler, name: str, revision: str = "main") -> None:
     repo = at.repo(name)
     commit = at.commit(repo, revision)
     siblings = [{"rfilename": path} for path in repo.commits[commit]]
-    raise Answer(200, {"id": name, "sha": commit, "private": repo.private, "siblings": siblings})
+    raise Answer(
+        200, {"id": name.removeprefix("spaces/"), "sha": commit, "private": repo.private, "siblings": siblings}
+    )
+
+
+def in_lfs(path: str, size: int) -> bool:
+    return path.endswith(".safetensors") or size > LARGE
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
     found = {"type": "file", "path": path, "size": len(data), "oid": git_blob(data)}
-    if path.endswith(".safetensors"):
+    if in_lfs(path, len(data)):
         found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return found
 
@@ -310,11 +319,22 @@ def refs(at: Handler, name: str) -> None:
 def create(at: Handler) -> None:
     at.user(write=True)
     given = at.json()
-    name = f"{given['organization']}/{given['name']}"
+    space = given.get("type") == "space"
+    name = f"{'spaces/' * space}{given['organization']}/{given['name']}"
     if name in at.server.repos:
         raise Answer(409, {"url": f"{at.server.address}/{name}", "error": "You already created this model repo"})
-    at.server.repos[name] = Repo(given.get("visibility") == "private" or bool(given.get("private")))
+    made = Repo(given.get("visibility") == "private" or bool(given.get("private")), TEMPLATE if space else None)
+    made.sdk = given["sdk"] if space else ""
+    at.server.repos[name] = made
     raise Answer(200, {"url": f"{at.server.address}/{name}"})
+
+
+def commits(at: Handler, name: str, revision: str) -> None:
+    repo = at.repo(name)
+    at.commit(repo, revision)
+    more = {"authors": [{"user": "owner"}], "date": "2026-01-01T00:00:00.000Z", "message": ""}
+    pairs = zip(repo.commits, repo.messages, strict=True)
+    raise Answer(200, [{"id": commit, "title": title} | more for commit, title in pairs][::-1])
 
 
 def preupload(at: Handler, name: str, revision: str) -> None:
@@ -322,7 +342,7 @@ def preupload(at: Handler, name: str, revision: str) -> None:
     files = repo.commits[at.commit(repo, revision)]
     found = []
     for file in at.json()["files"]:
-        mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+        mode = "lfs" if in_lfs(file["path"], file["size"]) else "regular"
         oid = entry(file["path"], files[file["path"]])["oid"] if file["path"] in files else None
         found.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     raise Answer(200, {"files": found})
@@ -404,20 +424,22 @@ def validate(at: Handler) -> None:
     raise Answer(200, {"warnings": [], "errors": []})
 
 
-REPO = "([^/]+/[^/]+)"
+REPO = "((?:spaces/)?[^/]+/[^/]+)"
+API = f"/api/(?:models/)?{REPO}"
 PAGES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("GET", "HEAD"), f"/{REPO}/resolve/([^/]+)/(.+)", resolve),
     (("GET", "HEAD"), "/lfs/(.+)", lfs),
-    (("GET",), f"/api/models/{REPO}", info),
-    (("GET",), f"/api/models/{REPO}/revision/(.+)", info),
-    (("GET",), f"/api/models/{REPO}/tree/([^/]+)", tree),
-    (("GET",), f"/api/models/{REPO}/refs", refs),
-    (("GET",), f"/api/models/{REPO}/discussions", discussions),
+    (("GET",), API, info),
+    (("GET",), f"{API}/revision/(.+)", info),
+    (("GET",), f"{API}/tree/([^/]+)", tree),
+    (("GET",), f"{API}/refs", refs),
+    (("GET",), f"{API}/commits/(.+)", commits),
+    (("GET",), f"{API}/discussions", discussions),
     (("GET",), "/api/whoami-v2", whoami),
-    (("POST",), f"/api/models/{REPO}/paths-info/(.+)", paths_info),
-    (("POST",), f"/api/models/{REPO}/preupload/(.+)", preupload),
-    (("POST",), f"/api/models/{REPO}/commit/(.+)", commit_page),
-    (("POST",), f"/api/models/{REPO}/tag/(.+)", tag),
+    (("POST",), f"{API}/paths-info/(.+)", paths_info),
+    (("POST",), f"{API}/preupload/(.+)", preupload),
+    (("POST",), f"{API}/commit/(.+)", commit_page),
+    (("POST",), f"{API}/tag/(.+)", tag),
     (("POST",), "/api/repos/create", create),
     (("POST",), "/api/validate-yaml", validate),
     (("POST",), f"/{REPO}[.]git/info/lfs/objects/batch", batch),

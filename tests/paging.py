@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zoo.tasks.page.runtime import NAMES
+from zoo.tasks.page.runtime import NAMES, WEBGPU_NAMES
 
 
 def stand_in(folder: Path) -> str:
     """A folder in the form of an unpacked onnxruntime-web, whose files do nothing."""
     (folder / "dist").mkdir(parents=True)
-    (folder / "dist" / NAMES[0]).write_bytes(b"export const env = {};\n//# sourceMappingURL=ort.map\n")
-    (folder / "dist" / NAMES[1]).write_bytes(b"\0asm")
+    for engine, binary in (NAMES, WEBGPU_NAMES):
+        (folder / "dist" / engine).write_bytes(b"export const env = {};\n//# sourceMappingURL=ort.map\n")
+        (folder / "dist" / binary).write_bytes(b"\0asm" + (binary.encode() if "jsep" in binary else b""))
     return str(folder)
 
 

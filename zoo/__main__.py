@@ -47,7 +47,7 @@ COMMANDS = {
     "convert": ("change a checkpoint: its norm, heads, mixer or dtype", "zoo.tasks.convert:main"),
     "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
     "page": ("write a web page that runs a checkpoint in a browser", "zoo.tasks.page.command:main"),
-    "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.weights.hub.publishing:main"),
+    "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.tasks.publish:main"),
 }
 
 EPILOG = """examples:

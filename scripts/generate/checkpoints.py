@@ -46,24 +46,30 @@ def score(figure: Mapping[str, Any]) -> str:
     return f"{figure['metric']} {figure['value']:.4f}{more}"
 
 
-def rows(root: Path) -> list[list[str]]:
-    """Of each checkpoint: name, what it does, its first figure with the 95 % interval, n, parameters, MB, license."""
-    found = []
+def rows(root: Path) -> dict[str, list[str]]:
+    """Of each checkpoint: link, what it does, its first figure with the 95 % interval, n, parameters, MB, license."""
+    found = {}
     for name, config in configs(root).items():
         what, first = config["card"].partition(". ")[0], config["figures"][0]
         size = sum(each["size"] for each in config["files"].values()) / 1e6
         link = f"[{name}]({name}/README.md)"
         sizes = [f"{config['parameters']:,}", f"{size:.1f}", config["license"]]
-        found.append([link, what, score(first), str(first["n"]), *sizes])
+        found[name] = [link, what, score(first), str(first["n"]), *sizes]
     return found
 
 
-def table(root: Path) -> str:
-    lines = [["name", "what it is", "first figure (95 % interval)", "n", "parameters", "MB", "license"]]
-    lines += [["---"] * len(lines[0]), *rows(root)]
+HEADER = ["name", "what it is", "first figure (95 % interval)", "n", "parameters", "MB", "license"]
+
+
+def table(root: Path, pictures: Mapping[str, str] | None = None) -> str:
+    """The checkpoints as Markdown, with a column of their pictures if these are given by name."""
+    lines = [[HEADER[0], *["picture"] * (pictures is not None), *HEADER[1:]]]
+    lines.append(["---"] * len(lines[0]))
+    for name, (link, *others) in rows(root).items():
+        lines.append([link, *([pictures[name]] if pictures is not None else []), *others])
     return "\n".join(f"| {' | '.join(cell.replace('|', '') for cell in line)} |" for line in lines) + "\n"
 
 
-def page(root: Path) -> str:
+def page(root: Path, pictures: Mapping[str, str]) -> str:
     """The text of checkpoints/README.md."""
-    return INTRODUCTION + table(root)
+    return INTRODUCTION + table(root, pictures)

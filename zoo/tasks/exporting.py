@@ -132,10 +132,22 @@ def to_onnx(
         raise ValueError(f"PyTorch cannot export this model: {reason(error.__cause__ or error)}") from error
     if (written := next(each.version for each in proto.opset_import if not each.domain)) != opset:
         raise ValueError(f"PyTorch cannot export this model with opset {opset}; use --opset {written}")
+    drop_traces(proto.graph)
     for key, value in notes.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     return proto.SerializeToString()
+
+
+def drop_traces(graph: Any) -> None:
+    """Removes from the parts of a graph the lines of source code they came from, with the folders of this machine."""
+    for part in (graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for node in graph.node:
+        for each in node.attribute:
+            for inner in ([each.g] if each.HasField("g") else []) + [*each.graphs]:
+                drop_traces(inner)
 
 
 def largest_difference(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
-from browsing import CHROMIUM, Browser
+from browsing import CHROMIUM, WEBGPU, Browser
 from zoo.__main__ import main
 from zoo.tasks.page.runtime import cache
 from zoo.weights import load_checkpoint
@@ -279,3 +279,78 @@ def test_drop_and_paste(event: str, browser: Browser):
     })()""".replace("EVENT", event)
     browser.run(script)
     browser.wait("answers.length == 1")
+
+
+@pytest.fixture(scope="module")
+def webgpu_pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages that hold the form for a GPU, too."""
+    made = {}
+    for name in (DIGITS, SPEECH, CELLS):
+        made[name] = tmp_path_factory.mktemp("webgpu") / "page.html"
+        main(["page", name, "--webgpu", "--output", str(made[name])])
+    return made
+
+
+def test_webgpu_gives_the_answers_of_python(webgpu_pages: dict[str, Path], tmp_path: Path):
+    """On an adapter that computes on the CPU: for images of the model's size and others, and for speech."""
+    model, preprocess, _, _ = load_checkpoint(DIGITS)
+    assert preprocess is not None
+    with opened(webgpu_pages[DIGITS], tmp_path / "digits", *WEBGPU) as browser:
+        for index in range(4):
+            path = digit(index, tmp_path / "digit.png")
+            got = browser.give(path)
+            with torch.no_grad():
+                wanted = model(preprocess(str(path))[None])[0].numpy()
+            assert np.abs(np.array(got["logits"]) - wanted).max() < (1e-3 if index % 2 else 2e-2) * np.abs(wanted).max()
+        assert browser.run("document.body.dataset.provider") == "webgpu"
+        assert browser.run("document.getElementById('status').textContent").endswith(" ms by WebGPU.")
+        assert browser.errors == []
+    checkpoint = load_checkpoint(SPEECH)
+    with opened(webgpu_pages[SPEECH], tmp_path / "speech", *WEBGPU) as browser:
+        for path in clips(tmp_path, 3):
+            assert browser.give(path)["text"] == checkpoint(str(path)) != ""
+        assert browser.run("document.body.dataset.provider") == "webgpu"
+
+
+def test_a_detector_that_webgpu_cannot_run_gives_the_boxes_of_python(webgpu_pages: dict[str, Path], tmp_path: Path):
+    """The runtime's deformable attention on WebGPU stops with an error about shapes."""
+    checkpoint, path = load_checkpoint(CELLS), cells(tmp_path / "cells.png", 1)
+    with opened(webgpu_pages[CELLS], tmp_path / "profile", *WEBGPU) as browser:
+        got, wanted = browser.give(path)["found"], checkpoint(str(path))
+    best = [sorted(each["score"] for each in got)[-5:], sorted(each.score for each in wanted)[-5:]]
+    assert np.abs(np.subtract(best[0], best[1])).max() < 0.02
+
+
+@pytest.mark.parametrize("name", [DIGITS, SPEECH])
+def test_a_page_for_webgpu_without_an_adapter(name: str, webgpu_pages: dict[str, Path], tmp_path: Path):
+    """It asks for nothing, and gives the answers of the usual page."""
+    path = clips(tmp_path, 1)[0] if name == SPEECH else digit(0, tmp_path / "digit.png")
+    with opened(webgpu_pages[name], tmp_path / "profile") as browser:
+        answer, wanted = browser.give(path), load_checkpoint(name)(str(path))
+        assert answer["text"] == wanted if name == SPEECH else str(answer["index"]) == wanted[0][0]
+        assert browser.run("document.body.dataset.provider") == "wasm"
+        assert browser.run("document.getElementById('status').textContent").endswith(" ms by WebAssembly.")
+        assert {*browser.errors} <= {"No available adapters."}, "the browser says so itself"
+
+
+FAILURES = {
+    "no device": "GPUAdapter.prototype.requestDevice = () => Promise.reject(new Error('no device'));",
+    "no adapter": "navigator.gpu.requestAdapter = () => Promise.resolve(null);",
+    "a broken adapter": "navigator.gpu.requestAdapter = () => Promise.reject(new Error('broken'));",
+    "a run": "GPUBuffer.prototype.mapAsync = () => Promise.reject(new Error('device lost'));",
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_where_webgpu_fails_webassembly_answers(case: str, webgpu_pages: dict[str, Path], tmp_path: Path):
+    model, preprocess, _, _ = load_checkpoint(DIGITS)
+    assert preprocess is not None
+    path = digit(1, tmp_path / "digit.png")
+    with torch.no_grad():
+        wanted = model(preprocess(str(path))[None])[0].numpy()
+    with Browser(tmp_path / "profile", *WEBGPU) as browser:
+        browser.send("Page.addScriptToEvaluateOnNewDocument", source=FAILURES[case])
+        browser.open(webgpu_pages[DIGITS])
+        for _ in range(2):
+            assert np.abs(np.array(browser.give(path)["logits"]) - wanted).max() < 1e-3
+            assert browser.run("document.body.dataset.provider") == "wasm"

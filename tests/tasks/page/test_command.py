@@ -77,6 +77,7 @@ def test_the_page_holds_the_card_and_the_options(page: str):
     assert "reads a single handwritten digit" in seen(page) and "0.9800 to 0.9985" in seen(page)
     notes = onnxruntime.InferenceSession(unpacked(page, "model")).get_modelmeta().custom_metadata_map
     assert notes["license"] == "apache-2.0" and notes["family"] == "vit"
+    assert b".py" not in unpacked(page, "model"), "no line of code, with the folders of this machine"
 
 
 def test_a_model_without_names_of_its_classes(runtime: str, tmp_path: Path):
@@ -120,9 +121,10 @@ def test_what_is_refused(runtime: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert not Path("other.html").exists()
 
 
-def test_help_and_the_package_import_nothing_heavy():
-    code = "import sys\nfrom zoo.__main__ import main\ntry: main(['page', '--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("command", ["page", "publish"])
+def test_help_and_the_package_import_nothing_heavy(command: str):
+    code = f"import sys\nfrom zoo.__main__ import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass\n"
     code += "print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = shown.splitlines()[-1].split()
-    assert not {"torch", "onnx", "onnxruntime", "onnxscript", "numpy"} & {*loaded}
+    assert not {"torch", "onnx", "onnxruntime", "onnxscript", "numpy", "huggingface_hub"} & {*loaded}

@@ -31,9 +31,9 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def page(task: str = "classify", **written: Any) -> str:
+def page(task: str = "classify", webgpu: Runtime | None = None, **written: Any) -> str:
     shown = {"labels": EVIL, "top": 5}
-    return document(task, EVIL[0] + EVIL[2], WRITTEN | written, shown, b"graph", RUNTIME).decode()
+    return document(task, EVIL[0] + EVIL[2], WRITTEN | written, shown, b"graph", RUNTIME, webgpu).decode()
 
 
 def test_labels_and_card_are_text():
@@ -49,8 +49,9 @@ def test_labels_and_card_are_text():
 
 @pytest.mark.parametrize("task", module.WORDS)
 def test_nothing_is_loaded_and_no_address_is_inside(task: str):
-    made = page(task, card="A model.")
-    assert "http" not in re.sub(r'http-equiv="Content', "", made) and "//" not in unpacked(made, "engine").decode()
+    made = page(task, RUNTIME, card="A model.")
+    assert "http" not in re.sub(r'http-equiv="Content', "", made)
+    assert all("//" not in unpacked(made, f"{provider}-engine").decode() for provider in ("wasm", "webgpu"))
     for _, attributes in Elements(made).found:
         assert not {"src", "href", "action", "style", "onclick", "onload"} & {*attributes}
 
@@ -70,3 +71,10 @@ def test_a_page_has_a_largest_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "LARGEST", 1000)
     with pytest.raises(ValueError, match="^the page would take 0 MB, and 0 MB is allowed$"):
         page()
+
+
+def test_the_form_for_a_gpu_is_beside_the_usual_one():
+    made = page(webgpu=Runtime(b"export const gpu = 1", b"\0gpu"))
+    assert config(made)["providers"] == ["webgpu", "wasm"] and config(page())["providers"] == ["wasm"]
+    assert unpacked(made, "webgpu-binary") == b"\0gpu" and unpacked(made, "wasm-binary") == RUNTIME.binary
+    assert "webgpu-engine" not in page().split("<script>")[0]

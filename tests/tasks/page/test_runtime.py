@@ -13,7 +13,7 @@ import pytest
 
 from paging import stand_in
 from zoo.tasks.page import runtime
-from zoo.tasks.page.runtime import NAMES, VERSION, read_runtime
+from zoo.tasks.page.runtime import NAMES, VERSION, WEBGPU_NAMES, read_runtime
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,7 @@ def test_it_is_downloaded_once(published: bytes, monkeypatch: pytest.MonkeyPatch
     asked = serve(monkeypatch, published)
     first, second = read_runtime(None), read_runtime(None)
     assert first == second and first.binary == b"\0asm"
+    assert read_runtime(None, WEBGPU_NAMES).binary == b"\0asm" + WEBGPU_NAMES[1].encode()
     assert asked == [f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"]
 
 

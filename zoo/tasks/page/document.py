@@ -47,8 +47,14 @@ WORDS: dict[str, dict[str, str]] = {
 
 
 def document(
-    task: str, name: str, written: Mapping[str, Any], shown: Mapping[str, Any], graph: bytes, runtime: Runtime
-):
+    task: str,
+    name: str,
+    written: Mapping[str, Any],
+    shown: Mapping[str, Any],
+    graph: bytes,
+    runtime: Runtime,
+    webgpu: Runtime | None = None,
+) -> bytes:
     """The contents of the file.
 
     Args:
@@ -58,22 +64,25 @@ def document(
         shown: what the script needs to show an answer.
         graph: the contents of an ONNX file.
         runtime: the files of onnxruntime-web.
+        webgpu: those of its form for a GPU, which is tried first where there is one.
 
     Raises:
         ValueError: the page is larger than LARGEST.
     """
     style, script = asset("page.css"), "\n".join(map(asset, ("page.js", "sound.js", "boxes.js")))
-    # What a source map would be loaded from is left out.
-    engine = re.sub(rb"\n//# sourceMappingURL=.*", b"", runtime.engine)
     parts = {
         "policy": policy(style, script),
         "style": style,
         "script": script,
         "card": card(written),
-        "config": inert({"task": task, **shown}),
-        "model": packed(graph),
-        "binary": packed(runtime.binary),
-        "engine": packed(engine),
+        "config": inert({"task": task, "providers": ["webgpu"] * (webgpu is not None) + ["wasm"], **shown}),
+        "model": embedded("model", graph),
+        "runtimes": "\n".join(
+            embedded(f"{provider}-{part}", contents)
+            for provider, each in {"wasm": runtime, "webgpu": webgpu}.items()
+            if each is not None
+            for part, contents in zip(each._fields, each, strict=True)
+        ),
     }
     texts = {"task": task, "title": plain(name), "version": zoo.__version__, "runtime": VERSION, **WORDS[task]}
     parts |= {key: html.escape(text) for key, text in texts.items()}
@@ -105,8 +114,11 @@ def policy(style: str, script: str) -> str:
     return "; ".join(f"{key} {value}" for key, value in allowed.items())
 
 
-def packed(contents: bytes) -> str:
-    return base64.b64encode(gzip.compress(contents, 9, mtime=0)).decode()
+def embedded(name: str, contents: bytes) -> str:
+    """An element that holds a file, without the address that a source map would be loaded from."""
+    text = re.sub(rb"\n//# sourceMappingURL=.*", b"", contents) if name.endswith("-engine") else contents
+    packed = base64.b64encode(gzip.compress(text, 9, mtime=0)).decode()
+    return f'<script type="text/plain" id="{name}">{packed}</script>'
 
 
 def inert(value: Any) -> str:

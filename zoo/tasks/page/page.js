@@ -27,15 +27,57 @@ async function unpacked(name) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-async function started() {
-  const [engine, binary, model] = await Promise.all(["engine", "binary", "model"].map(unpacked));
+const model = unpacked("model");
+const PROVIDERS = { webgpu: "WebGPU", wasm: "WebAssembly" };
+
+/** The runtime and a session of the model on WebGPU or WebAssembly. */
+async function session(provider) {
+  const [engine, binary] = await Promise.all(["engine", "binary"].map((part) => unpacked(`${provider}-${part}`)));
   const address = URL.createObjectURL(new Blob([engine], { type: "text/javascript" }));
   const ort = await import(address);
   URL.revokeObjectURL(address);
   ort.env.wasm.numThreads = 1; // more need headers that a file cannot have
   ort.env.wasm.wasmBinary = binary;
   ort.env.logLevel = "error";
-  return { ort, session: await ort.InferenceSession.create(model, { executionProviders: ["wasm"] }) };
+  const options = { executionProviders: [provider], logSeverityLevel: 3 };
+  const lost = provider === "webgpu" ? failure() : new Promise(() => {});
+  return { ort, provider, lost, session: await Promise.race([lost, ort.InferenceSession.create(await model, options)]) };
+}
+
+/** A promise that is rejected where the runtime fails without telling its caller, as when the GPU is lost. */
+function failure() {
+  const lost = new Promise((_, fail) =>
+    addEventListener("unhandledrejection", (event) => {
+      event.preventDefault();
+      fail(event.reason);
+    }),
+  );
+  lost.catch(() => {});
+  return lost;
+}
+
+/** A session on WebGPU if the page can use it and the browser has an adapter, else on WebAssembly. */
+async function started() {
+  if (config.providers.includes("webgpu")) {
+    try {
+      if (await navigator.gpu?.requestAdapter()) return await session("webgpu");
+    } catch {
+      // WebAssembly runs everywhere
+    }
+  }
+  return session("wasm");
+}
+
+/** The outputs for an input. A session on WebGPU that fails gives way to one on WebAssembly for good. */
+async function outputsOf(input) {
+  const current = engine, loaded = await current;
+  try {
+    return await Promise.race([loaded.lost, task.run(loaded, input)]);
+  } catch (error) {
+    if (loaded.provider === "wasm") throw error;
+    if (engine === current) engine = session("wasm");
+    return outputsOf(input);
+  }
 }
 
 /** The pixels of an image on white, at its own size where that is allowed. */
@@ -212,7 +254,7 @@ const tasks = {
 };
 const task = tasks[config.task];
 
-const engine = started();
+let engine = started();
 engine.then(
   () => asked || say("Ready.", "ready"),
   (error) => say(`The model cannot run in this browser: ${error.message ?? error}`, "failed"),
@@ -221,9 +263,8 @@ engine.then(
 /** Reads an input and shows the answer; only the newest input is shown. */
 async function answer(read) {
   const turn = ++asked;
-  let loaded;
   try {
-    loaded = await engine;
+    await engine;
   } catch {
     return; // already said
   }
@@ -239,12 +280,14 @@ async function answer(read) {
   if (turn !== asked) return;
   try {
     const start = performance.now();
-    const outputs = await task.run(loaded, input);
-    const milliseconds = performance.now() - start;
+    const outputs = await outputsOf(input);
+    const milliseconds = performance.now() - start, { provider } = await engine;
     if (turn !== asked) return;
     const detail = task.show(outputs, input);
     find("result").hidden = false;
-    say(`Answered in ${milliseconds < 10 ? milliseconds.toFixed(1) : Math.round(milliseconds)} ms.`, "answered");
+    const duration = milliseconds < 10 ? milliseconds.toFixed(1) : Math.round(milliseconds);
+    say(`Answered in ${duration} ms by ${PROVIDERS[provider]}.`, "answered");
+    document.body.dataset.provider = provider;
     document.dispatchEvent(new CustomEvent("answer", { detail }));
   } catch (error) {
     if (turn === asked) say(`The model failed on this input: ${error.message ?? error}`, "failed");

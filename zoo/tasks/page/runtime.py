@@ -18,6 +18,8 @@ INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7Q
 LIMIT = 200_000_000  # bytes of the archive
 SECONDS = 60  # without an answer
 NAMES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+# With WebGPU. The native form in ort.webgpu.bundle.min.mjs lacks the operators in float64 that preparing inputs takes.
+WEBGPU_NAMES = ("ort.bundle.min.mjs", "ort-wasm-simd-threaded.jsep.wasm")
 
 
 class Runtime(NamedTuple):
@@ -33,8 +35,12 @@ def cache() -> Path:
     return Path(home).expanduser() / f"onnxruntime-web-{VERSION}.tgz"
 
 
-def read_runtime(folder: str | None) -> Runtime:
+def read_runtime(folder: str | None, names: tuple[str, str] = NAMES) -> Runtime:
     """The files in an unpacked npm package, or those of the pinned version, downloaded once.
+
+    Args:
+        folder: of the package; None is the pinned version.
+        names: of the files: NAMES, or WEBGPU_NAMES for the form that runs on a GPU, and slower without one.
 
     Raises:
         ValueError: the folder lacks a file, or what was downloaded is not what was published.
@@ -43,19 +49,19 @@ def read_runtime(folder: str | None) -> Runtime:
     if folder is not None:
         root = Path(folder).expanduser()
         places = [root, root / "dist", root / "package" / "dist"]
-        found = next((each for each in places if all((each / name).is_file() for name in NAMES)), None)
+        found = next((each for each in places if all((each / name).is_file() for name in names)), None)
         if found is None:
             raise ValueError(
-                f"--runtime {folder}: {' and '.join(NAMES)} not found; give the folder of an unpacked onnxruntime-web"
+                f"--runtime {folder}: {' and '.join(names)} not found; give the folder of an unpacked onnxruntime-web"
             )
-        return Runtime(*((found / name).read_bytes() for name in NAMES))
+        return Runtime(*((found / name).read_bytes() for name in names))
     path = cache()
     archive = path.read_bytes() if path.is_file() else b""
     if not intact(archive):
         archive = download()
         keep(path, archive)
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        members = (files.extractfile(f"package/dist/{name}") for name in NAMES)
+        members = (files.extractfile(f"package/dist/{name}") for name in names)
         return Runtime(*(each.read() for each in members if each is not None))
 
 

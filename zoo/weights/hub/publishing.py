@@ -1,35 +1,24 @@
-"""`zoo publish`: a checkpoint becomes one commit on the Hub, is downloaded and probed again, and only then tagged."""
+"""A checkpoint becomes one commit on the Hub, is downloaded and probed again, and only then tagged."""
 
-import argparse
 import filecmp
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-)
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-import zoo
 from zoo.text import counted, one_line
 from zoo.weights.files import FILES, CheckpointError, file_of
 from zoo.weights.format import read_config
-from zoo.weights.hub.downloading import download, git_blob, sha256_of
-from zoo.weights.hub.errors import LOG_IN, explain
+from zoo.weights.hub.downloading import download
+from zoo.weights.hub.uploading import Files, Upload, check_token, size_of
 from zoo.weights.names import locate
 from zoo.weights.read import read_checkpoint
 
 RESULTS = ".eval_results/zoo_"  # results that a later upload replaces; others in that folder are left alone
-ALLOWED = re.compile(rf"({'|'.join(map(re.escape, FILES))}|\.gitattributes|\.eval_results/.*)")
-
-Files = Mapping[str, bytes | Path]  # what a repository will hold, by its path there
 
 
 def publish(
@@ -78,11 +67,10 @@ def publish(
     files = _files(folder, repository)
     if dry_run:
         return _listing(files, repository)
-    if token is False or (not isinstance(token, str) and get_token() is None):
-        raise ValueError(f"no token of the Hub found; {LOG_IN}")
+    check_token(token)
     with TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as cache:
         title = message or f"Publish {folder.name} with zoo"
-        return _Upload(repository, files, title, token, cache).run(pr, tag, private)
+        return _Model(repository, files, title, token, cache).run(pr, tag, private)
 
 
 def _files(folder: Path, repository: str) -> Files:
@@ -113,54 +101,48 @@ def _results(figures: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     return {f"{RESULTS}{name}.yaml": yaml_dump(entries).encode() for name, entries in found.items()}
 
 
+def listed(files: Files, repository: str) -> list[str]:
+    """What a repository would get: lines with the size of each file."""
+    sizes = {path: size_of(data) for path, data in files.items()}
+    lines = [f"{repository} would get {counted(len(files), 'file')} of {sum(sizes.values()):,} bytes:"]
+    return lines + [f"{size:>14,}  {path}" for path, size in sorted(sizes.items())]
+
+
 def _listing(files: Files, repository: str) -> str:
     """The files with their sizes, and the text of those that are made for the Hub."""
-    sizes = {path: len(data) if isinstance(data, bytes) else data.stat().st_size for path, data in files.items()}
     assert isinstance(card := files["README.md"], Path)
     text = card.read_text(encoding="utf-8")
     front = text[: text.find("\n---", 3) + 4] if text.startswith("---") else ""
-    lines = [f"{repository} would get {counted(len(files), 'file')} of {sum(sizes.values()):,} bytes:"]
-    lines += [f"{size:>14,}  {path}" for path, size in sorted(sizes.items())]
-    lines += ["", "README.md begins with", front]
+    lines = [*listed(files, repository), "", "README.md begins with", front]
     for path, data in files.items():
         if isinstance(data, bytes):
             lines += ["", path, data.decode().rstrip()]
     return "\n".join(lines)
 
 
-class _Upload:
+class _Model(Upload):
     """One run of `publish` against the Hub."""
 
-    def __init__(self, repository: str, files: Files, title: str, token: str | bool | None, cache: str) -> None:
-        self.repository, self.files, self.title, self.token, self.cache = repository, files, title, token, cache
-        self.api = HfApi(token=token, library_name="zoo", library_version=zoo.__version__)
+    kind = "model"
+    holds = "a checkpoint of the zoo"
+    allowed = re.compile(rf"({'|'.join(map(re.escape, FILES))}|\.gitattributes|\.eval_results/.*)")
 
     def run(self, pr: bool, tag: str | None, private: bool) -> str:
-        api, repository = self.api, self.repository
-        address = f"{api.endpoint}/{repository}"
+        api, repository, address = self.api, self.repository, self.address
         if not pr:
-            self.ask(api.create_repo, private=private or None, exist_ok=True)
+            self.create(private)
         head, held = self.look(private)
         tags = {each.name: each.target_commit for each in self.ask(api.list_repo_refs).tags} if tag else {}
         revision = None
         if pr and (number := self.pull_request()):
             revision, address = f"refs/pr/{number}", f"{address}/discussions/{number}"
-            head = self.ask(api.model_info, revision=revision).sha
+            head = self.info(revision).sha
         changed = not self.unchanged(head)
         if tag in tags and (changed or tags[tag] != head):
             raise ValueError(f"{repository} has the tag '{tag}' on commit {tags[tag][:8]} already; choose another tag")
         if changed:
-            operations = [CommitOperationAdd(path, data) for path, data in self.files.items()]
             stale = [path for path in held if path.startswith(RESULTS) and path not in self.files]
-            operations += [CommitOperationDelete(path) for path in stale]
-            commit = self.ask(
-                api.create_commit,
-                operations=operations,
-                commit_message=self.title,
-                revision=revision,
-                create_pr=pr and revision is None,
-                parent_commit=head,
-            )
+            commit = self.commit(head, stale, revision, create_pr=pr and revision is None)
             head, address = commit.oid, commit.pr_url or address
         self.check(head)
         if tag is not None and tag not in tags:
@@ -171,40 +153,19 @@ class _Upload:
             )
         return address
 
-    def ask(self, call: Callable[..., Any], before: str = "", **given: Any) -> Any:
-        """The Hub's answer; OSError of one line if it gives none."""
-        try:
-            return call(self.repository, **given)
-        except Exception as error:  # the client raises its own errors, those of its network library, and the system's
-            why = explain(error, self.repository, self.token)
-            raise OSError(f"{before or f'cannot publish to {self.repository}: '}{why}") from error
+    def foreign(self, held: Sequence[str]) -> list[str]:
+        found = super().foreign(held)
+        return found or ([] if "config.json" in held else [path for path in held if path in FILES])
 
-    def look(self, private: bool) -> tuple[str, list[str]]:
-        """The newest commit and its files; ValueError if they are not those of a checkpoint of the zoo."""
-        info = self.ask(self.api.model_info)
-        held = [each.rfilename for each in info.siblings or []]
-        if private and not info.private:
-            raise ValueError(f"{self.repository} exists and is public; make it private in its settings first")
-        foreign = [path for path in held if not ALLOWED.fullmatch(path)]
-        if not foreign and "config.json" not in held:
-            foreign = [path for path in held if path in FILES]
-        if foreign:
-            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-            raise ValueError(
-                f"{self.repository} holds something other than a checkpoint of the zoo: {', '.join(foreign[:5])}{more};"
-                " choose another name, or delete these files there"
-            )
-        if "config.json" in held:
-            fetch = partial(self.api.hf_hub_download, filename="config.json", revision=info.sha, cache_dir=self.cache)
-            path = Path(self.ask(fetch))
-            try:
-                read_config(path)
-            except CheckpointError as error:
-                why = str(error).replace(str(path), "its config.json")
-                raise ValueError(
-                    f"{self.repository} holds no checkpoint of this zoo ({why}); choose another name"
-                ) from error
-        return info.sha, held
+    def check_held(self, commit: str, held: Sequence[str]) -> None:
+        if "config.json" not in held:
+            return
+        path = self.fetched("config.json", commit)
+        try:
+            read_config(path)
+        except CheckpointError as error:
+            why = str(error).replace(str(path), "its config.json")
+            raise ValueError(f"{self.name} holds no checkpoint of this zoo ({why}); choose another name") from error
 
     def pull_request(self) -> int | None:
         """The number of the open pull request that an earlier run made."""
@@ -212,17 +173,6 @@ class _Upload:
         kind: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open", "author": author}
         found = self.ask(lambda name: [*self.api.get_repo_discussions(name, **kind)])
         return next((each.num for each in found if each.title == self.title), None)
-
-    def unchanged(self, commit: str) -> bool:
-        """Whether the files of a commit are those to be uploaded."""
-        found = self.ask(self.api.get_paths_info, paths=[*self.files], revision=commit)
-        return {each.path for each in found} == self.files.keys() and all(map(self.same, found))
-
-    def same(self, there: Any) -> bool:
-        here = self.files[there.path]
-        if there.lfs is not None:
-            return isinstance(here, Path) and there.lfs.sha256 == sha256_of(here)
-        return there.blob_id == git_blob(here if isinstance(here, bytes) else here.read_bytes())
 
     def check(self, commit: str) -> None:
         """OSError unless the Hub gives back what was uploaded, and its probe passes."""
@@ -236,23 +186,3 @@ class _Upload:
             here = self.files[path.name]
             if isinstance(here, Path) and not filecmp.cmp(path, here, shallow=False):
                 raise OSError(f"{said}: {path.name} differs from {here}; repeat the command")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `zoo publish`."""
-    parser = argparse.ArgumentParser(
-        prog="zoo publish",
-        description="Uploads a checkpoint to the Hugging Face Hub in one commit, after its probe has passed;\n"
-        "downloads and checks it again; and prints its address. It can be repeated after an\ninterruption.",
-        epilog="example:\n  zoo publish vit_micro.digits OWNER/vit_micro.digits --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", metavar="NAME", help="a checkpoint: a folder, or a name under checkpoints/")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="its name on the Hub; created if it does not exist")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no network")
-    parser.add_argument("--pr", action="store_true", help="open a pull request in an existing repository")
-    parser.add_argument("--tag", metavar="TAG", help="tag of this upload, to load it as OWNER/NAME@TAG")
-    parser.add_argument("--message", metavar="TEXT", help="title of the commit or the pull request")
-    parser.add_argument("--private", action="store_true", help="create the repository as private")
-    print(publish(**vars(parser.parse_args(arguments))))
