@@ -1,0 +1,109 @@
+"""The page of the app."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+
+from zoo.tasks.app import classify
+from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.sides import NOTHING, Side, fault
+from zoo.text import plain
+
+PANELS = {"classify": classify.panel}
+LARGEST = 50_000_000  # bytes of an uploaded file
+FONT = ("system-ui", "sans-serif")  # of the reader's machine: none is loaded
+STYLE = """
+.note { color: var(--body-text-color-subdued); margin: 0; font-variant-numeric: tabular-nums; }
+.fault { color: var(--error-text-color); margin: 0; font-weight: 600; overflow-wrap: anywhere; }
+.about { color: var(--body-text-color-subdued); margin: 0; }
+footer { display: none !important; }
+"""
+
+
+def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
+    """The app.
+
+    Args:
+        shelf: loads and asks the checkpoints.
+        tasks: the task of each checkpoint that is offered, by name.
+        first: the one that is shown first.
+    """
+    names = [name for name, task in tasks.items() if task in PANELS]
+
+    def choose(name: str, other: str) -> tuple[Any, ...]:
+        """The panel of a checkpoint's task, and what can be compared with it."""
+        try:
+            task = tasks.get(name) or shelf.task(name)
+            said = about(shelf, task, name)
+        except Exception as error:  # as in `answered`
+            return fault(error), gr.skip(), *[gr.skip()] * len(PANELS)
+        alike = [NOTHING, *(each for each in names if tasks[each] == task)]
+        kept = other if other in alike else NOTHING
+        return said, gr.Dropdown(alike, value=kept), *(gr.Column(visible=each == task) for each in PANELS)
+
+    with gr.Blocks(title="zoo", analytics_enabled=False) as app:
+        gr.Markdown("# zoo")
+        sides = []
+        with gr.Row():
+            for number, label in enumerate(("Checkpoint", "Compare with")):
+                with gr.Column(), gr.Row(equal_height=True):
+                    more = {"allow_custom_value": True, "filterable": True, "scale": 3}
+                    name = gr.Dropdown(
+                        [NOTHING] if number else names, value=NOTHING if number else first, label=label, **more
+                    )
+                    sides.append(Side(name, gr.Checkbox(False, label="Fused", scale=1, min_width=100)))
+        told = gr.HTML()
+        panels = []
+        for task, panel in PANELS.items():
+            with gr.Column(visible=task == tasks.get(first)) as column:
+                panel(gr, shelf, sides)
+            panels.append(column)
+        one, other = sides
+        given: dict[str, Any] = {"inputs": [one.name, other.name], "outputs": [told, other.name, *panels]}
+        gr.on([app.load, one.name.change], choose, **given, trigger_mode="always_last", api_name=False)
+        other.name.change(
+            lambda name: [gr.Column(visible=name != NOTHING)] * len(other.columns),
+            other.name,
+            other.columns,
+            api_name=False,
+        )
+    return app
+
+
+def about(shelf: Shelf, task: str, name: str) -> str:
+    """What a checkpoint is, in one line of HTML."""
+    config = shelf.take(task, name, False).config
+    card = plain(str(config.get("card") or "").partition(". ")[0].partition("\n")[0]).rstrip(".")
+    parts = [
+        card,
+        f"{config['parameters']:,} parameters",
+        f"license of the weights: {config.get('license') or 'unknown'}",
+    ]
+    return f'<p class="about">{html.escape("; ".join(part for part in parts if part))}</p>'
+
+
+def launched(
+    shelf: Shelf, tasks: Mapping[str, str], first: str, host: str, port: int, browser: bool
+) -> tuple[gr.Blocks, str]:
+    """The running app and its address."""
+    app = page(shelf, tasks, first)
+    theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
+    _, address, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=browser,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        enable_monitoring=False,
+        max_file_size=LARGEST,
+        footer_links=[],
+        theme=theme,
+        css=STYLE,
+    )
+    return app, address
