@@ -1,4 +1,5 @@
-"""Chromium without a window, and with no network but this machine's own if asked for, driven through its DevTools protocol over a pair of pipes."""
+"""Chromium without a window, driven through its DevTools protocol over a pair of pipes. It has no network, or only this
+machine's own."""
 
 import base64
 import fcntl

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from zoo.tasks.app.shelf import Shelf
-from zoo.tasks.app.sides import Side, answered, note, timing, unchanged
+from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, note, timing, unchanged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TOP = 5  # classes that are shown
+MEANING = "Red parts speak for the first class, blue parts against it: where one is hidden, its log odds fall or rise."
 
 
 def ask(
@@ -22,8 +23,7 @@ def ask(
     from zoo.tasks.app.contributions import contributions, drawn
     from zoo.tasks.classify.answers import classifier
 
-    found = shelf.take("classify", name, fused)
-    answer = classifier(found, TOP, device=shelf.device)
+    answer = classifier(shelf.take("classify", name, fused), TOP, device=shelf.device)
     image = answer.preprocess.read(path)
     prepared = answer.preprocess(image)
     (best,), milliseconds = shelf.timed(lambda: answer([prepared]))
@@ -31,8 +31,8 @@ def ask(
         raise best
     yield best, milliseconds, None
     if mapped:
-        ask_once = (lambda: contributions(answer.logits, prepared, best[0]["index"]), False)
-        values, _ = shelf.timed(*ask_once)
+        index = best[0]["index"]
+        values, _ = shelf.timed(lambda: contributions(answer.logits, prepared, index), repeat=False)
         yield best, milliseconds, drawn(values, answer.preprocess.cut(image))
 
 
@@ -42,28 +42,25 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     def handle(path: str, name: str, fused: bool, mapped: bool) -> Iterator[tuple[Any, ...]]:
         for best, milliseconds, image in ask(shelf, path, name, fused, mapped):
             confidences = {each["label"]: each["probability"] for each in best}
-            yield note(timing(milliseconds, fused)), confidences, gr.Image(image, visible=mapped)
+            yield note(name, timing(milliseconds, fused)), confidences, gr.Image(image, visible=mapped)
 
     with gr.Row():
-        with gr.Column(scale=2):
+        with gr.Column():
             sources = ["upload", "webcam", "clipboard"]
-            image = unchanged(gr.Image(label="Image", type="filepath", sources=sources, height=320))
-            mapped = gr.Checkbox(True, label="Map of contributions")
-            gr.Markdown(
-                "Red parts speak for the first class, blue parts against it: where one is hidden, its log odds fall or rise."
+            image = gr.Image(
+                label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="classify_input"
             )
+            mapped = gr.Checkbox(True, label="Map of contributions", info=MEANING)
         for side in sides:
-            with gr.Column(scale=2, visible=not side.columns or side is sides[0]) as column:
-                classes = gr.Label(label="Classes", num_top_classes=TOP)
+            with side.column(gr):
                 told = gr.HTML()
-                shown = gr.Image(label="Map", interactive=False, format="png", height=320)
-            side.columns.append(column)
-            gr.on(
-                [image.change, side.name.change, side.fused.change, mapped.change],
+                classes = gr.Label(label="Classes", num_top_classes=TOP, show_heading=True)
+                shown = gr.Image(label="Map", interactive=False, format="png", height=320, buttons=BUTTONS)
+            asked(
+                gr,
+                [image.change, mapped.change],
+                side,
                 answered(handle, (None, None)),
-                [image, side.name, side.fused, mapped],
+                [unchanged(image), mapped],
                 [told, classes, shown],
-                trigger_mode="always_last",
-                concurrency_limit=None,
-                api_name=False,
             )

@@ -8,18 +8,26 @@ from typing import Any
 
 import gradio as gr
 
-from zoo.tasks.app import classify
+from zoo.tasks.app import classify, detect, generate, transcribe
 from zoo.tasks.app.shelf import Shelf
 from zoo.tasks.app.sides import NOTHING, Side, fault
 from zoo.text import plain
 
-PANELS = {"classify": classify.panel}
+PANELS = {
+    "classify": classify.panel,
+    "detect": detect.panel,
+    "transcribe": transcribe.panel,
+    "generate": generate.panel,
+}
 LARGEST = 50_000_000  # bytes of an uploaded file
 FONT = ("system-ui", "sans-serif")  # of the reader's machine: none is loaded
 STYLE = """
-.note { color: var(--body-text-color-subdued); margin: 0; font-variant-numeric: tabular-nums; }
+.note, .about { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.about { opacity: 0.8; }
 .fault { color: var(--error-text-color); margin: 0; font-weight: 600; overflow-wrap: anywhere; }
-.about { color: var(--body-text-color-subdued); margin: 0; }
+.words { display: flex; flex-wrap: wrap; gap: 0.75em; margin: 0; padding: 0; list-style: none; }
+.words small { display: block; opacity: 0.7; font-variant-numeric: tabular-nums; }
+.image-frame img { width: 100%; height: 100%; object-fit: contain; }
 footer { display: none !important; }
 """
 
@@ -55,7 +63,7 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
                     name = gr.Dropdown(
                         [NOTHING] if number else names, value=NOTHING if number else first, label=label, **more
                     )
-                    sides.append(Side(name, gr.Checkbox(False, label="Fused", scale=1, min_width=100)))
+                    sides.append(Side(name, gr.Checkbox(False, label="Fused", scale=1, min_width=100), bool(number)))
         told = gr.HTML()
         panels = []
         for task, panel in PANELS.items():
@@ -64,12 +72,12 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
             panels.append(column)
         one, other = sides
         given: dict[str, Any] = {"inputs": [one.name, other.name], "outputs": [told, other.name, *panels]}
-        gr.on([app.load, one.name.change], choose, **given, trigger_mode="always_last", api_name=False)
+        gr.on([app.load, one.name.change], choose, **given, trigger_mode="always_last", api_visibility="private")
         other.name.change(
             lambda name: [gr.Column(visible=name != NOTHING)] * len(other.columns),
             other.name,
             other.columns,
-            api_name=False,
+            api_visibility="private",
         )
     return app
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.tasks.predicting import message
 
 NOTHING = "nothing"  # the name on the second side where it is not used
+BUTTONS = ["download", "fullscreen"]  # of an image; without the one that shares it on the web
+
+Rows = Iterator[tuple[Any, ...]]
 
 
 @dataclass
@@ -18,11 +21,17 @@ class Side:
 
     name: Any
     fused: Any
+    second: bool
     columns: list[Any] = field(default_factory=list)
+
+    def column(self, gr: Any) -> Any:
+        """A new column for answers; that of the second side is hidden until it has a checkpoint."""
+        self.columns.append(gr.Column(visible=not self.second, elem_classes=["second" if self.second else "first"]))
+        return self.columns[-1]
 
 
 def note(*parts: str) -> str:
-    """A line below an answer, as HTML."""
+    """A line about an answer, as HTML."""
     return f'<p class="note">{html.escape(" · ".join(part for part in parts if part))}</p>'
 
 
@@ -34,19 +43,17 @@ def fault(error: Exception, path: str = "") -> str:
 def timing(milliseconds: float, fused: bool) -> str:
     """How long an answer took."""
     digits = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
-    return f"{milliseconds:.{digits}f} ms{' fused' * fused}"
+    return f"{milliseconds:,.{digits}f} ms{', fused' * fused}"
 
 
-def answered(
-    ask: Callable[..., Iterator[tuple[Any, ...]]], blanks: tuple[Any, ...]
-) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """A handler of the events of one side, with its input first, then the name and whether it is fused.
+def answered(ask: Callable[..., Rows], blanks: Sequence[Any]) -> Callable[..., Rows]:
+    """A handler of the events of one side, whose arguments are the input, the name, whether it is fused, and others.
 
-    It gives what `ask` gives, a note first; only blanks without an input or a name; and a line with what is wrong
-    before blanks, where `ask` fails.
+    It gives what `ask` gives, a note first; blanks alone without an input or a name; and a line that says what is
+    wrong, then blanks, where `ask` fails.
     """
 
-    def handle(given: Any, name: str | None, fused: bool, *more: Any) -> Iterator[tuple[Any, ...]]:
+    def handle(given: Any, name: str | None, fused: bool, *more: Any) -> Rows:
         if given is None or name == NOTHING:
             yield "", *blanks
             return
@@ -58,7 +65,25 @@ def answered(
     return handle
 
 
+def asked(
+    gr: Any, events: list[Any], side: Side, handle: Callable[..., Rows], inputs: Sequence[Any], outputs: list[Any]
+) -> None:
+    """Calls a handler at these events, and when the side has another checkpoint; the last of several calls counts.
+    `inputs` are the raw input, then what follows the name and whether it is fused."""
+    first, *more = inputs
+    gr.on(
+        [*events, side.name.change, side.fused.change],
+        handle,
+        [first, side.name, side.fused, *more],
+        outputs,
+        trigger_mode="always_last",
+        concurrency_limit=None,
+        show_progress="minimal",
+        api_visibility="private",
+    )
+
+
 def unchanged(widget: Any) -> Any:
-    """The widget gives the path of the file that was uploaded, as it is."""
+    """The widget, which now gives the path of the file that was uploaded, as it is."""
     widget.preprocess = lambda payload: None if payload is None else payload.path
     return widget
