@@ -45,17 +45,19 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             yield note(name, timing(milliseconds, fused)), confidences, gr.Image(image, visible=mapped)
 
     with gr.Row():
-        with gr.Column():
+        with gr.Column(scale=2):
             sources = ["upload", "webcam", "clipboard"]
             image = gr.Image(
                 label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="classify_input"
             )
             mapped = gr.Checkbox(True, label="Map of contributions", info=MEANING)
         for side in sides:
-            with side.column(gr):
+            with side.column(gr, "classify"):
                 told = gr.HTML()
                 classes = gr.Label(label="Classes", num_top_classes=TOP, show_heading=True)
-                shown = gr.Image(label="Map", interactive=False, format="png", height=320, buttons=BUTTONS)
+                shown = gr.Image(
+                    label="Map", show_label=False, interactive=False, format="png", height=320, buttons=BUTTONS
+                )
             asked(
                 gr,
                 [image.change, mapped.change],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 THRESHOLD, TOP = 0.3, 100  # as in `zoo detect predict`
-SIDE = 1600  # pixels of the longer side of what is shown
+SIDE, LINES = 1600, 36  # pixels of the longer side of what is shown, and the lines of text that fit into it
 
 
 def ask(shelf: Shelf, path: str, name: str, fused: bool) -> tuple[list[dict[str, Any]], float, Any]:
@@ -44,7 +44,7 @@ def drawn(path: str, objects: list[dict[str, Any]], labels: Any) -> Image:
     image.thumbnail((SIDE, SIDE))
     share = image.width / width
     scaled = [each | {"box": [edge * share for edge in each["box"]]} for each in objects]
-    return annotated(image, scaled, colours_of(labels))
+    return annotated(image, scaled, colours_of(labels), LINES)
 
 
 def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
@@ -64,16 +64,16 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         return note(name, timing(milliseconds, fused), summary(kept)), drawn(path, kept, labels)
 
     with gr.Row():
-        with gr.Column():
+        with gr.Column(scale=2):
             sources = ["upload", "webcam", "clipboard"]
             image = gr.Image(
                 label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="detect_input"
             )
             threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Threshold", info="Least score of a drawn object")
         for side in sides:
-            with side.column(gr):
+            with side.column(gr, "detect"):
                 told = gr.HTML()
-                boxes = gr.Image(label="Objects", interactive=False, format="png", buttons=BUTTONS)
+                boxes = gr.Image(label="Objects", show_label=False, interactive=False, format="png", buttons=BUTTONS)
                 known = gr.State()
             asked(
                 gr,

@@ -76,7 +76,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         return note(name, timing(milliseconds, fused), counted(number, "image"), words), image
 
     with gr.Row():
-        with gr.Column():
+        with gr.Column(scale=2):
             classes = gr.Textbox(label="Classes", info="Names with commas between them; empty for all")
             each = gr.Slider(1, EACH, 8, step=1, label="Images of each class")
             steps = gr.Slider(1, STEPS, 50, step=1, label="Steps")
@@ -84,15 +84,16 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             button = gr.Button("Generate", variant="primary", elem_id="generate_button")
         for side in sides:
-            with side.column(gr):
+            with side.column(gr, "generate"):
                 told = gr.HTML()
-                grid = gr.Image(label="Samples", interactive=False, format="png", buttons=BUTTONS)
+                grid = gr.Image(label="Samples", show_label=False, interactive=False, format="png", buttons=BUTTONS)
             gr.on(
                 [button.click],
                 handle,
                 [side.name, side.fused, classes, each, steps, guidance, seed],
                 [told, grid],
                 trigger_mode="once",
+                show_progress_on=grid,
                 concurrency_limit=None,
                 api_visibility="private",
             )

@@ -24,15 +24,16 @@ class Side:
     second: bool
     columns: list[Any] = field(default_factory=list)
 
-    def column(self, gr: Any) -> Any:
+    def column(self, gr: Any, task: str) -> Any:
         """A new column for answers; that of the second side is hidden until it has a checkpoint."""
-        self.columns.append(gr.Column(visible=not self.second, elem_classes=["second" if self.second else "first"]))
+        self.columns.append(gr.Column(scale=3, visible=not self.second, elem_id=f"{task}_{1 + self.second}"))
         return self.columns[-1]
 
 
 def note(*parts: str) -> str:
     """A line about an answer, as HTML."""
-    return f'<p class="note">{html.escape(" · ".join(part for part in parts if part))}</p>'
+    text = "\N{NO-BREAK SPACE}· ".join(part for part in parts if part)
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def fault(error: Exception, path: str = "") -> str:
