@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from threading import Event
 
 from zoo import quick
@@ -45,21 +47,25 @@ def port(text: str) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the app until Ctrl-C. ValueError or OSError if it cannot start."""
+    """Runs the app until Ctrl-C or SIGTERM. ValueError or OSError if it cannot start."""
     given = parser().parse_intermixed_args(arguments)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read when gradio is imported
     exporting.check_packages("zoo app", ("gradio",), "app")
     chosen = port_at(given.host, given.port)
-    from zoo.tasks.app import layout
     from zoo.tasks.app.shelf import Shelf
 
     shelf = Shelf(files.device_for(given.device))
     tasks = {name: shelf.task(name) for name in given.names} | offered()
-    app, address = layout.launched(shelf, tasks, [*given.names, FIRST][0], given.host, chosen, not given.no_browser)
-    files.report(f"the app runs at {address}; Ctrl-C ends it")
-    with suppress(KeyboardInterrupt):
-        Event().wait()
-    app.close(verbose=False)
+    with TemporaryDirectory(prefix="zoo-app-") as folder:  # of the files that are given to the app
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read while it is imported
+        from zoo.tasks.app import layout
+
+        first = [*given.names, FIRST][0]
+        app, address = layout.launched(shelf, tasks, first, given.host, chosen, not given.no_browser)
+        files.report(f"the app runs at {address}; Ctrl-C ends it")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            Event().wait()
+        app.close(verbose=False)
 
 
 def offered() -> dict[str, str]:
@@ -70,6 +76,7 @@ def offered() -> dict[str, str]:
 
 def port_at(host: str, wanted: int | None) -> int:
     """The wanted port, or the first free one of PORTS; OSError if the address cannot be used, or no port is free."""
+    fault: OSError | None = None
     for number in (wanted,) if wanted else PORTS:
         with socket.socket() as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

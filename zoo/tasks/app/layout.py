@@ -19,7 +19,7 @@ PANELS = {
     "transcribe": transcribe.panel,
     "generate": generate.panel,
 }
-LARGEST = 50_000_000  # bytes of an uploaded file
+LARGEST = 50 * 2**20  # bytes of an uploaded file
 FONT = ("system-ui", "sans-serif")  # of the reader's machine: none is loaded
 STYLE = """
 .note, .about { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
@@ -100,6 +100,7 @@ def launched(
     """The running app and its address."""
     app = page(shelf, tasks, first)
     theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
+    theme = theme.set(block_info_text_color="*neutral_600")
     _, address, _ = app.launch(
         server_name=host,
         server_port=port,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from zoo.tasks import predicting as files
 
@@ -24,51 +24,55 @@ class Shelf:
     def __init__(self, device: str) -> None:
         self.device = device
         self._kept: OrderedDict[tuple[str, bool], Checkpoint] = OrderedDict()
-        self._loading, self._asking = Lock(), Lock()
+        self._loading: defaultdict[tuple[str, bool], Lock] = defaultdict(Lock)
+        self._keeping, self._asking = Lock(), Lock()
 
     def take(self, task: str, name: str, fused: bool) -> Checkpoint:
         """A checkpoint of a task, with its norms folded if asked for; ValueError if it cannot be used."""
-        with self._loading:
-            found = self._loaded(name, False)
-            files.check_task(task, found, name)
-            return self._loaded(name, True) if fused else found
+        found = self._loaded(name, False)
+        files.check_task(task, found, name)
+        return self._loaded(name, True) if fused else found
 
     def task(self, name: str) -> str:
         """The task of a checkpoint; ValueError if it cannot be loaded, or has none."""
-        with self._loading:
-            found = self._loaded(name, False)
+        found = self._loaded(name, False)
         files.check_complete(found, name)
         if found.model.config.task is None:
             raise ValueError(f"no command predicts with {name}")
         return found.model.config.task
 
     def _loaded(self, name: str, fused: bool) -> Checkpoint:
+        """A checkpoint that is in memory or is loaded now, which may take long and lets others be loaded meanwhile."""
         if not name or not name.strip():
             raise ValueError("choose a checkpoint")
         key = (name.strip(), fused)
-        if key not in self._kept:
+        with self._keeping:
+            loading = self._loading[key]
+        with loading:
+            with self._keeping:
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+                    return self._kept[key]
             if fused:
-                found = self._loaded(name, False)
-                made = found._replace(model=files.fused(found.model))
+                plain = self._loaded(name, False)
+                found = plain._replace(model=files.fused(plain.model))
             else:
-                made = files.load(key[0])
-                made.model.to(self.device)
-            self._kept[key] = made
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+                found = files.load(key[0])
+                found.model.to(self.device)
+            with self._keeping:
+                self._kept[key] = found
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            return found
 
     def timed(self, ask: Callable[[], Answer], repeat: bool = True) -> tuple[Answer, float]:
         """An answer, and its milliseconds. A short one is asked for again, and the least time counts: the first call of
         a model takes longer."""
         with self._asking:
-            least, begun = float("inf"), time.perf_counter()
-            for _ in range(TRIES if repeat else 1):
+            times: list[float] = []
+            while True:
                 start = time.perf_counter()
-                answer: Any = ask()
-                end = time.perf_counter()
-                least = min(least, end - start)
-                if end - begun > ENOUGH:
-                    break
-            return answer, 1000 * least
+                answer = ask()
+                times.append(time.perf_counter() - start)
+                if not repeat or len(times) == TRIES or sum(times) > ENOUGH:
+                    return answer, 1000 * min(times)

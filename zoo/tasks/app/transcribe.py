@@ -128,8 +128,8 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     """The widgets, and what they do."""
 
     def row(heard: Heard, name: str, fused: bool) -> tuple[Any, ...]:
-        lasts = f"{heard.seconds:.1f} s of sound"
-        told = note(name, timing(heard.milliseconds, fused), lasts, "" if heard.text else "no words")
+        took = timing(heard.milliseconds, fused) if heard.milliseconds else "silence"
+        told = note(name, took, f"{heard.seconds:.1f} s of sound", "" if heard.text else "no words")
         return told, heard.text, placed(heard.words)
 
     def handle(path: str, name: str, fused: bool) -> Iterator[tuple[Any, ...]]:

@@ -54,7 +54,7 @@ class Classifier:
         """The logits [B, classes] of images [C, H, W], on the CPU."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(torch.stack(images).to(device)).float().cpu()
+            return self.model(torch.stack([*images]).to(device)).float().cpu()
 
     def _best(self, logits: Tensor) -> list[dict[str, Any]] | Exception:
         try:
