@@ -1,4 +1,4 @@
-"""What the tests of `zoo app` share: a sound, and a model that hears much in it."""
+"""What the tests of `zoo app` share: a sound, a model that hears much in it, and a drawing for a detector."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from PIL import Image, ImageDraw, ImageFilter
 
 import zoo
 from helpers import randomise
@@ -20,6 +21,19 @@ def voice(path: Path, seconds: float, rate: int = 16000) -> str:
     harmonics = sum(np.sin(2 * np.pi * (110 + 20 * time) * time * each) / each for each in range(1, 20))
     soundfile.write(path, 0.1 * harmonics + levels * random.uniform(-1, 1, len(time)), rate)
     return str(path)
+
+
+def cells(path: Path, seed: int) -> Path:
+    """A drawing of red and violet cells on a light ground, 640 x 480."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (640, 480), (224, 216, 200))
+    drawing = ImageDraw.Draw(image)
+    for _ in range(10):
+        x, y, radius = random.uniform(50, 590), random.uniform(50, 430), random.uniform(35, 50)
+        colour = (110, 70, 170) if random.random() < 0.2 else (205, 140, 130)
+        drawing.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    image.filter(ImageFilter.GaussianBlur(2)).save(path)
+    return path
 
 
 def talker(folder: Path) -> str:

@@ -69,7 +69,15 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             image = gr.Image(
                 label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="detect_input"
             )
-            threshold = gr.Slider(0, 1, THRESHOLD, step=0.01, label="Threshold", info="Least score of a drawn object")
+            threshold = gr.Slider(
+                0,
+                1,
+                THRESHOLD,
+                step=0.01,
+                label="Threshold",
+                info="Least score of a drawn object",
+                elem_id="detect_threshold",
+            )
         for side in sides:
             with side.column(gr, "detect"):
                 told = gr.HTML()

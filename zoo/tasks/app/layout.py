@@ -60,11 +60,11 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
             for number, label in enumerate(("Checkpoint", "Compare with")):
                 with gr.Column(), gr.Row(equal_height=True):
                     more = {"allow_custom_value": True, "filterable": True, "scale": 3}
-                    name = gr.Dropdown(
-                        [NOTHING] if number else names, value=NOTHING if number else first, label=label, **more
-                    )
-                    sides.append(Side(name, gr.Checkbox(False, label="Fused", scale=1, min_width=100), bool(number)))
-        told = gr.HTML()
+                    offered, value = ([NOTHING], NOTHING) if number else (names, first)
+                    name = gr.Dropdown(offered, value=value, label=label, **more)
+                    fused = gr.Checkbox(False, label="Fused", scale=1, min_width=100, elem_id=f"fused_{1 + number}")
+                    sides.append(Side(name, fused, bool(number)))
+        told = gr.HTML(elem_id="about")
         panels = []
         for task, panel in PANELS.items():
             with gr.Column(visible=task == tasks.get(first)) as column:
