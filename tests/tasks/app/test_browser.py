@@ -32,6 +32,7 @@ pytestmark = [
 
 DIGITS, SPEECH, CELLS = "vit_micro.digits", "squeezeformer_micro.spoken_digits", "rtdetr_micro.blood_cells"
 FISH, DRAWN, ONE_STEP = "rtdetr_micro.aquarium", "dit_micro.digits", "dit_micro.digits_in_one_step"
+PROXIES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy")
 RECORD = (
     "[...document.querySelectorAll('{} button')].find((each) => each.innerText.trim() == '{}' && each.offsetParent)"
 )
@@ -47,8 +48,10 @@ class App:
         self.talker = names[-1] if names else ""
         self.log, self.address = folder / "log", f"http://127.0.0.1:{port}/"
         command = [sys.executable, "-m", "zoo", "app", *names, "--no-browser", "--port", str(port), "--device", "cpu"]
+        # A proxy that nothing listens at: the app needs no other machine to start and to answer.
+        environment = {**os.environ, "TMPDIR": str(folder)} | dict.fromkeys(PROXIES, "http://127.0.0.1:9")
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, "TMPDIR": str(folder)})
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
         limit = time.monotonic() + 25
         while self.address not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < limit, self.log.read_text()

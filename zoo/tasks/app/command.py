@@ -56,6 +56,9 @@ def main(arguments: list[str]) -> None:
     shelf = Shelf(files.device_for(given.device))
     tasks = {name: shelf.task(name) for name in given.names} | offered()
     with TemporaryDirectory(prefix="zoo-app-") as folder:  # of the files that are given to the app
+        for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own address whether it runs
+            own = [os.environ.get(name), "127.0.0.1", "localhost", given.host]
+            os.environ[name] = ",".join(each for each in own if each)
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read while it is imported
         from zoo.tasks.app import layout
 
