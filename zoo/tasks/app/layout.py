@@ -8,10 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from zoo.models.base import count_parameters
 from zoo.tasks.app import classify, detect, generate, transcribe
 from zoo.tasks.app.shelf import Shelf
 from zoo.tasks.app.sides import NOTHING, Side, fault
-from zoo.text import plain
+from zoo.text import plain, reason
 
 PANELS = {
     "classify": classify.panel,
@@ -50,7 +51,7 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
         except Exception as error:  # as in `answered`
             return fault(error), gr.skip(), *[gr.skip()] * len(PANELS)
         alike = [NOTHING, *(each for each in names if tasks[each] == task)]
-        kept = other if other in alike else NOTHING
+        kept = other if tasks.get(other, task) == task else NOTHING  # a name that was typed is kept
         return said, gr.Dropdown(alike, value=kept), *(gr.Column(visible=each == task) for each in PANELS)
 
     with gr.Blocks(title="zoo", analytics_enabled=False) as app:
@@ -84,11 +85,11 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
 
 def about(shelf: Shelf, task: str, name: str) -> str:
     """What a checkpoint is, in one line of HTML."""
-    config = shelf.take(task, name, False).config
+    model, _, _, config = shelf.take(task, name, False)
     card = plain(str(config.get("card") or "").partition(". ")[0].partition("\n")[0]).rstrip(".")
     parts = [
         card,
-        f"{config['parameters']:,} parameters",
+        f"{count_parameters(model):,} parameters",
         f"license of the weights: {config.get('license') or 'unknown'}",
     ]
     return f'<p class="about">{html.escape("; ".join(part for part in parts if part))}</p>'
@@ -97,22 +98,25 @@ def about(shelf: Shelf, task: str, name: str) -> str:
 def launched(
     shelf: Shelf, tasks: Mapping[str, str], first: str, host: str, port: int, browser: bool
 ) -> tuple[gr.Blocks, str]:
-    """The running app and its address."""
+    """The running app and its address; ValueError if it cannot start."""
     app = page(shelf, tasks, first)
     theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
     theme = theme.set(block_info_text_color="*neutral_600")
-    _, address, _ = app.launch(
-        server_name=host,
-        server_port=port,
-        inbrowser=browser,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        max_file_size=LARGEST,
-        footer_links=[],
-        theme=theme,
-        css=STYLE,
-    )
+    try:
+        _, address, _ = app.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            max_file_size=LARGEST,
+            footer_links=[],
+            theme=theme,
+            css=STYLE,
+        )
+    except Exception as error:  # of the server or of its check of itself
+        raise ValueError(f"gradio cannot start the app: {reason(error)}") from error
     return app, address
