@@ -1,4 +1,5 @@
-"""Chromium without a window and without a network, driven through its DevTools protocol over a pair of pipes."""
+"""Chromium without a window, driven through its DevTools protocol over a pair of pipes. It has no network, or only this
+machine's own."""
 
 import base64
 import fcntl
@@ -15,20 +16,21 @@ SECONDS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run"]
 OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
-OPTIONS += ["--host-resolver-rules=MAP * ~NOTFOUND", "--use-fake-ui-for-media-stream", "--remote-debugging-pipe"]
+OPTIONS += ["--use-fake-ui-for-media-stream", "--remote-debugging-pipe"]
 NO_GPU = "--disable-gpu"
 WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")  # an adapter that computes on the CPU
 
 
 class Browser:
     """One tab, without a GPU unless WEBGPU is among its options; `requests` are the addresses that it asked for, and
-    `errors` what it wrote to its console."""
+    `errors` what it wrote to its console. With `local` it may connect to 127.0.0.1."""
 
-    def __init__(self, profile: Path, *options: str):
+    def __init__(self, profile: Path, *options: str, local: bool = False):
         inward, outward = os.pipe(), os.pipe()
         assert CHROMIUM is not None
         gpu = [] if {*WEBGPU} <= {*options} else [NO_GPU]
-        command = [CHROMIUM, *OPTIONS, *gpu, *options, f"--user-data-dir={profile}", "about:blank"]
+        rules = f"--host-resolver-rules=MAP * ~NOTFOUND{', EXCLUDE 127.0.0.1' * local}"
+        command = [CHROMIUM, *OPTIONS, *gpu, rules, *options, f"--user-data-dir={profile}", "about:blank"]
         # Chromium reads from 3 and writes to 4, which may be in use here.
         ends = [fcntl.fcntl(each, fcntl.F_DUPFD, 20) for each in (inward[0], outward[1])]
         self.process = subprocess.Popen(
@@ -48,7 +50,7 @@ class Browser:
         self.session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "DOM", "Log"):
             self.send(f"{domain}.enable")
-        offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        offline = {"offline": not local, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self.send("Network.emulateNetworkConditions", **offline)
 
     def __enter__(self) -> "Browser":
@@ -104,6 +106,11 @@ class Browser:
         self.send("Page.navigate", url=path.as_uri())
         self.wait("document.readyState == 'complete' && location.protocol == 'file:'")
 
+    def visit(self, address: str) -> None:
+        """Opens a page of a server on this machine."""
+        self.send("Page.navigate", url=address)
+        self.wait(f"document.readyState == 'complete' && location.href.startsWith({address!r})")
+
     def wait(self, condition: str) -> None:
         """Until an expression holds."""
         limit = time.monotonic() + SECONDS
@@ -118,10 +125,10 @@ class Browser:
         self.wait(f"answers.length > {before}")
         return self.run("answers.at(-1)")
 
-    def choose(self, path: Path) -> None:
+    def choose(self, path: Path, selector: str = "#file") -> None:
         """Gives the page a file as a person would choose it."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
-        node = self.send("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def keep_screenshot(self, path: Path, width: int, height: int, dark: bool = False) -> None:

@@ -34,7 +34,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = ["lightning", "torchaudio", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "transformers", "PIL"]
-HEAVY += ["soundfile", "sentencepiece", "kenlm", "flashlight", "huggingface_hub", "safetensors"]
+HEAVY += ["soundfile", "sentencepiece", "kenlm", "flashlight", "huggingface_hub", "safetensors", "gradio"]
 
 
 def imported(code: str) -> set[str]:
@@ -100,6 +100,7 @@ CHECKPOINTS = {
 }
 NEEDLESS = {"torch._dynamo", "torch._inductor", "sympy", "triton", "torchvision", "timm", "lightning", "torchmetrics"}
 NEEDLESS |= {"huggingface_hub", "scipy", "sklearn", "matplotlib", "transformers", "jsonargparse", "tensorboard"}
+NEEDLESS |= {"gradio"}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -278,8 +278,8 @@ def test_other_help_has_examples(arguments: list[str], capsys: pytest.CaptureFix
         ([], "COMMAND"),
         (
             ["trian"],
-            "unknown command 'trian'; choose from: list, info, convert, evaluate, page, publish, classify, detect, "
-            "generate, transcribe",
+            "unknown command 'trian'; choose from: list, info, app, convert, evaluate, page, publish, classify, "
+            "detect, generate, transcribe",
         ),
         (["clasify", "fit"], "unknown command 'clasify'; did you mean classify?"),
         (["classify"], "VERB"),

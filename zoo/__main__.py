@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`."""
+`zoo info`, `zoo app`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`."""
 
 import argparse
 import ast
@@ -44,6 +44,7 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 TRAINING = ("fit", "validate", "test")
 # Commands that are no task: what they do, and the function that takes their arguments.
 COMMANDS = {
+    "app": ("try checkpoints in a browser, on this machine", "zoo.tasks.app.command:main"),
     "convert": ("change a checkpoint: its norm, heads, mixer or dtype", "zoo.tasks.convert:main"),
     "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
     "page": ("write a web page that runs a checkpoint in a browser", "zoo.tasks.page.command:main"),
@@ -69,16 +70,25 @@ INFOS = """examples:
   zoo info vit_micro.digits      a checkpoint: its scores"""
 
 
+class _Shape(argparse.RawDescriptionHelpFormatter):
+    """The commands without a line for the argument that they are."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if action.dest == "command" else text
+
+
 def parser() -> argparse.ArgumentParser:
     made: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     top = argparse.ArgumentParser(
         prog="zoo",
         description="Vision and speech models whose parts are chosen by name.",
         epilog=EPILOG,
-        **made,
+        formatter_class=_Shape,
+        allow_abbrev=False,
     )
     top.add_argument("-V", "--version", action="version", version=f"zoo {zoo.__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     listed = commands.add_parser("list", help="list models, choices or checkpoints", epilog=LISTS, **made)
     listed.add_argument("what", nargs="?", metavar="KIND", help=f"{', '.join(quick.kinds())}, models or checkpoints")
     listed.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern, such as 'vit_*'")

@@ -39,10 +39,10 @@ def opset(text: str) -> int:
     return int(text)
 
 
-def check_packages(command: str = "export") -> None:
-    """ValueError if a package is missing that export needs; `command` is what the message calls it."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[export]"')
+def check_packages(command: str = "export", packages: Sequence[str] = PACKAGES, extra: str = "export") -> None:
+    """ValueError if one of the packages of an extra is missing; `command` is what the message says needs them."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[{extra}]"')
 
 
 def check_target(path: Path) -> None:

@@ -93,12 +93,17 @@ def device_for(wanted: str) -> str:
 def load_for(command: str, name: str) -> Checkpoint:
     """A checkpoint that `zoo COMMAND predict` can use; ValueError if it is of another task or has no head."""
     found = load(name)
+    check_task(command, found, name)
+    return found
+
+
+def check_task(command: str, found: Checkpoint, name: str) -> None:
+    """ValueError if a checkpoint is of another task or has no head."""
     config = found.model.config
     if config.task != command:
         other = f"use `zoo {config.task} predict`" if config.task else "no command predicts with it"
         raise ValueError(f"`zoo {command}` cannot use {name}; {other}")
     check_complete(found, name)
-    return found
 
 
 def load(name: str) -> Checkpoint:
@@ -122,10 +127,22 @@ def check_complete(found: Checkpoint, name: str) -> None:
 
 def load_recogniser(name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
     """A speech checkpoint's model, features and tokenizer; ValueError if one is missing."""
-    model, preprocess, tokenizer, _ = load_for("transcribe", name)
+    return recogniser(load_for("transcribe", name), name)
+
+
+def recogniser(found: Checkpoint, name: str) -> tuple[Model, AudioPreprocess, Tokenizer]:
+    """The parts of a speech checkpoint; ValueError if it has no tokenizer."""
+    model, preprocess, tokenizer, _ = found
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so its output cannot be turned into text")
     return model, preprocess, tokenizer  # pyright: ignore[reportReturnType]
+
+
+def fused(model: Model) -> Model:
+    """The model with its norms folded; itself if it was saved so."""
+    from zoo.fusion import fuse
+
+    return fuse(model) if model.fusion is None else model
 
 
 def make_output(folder: Path) -> None:
@@ -224,10 +241,14 @@ def _drawn(draw: Callable[[], Figure], path: Path) -> bool:
 
 def fail(entry: dict[str, Any], error: Exception) -> None:
     """Notes in an entry, and reports, why its file has no prediction or only a partial one."""
-    known = isinstance(error, ValueError)  # may contain the file name
-    text = str(error).removeprefix(f"{entry['path']}: ") if known else f"{type(error).__name__}: {reason(error)}"
-    entry["error"] = one_line(text)
+    entry["error"] = message(error, entry["path"])
     report(f"{entry['path']}: {entry['error']}")
+
+
+def message(error: Exception, path: str = "") -> str:
+    """What an error says of the file `path`, in one line without the file's name."""
+    known = isinstance(error, ValueError)  # may contain the file name
+    return one_line(str(error).removeprefix(f"{path}: ") if known else f"{type(error).__name__}: {reason(error)}")
 
 
 def finish(output: Path, written: Sequence[str], entries: Sequence[dict[str, Any]], kind: str) -> None:

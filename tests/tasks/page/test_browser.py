@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from sklearn.datasets import load_digits
 
+from apping import cells
 from browsing import CHROMIUM, WEBGPU, Browser
 from zoo.__main__ import main
 from zoo.tasks.page.runtime import cache
@@ -227,19 +228,6 @@ def test_a_script_cannot_reach_the_network(browser: Browser):
         setTimeout(() => done("nothing was forbidden"), 3000);
     })"""
     assert browser.run(told) == "connect-src"
-
-
-def cells(path: Path, seed: int) -> Path:
-    """A drawing of red and violet cells on a light ground, 640 x 480."""
-    random = np.random.default_rng(seed)
-    image = Image.new("RGB", (640, 480), (224, 216, 200))
-    drawing = ImageDraw.Draw(image)
-    for _ in range(10):
-        x, y, radius = random.uniform(50, 590), random.uniform(50, 430), random.uniform(35, 50)
-        colour = (110, 70, 170) if random.random() < 0.2 else (205, 140, 130)
-        drawing.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    image.filter(ImageFilter.GaussianBlur(2)).save(path)
-    return path
 
 
 def test_boxes_are_those_of_python(pages: dict[str, Path], tmp_path: Path):

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zoo.inputs.images import read_image
-from zoo.outputs.answers import checked
+from zoo.outputs.answers import checked, class_names
 from zoo.tasks.predicting import BAR, CARD, GREY, INK, TRACK, fail, say, short
 from zoo.text import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from zoo.weights import Checkpoint
 
 SHOWN, SIDE = 36, 320  # images in predictions.png, and the pixels of each that are kept
 SURE = 0.6  # below this probability, predictions.png shows the next two classes too
@@ -42,16 +44,17 @@ class Classifier:
         if not images:
             return []
         try:
-            logits = self._logits(images)
+            logits = self.logits(images)
         except Exception as error:  # one image is faulty, or the batch is too large for the memory
             return [error] if len(images) == 1 else [answer for image in images for answer in self([image])]
         return [self._best(row) for row in logits]
 
     @torch.inference_mode()
-    def _logits(self, images: list[Tensor]) -> Tensor:
+    def logits(self, images: Sequence[Tensor]) -> Tensor:
+        """The logits [B, classes] of images [C, H, W], on the CPU."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(torch.stack(images).to(device)).float().cpu()
+            return self.model(torch.stack([*images]).to(device)).float().cpu()
 
     def _best(self, logits: Tensor) -> list[dict[str, Any]] | Exception:
         try:
@@ -60,6 +63,13 @@ class Classifier:
             return error
         pairs = zip(found.values.tolist(), found.indices.tolist(), strict=True)
         return [{"label": self.labels[index], "index": index, "probability": each} for each, index in pairs]
+
+
+def classifier(found: Checkpoint, top: int, precision: str = "32", device: str = "cpu") -> Classifier:
+    """What `zoo classify predict` asks, of a classifier's checkpoint."""
+    model: Any = found.model.to(device)
+    names: Any = found.labels
+    return Classifier(model, found.preprocess, class_names(names, model.config.labelled), top, precision)
 
 
 def predict(

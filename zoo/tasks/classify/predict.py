@@ -28,16 +28,14 @@ def main(arguments: list[str]) -> None:
     """Classifies images as given by the arguments. ValueError at the end if one had an error."""
     given = parser().parse_intermixed_args(arguments)
     from zoo.inputs.images import EXTENSIONS
-    from zoo.outputs.answers import class_names
     from zoo.tasks.classify import answers
 
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
     paths = files.find_files(given.paths, EXTENSIONS, "image", output / FILES[2])
-    model, preprocess, names, _ = files.load_for("classify", given.name)
+    found = files.load_for("classify", given.name)
     files.make_output(output)  # before the work, so that a bad name fails early
 
-    labels = class_names(names, model.config.labelled)  # pyright: ignore[reportArgumentType]
-    answer = answers.Classifier(model.to(device), preprocess, labels, given.top, given.precision)
+    answer = answers.classifier(found, given.top, given.precision, device)
     entries, shown = answers.predict(paths, answer, given.batch)
     if not shown:
         raise files.nothing_done(output, entries, "image")

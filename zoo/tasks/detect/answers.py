@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zoo.inputs.boxes import on_canvas
+from zoo.outputs.answers import class_names
 from zoo.outputs.boxes import Found, best
 from zoo.outputs.label_map import LabelMap
 from zoo.tasks.predicting import CARD, GREY, INK, fail, say, short
@@ -23,6 +24,8 @@ from zoo.text import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from zoo.weights import Checkpoint
 
 SHOWN, SIDE = 16, 640  # images in the figure, and the longest side of each that is kept
 COLOURS = ("#2f6fb5", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7", "#008b8b", "#b5651d", "#c2185b")
@@ -72,6 +75,13 @@ class Detector:
             }
             for label, score, box in zip(*columns, strict=True)
         ]
+
+
+def detector(found: Checkpoint, threshold: float, top: int, precision: str = "32", device: str = "cpu") -> Detector:
+    """What `zoo detect predict` asks, of a detector's checkpoint."""
+    model: Any = found.model.to(device)
+    labels: Any = found.labels or LabelMap.from_names(class_names(None, model.config.labelled))
+    return Detector(model, found.preprocess, labels, threshold, top, precision)
 
 
 def predict(

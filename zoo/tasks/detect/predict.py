@@ -44,8 +44,6 @@ def main(arguments: list[str]) -> None:
     """Detects objects as given by the arguments. ValueError at the end if a file had an error."""
     given = parser().parse_intermixed_args(arguments)
     from zoo.inputs import videos as inputs
-    from zoo.outputs.answers import class_names
-    from zoo.outputs.label_map import LabelMap
     from zoo.tasks.detect import answers, videos
 
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
@@ -53,20 +51,17 @@ def main(arguments: list[str]) -> None:
     if clips and not images and not inputs.is_readable():
         raise ValueError(inputs.MISSING)
     targets = videos.targets(clips, output)
-    model, preprocess, labels, _ = files.load_for("detect", given.name)
+    found = files.load_for("detect", given.name)
     files.make_output(output)  # before the work, so that a bad name fails early
 
-    if labels is None:
-        labels = LabelMap.from_names(class_names(None, model.config.labelled))  # pyright: ignore
-    assert isinstance(labels, LabelMap)
-    answer = answers.Detector(model.to(device), preprocess, labels, given.threshold, given.top, given.precision)
+    answer = answers.detector(found, given.threshold, given.top, given.precision, device)
     entries, shown = answers.predict(images, answer, given.batch)
     of_videos, frames = videos.predict(clips, targets, answer, given.batch)
     entries, shown, kind = entries + of_videos, (shown + frames)[: answers.SHOWN], "file" if clips else "image"
     if not shown:
         raise files.nothing_done(output, entries, kind)
-    coco, rows = answers.to_coco(entries, labels), answers.table(entries)
-    written = files.write(output, FILES, COLUMNS, coco, lambda: answers.draw(entries, shown, labels), rows)
+    coco, rows = answers.to_coco(entries, answer.labels), answers.table(entries)
+    written = files.write(output, FILES, COLUMNS, coco, lambda: answers.draw(entries, shown, answer.labels), rows)
     done = [path.name for path, entry in zip(targets, of_videos, strict=True) if answers.answered(entry)]
     files.finish(output, written + done, entries, kind)
 

@@ -173,12 +173,13 @@ def peaks(frames: Sequence[dict[str, Any]]) -> str:
     return summary([{"label": label} for label in most.elements()])
 
 
-def annotated(image: Image, objects: Sequence[dict[str, Any]], colours: dict[str, str]) -> Image:
-    """A copy of the image with the boxes, names and scores of objects, the best ones on top."""
+def annotated(image: Image, objects: Sequence[dict[str, Any]], colours: dict[str, str], lines: int = 60) -> Image:
+    """A copy of the image with the boxes, names and scores of objects, the best ones on top. So many lines of text fit
+    into the longer side of a large image."""
     from PIL import ImageDraw
 
     image, side = image.copy(), max(image.size)
-    canvas, font = ImageDraw.Draw(image), _font(max(10, side // 60))
+    canvas, font = ImageDraw.Draw(image), _font(max(10, side // lines))
     for each in reversed(objects):
         left, top, right, bottom = each["box"]
         colour = colours[each["label"]]

@@ -6,6 +6,8 @@ import argparse
 import json
 import re
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from zoo.text import counted, reason, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from zoo.weights import Checkpoint
 
 RECORD = "samples.json"
 MOST = 1_000_000  # images
@@ -86,33 +90,63 @@ def main(arguments: list[str]) -> None:
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
     from tqdm import tqdm
 
+    plan = planned(given, files.load_for("generate", given.name), device)
+    files.make_output(output)
+
+    with tqdm(total=plan.batches * plan.steps, unit="step", ncols=79, disable=None) as bar:
+        values, evaluations = plan.draw(bar.update)
+    known = facts(given, plan.options, plan.steps, plan.decoder)
+    known |= {"evaluations": evaluations, "size": list(values.shape[1:3])}
+    write(output, known, plan.wanted, values, given.each)
+    files.report(f"wrote {counted(len(plan.wanted), 'image')}, grid.png, {RECORD} and samples.npz to {output}")
+
+
+@dataclass
+class Plan:
+    """The samples that are to be drawn: for each its class, as index and name; the steps of a batch, and what
+    `zoo.tasks.generate.images.drawn` takes."""
+
+    model: Any
+    preprocess: Any
+    wanted: list[tuple[int, str]]
+    sides: tuple[int, int]
+    steps: int
+    batch: int
+    decoder: Any
+    options: dict[str, Any]
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.wanted) // self.batch)
+
+    def draw(self, watch: Callable[[], Any]) -> tuple[Tensor, int]:
+        """The samples as 8-bit images, and the evaluations of the model for each; `watch` is called after each step."""
+        from zoo.tasks.generate.images import drawn
+
+        labels = [index for index, _ in self.wanted] if self.model.config.classes else None
+        given = (self.model, self.preprocess, labels, len(self.wanted), self.sides, self.batch, watch, self.decoder)
+        return drawn(*given, **self.options)
+
+
+def planned(given: argparse.Namespace, found: Checkpoint, device: str) -> Plan:
+    """What the arguments ask of a checkpoint; ValueError if they do not fit it."""
     from zoo.outputs.answers import class_names
     from zoo.outputs.samplers import times_of
-    from zoo.outputs.tokens import Tokenizer
-    from zoo.tasks.generate.images import decoder_for, drawn, sides_of
+    from zoo.tasks.generate.images import decoder_for, sides_of
 
-    model, preprocess, names, _ = files.load_for("generate", given.name)
-    assert preprocess is not None and not isinstance(names, Tokenizer)
+    model, preprocess, names, _ = found
+    assert preprocess is not None
     config: Any = model.to(device).config
     options = settings(given, model, preprocess, names, device)
     steps = len(times_of(config, given.steps, given.shift)) - 1
-    chosen = chosen_classes(given.classes, class_names(names, config.classes))
+    chosen = chosen_classes(given.classes, class_names(names, config.classes))  # pyright: ignore[reportArgumentType]
     if (number := len(chosen) * given.each) > MOST:
         raise ValueError(f"--each: at most {MOST:,} images at once, got {number:,}")
     sides, decoder = sides_of(given.size, preprocess), decoder_for(preprocess, given.decoder)
     if decoder is not None:
         decoder.to(device)
-    files.make_output(output)
-
     wanted = [(index, name) for index, name in chosen for _ in range(given.each)]
-    labels = [index for index, _ in wanted] if config.classes else None
-    with tqdm(total=-(-len(wanted) // given.batch) * steps, unit="step", ncols=79, disable=None) as bar:
-        values, evaluations = drawn(
-            model, preprocess, labels, len(wanted), sides, given.batch, bar.update, decoder, **options
-        )
-    known = facts(given, options, steps, decoder) | {"evaluations": evaluations, "size": list(values.shape[1:3])}
-    write(output, known, wanted, values, given.each)
-    files.report(f"wrote {counted(len(wanted), 'image')}, grid.png, {RECORD} and samples.npz to {output}")
+    return Plan(model, preprocess, wanted, sides, steps, given.batch, decoder, options)
 
 
 def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any, device: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def classify(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
     model, preprocess = checkpoint.model, checkpoint.preprocess
     labels = class_names(checkpoint.labels, model.config.labelled)
     notes = exporting.metadata(model, preprocess, labels)
-    contents = graph.classify_graph(fused(model), preprocess, notes)
+    contents = graph.classify_graph(files.fused(model), preprocess, notes)
     files.report("comparing with PyTorch")
     same, resized = graph.compare_classify(model, preprocess, contents)
     files.report(f"largest difference: {same:.1e} of the largest logit, {resized:.1e} where images are resized")
@@ -133,7 +133,7 @@ def detect(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
 
     model, preprocess = checkpoint.model, checkpoint.preprocess
     labels = checkpoint.labels or LabelMap.from_names(class_names(None, model.config.labelled))
-    contents = graph.detect_graph(fused(model), preprocess, exporting.metadata(model, preprocess, labels))
+    contents = graph.detect_graph(files.fused(model), preprocess, exporting.metadata(model, preprocess, labels))
     files.report("comparing with PyTorch")
     same, resized = graph.compare_detect(model, preprocess, contents)
     files.report(f"largest difference: {same:.1e} of the largest output, {resized:.1e} where images are resized")
@@ -156,7 +156,7 @@ def transcribe(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
     from zoo.tasks.page import graph
 
     model, preprocess, tokenizer = checkpoint.model, checkpoint.preprocess, checkpoint.labels
-    contents = graph.transcribe_graph(fused(model), preprocess, exporting.metadata(model, preprocess, tokenizer))
+    contents = graph.transcribe_graph(files.fused(model), preprocess, exporting.metadata(model, preprocess, tokenizer))
     files.report("comparing with PyTorch")
     files.report(
         f"largest difference: {graph.compare_transcribe(model, preprocess, contents):.1e} of the largest logit"
@@ -165,13 +165,6 @@ def transcribe(checkpoint: Any) -> tuple[bytes, dict[str, Any]]:
     pieces = [" " * tokenizer.starts_word(each) + tokenizer.decode([each]) for each in ids]
     step = preprocess.seconds_per_frame * model.config.stride
     return contents, {"pieces": pieces, "rate": preprocess.rate, "step": step, "longest": LONGEST, "silence": SILENCE}
-
-
-def fused(model: Any) -> Any:
-    """The model with its norms folded."""
-    from zoo.fusion import fuse
-
-    return fuse(model) if model.fusion is None else model
 
 
 # For each task that a page can do: what refuses a checkpoint early, and what makes its graph.

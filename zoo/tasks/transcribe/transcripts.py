@@ -128,6 +128,23 @@ class Transcriber:
         return " ".join(self.tokenizer.decode(tokens).split())
 
 
+def parts_of(path: str, transcribe: Transcriber, longest: float) -> Iterator[Part]:
+    """The parts of a file, as they are read; of at most `longest` seconds, if they can be cut."""
+    for start, lasts, features in transcribe.preprocess.parts(path, longest):
+        yield Part(start, lasts, features, features is None)
+
+
+def together(parts: Sequence[Part], timed: bool) -> dict[str, Any]:
+    """Text, duration in seconds and words (None if the search has no times) of transcribed parts; the parts with an
+    error have neither text nor words."""
+    good = [part for part in parts if part.error is None]
+    return {
+        "text": " ".join(part.text for part in good if part.text),
+        "seconds": round(parts[-1].start + parts[-1].seconds, 6),
+        "words": [word for part in good for word in part.words] if timed else None,
+    }
+
+
 def predict(paths: Sequence[str], transcribe: Transcriber, longest: float, seconds: float) -> list[dict[str, Any]]:
     """Transcribes the files, `seconds` of padded audio at once, and prints each text in the order of the paths.
 
@@ -145,9 +162,9 @@ def predict(paths: Sequence[str], transcribe: Transcriber, longest: float, secon
             entries.append({"path": path})
             waiting.append(file := File(entries[-1]))
             try:
-                for start, lasts, features in transcribe.preprocess.parts(path, longest):
-                    file.parts.append(Part(start, lasts, features, features is None))
-                    held += lasts
+                for part in parts_of(path, transcribe, longest):
+                    file.parts.append(part)
+                    held += part.seconds
                     if held >= AHEAD * seconds:
                         _compute(waiting, transcribe, seconds)
                         held = 0.0
@@ -173,11 +190,8 @@ def _tell(files: Sequence[File], timed: bool, width: int, bar: Any) -> None:
     """Puts text and words of the parts into the entries of whole files, and prints them."""
     for file in files:
         entry, bad = file.entry, file.error or next((part.error for part in file.parts if part.error), None)
-        good = [part for part in file.parts if part.error is None]
-        if good:
-            entry["text"] = " ".join(part.text for part in good if part.text)
-            entry["seconds"] = round(file.parts[-1].start + file.parts[-1].seconds, 6)
-            entry["words"] = [word for part in good for word in part.words] if timed else None
+        if any(part.error is None for part in file.parts):
+            entry |= together(file.parts, timed)
             say(f"{plain(entry['path']).ljust(width)}  {entry['text']}".rstrip())
         if bad is not None:
             fail(entry, bad)

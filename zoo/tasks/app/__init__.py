@@ -1,0 +1,1 @@
+"""`zoo app`: checkpoints in a browser, asked by the code of `predict`."""

@@ -1,0 +1,68 @@
+"""Classes of an image, and a map of what speaks for the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, note, timing, unchanged
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TOP = 5  # classes that are shown
+MEANING = "Red parts speak for the first class, blue parts against it: where one is hidden, its log odds fall or rise."
+
+
+def ask(
+    shelf: Shelf, path: str, name: str, fused: bool, mapped: bool
+) -> Iterator[tuple[list[dict[str, Any]], float, Image | None]]:
+    """The most probable classes of an image, as `zoo classify predict` writes them, and the milliseconds; first without
+    the map, then with it if it is asked for."""
+    from zoo.tasks.app.contributions import contributions, drawn
+    from zoo.tasks.classify.answers import classifier
+
+    answer = classifier(shelf.take("classify", name, fused), TOP, device=shelf.device)
+    image = answer.preprocess.read(path)
+    prepared = answer.preprocess(image)
+    (best,), milliseconds = shelf.timed(lambda: answer([prepared]))
+    if isinstance(best, Exception):
+        raise best
+    yield best, milliseconds, None
+    if mapped:
+        index = best[0]["index"]
+        values, _ = shelf.timed(lambda: contributions(answer.logits, prepared, index), repeat=False)
+        yield best, milliseconds, drawn(values, answer.preprocess.cut(image))
+
+
+def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
+    """The widgets, and what they do."""
+
+    def handle(path: str, name: str, fused: bool, mapped: bool) -> Iterator[tuple[Any, ...]]:
+        for best, milliseconds, image in ask(shelf, path, name, fused, mapped):
+            confidences = {each["label"]: each["probability"] for each in best}
+            yield note(name, timing(milliseconds, fused)), confidences, gr.Image(image, visible=mapped)
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            sources = ["upload", "webcam", "clipboard"]
+            image = gr.Image(
+                label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="classify_input"
+            )
+            mapped = gr.Checkbox(True, label="Map of contributions", info=MEANING)
+        for side in sides:
+            with side.column(gr, "classify"):
+                told = gr.HTML()
+                classes = gr.Label(label="Classes", num_top_classes=TOP, show_heading=True)
+                shown = gr.Image(
+                    label="Map", show_label=False, interactive=False, format="png", height=320, buttons=BUTTONS
+                )
+            asked(
+                gr,
+                [image.change, mapped.change],
+                side,
+                answered(handle, (None, None)),
+                [unchanged(image), mapped],
+                [told, classes, shown],
+            )

@@ -1,0 +1,99 @@
+"""Images drawn by a diffusion model, in a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.sides import BUTTONS, NOTHING, Side, fault, note, timing
+from zoo.text import counted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST = 256  # images at once
+EACH, STEPS = 16, 250  # the most that can be asked for
+
+
+def ask(
+    shelf: Shelf,
+    name: str,
+    fused: bool,
+    classes: str,
+    each: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    watch: Callable[[int, int], Any],
+) -> tuple[Image, int, float, str]:
+    """The grid that `zoo generate sample` writes with these options, the number of its images, the milliseconds, and
+    the sampler and its evaluations of the model in words. `watch` is called with the number of steps so far, and of
+    all."""
+    from zoo.tasks.generate import sample
+    from zoo.tasks.generate.images import grid
+
+    found = shelf.take("generate", name, fused)
+    given = sample.parser().parse_args(["NAME"])  # the options that are not asked for have their defaults
+    vars(given).update(classes=classes.strip() or None, each=each, steps=steps, guidance=guidance, seed=seed)
+    plan = sample.planned(given, found, shelf.device)
+    if (number := len(plan.wanted)) > MOST:
+        raise ValueError(f"at most {MOST} images at once, and {number} were asked for; choose fewer classes or of each")
+    done, total = 0, plan.batches * plan.steps
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        watch(done, total)
+
+    (values, evaluations), milliseconds = shelf.timed(lambda: plan.draw(step), repeat=False)
+    words = f"{plan.options['sampler']}, {counted(evaluations, 'evaluation')} an image"
+    return grid(values, each), number, milliseconds, words
+
+
+def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
+    """The widgets, and what they do."""
+
+    def handle(
+        name: str,
+        fused: bool,
+        classes: str,
+        each: float,
+        steps: float,
+        guidance: float,
+        seed: float | None,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, Any]:
+        if name == NOTHING:
+            return "", None
+        try:
+            given = (int(each), int(steps), float(guidance), int(seed or 0))
+            image, number, milliseconds, words = ask(
+                shelf, name, fused, classes, *given, lambda done, total: progress((done, total), unit="steps")
+            )
+        except Exception as error:  # as in `answered`
+            return fault(error), None
+        return note(name, timing(milliseconds, fused), counted(number, "image"), words), image
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            classes = gr.Textbox(label="Classes", info="Names with commas between them; empty for all")
+            each = gr.Slider(1, EACH, 8, step=1, label="Images of each class")
+            steps = gr.Slider(1, STEPS, 50, step=1, label="Steps")
+            guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance", info="1 for none")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            button = gr.Button("Generate", variant="primary", elem_id="generate_button")
+        for side in sides:
+            with side.column(gr, "generate"):
+                told = gr.HTML()
+                grid = gr.Image(label="Samples", show_label=False, interactive=False, format="png", buttons=BUTTONS)
+            gr.on(
+                [button.click],
+                handle,
+                [side.name, side.fused, classes, each, steps, guidance, seed],
+                [told, grid],
+                trigger_mode="once",
+                show_progress_on=grid,
+                concurrency_limit=None,
+                api_visibility="private",
+            )
