@@ -142,14 +142,14 @@ def classify(known: Configs, name: str, figure: Any) -> str | None:
         if (other := next((each for each in same if task_of(known[each]) == "generate"), None)) is None:
             return None
         values, truths = sampled(known, other, 1)
-        images, what = [Image.fromarray(value) for value in values[:10]], f"images that {other} drew"
+        images, what = [Image.fromarray(value) for value in values[:10]], "generated images"
     model = zoo.load_checkpoint(name)
     for number, (image, truth) in enumerate(zip(images, truths, strict=False)):
         label, probability = model(image)[0]
-        axes = figure.add_axes((0.02 + 0.196 * (number % 5), 0.63 - 0.44 * (number // 5), 0.176, 0.264))
+        axes = figure.add_axes((0.02 + 0.196 * (number % 5), 0.6 - 0.42 * (number // 5), 0.176, 0.264))
         axes.imshow(image.convert("RGB"))
         axes.axis("off")
-        axes.set_title(f"{label} {probability:.0%}", fontsize=7, pad=3, color=INK if label == truth else WRONG)
+        axes.set_title(f"{label}\n{probability:.0%}", fontsize=7, pad=3, color=INK if label == truth else WRONG)
     caption(figure, f"{what}, and the answers; red: wrong")
     return f"Answers on {what}"
 

@@ -1,4 +1,4 @@
-"""Texts to speak, in capitals as LibriSpeech has them: digits, numbers, dates, letters, codes of both, words, sentences."""
+"""Texts to speak, in capitals as LibriSpeech has them: digits, numbers, dates, letters, codes, words, sentences."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
