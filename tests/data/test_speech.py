@@ -408,6 +408,41 @@ def test_speed_is_that_of_the_waveform(root: Path):
         assert batch.features.shape[0] * batch.features.shape[1] * 0.01 <= 3.0 or len(batch.lengths) == 1
 
 
+def test_joined_utterances(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first is that of the index, others and silences follow; texts too, and the limit of a batch holds."""
+    data = libri(root, joined=3, dither=0.0, seconds=14.0)
+    alone = {
+        name: text
+        for batch in libri(root).train_dataloader()
+        for name, text in zip(batch.names, batch.texts, strict=True)
+    }
+    seen, numbers = [], set[int]()
+    for batch in data.train_dataloader():
+        assert batch.features.shape[0] * batch.features.shape[1] * 0.01 <= 14.0 + 0.02 * len(batch.lengths)
+        for name, text in zip(batch.names, batch.texts, strict=True):
+            assert text.startswith(alone[name])
+            rest, number = text.removeprefix(alone[name]).strip(), 1
+            while rest:
+                first = next(each for each in sorted(alone.values(), key=len, reverse=True) if rest.startswith(each))
+                rest, number = rest.removeprefix(first).strip(), number + 1
+            numbers.add(number)
+            seen.append((name, text))
+    assert numbers == {1, 2, 3} and {name for name, _ in seen} == {*alone}
+    again = [
+        (n, t)
+        for batch in libri(root, joined=3, dither=0.0, seconds=14.0).train_dataloader()
+        for n, t in zip(batch.names, batch.texts, strict=True)
+    ]
+    assert again == seen
+
+    clips = Clips(data.training, data.preprocess, 0, joined=3)
+    waveform = torch.ones(1600)
+    monkeypatch.setattr(type(data.training), "waveform", lambda self, index, rate: waveform)
+    torch.manual_seed(0)
+    longest = max((clips.continued(waveform, "A")[0] for _ in range(20)), key=len)
+    assert 2 * 1600 < len(longest) <= 3 * 1600 + 2 * 8000 and float(longest.sum()) == 3 * 1600
+
+
 def test_noise_is_within_its_bounds(root: Path, monkeypatch: pytest.MonkeyPatch):
     ratios: list[float] = []
 

@@ -26,6 +26,7 @@ TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
     "words": lambda texts, _: train_words(texts),
     "characters": lambda texts, _: train_characters(texts),
 }
+GAP = 0.5  # longest silence between utterances that are joined, in seconds
 CLIPPED = 0.001  # an utterance with a larger share of samples at full scale counts as clipped
 
 
@@ -62,8 +63,8 @@ class Clip(NamedTuple):
 class Clips(Dataset[Clip]):
     """A corpus's utterances as features; a key is (epoch, index).
 
-    With a seed, speed, noise and dither are random, as a function of seed, epoch and index alone; without, they
-    are off.
+    With a seed, the utterances that follow in the same waveform (fewer than `joined`), speed, noise and dither are
+    random, as a function of seed, epoch and index alone; without, they are off.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Clips(Dataset[Clip]):
         speeds: tuple[float, ...] = (1.0,),
         noise: tuple[float, float] | None = None,
         dither: float = 0.0,
+        joined: int = 1,
     ):
         self.corpus, self.preprocess, self.seed = corpus, preprocess, seed
-        self.speeds, self.noise, self.dither = speeds, noise, dither
+        self.speeds, self.noise, self.dither, self.joined = speeds, noise, dither, joined
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -94,11 +96,25 @@ class Clips(Dataset[Clip]):
         if self.seed is None:
             return Clip(self.preprocess(waveform), text, name, silent=silent, clipped=clipped)
         with seeded(self.seed, epoch, index):
+            if self.joined > 1:
+                waveform, text = self.continued(waveform, text)
             waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
             if self.noise:
                 waveform = add_noise(waveform, random.uniform(*self.noise), self.preprocess.rate)
             features = self.preprocess(waveform, dither=self.dither)
             return Clip(features, text, name, silent=silent, clipped=clipped)
+
+    def continued(self, waveform: Tensor, text: str) -> tuple[Tensor, str]:
+        """The utterance with up to joined - 1 others after it, each after a silence of up to GAP seconds."""
+        rate = self.preprocess.rate
+        for other in torch.randint(len(self.corpus), (int(torch.randint(self.joined, ())),)).tolist():
+            silence = torch.zeros(int(GAP * rate * float(torch.rand(()))))
+            try:
+                waveform = torch.cat([waveform, silence, self.corpus.waveform(other, rate)])
+            except UnreadableAudio:  # its own turn in the epoch reports it
+                continue
+            text = f"{text} {self.corpus.text(other)}"
+        return waveform, text
 
 
 def collate(clips: list[Clip], mels: int) -> Batch:
@@ -143,6 +159,8 @@ class Speech(DataModule):
         noise: lowest and highest ratio of signal to noise, in dB, between which that of a training utterance is drawn;
             null for no noise.
         dither: standard deviation of white noise on training waveforms, full scale being 1.
+        joined: most utterances in one training waveform, the others drawn at random, with silences of up to 0.5 s
+            between them; their number is random, too. For recordings of single words.
         workers: processes that read files; 0 reads in the main process; null for one per core if audio is in files.
         limit: most utterances of each split, taken at even distances; null for all.
         seed: seed of order, speed, noise and dither, together with epoch and index; null for that of
@@ -176,6 +194,7 @@ class Speech(DataModule):
         speeds: list[float] = [1.0],  # noqa: B006 (it is never changed, and --help shows it)
         noise: tuple[float, float] | None = None,
         dither: float = 1e-5,
+        joined: int = 1,
         workers: int | None = None,
         limit: int | None = None,
         seed: int | None = None,
@@ -194,7 +213,7 @@ class Speech(DataModule):
                 f"tokenizer must be {', '.join(TOKENIZERS)} or the path of a .model file, got {tokenizer!r}"
             )
         check_limits(seconds, padding, batch)
-        check_numbers({"pieces": (pieces, 2), "workers": (workers, 0), "limit": (limit, 1)})
+        check_numbers({"pieces": (pieces, 2), "joined": (joined, 1), "workers": (workers, 0), "limit": (limit, 1)})
         if not 0 <= shortest < (float("inf") if longest is None else longest):
             raise ValueError(f"shortest must be >= 0 and < longest, got {shortest} and {longest}")
         if not speeds:
@@ -216,6 +235,7 @@ class Speech(DataModule):
         self.wanted_tokenizer, self.pieces = tokenizer, pieces
         self.seconds, self.padding, self.shortest, self.longest = seconds, padding, shortest, longest
         self.speeds, self.noise, self.dither, self.limit = tuple(speeds), noise, dither, limit
+        self.joined = joined
         self.seed = global_seed() if seed is None else seed
         self._sources: dict[str, Corpus] = {}
 
@@ -316,7 +336,7 @@ class Speech(DataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """All training utterances in random order."""
-        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.noise, self.dither)
+        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.noise, self.dither, self.joined)
         return self._loader(dataset, slowest=min(self.speeds), training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -329,7 +349,8 @@ class Speech(DataModule):
 
     def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:
         # A file whose header cannot be read has no duration; reading it will give the reason.
-        durations = np.nan_to_num(dataset.corpus.durations, nan=1.0) / slowest
+        durations = np.nan_to_num(dataset.corpus.durations, nan=1.0)
+        durations = (durations + (dataset.joined - 1) * (durations.max(initial=0.0) + GAP)) / slowest
         batches = DurationBatches(
             durations, seconds=self.seconds, padding=self.padding, batch=self.batch, training=training, seed=self.seed
         )
