@@ -1,13 +1,16 @@
-"""Voices of speech synthesizers that are installed as programs: espeak-ng, flite and festival."""
+"""Voices of speech synthesizers: the programs espeak-ng, flite and festival, and the Python package hibari-tts."""
 
+import functools
+import importlib.util
 import io
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -77,20 +80,54 @@ def _festival(voice: Voice, text: str) -> bytes:
     return _to_file(voice, text, lambda path: ["text2wave", "-o", path, "-eval", settings])
 
 
-class Engine(NamedTuple):
-    """A synthesizer: its program, its voices, and how a voice says a text, as the bytes of a wav file."""
+_lock = threading.Lock()
 
-    program: str
+
+@functools.cache
+def _hibari_model(name: str) -> Any:
+    from hibari import Hibari  # pyright: ignore[reportMissingImports]
+
+    return Hibari(voice=name)
+
+
+def _hibari(voice: Voice, text: str) -> bytes:
+    """Its pitch is changed by the rate at which it is played, which its speed makes up for."""
+    words = " ".join(f"{word}," if len(word) == 1 else word.lower() for word in text.split())  # "A" is a letter
+    with _lock:
+        samples = _hibari_model(voice.name)(
+            f"{words.rstrip(',')}.", speed=min(2.0, max(0.5, voice.speed / voice.pitch))
+        )
+    file = io.BytesIO()
+    soundfile.write(file, samples, 100 * round(240 * voice.pitch), format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+class Engine(NamedTuple):
+    """A synthesizer: its program or Python package, how to install it, its voices, and how a voice says a text, as the
+    bytes of a wav file."""
+
+    name: str
+    install: str
     voices: tuple[str, ...]
     say: Callable[[Voice, str], bytes]
+
+    @property
+    def installed(self) -> bool:
+        return bool(importlib.util.find_spec(self.name) if "pip" in self.install else shutil.which(self.name))
 
 
 _ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 _TIMBRES = ("", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+f1", "+f2", "+f3", "+f4", "+f5")
 ENGINES = {
-    "espeak-ng": Engine("espeak-ng", tuple(accent + timbre for accent in _ACCENTS for timbre in _TIMBRES), _espeak),
-    "flite": Engine("flite", ("kal16", "awb", "rms", "slt"), _flite),
-    "festival": Engine("text2wave", ("voice_kal_diphone",), _festival),
+    "espeak-ng": Engine(
+        "espeak-ng",
+        "apt install espeak-ng",
+        tuple(accent + timbre for accent in _ACCENTS for timbre in _TIMBRES),
+        _espeak,
+    ),
+    "flite": Engine("flite", "apt install flite", ("kal16", "awb", "rms", "slt"), _flite),
+    "festival": Engine("text2wave", "apt install festival", ("voice_kal_diphone",), _festival),
+    "hibari": Engine("hibari", "pip install hibari-tts", ("heart",), _hibari),
 }
 
 
@@ -100,8 +137,8 @@ def voices(engines: Sequence[str], number: int, seed: int) -> list[Voice]:
     Raises:
         ValueError: an engine is not installed.
     """
-    if missing := [name for name in engines if shutil.which(ENGINES[name].program) is None]:
-        raise ValueError(f"{missing[0]} is not installed; run: apt install {' '.join(missing)}, or choose --engines")
+    if missing := [name for name in engines if not ENGINES[name].installed]:
+        raise ValueError(f"{missing[0]} is not installed; run: {ENGINES[missing[0]].install}, or choose --engines")
     draw, found = Random(seed), list[Voice]()
     for index in range(number):
         engine = engines[index % len(engines)]

@@ -10,6 +10,7 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -140,6 +141,31 @@ def test_an_engine_that_is_not_installed(synthesis: dict[str, ModuleType], monke
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="flite is not installed; run: apt install flite, or choose --engines"):
         synthesis["voices"].voices(["flite"], 2, 0)
+
+
+def test_a_voice_of_a_package(synthesis: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pitch changes the rate, and speed keeps the duration; letters are spelled."""
+    (tmp_path / "hibari.py").write_text(
+        "import numpy as np\n"
+        "class Hibari:\n"
+        "    said = []\n"
+        "    def __init__(self, voice): assert voice == 'heart'\n"
+        "    def __call__(self, text, speed):\n"
+        "        self.said.append((text, speed))\n"
+        "        return np.sin(2 * np.pi * 200 * np.arange(int(24000 / speed)) / 24000).astype(np.float32)\n"
+    )
+    voices = synthesis["voices"]
+    with pytest.raises(ValueError, match="hibari is not installed; run: pip install hibari-tts, or choose --engines"):
+        voices.voices(["hibari"], 2, 0)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert {each.name for each in voices.voices(["hibari"], 2, 0)} == {"heart"}
+    wave = voices.Voice("hibari", "heart", 1.25, 1.0).say("B U OH ONE")
+    assert len(wave) == pytest.approx(16000, abs=2)
+    spectrum = np.abs(np.fft.rfft(wave))
+    assert np.argmax(spectrum) * 16000 / len(wave) == pytest.approx(250, abs=1)
+    from hibari import Hibari  # pyright: ignore[reportMissingImports]
+
+    assert Hibari.said == [("B, U, oh one.", 0.8)]
 
 
 def test_voices_are_the_same_for_the_same_seed(synthesis: dict[str, ModuleType], log: Path):
