@@ -122,6 +122,14 @@ def test_a_streaming_model_gives_word_by_word_what_stream_prints(shelf: Shelf, t
     assert stream is not None and stream.finish().text == wanted and abs(stream.heard.seconds - 3.0) < 1e-3
 
 
+def test_another_model_does_not_go_on_with_the_text_of_the_one_before(shelf: Shelf, tmp_path: Path):
+    talker, path = apping.talker(tmp_path), voice(tmp_path / "tone.wav", 1.5)
+    first = transcribe.hear(shelf, None, path, talker, False)
+    assert transcribe.hear(shelf, first, path, talker, False) is first and abs(first.heard.seconds - 3.0) < 1e-3
+    second = transcribe.hear(shelf, first, path, talker, True)
+    assert second is not first and abs(second.heard.seconds - 1.5) < 1e-3 and second.asked == (talker, True)
+
+
 def test_a_model_that_does_not_stream_says_so(shelf: Shelf, tmp_path: Path):
     with pytest.raises(ValueError, match=f"{SPEECH} cannot stream: its config has no chunk"):
         transcribe.hear(shelf, None, voice(tmp_path / "tone.wav", 0.5), SPEECH, False)
@@ -199,6 +207,13 @@ def test_what_goes_wrong_is_one_line(shelf: Shelf, tmp_path: Path):
 
     ((told,),) = sides.answered(broken, ())("x", DIGITS, False)
     assert "KeyError" in told and "\n" not in told
+
+
+def test_a_number_that_is_not_allowed_is_refused():
+    assert [sides.between(each, "steps", 1, 250) for each in (1, 2.5, 250)] == [1, 2.5, 250]
+    for value, got in ((0, "0"), (251, "251"), (None, "nothing"), (float("nan"), "nan")):
+        with pytest.raises(ValueError, match=f"^steps must be from 1 to 250, got {got}$"):
+            sides.between(value, "steps", 1, 250)
 
 
 def test_notes_are_escaped():

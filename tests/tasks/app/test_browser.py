@@ -191,6 +191,32 @@ def test_the_threshold_chooses_the_boxes_of_python(user: User, tmp_path: Path):
     assert user.run("document.querySelectorAll('#detect_1 img, #detect_2 img').length") == 2
 
 
+def typed(user: User, place: str, text: str) -> None:
+    """Puts a number into a field, as one that is typed, before the field is left."""
+    setter = "Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set"
+    field = f"document.querySelector('{place} input')"
+    user.run(
+        f"{setter}.call({field}, {json.dumps(text)}), {field}.dispatchEvent(new Event('input', {{bubbles: true}}))"
+    )
+
+
+def test_a_number_out_of_range_gets_one_line(user: User, tmp_path: Path):
+    """In the app's own words: the fixture reads that gradio printed no stack trace."""
+    user.choose_checkpoint(CELLS)
+    user.wait("!!document.querySelector('#detect_input')?.offsetParent")
+    user.upload("detect", apping.cells(tmp_path / "cells.png", 0))
+    user.told("detect", 1, CELLS, " ms")
+    typed(user, "#detect_threshold", "5")
+    user.told("detect", 1, "threshold must be from 0 to 1, got 5")
+    typed(user, "#detect_threshold", "0.5")
+    user.told("detect", 1, CELLS, " ms")
+    user.choose_checkpoint(DRAWN)
+    user.wait("!!document.querySelector('#generate_button')?.offsetParent")
+    typed(user, "#generate_seed", "-1")
+    user.run("document.querySelector('#generate_button').click()")
+    user.told("generate", 1, "seed must be from 0 to 1000000000, got -1")
+
+
 def heard(user: User, side: int = 1) -> str:
     return user.run(f"document.querySelector('#transcribe_{side} textarea').value")
 

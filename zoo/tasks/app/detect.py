@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from zoo.tasks.app.shelf import Shelf
-from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, note, timing, unchanged
+from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, between, fault, note, timing, unchanged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,17 +51,20 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     """The widgets, and what they do."""
     from zoo.tasks.detect.answers import summary
 
-    def handle(path: str, name: str, fused: bool, threshold: float) -> Iterator[tuple[Any, ...]]:
+    def handle(path: str, name: str, fused: bool, threshold: float | None) -> Iterator[tuple[Any, ...]]:
         objects, milliseconds, labels = ask(shelf, path, name, fused)
         known = path, name, fused, objects, milliseconds, labels
         yield *shown(known, threshold), known
 
-    def shown(known: tuple[Any, ...] | None, threshold: float) -> tuple[Any, Any]:
+    def shown(known: tuple[Any, ...] | None, threshold: float | None) -> tuple[Any, Any]:
         if known is None:
             return gr.skip(), gr.skip()
         path, name, fused, objects, milliseconds, labels = known
-        kept = above(objects, threshold)
-        return note(name, timing(milliseconds, fused), summary(kept)), drawn(path, kept, labels)
+        try:
+            kept = above(objects, between(threshold, "threshold", 0, 1))
+            return note(name, timing(milliseconds, fused), summary(kept)), drawn(path, kept, labels)
+        except Exception as error:  # as in `answered`
+            return fault(error, path), None
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -88,7 +91,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
                 [image.change],
                 side,
                 answered(handle, (None, None)),
-                [unchanged(image), threshold],
+                [unchanged(image), unchanged(threshold)],
                 [told, boxes, known],
             )
             threshold.change(

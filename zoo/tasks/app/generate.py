@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from zoo.tasks.app.shelf import Shelf
-from zoo.tasks.app.sides import BUTTONS, NOTHING, Side, fault, note, timing
+from zoo.tasks.app.sides import BUTTONS, NOTHING, Side, between, fault, note, timing, unchanged
 from zoo.text import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST = 256  # images at once
-EACH, STEPS = 16, 250  # the most that can be asked for
+EACH, STEPS, STRONGEST, SEEDS = 16, 250, 8, 10**9  # the most that can be asked for
 
 
 def ask(
@@ -58,16 +58,21 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         name: str,
         fused: bool,
         classes: str,
-        each: float,
-        steps: float,
-        guidance: float,
+        each: float | None,
+        steps: float | None,
+        guidance: float | None,
         seed: float | None,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, Any]:
         if name == NOTHING:
             return "", None
         try:
-            given = (int(each), int(steps), float(guidance), int(seed or 0))
+            given = (
+                int(between(each, "images of each class", 1, EACH)),
+                int(between(steps, "steps", 1, STEPS)),
+                float(between(guidance, "guidance", 0, STRONGEST)),
+                int(between(seed, "seed", 0, SEEDS)),
+            )
             image, number, milliseconds, words = ask(
                 shelf, name, fused, classes, *given, lambda done, total: progress((done, total), unit="steps")
             )
@@ -80,8 +85,8 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             classes = gr.Textbox(label="Classes", info="Names with commas between them; empty for all")
             each = gr.Slider(1, EACH, 8, step=1, label="Images of each class")
             steps = gr.Slider(1, STEPS, 50, step=1, label="Steps")
-            guidance = gr.Slider(0, 8, 1, step=0.1, label="Guidance", info="1 for none")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            guidance = gr.Slider(0, STRONGEST, 1, step=0.1, label="Guidance", info="1 for none")
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="generate_seed")
             button = gr.Button("Generate", variant="primary", elem_id="generate_button")
         for side in sides:
             with side.column(gr, "generate"):
@@ -90,7 +95,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             gr.on(
                 [button.click],
                 handle,
-                [side.name, side.fused, classes, each, steps, guidance, seed],
+                [side.name, side.fused, classes, *map(unchanged, (each, steps, guidance, seed))],
                 [told, grid],
                 trigger_mode="once",
                 show_progress_on=grid,

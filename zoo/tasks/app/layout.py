@@ -21,6 +21,7 @@ PANELS = {
     "generate": generate.panel,
 }
 LARGEST = 50 * 2**20  # bytes of an uploaded file
+CLEANED = (600, 3600)  # seconds: how often files that were given or drawn are deleted, and from which age on
 FONT = ("system-ui", "sans-serif")  # of the reader's machine: none is loaded
 STYLE = """
 .note, .about { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
@@ -54,7 +55,7 @@ def page(shelf: Shelf, tasks: Mapping[str, str], first: str) -> gr.Blocks:
         kept = other if tasks.get(other, task) == task else NOTHING  # a name that was typed is kept
         return said, gr.Dropdown(alike, value=kept), *(gr.Column(visible=each == task) for each in PANELS)
 
-    with gr.Blocks(title="zoo", analytics_enabled=False) as app:
+    with gr.Blocks(title="zoo", analytics_enabled=False, delete_cache=CLEANED) as app:
         gr.Markdown("# zoo")
         sides = []
         with gr.Row():

@@ -85,6 +85,14 @@ def asked(
 
 
 def unchanged(widget: Any) -> Any:
-    """The widget, which now gives the path of the file that was uploaded, as it is."""
-    widget.preprocess = lambda payload: None if payload is None else payload.path
+    """The widget, which now gives its value as it is, and the path of the file that was uploaded. The widget's own
+    checks would end in a stack trace."""
+    widget.preprocess = lambda payload: getattr(payload, "path", payload)
     return widget
+
+
+def between(value: float | None, name: str, least: float, most: float) -> float:
+    """A number that a user gave; ValueError if it is none, or not between these ends."""
+    if value is None or not least <= value <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {'nothing' if value is None else value}")
+    return value

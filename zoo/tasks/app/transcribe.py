@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.tasks import predicting as files
 from zoo.tasks.app.shelf import Shelf
-from zoo.tasks.app.sides import Side, answered, asked, note, timing, unchanged
+from zoo.tasks.app.sides import Side, answered, asked, fault, note, timing, unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class Stream:
             self.listener = Listener(*parts, rate=rate)
         except ValueError as error:
             raise ValueError(f"{name} cannot stream: {error}") from None
-        self.shelf, self.rate = shelf, rate
+        self.shelf, self.rate, self.asked = shelf, rate, (name, fused)
         self.heard = Heard("", [], 0.0, 0.0)
 
     def push(self, samples: Tensor) -> Heard:
@@ -107,12 +107,13 @@ def streamed(shelf: Shelf, path: str, name: str, fused: bool) -> Iterator[Heard]
 
 
 def hear(shelf: Shelf, stream: Stream | None, path: str, name: str, fused: bool) -> Stream:
-    """The stream after the next piece of sound, which is a file; a new one if there is none."""
+    """The stream after the next piece of sound, which is a file; a new one if there is none, or it is of another
+    model."""
     from zoo.inputs.audio import read_audio
     from zoo.tasks.transcribe.listener import rate_of
 
-    rate = rate_of(path)
-    stream = stream or Stream(shelf, name, fused, rate)
+    if stream is None or stream.asked != (name, fused):
+        stream = Stream(shelf, name, fused, rate_of(path))
     stream.push(read_audio(path, stream.rate))
     return stream
 
@@ -140,8 +141,11 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         stream = hear(shelf, stream, path, name, fused)
         yield *row(stream.heard, name, fused), stream
 
-    def finish(stream: Stream | None, name: str, fused: bool) -> tuple[Any, ...]:
-        return (*(row(stream.finish(), name, fused) if stream else [gr.skip()] * 3), None)
+    def finish(stream: Stream | None) -> tuple[Any, ...]:
+        try:
+            return (*(row(stream.finish(), *stream.asked) if stream else [gr.skip()] * 3), None)
+        except Exception as error:  # as in `answered`
+            return fault(error), "", "", None
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -166,4 +170,4 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
                 stream_every=0.5,
                 **private,
             )
-            live.stop_recording(finish, [stream, side.name, side.fused], [told, text, words, stream], **private)
+            live.stop_recording(finish, stream, [told, text, words, stream], **private)
