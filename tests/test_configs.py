@@ -36,7 +36,16 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LABELS = ["command", "hardware", "time", "result"]
 # Classes of the data that a file is named after.
-HELD = {"imagenet": 1000, "clothing10": 10, "digits": 10, "mnist": 10, "coco": 80, "bccd": 3, "aquarium": 7}
+HELD = {
+    "imagenet": 1000,
+    "caltech": 99,
+    "clothing10": 10,
+    "digits": 10,
+    "mnist": 10,
+    "coco": 80,
+    "bccd": 3,
+    "aquarium": 7,
+}
 OWN = 7  # classes in a user's own folder
 PLACEHOLDERS = {"DIR": "data", "N": str(OWN)}
 STARTS = {"detect": "rtdetr_micro.blood_cells"}  # a checkpoint to fine-tune, by task
@@ -56,13 +65,14 @@ def header(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def commands(path: Path) -> list[str]:
+    """The commands that train, without those that make data."""
     joined: list[str] = []
     for line in map(str.strip, dict(header(path)).get("command", [])):
-        if line.startswith("zoo ") or not joined:
+        if line.startswith(("zoo ", "scripts/")) or not joined:
             joined.append(line)
         else:
             joined[-1] += f" {line}"
-    return joined
+    return [line for line in joined if not line.startswith("scripts/")]
 
 
 def variants(path: Path) -> list[str]:
