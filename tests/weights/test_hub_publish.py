@@ -350,12 +350,13 @@ def test_the_sha256_in_config_is_checked(hub, folder):
     assert hub.log == []
 
 
-def test_commands(hub, folder, capsys):
+def test_commands(hub, folder, capsys, monkeypatch):
     main(["publish", str(folder), NAME, "--tag", "v1", "--private"])
     assert capsys.readouterr().out == f"{hub.address}/{NAME}\n" and hub.repos[NAME].private
     assert os.access(SCRIPT, os.X_OK) and SCRIPT.read_text().startswith("#!/usr/bin/env python3\n")
     sys_argv, sys.argv = sys.argv, ["scripts/publish", str(folder), NAME, "--dry-run"]
     try:
+        monkeypatch.syspath_prepend(str(SCRIPT.parent))
         runpy.run_path(str(SCRIPT), run_name="__main__")
     finally:
         sys.argv = sys_argv

@@ -173,5 +173,6 @@ def test_a_fault_of_the_space_is_told_and_a_repetition_succeeds(
 
 def test_the_script(hub: Hub, quick: list[Any], monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scripts/publish", MODEL, NAME, "--page", "--dry-run"])
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     runpy.run_path(str(ROOT / "scripts/publish"), run_name="__main__")
     assert f"{SPACE} would get 2 files" in capsys.readouterr().out
