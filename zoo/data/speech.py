@@ -160,7 +160,8 @@ class Speech(DataModule):
             null for no noise.
         dither: standard deviation of white noise on training waveforms, full scale being 1.
         joined: most utterances in one training waveform, the others drawn at random, with silences of up to 0.5 s
-            between them; their number is random, too. For recordings of single words.
+            between them; their number is random, too. For recordings of single words. Batches are planned for the
+            longest waveform that this can give.
         workers: processes that read files; 0 reads in the main process; null for one per core if audio is in files.
         limit: most utterances of each split, taken at even distances; null for all.
         seed: seed of order, speed, noise and dither, together with epoch and index; null for that of

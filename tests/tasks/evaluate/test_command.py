@@ -119,7 +119,8 @@ def test_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_help_needs_no_pytorch_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code = "import os, runpy, sys\nsys.argv = sys.argv[1:]\nsys.path[0] = os.path.dirname(sys.argv[0])\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code = "import os, runpy, sys\nsys.argv = sys.argv[1:]\nsys.path[0] = os.path.dirname(sys.argv[0])\n"
+    code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code += "finally:\n    assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, SCRIPT, "--help"], capture_output=True, text=True)
     lines = done.stdout.splitlines()

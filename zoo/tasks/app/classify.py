@@ -1,4 +1,4 @@
-"""Classes of an image, and a map of what speaks for the first one."""
+"""Classes of an image, and a map of the parts that support the first one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TOP = 5  # classes that are shown
-MEANING = "Red parts speak for the first class, blue parts against it: where one is hidden, its log odds fall or rise."
+MEANING = "Red parts support the first class, blue parts oppose it: hiding them lowers or raises its log odds."
 
 
 def ask(
@@ -50,7 +50,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             image = gr.Image(
                 label="Image", type="filepath", sources=sources, height=320, buttons=BUTTONS, elem_id="classify_input"
             )
-            mapped = gr.Checkbox(True, label="Map of contributions", info=MEANING)
+            mapped = gr.Checkbox(True, label="Contribution map", info=MEANING)
         for side in sides:
             with side.column(gr, "classify"):
                 told = gr.HTML()

@@ -1,4 +1,4 @@
-"""`zoo app`: a local web app that asks checkpoints, and compares two of them."""
+"""`zoo app`: a local web app that runs checkpoints, and compares two of them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from zoo.text import reason
 
 FIRST = "vit_micro.digits"  # the checkpoint that is shown where none is given
 PORTS = range(7860, 7960)  # of which the first free one is the default
+HOST = "address to listen at; whoever can reach it can load any checkpoint that you can (default: %(default)s)"
 
 
 def parser() -> Parser:
     made = Parser(
         "zoo app",
-        "Opens a web app that asks checkpoints: classes with a map of what speaks for\n"
-        "them, boxes, words as they come, generated images; two checkpoints side by\n"
-        "side, fused or not, with milliseconds. Nothing leaves this machine; a name on\n"
-        "the Hub is downloaded when it is chosen.",
+        "Opens a web app that runs checkpoints: classes with a contribution map, boxes,\n"
+        "words as they come, generated images; two checkpoints side by side, fused or\n"
+        "not, with milliseconds. Nothing leaves this machine; a name on the Hub is\n"
+        "downloaded when it is chosen.",
         "zoo app RUN/best vit_micro.digits",
     )
     more = "checkpoints to offer beside those of the zoo: folders, or OWNER/NAME on the Hub"
     made.add_argument("names", metavar="NAME", nargs="*", help=more)
     made.add_argument("--port", metavar="P", type=port, help="of the app (default: the first free one from 7860)")
-    made.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    made.add_argument("--host", metavar="H", default="127.0.0.1", help=HOST)
     files.add_device(made)
     made.add_argument("--no-browser", action="store_true", help="print the address, and open no browser")
     return made

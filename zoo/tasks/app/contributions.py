@@ -1,4 +1,4 @@
-"""What in an image speaks for a class: parts are hidden, and the change of the log odds is shown in colours."""
+"""Which parts of an image support a class: they are hidden, and the change of the log odds is shown in colours."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def log_odds(logits: Tensor, index: int) -> Tensor:
 
 
 def drawn(values: Tensor, image: Image) -> Image:
-    """A map [rows, columns] over the image that it belongs to: red speaks for the class, blue against it."""
+    """A map [rows, columns] over the image that it belongs to: red supports the class, blue opposes it."""
     from PIL import Image as images
 
     scale = max(1, -(-SIDE // max(image.size)))

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zoo.inputs.audio.features import LONGEST
 from zoo.tasks import predicting as files
 from zoo.tasks.app.shelf import Shelf
 from zoo.tasks.app.sides import Side, answered, asked, fault, note, timing, unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LONGEST = 30.0  # seconds of a part, as in `zoo transcribe predict`
 
 
 @dataclass(frozen=True)
