@@ -88,7 +88,7 @@ def bars(known: Configs, name: str, figure: Any) -> str:
     axes.set(xlim=(0, 1), ylim=(-len(found) + 0.6, 0.6))
     axes.axis("off")
     data = found[0]
-    caption(figure, f"{data['data']}, {data['split']}" + f", n = {data['n']}" * bool(data["n"]) + "; lines: 95 %")
+    caption(figure, f"{data['data']}, {data['split']}" + f", n = {data['n']}" * bool(data["n"]) + "; 95 % intervals")
     return "Bars of the figures with their 95 % intervals"
 
 

@@ -92,7 +92,9 @@ def _hibari_model(name: str) -> Any:
 
 def _hibari(voice: Voice, text: str) -> bytes:
     """Its pitch is changed by the rate at which it is played, which its speed makes up for."""
-    words = " ".join(f"{word}," if len(word) == 1 else word.lower() for word in text.split())  # "A" is a letter
+    parts = text.split()
+    spelled = sum(len(word) == 1 for word in parts) > len(parts) / 3  # or else "A" is an article
+    words = " ".join(f"{word}," if len(word) == 1 and spelled else word.lower() for word in parts)
     with _lock:
         samples = _hibari_model(voice.name)(
             f"{words.rstrip(',')}.", speed=min(2.0, max(0.5, voice.speed / voice.pitch))

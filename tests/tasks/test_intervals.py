@@ -1,7 +1,5 @@
 """95 % intervals."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
@@ -59,11 +57,11 @@ def test_speakers_are_in_the_names_of_librispeech(name: str, speaker: str):
 
 
 def test_lowest_proportions():
-    right, number = Counter({"a": 1, "b": 3, "c": 1}), {"a": 2, "b": 4, "c": 5, "d": 2, "e": 1}
-    found = lowest("recall", right, number, least=2)
+    labels, right, number = ["a", "b", "c", "d", "e", "f"], [1, 3, 1, 0, 0, 0], [2, 4, 5, 2, 1, 3]
+    found = lowest("recall", labels, right, number, least=2)
     assert [(each.metric, each.value, each.n) for each in found] == [
-        ("recall of d", 0.0, 2),
-        ("recall of c", 0.2, 5),
-        ("recall of a", 0.5, 2),
+        ("lowest recall: f", 0.0, 3),  # of equal ones first that with more samples
+        ("lowest recall: d", 0.0, 2),
+        ("lowest recall: c", 0.2, 5),
     ]
-    assert found[1].interval == wilson(1, 5) and not lowest("recall", right, {"e": 1}, least=2)
+    assert found[0].interval is None and not lowest("recall", ["e"], [0], [1], least=2)

@@ -302,9 +302,9 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 def _tile(row: int, vector: int, lanes: int, held: int, threads: int) -> dict[str, int]:
     """How a program's threads share points and channels, from the width of a group's row alone.
 
-    A thread reads `vector` neighbours, 16 bytes, at once. All threads on a row repeat the arithmetic of its position:
-    so a row gets few, `lanes`, and each takes several vectors (CHUNKS) until it has the number of elements `held` that
-    leaves registers for enough programs; longer rows get more threads.
+    A thread reads `vector` neighbours, 16 bytes, at once. `lanes` threads share a row: all of them repeat the
+    arithmetic of its position, but then the row of a corner is one request. Each takes several vectors (CHUNKS) until
+    it has the number of elements `held` that leaves registers for enough programs; longer rows get more threads.
     """
     row = 1 << (row - 1).bit_length()
     width = min(row, lanes * vector)

@@ -1,7 +1,7 @@
 """What a measurement gives: figures with their 95 % intervals."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -29,23 +29,26 @@ def wilson(correct: int, number: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def lowest(name: str, right: Mapping[str, int], number: Mapping[str, int], least: int = 1) -> list[Measured]:
-    """The proportions right / number of the labels for which they are lowest, as figures called `name` of the label.
+def lowest(
+    name: str, labels: Sequence[str], right: Sequence[int], number: Sequence[int], least: int = 1
+) -> list[Measured]:
+    """The labels for which the proportion right / number is lowest, as figures; of equal ones those with more samples.
 
     Args:
         name: of the proportion, such as "recall".
-        right: how often, by label.
-        number: out of how many, by label.
+        labels: names.
+        right: how often, of each label.
+        number: out of how many, of each label.
         least: labels with a smaller number do not count.
     """
-    counted = [label for label in number if number[label] >= least]
-    found = sorted(counted, key=lambda label: (right[label] / number[label], label))[:WORST]
-    figures = []
-    for label in found:
-        interval = wilson(right[label], number[label])
-        share = right[label] / number[label]
-        figures.append(Measured(f"{name}/{label}", f"{name} of {label}", number[label], interval, share))
-    return figures
+    rows = [row for row in zip(labels, right, number, strict=True) if row[2] >= least]
+    rows = sorted(rows, key=lambda row: (row[1] / row[2], -row[2], row[0]))[:WORST]
+    return [worst(name, label, total, found / total) for label, found, total in rows]
+
+
+def worst(name: str, label: str, number: int, value: float) -> Measured:
+    """The figure of a label that is among the worst; an interval would be too optimistic for it."""
+    return Measured(f"{name}/{label}", f"lowest {name}: {label}", number, value=value)
 
 
 def bootstrap_ratio(above: np.ndarray, below: np.ndarray, groups: np.ndarray) -> tuple[float, float] | None:

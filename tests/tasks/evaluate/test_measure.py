@@ -68,7 +68,7 @@ def test_digits(tmp_path: Path):
         "balanced accuracy": "balanced_accuracy",
         "expected calibration error": "calibration_error",
     }
-    by_class = {metric: value for metric, value in values(found).items() if metric.startswith("recall of ")}
+    by_class = {metric: value for metric, value in values(found).items() if metric.startswith("lowest recall: ")}
     assert values(found) == {metric: logged[f"val/{key}"] for metric, key in metrics.items()} | by_class
     assert values(measured(name, batch=1, workers=0)) == values(found)
     tested = measured(name, split="test")
@@ -96,8 +96,8 @@ def test_digits(tmp_path: Path):
     bins, gaps = np.ceil(15 * np.array(surest)).astype(int), np.array(hits) - np.array(surest)
     error = sum(abs(gaps[bins == each].sum()) for each in range(1, 16)) / 360  # Guo et al. 2017, arXiv:1706.04599
     assert found["figures"][3]["value"] == pytest.approx(error, abs=1e-4) and error > 0.01
-    recalls = sorted((np.mean(each), f"recall of {label}", len(each)) for label, each in by_label.items())[:3]
-    assert [(each["value"], each["metric"], each["n"]) for each in found["figures"][4:]] == recalls
+    recalls = sorted((np.mean(each), -len(each), f"lowest recall: {label}") for label, each in by_label.items())[:3]
+    assert [(each["value"], -each["n"], each["metric"]) for each in found["figures"][4:]] == recalls
     assert json.loads(json.dumps(found)) == found
 
 
@@ -204,7 +204,7 @@ def test_errors_are_counted_exactly_in_any_precision(spoken: tuple[str, Path], t
     with pytest.warns(UserWarning, match="fewer frames than its transcript needs|omitted from a loss"):
         found = measured(spoken[0], root=str(tmp_path), splits=["long"], workers=0, precision="bf16-true")
     words, letters, recall = found["figures"]
-    assert (recall["metric"], recall["n"]) == ("recall of A", 301)  # B and C are rare
+    assert (recall["metric"], recall["n"]) == ("lowest recall: A", 301)  # B and C are rare
     assert (words["n"], letters["n"]) == (303, 604)
     assert words["value"] * 303 == pytest.approx(round(words["value"] * 303), abs=1e-4)
 
@@ -217,7 +217,7 @@ def test_detection_by_the_names_of_categories(tmp_path: Path):
     assert [each["metric"] for each in found["figures"][:3]] == ["AP", "AP50", "AP75"] and found["figures"][0]["n"] == 3
     logged = validated("detect", name, tasks()["detect"][1]("auto", str(tmp_path / "data"), workers=0))
     by_category = {each["metric"]: each["value"] for each in found["figures"][3:]}
-    assert [*by_category] == [f"AP of {label}" for label in ("bird", "cat", "dog")]  # equal values: by name
+    assert [*by_category] == [f"lowest AP: {label}" for label in ("bird", "cat", "dog")]  # equal values: by name
     assert values(found) == {
         "AP": logged["val/ap"],
         "AP50": logged["val/ap50"],

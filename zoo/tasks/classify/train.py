@@ -168,18 +168,13 @@ class Classify(Task):
             Measured("balanced_accuracy", "balanced accuracy", number),
             Measured("calibration_error", "expected calibration error", number),
         ]
-        if not self.fitting:
-            self.figures += self.worst()
+        if not self.fitting and self.trainer.world_size == 1:
+            counts: Any = self.metrics["balanced_accuracy"]
+            self.figures += lowest("recall", self.labels, *(each.tolist() for each in counts.counts()))
         accuracy = right["accuracy"] / number
         self.said = f"accuracy {accuracy:.4f} (n = {number}, 95 % interval {low:.4f} to {high:.4f})"
         for metric in (self.metrics, self.calibration, self.mean_loss, self.number):
             metric.reset()
-
-    def worst(self) -> list[Measured]:
-        """The recall of the classes that are recognised worst."""
-        counts: Any = self.metrics["balanced_accuracy"]
-        right, number = (dict(zip(self.labels, each.tolist(), strict=True)) for each in counts.counts())
-        return lowest("recall", right, number)
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

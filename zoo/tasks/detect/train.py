@@ -19,7 +19,7 @@ from zoo.tasks.alignment import Alignment, watched
 from zoo.tasks.detect.denoise import denoising_queries
 from zoo.tasks.detect.losses import detection_loss
 from zoo.tasks.detect.matcher import ASSIGNERS
-from zoo.tasks.intervals import WORST, Measured
+from zoo.tasks.intervals import WORST, Measured, worst
 from zoo.tasks.task import Task
 from zoo.text import counted, plain, unknown
 from zoo.weights.trunks import load_trunk
@@ -255,7 +255,8 @@ class Detect(Task):
             ends = precision_intervals(results, source, source.labels, ids.tolist()) or {}
         self.figures = [Measured(key, metric, len(ids), ends.get(key)) for key, metric in PRECISIONS.items()]
         if not self.fitting:
-            self.figures += worst(found, len(ids))
+            pairs = sorted((pair[0], name) for name, pair in found.classes.items() if pair is not None)
+            self.figures += [worst("AP", name, len(ids), ap) for ap, name in pairs[:WORST]]
         if ends:
             size += f", 95 % interval {ends['ap'][0]:.4f} to {ends['ap'][1]:.4f}"
         self.said = f"AP {found.ap:.4f}, AP50 {found.ap50:.4f} ({size})"
@@ -271,12 +272,6 @@ def blank(batch: Batch) -> Batch:
     images = batch.images.new_zeros(1, batch.images.shape[1], 64, 64)
     truth = Truth(*(each.new_zeros(1, 0, *each.shape[2:]) for each in batch.truth))
     return batch._replace(images=images, mask=torch.zeros_like(images[:, 0], dtype=torch.bool), truth=truth)
-
-
-def worst(found: Precision, images: int) -> list[Measured]:
-    """The AP of the categories that are found worst, in so many images."""
-    pairs = sorted((pair[0], name) for name, pair in found.classes.items() if pair is not None)
-    return [Measured(f"ap/{name}", f"AP of {name}", images, value=ap) for ap, name in pairs[:WORST]]
 
 
 def by_category(found: Precision) -> str:

@@ -368,7 +368,8 @@ class Transcribe(Task):
             Measured("cer", "character error rate", int(letters.sum()), other),
         ]
         if not self.fitting and self.trainer.world_size == 1:
-            self.figures += lowest("recall", self.recognised, self.words, FREQUENT)
+            right = [self.recognised[word] for word in self.words]
+            self.figures += lowest("recall", [*self.words], right, [*self.words.values()], FREQUENT)
         self.words.clear()
         self.recognised.clear()
         if found is not None:
