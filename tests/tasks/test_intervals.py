@@ -57,11 +57,11 @@ def test_speakers_are_in_the_names_of_librispeech(name: str, speaker: str):
 
 
 def test_lowest_proportions():
-    labels, right, number = ["a", "b", "c", "d", "e", "f"], [1, 3, 1, 0, 0, 0], [2, 4, 5, 2, 1, 3]
+    labels, right, number = ["a", "b", "c", "d", "e", "f"], [1, 4, 1, 0, 0, 0], [2, 4, 5, 2, 1, 3]
     found = lowest("recall", labels, right, number, least=2)
     assert [(each.metric, each.value, each.n) for each in found] == [
         ("lowest recall: f", 0.0, 3),  # of equal ones first that with more samples
         ("lowest recall: d", 0.0, 2),
         ("lowest recall: c", 0.2, 5),
     ]
-    assert found[0].interval is None and not lowest("recall", ["e"], [0], [1], least=2)
+    assert found[0].interval is None and not lowest("recall", ["e", "b"], [0, 4], [1, 4], least=2)

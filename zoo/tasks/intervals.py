@@ -33,6 +33,7 @@ def lowest(
     name: str, labels: Sequence[str], right: Sequence[int], number: Sequence[int], least: int = 1
 ) -> list[Measured]:
     """The labels for which the proportion right / number is lowest, as figures; of equal ones those with more samples.
+    Labels without any error do not count.
 
     Args:
         name: of the proportion, such as "recall".
@@ -41,7 +42,7 @@ def lowest(
         number: out of how many, of each label.
         least: labels with a smaller number do not count.
     """
-    rows = [row for row in zip(labels, right, number, strict=True) if row[2] >= least]
+    rows = [row for row in zip(labels, right, number, strict=True) if row[2] >= least and row[1] < row[2]]
     rows = sorted(rows, key=lambda row: (row[1] / row[2], -row[2], row[0]))[:WORST]
     return [worst(name, label, total, found / total) for label, found, total in rows]
 

@@ -1,6 +1,7 @@
 """Every checkpoint of the repository has the figures of its card, by `zoo evaluate`.
 
-Data that is not made here is looked for in the folder of the environment variable ZOO_DATA.
+Data that is not made here is looked for in the folder of the environment variable ZOO_DATA. Figures of images were
+measured with the version of Pillow in scripts/constraints.txt; others decode and resize in slightly different ways.
 
 The average precision of a detector is the only figure that depends on the processor: processors round in different
 ways, and detections whose scores differ by that change places. On the 127 images of Aquarium, that is in 38 places of
