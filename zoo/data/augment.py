@@ -1,6 +1,7 @@
 """Augmentation of waveforms and features: speed, noise, vocal tract length, filters and masked bands."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def add_noise(waveform: Tensor, ratio: float, rate: int, lowest: float = 60.0) -
     from scipy.fft import next_fast_len
     from torchaudio.functional import add_noise as mix
 
-    length = next_fast_len(len(waveform), real=True)
+    length: Any = next_fast_len(len(waveform), real=True)
     spectrum = torch.fft.rfft(torch.randn(length))
     hertz = torch.arange(float(len(spectrum))) * rate / length
     noise = torch.fft.irfft(spectrum * hertz.clamp(min=lowest).pow(-float(torch.rand(()))), length)[: len(waveform)]

@@ -53,7 +53,7 @@ class _Digits:
         parts = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=0, stratify=labels)
         kept = parts[0] if split == "train" else parts[1]
         arrays = np.rint(values[kept].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.labels = labels[kept].astype(np.int64)
+        self.labels: np.ndarray = np.asarray(labels[kept], np.int64)
         self.split, self.images = split, [enlarged(array, preprocess) for array in arrays]
 
     def image(self, index: int) -> "Image":

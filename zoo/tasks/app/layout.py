@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from zoo.models.base import count_parameters
 from zoo.tasks.app import classify, detect, generate, transcribe
@@ -101,7 +102,7 @@ def launched(
 ) -> tuple[gr.Blocks, str]:
     """The running app and its address; ValueError if it cannot start."""
     app = page(shelf, tasks, first)
-    theme = gr.themes.Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
+    theme = Default(primary_hue="blue", font=FONT, font_mono=("ui-monospace", "monospace"))
     theme = theme.set(block_info_text_color="*neutral_600")
     try:
         _, address, _ = app.launch(
