@@ -29,6 +29,8 @@ DATA: dict[str, tuple[str | None, dict[str, Any]]] = {
     "spoken_digits": ("fsdd", {"splits": ["dev"]}),
     "clothing10": ("clothing10_s112", {}),
     "caltech": ("caltech101_s96", {}),
+    "fashion_mnist": ("fashion_mnist", {"split": "test"}),
+    "an4": ("an4", {"splits": ["dev"]}),
 }
 ROUNDED = 2e-6  # of an average precision on another processor
 
