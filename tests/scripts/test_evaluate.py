@@ -26,7 +26,7 @@ def test_only_json_is_on_standard_output(tmp_path: Path):
     assert found["name"] == name and found["figures"][0]["n"] == 360
     (line,) = done.stderr.splitlines()
     assert line.startswith("accuracy 0.") and "n = 360" in line
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 8
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path):

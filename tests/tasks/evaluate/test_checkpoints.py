@@ -59,7 +59,7 @@ def test_a_checkpoint_has_the_figures_of_its_card(name: str, folder: str | None,
             if card["metric"] == figure["metric"]:
                 same = figure | {"data": card["data"], "command": card["command"]}
                 if found["task"] == "detect":
-                    numbers = ([each["value"], *each["interval"]] for each in (card, figure))
+                    numbers = ([each["value"], *(each["interval"] or ())] for each in (card, figure))
                     assert next(numbers) == pytest.approx(next(numbers), rel=0, abs=ROUNDED)
                     same |= {"value": card["value"], "interval": card["interval"]}
                 assert card == same
