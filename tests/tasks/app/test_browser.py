@@ -38,6 +38,11 @@ RECORD = (
 )
 
 
+def heed() -> None:
+    """Ctrl-C ends a process even where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class App:
     """A running app: its address, and what it wrote."""
 
@@ -51,7 +56,7 @@ class App:
         # A proxy that nothing listens at: the app needs no other machine to start and to answer.
         environment = {**os.environ, "TMPDIR": str(folder)} | dict.fromkeys(PROXIES, "http://127.0.0.1:9")
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment, preexec_fn=heed)
         limit = time.monotonic() + 25
         while self.address not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < limit, self.log.read_text()
