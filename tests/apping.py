@@ -1,4 +1,4 @@
-"""What the tests of `zoo app` share: a sound, a model that hears much in it, and a drawing for a detector."""
+"""What the tests of `zoo app` share: a recording, a streaming recogniser, and a drawing for a detector."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def cells(path: Path, seed: int) -> Path:
 
 
 def talker(folder: Path) -> str:
-    """A streaming recogniser with random weights that hears many letters in `voice`."""
+    """A streaming recogniser with random weights whose text for `voice` has many letters."""
     torch.manual_seed(6)
     labels, preprocess = train_characters(["ABCDEFGH I"]), RECIPES["streaming"]
     fields: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "conv": "glu(kernel=5)", "chunk": 4, "left": 8}

@@ -6,7 +6,9 @@ import resource
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,16 @@ _start = pytest.StashKey[float]()
 def pytest_configure(config: pytest.Config) -> None:
     # Workers inherit the seed; it changes every day, so that in time every row is a representative.
     os.environ.setdefault("ZOO_TEST_SEED", str(datetime.date.today().toordinal()))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty stand-in for the Hub, to which the client is pointed, without a token."""
+    from hub_server import hub_on_loopback, point_to
+
+    with hub_on_loopback() as server:
+        point_to(server.address, tmp_path / "home", monkeypatch)
+        yield server
 
 
 @pytest.fixture(autouse=True)

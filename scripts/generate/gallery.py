@@ -35,7 +35,7 @@ def made_for(config: Mapping[str, Any]) -> str:
 
 
 def notes(path: Path) -> dict[str, str]:
-    """The texts in a picture: `Description`, and `Made for`; none if there is no picture."""
+    """The PNG text fields of a picture, `Description` and `Made for`; empty if the file does not exist."""
     from PIL import Image
 
     if not path.exists():

@@ -3,9 +3,9 @@
 import io
 import json
 import re
-import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,8 @@ NAMES = sorted(path.parent.name for path in ROOT.glob("checkpoints/*/config.json
 
 
 @pytest.fixture(scope="module")
-def made() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        yield import_module("generate.gallery"), import_module("generate.checkpoints")
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+def made(scripted: Callable[[str], ModuleType]) -> Any:
+    return scripted("generate.gallery"), scripted("generate.checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +87,11 @@ def test_a_classifier_without_free_images_reads_what_a_generator_drew(made: Any,
         assert image.info["Description"] == "Answers on generated images"
 
 
-def test_a_recogniser_of_sentences(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recogniser_of_sentences(
+    made: Any, scripted: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Its picture has one sound, with the words that were heard in the places where they were."""
-    voices = import_module("synthesis.voices")
+    voices = scripted("synthesis.voices")
     said: list[str] = []
 
     def say(self: Any, text: str) -> np.ndarray:

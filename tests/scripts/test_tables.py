@@ -5,8 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,12 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def made() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        yield import_module("generate.facts"), import_module("generate.page")
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+def made(scripted: Callable[[str], ModuleType]) -> Any:
+    return scripted("generate.facts"), scripted("generate.page")
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,19 @@ def test_blood_cells_are_the_model_of_their_recipe():
     assert preprocess.size == given["data"]["size"] and "AP50 0.829 " in text
 
 
+def test_a_picture_is_kept_and_alone_is_no_checkpoint(tmp_path: Path):
+    model = zoo.create_model("vit_micro", classes=3)
+    folder = zoo.save_model(model, tmp_path / "model")
+    (folder / "gallery.png").write_bytes(b"drawn")
+    zoo.save_model(model, folder)
+    assert (folder / "gallery.png").read_bytes() == b"drawn" and (folder / "config.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/gallery.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="mine holds gallery.png, so it is not replaced by a checkpoint"):
+        zoo.save_model(model, tmp_path / "mine")
+    assert (tmp_path / "mine/gallery.png").read_bytes() == b"mine"
+
+
 def test_a_checkpoint_is_found_by_name(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     assert isinstance(zoo.load_model(NAMES[0]), torch.nn.Module)

@@ -1,6 +1,5 @@
 """Models of other libraries by name: what is known of them, and what is not trusted."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import timm
 import torch
 import transformers
 
-from hub_server import Hub, hub_on_loopback, point_to
+from hub_server import Hub
 from zoo.weights import CheckpointError, load_checkpoint, load_model, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was saved without")
@@ -26,11 +25,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_on_loopback() as server:
-        point_to(server.address, tmp_path / "home", monkeypatch)
-        server.put(NAME, {path.name: path.read_bytes() for path in theirs.iterdir()})
-        yield server
+def hub(hub: Hub, theirs: Path) -> Hub:
+    hub.put(NAME, {path.name: path.read_bytes() for path in theirs.iterdir()})
+    return hub
 
 
 ALIASES = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))])

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from huggingface_hub import constants
 
 import zoo
 from helpers import randomise
-from hub_server import READER, WRITER, Hub, environment, hub_on_loopback, point_to
+from hub_server import READER, WRITER, Hub, environment
 from zoo.__main__ import main
 from zoo.inputs.images import ImagePreprocess
 from zoo.models.vit import ViT
@@ -36,11 +35,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_on_loopback() as server:
-        point_to(server.address, tmp_path / "home", monkeypatch)
-        server.put(NAME, files, tag="v1.0")
-        yield server
+def hub(hub: Hub, files: dict[str, bytes]) -> Hub:
+    hub.put(NAME, files, tag="v1.0")
+    return hub
 
 
 def refusal(*arguments: Any, **more: Any) -> str:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 import zoo
 from helpers import randomise
-from hub_server import READER, WRITER, Hub, Repo, environment, hub_on_loopback, point_to
+from hub_server import READER, WRITER, Hub, Repo, environment
 from zoo.__main__ import main
 from zoo.inputs.images import ImagePreprocess
 from zoo.weights import FILES, load_checkpoint, load_model, save_model
@@ -57,11 +57,9 @@ def folder(made: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_on_loopback() as server:
-        point_to(server.address, tmp_path / "home", monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield server
+def hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub
 
 
 def contents(folder: Path) -> dict[str, bytes]:

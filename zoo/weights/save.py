@@ -34,7 +34,7 @@ from zoo.weights.probe import cost_of, inputs_for, outputs_of, pack
 from zoo.weights.read import read_checkpoint
 
 LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
-PICTURE = "gallery.png"  # in checkpoints/; a checkpoint that is saved again loses it, and scripts/tables draws another
+PICTURE = "gallery.png"  # of a checkpoint in checkpoints/, drawn by scripts/tables; it is kept
 
 
 def save_model(
@@ -183,6 +183,8 @@ def _write(
         for name in FILES:
             with open(aside / name, "rb+") as file:
                 os.fsync(file.fileno())
+        if (target / PICTURE).is_file():
+            shutil.copy2(target / PICTURE, aside / PICTURE)
         sync_folder(aside)
         read_checkpoint(aside, check=True)
         _swap(aside, target)
@@ -200,7 +202,8 @@ def check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, so no checkpoint can be written there")
     found = {entry.name for entry in target.iterdir()} if target.exists() else set()
-    found.discard(PICTURE)
+    if "config.json" in found:
+        found.discard(PICTURE)
     if not found <= set(FILES) or found == {"README.md"}:
         other = min(found - set(FILES), default="README.md")
         raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")

@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from huggingface_hub import SpaceCard
 
 import hub_server
-from hub_server import READER, WRITER, Hub, Repo, hub_on_loopback, point_to
+from hub_server import READER, WRITER, Hub, Repo, point_to
 from paging import config, stand_in
 from training import refused
 from zoo.__main__ import main
@@ -32,11 +31,9 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_on_loopback() as server:
-        point_to(server.address, tmp_path / "home", monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield server
+def hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub
 
 
 @pytest.fixture

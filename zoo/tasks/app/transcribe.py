@@ -62,7 +62,8 @@ def fresh(part: Any, transcribe: Any) -> Any:
 
 
 class Stream:
-    """What a streaming model hears while sound of a rate arrives; ValueError if the model does not stream."""
+    """The text that a streaming model recognises while audio of one sample rate arrives; ValueError if the model does
+    not stream."""
 
     def __init__(self, shelf: Shelf, name: str, fused: bool, rate: int) -> None:
         from zoo.tasks.transcribe.listener import Listener
@@ -76,11 +77,11 @@ class Stream:
         self.heard = Heard("", [], 0.0, 0.0)
 
     def push(self, samples: Tensor) -> Heard:
-        """What was heard with the next samples [n]."""
+        """The result so far, after the next samples [n]."""
         return self._add(partial(self.listener.push, samples), len(samples))
 
     def finish(self) -> Heard:
-        """What was heard in all; the stream is then finished."""
+        """The final result; the stream is then finished."""
         return self._add(self.listener.finish, 0)
 
     def _add(self, call: Callable[[], str], samples: int) -> Heard:
@@ -92,7 +93,7 @@ class Stream:
 
 
 def streamed(shelf: Shelf, path: str, name: str, fused: bool) -> Iterator[Heard]:
-    """What a streaming model hears in a file, at each new word."""
+    """The text that a streaming model recognises in a file, after each new word."""
     from zoo.tasks.transcribe.listener import rate_of, recorded
 
     stream = Stream(shelf, name, fused, rate_of(path))

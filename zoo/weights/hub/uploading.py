@@ -48,7 +48,7 @@ class Upload:
 
     @property
     def name(self) -> str:
-        """The repository with its kind, as in its address."""
+        """The path of the repository on the Hub: OWNER/NAME, or spaces/OWNER/NAME."""
         return self.repository if self.kind == "model" else f"{self.kind}s/{self.repository}"
 
     @property
