@@ -19,7 +19,7 @@ from zoo.tasks.arguments import completed, option, translated
         ("fit -c RUN/mine.yaml --ckpt_path last", "fit -c RUN/mine.yaml STATE"),
         (
             "fit -c RUN/mine.yaml --ckpt_path last --trainer.default_root_dir=RUN/x",
-            "fit --ckpt_path=RUN/x/resume/last.ckpt",
+            "fit --ckpt_path=null",  # nothing to resume there, so it starts
         ),
         ("fit -c=RUN/mine.yaml --ckpt_path RUN", "fit -c=RUN/mine.yaml STATE"),
         ("fit --ckpt_path RUN/other", "fit --ckpt_path RUN/other"),

@@ -30,8 +30,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
             ["transcribe", "test", "--model.weights=seen/best"],
             "`zoo transcribe` cannot use seen/best; use `zoo classify",
         ),
-        (["classify", "fit", "--ckpt_path=last"], "--ckpt_path: nothing to resume in .; it has no resume/last.ckpt"),
-        ([*TINY, "--ckpt_path=last"], "--ckpt_path: nothing to resume in runs/classify_vit_micro; it has no"),
+        (
+            ["classify", "validate", "--ckpt_path=last"],
+            "--ckpt_path: nothing to resume in .; it has no resume/last.ckpt",
+        ),
         ([*TINY, "--model.backbone.name=vit_tinny"], "unknown model 'vit_tinny'; did you mean vit_tiny"),
         ([*TINY, "--model.backbone.depht=3"], "unknown field of vit_micro 'depht'; did you mean depth?"),
         ([*TINY, "--model.backbone.mixer=atention"], "mixer: unknown name 'atention'; "),

@@ -13,7 +13,7 @@ from training import PLAIN_FLAGS, difference, fit, said, state
 from zoo.data.images import Images
 from zoo.tasks.classify.train import Classify
 from zoo.tasks.resuming import unlike
-from zoo.tasks.run import States
+from zoo.tasks.states import States
 
 FLAGS = [*PLAIN_FLAGS, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", "--model.backbone.depth=1"]
 FLAGS += ["--model.layer_decay=0.5"]

@@ -15,7 +15,8 @@ import zoo
 from training import BACKBONE, PLAIN_FLAGS, difference, fit, refused, state
 from zoo.tasks import run as running
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.run import PATIENCE, Run, States
+from zoo.tasks.run import PATIENCE, Run
+from zoo.tasks.states import States
 from zoo.weights import load_checkpoint
 
 SHORT = [*PLAIN_FLAGS, "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]

@@ -14,6 +14,7 @@ import torch
 
 from training import QUIET, SHORT, TINY, fit, refused, said, state
 from zoo.tasks import run as running
+from zoo.tasks import states
 from zoo.tasks.arguments import check_path
 from zoo.tasks.classify.train import Classify
 from zoo.weights import load_checkpoint
@@ -152,8 +153,9 @@ def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest
     file = tmp_path / "resume" / "last.ckpt"
 
     def fill(task: Classify) -> None:
+        task.trainer.strategy.checkpoint_io.wait()
         kept.append(file.read_bytes())
-        monkeypatch.setattr(running, "open", lambda path, mode: Full(path, mode), raising=False)
+        monkeypatch.setattr(states, "open", lambda path, mode: Full(path, mode), raising=False)
 
     later("on_train_epoch_start", fill)
     message = stopped(tmp_path)
@@ -167,7 +169,7 @@ def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest
 
 
 def test_a_full_disk_at_the_first_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(running, "open", lambda path, mode: Full(path, mode), raising=False)
+    monkeypatch.setattr(states, "open", lambda path, mode: Full(path, mode), raising=False)
     assert "No space left on device; nothing was left behind" in stopped(tmp_path)
     assert [path.name for path in (tmp_path / "resume").iterdir()] == [".begun"]
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at every kind of moment: the resumed run equals one that was never stopped."""
+"""SIGINT, SIGTERM and SIGUSR1 at every kind of moment: the resumed run equals one that was never stopped."""
 
 import multiprocessing
 import os
@@ -148,6 +148,51 @@ def test_a_run_that_max_time_ends_resumes_where_it_was(
     assert state(tmp_path / "resume/last.ckpt")["global_step"] == step
     fit(tmp_path, *FLAGS, f"--ckpt_path={tmp_path}/resume/last.ckpt")
     found = weights(tmp_path)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def scontrol(folder: Path, status: int) -> None:
+    """A stand-in for SLURM's command, which notes how it was called."""
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\nexit {status}\n')
+    (folder / "scontrol").chmod(0o755)
+
+
+JOB = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "zoo", "SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+JOB |= {"SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "said"),
+    [
+        (JOB, 0, "SLURM job 71 is queued again"),
+        (JOB | {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, 0, "SLURM job 70_3 is queued again"),
+        (JOB, 1, "resume with: zoo classify fit --ckpt_path="),
+        ({}, 0, "resume with: zoo classify fit --ckpt_path="),
+    ],
+    ids=["job", "array", "refused", "no job"],
+)
+def test_the_warning_of_slurm_queues_the_job_again(
+    job: dict[str, str],
+    status: int,
+    said: str,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    scontrol(tmp_path / "bin", status)
+    for name, value in ({"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | job).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lightning.fabric.plugins.environments.slurm._is_srun_used", lambda: True)
+    line = [*FLAGS, "--ckpt_path=last", "--data.workers=1"]
+    stopped(monkeypatch, signal.SIGUSR1, "training_step", 6, lambda: fit(tmp_path / "run", *line))
+    assert f"stopped by SIGUSR1 in epoch 2, step 6; {said}" in capsys.readouterr().err
+    number = said.split()[2] if job and not status else "71"
+    assert not job or (tmp_path / "bin/calls").read_text() == f"requeue {number}\n"
+    assert not [*(tmp_path / "run").glob("hpc*")]  # Lightning wrote no state of its own
+    fit(tmp_path / "run", *line)
+    found = weights(tmp_path / "run")
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 

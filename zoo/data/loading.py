@@ -60,7 +60,7 @@ def outlive_signals(_: int) -> None:
     """Lets a worker keep working for a while after SIGINT or SIGTERM.
 
     Ctrl-C and job managers signal all processes of a run, and the main process still needs its workers to stop well.
-    A second signal ends a worker at once.
+    A second signal ends a worker at once. SIGUSR1, SLURM's warning, is for the main process alone.
     """
 
     def wait(number: int, _: object) -> None:
@@ -69,6 +69,8 @@ def outlive_signals(_: int) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, wait)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, collate: Callable[[Any], Any], workers: int) -> Loader:

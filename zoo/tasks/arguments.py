@@ -1,12 +1,13 @@
 """Arguments of `zoo TASK fit|validate|test`: what is completed before they are parsed, and what is wrong with them."""
 
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from zoo.spelling import expanded
-from zoo.tasks.run import STATE
+from zoo.tasks.states import STATE
 
 
 def option(arguments: list[str], name: str) -> Any:
@@ -21,13 +22,17 @@ def usual_folder(task: str, model: str | None) -> str:
 
 def completed(task: str, arguments: list[str]) -> list[str]:
     """The arguments, completed from a run's folder: its config, if --ckpt_path or --model.weights is in it and no
-    --config was given; and the path of its state, if --ckpt_path is the folder, or `last`."""
+    --config was given; and the path of its state, if --ckpt_path is the folder, or `last`. With `last`, a run without a
+    state starts, so that one command serves a job that is started again and again."""
     verb, rest = arguments[0], arguments[1:]
     resumed, weights = option(rest, "ckpt_path"), option(rest, "model.weights")
     if resumed == "last":
         model = option(rest, "model.backbone.name")
         folder = option(rest, "trainer.default_root_dir") or (usual_folder(task, model) if model else ".")
         resumed = Path(folder).expanduser() / STATE
+        if verb == "fit" and not resumed.exists():
+            print(f"starting  {resumed.parent.parent} has no state to resume from", file=sys.stderr)
+            return [*arguments, "--ckpt_path=null"]
     if resumed is not None:
         path = Path(resumed).expanduser()
         path = path / STATE if path.is_dir() else path

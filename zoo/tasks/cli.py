@@ -21,7 +21,8 @@ from zoo.tasks.arguments import check_path, completed, translated, usual_folder
 from zoo.tasks.output import Output
 from zoo.tasks.quiet import quiet
 from zoo.tasks.resuming import OtherModel, restoring
-from zoo.tasks.run import Keep, Run, States
+from zoo.tasks.run import Keep, Run
+from zoo.tasks.states import Saving, States
 from zoo.tasks.stopping import Stop, Stopped
 
 VERBS = ("fit", "validate", "test")
@@ -59,6 +60,12 @@ class Command(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         more = {} if subcommand == "fit" else {"verbose": self.verbose}
         return super()._prepare_subcommand_kwargs(subcommand) | more
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **options: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        if subcommand == "fit":
+            parser.add_class_arguments(Saving, "save")
+        return parser
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -109,7 +116,7 @@ class Command(LightningCLI):
             return
         folder = given.trainer.default_root_dir or usual_folder(self.command, given.model.backbone.get("name"))
         self.run = Run(folder)
-        self.run.open(resumed=path is not None and self.run.state.exists() and self.run.state.samefile(path))
+        self.run.open(resumed=path is not None and self.run.state.parent.resolve() == Path(path).resolve().parent)
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
 
@@ -123,7 +130,7 @@ class Command(LightningCLI):
     def compare(self, path: Path) -> None:
         """Prints which options of a resumed run differ from those it was started with."""
         before, now = (flat(yaml.safe_load(text) or {}) for text in (path.read_text(), self.recorded()))
-        keys = [key for key in now if now[key] != before.get(key)]
+        keys = [key for key in now if now[key] != before.get(key) and (key in before or not key.startswith("save."))]
         self.changed = {key: f"{key} {now[key]} (was {before.get(key)})" for key in keys}
         if keys:
             print(f"changed   {', '.join(self.changed.values())}", file=sys.stderr)
@@ -135,9 +142,10 @@ class Command(LightningCLI):
         kwargs["enable_checkpointing"] = any(isinstance(each, ModelCheckpoint) for each in callbacks)
         if not self.verbose:
             kwargs["enable_model_summary"] = False
+        saving = self._get(self.config_init, "save", default=Saving())
         if self.run is not None:
             folder, (score, mode) = self.run.folder, self.model.score
-            keep = self.keep = Keep(self.run, score, mode, self.recorded())
+            keep = self.keep = Keep(self.run, score, mode, self.recorded(), saving)
             if not self.verbose:
                 extra.append(Output(keep, folder, self.command, settings.enable_progress_bar is not False))
             if settings.logger is None:
@@ -151,7 +159,7 @@ class Command(LightningCLI):
         else:
             kwargs["logger"] = settings.logger or False
         kwargs["enable_progress_bar"] = self.verbose or self.run is not None
-        kwargs["plugins"] = [*(settings.plugins or []), States()]
+        kwargs["plugins"] = [*(settings.plugins or []), States(saving.keep)]
         try:
             return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
         except (TypeError, ModuleNotFoundError) as error:  # devices that cannot be, a package that is not installed

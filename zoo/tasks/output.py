@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
-from zoo.tasks.run import STATE, Keep
+from zoo.tasks.run import Keep
+from zoo.tasks.states import STATE
 from zoo.tasks.task import Task
 from zoo.text import counted
 

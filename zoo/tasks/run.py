@@ -1,32 +1,26 @@
 """The folder of a training run: its lock, its state to resume from, its config, and the checkpoints it leaves."""
 
-import io
 import math
 import os
-import pickle
 import time
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.layer import copied, unfinished
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import require
+from zoo.tasks.states import STATE, Saving, drop_later
 from zoo.tasks.task import Task
-from zoo.text import reason
 from zoo.weights import Figure, save_model
 
-STATE = "resume/last.ckpt"
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
+EVERY = 8  # batches after which ranks ask each other about signals and minutes
 
 
 class Run:
@@ -77,6 +71,10 @@ class Run:
                 time.sleep(0.2)
         owner.write_text(str(os.getpid()))
 
+    def go_on(self) -> None:
+        """Notes that the first state is written."""
+        self.begun.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Releases the lock of the folder."""
         if self._lock is not None:
@@ -97,57 +95,6 @@ def lives(owner: Path) -> bool:
     return True
 
 
-class States(CheckpointIO):
-    """Reads and writes the state of a run: written aside and renamed, read as tensors and numbers and never as code."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.new")
-        fate = "the previous one is untouched" if target.exists() else "nothing was left behind"
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except OSError as error:
-            raise OSError(f"cannot write {target}: {reason(error)}; {fate}") from error
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        try:
-            content = io.BytesIO(Path(path).read_bytes())
-        except OSError as error:
-            raise OSError(f"cannot read {path}: {reason(error)}") from error
-        try:
-            # PyTorch does not compare the checksums of the tensors.
-            damaged = zipfile.ZipFile(content).testzip() if zipfile.is_zipfile(content) else None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content.seek(0)
-                state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} holds more than tensors and numbers; code in a file is never run") from error
-        except Exception as error:  # a broken file may raise anything
-            raise ValueError(f"{path} is truncated or not the state of a training run") from error
-        if damaged:
-            raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        if not isinstance(state, dict) or not {"state_dict", "loops"} <= state.keys():
-            raise ValueError(f"{path} is not the state of a training run; FOLDER/{STATE} is one")
-        return state
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
 class Score(NamedTuple):
     """The result of a validation: the monitored value, a line about it, the epoch, the step, the number of samples, and
     the ends of the 95 % interval, NaN if there is none."""
@@ -166,21 +113,26 @@ class Keep(Checkpoint):
     """Writes the checkpoints `last` and `best`, the state to resume from, and once the run's config.
 
     They are written at the end of an epoch, if 30 times the duration of writing has passed; at the end of training;
-    and when training is stopped. Best is the validated model with the best score, once every layer has its final form
-    (while prepbn still blends, no model is the best).
+    and when training is stopped. A state is also written between two batches, as `saving` says. Best is the validated
+    model with the best score, once every layer has its final form (while prepbn still blends, no model is the best).
+
+    A state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
 
     Attributes:
         best: the best score so far; None before the first.
         latest: the score of the last validation.
     """
 
-    def __init__(self, run: Run, name: str, mode: str, config: str) -> None:
+    def __init__(self, run: Run, name: str, mode: str, config: str, saving: Saving) -> None:
         self.run, self.name, self.sign, self.config = run, name, 1.0 if mode == "max" else -1.0, config
+        self.saving = saving
         self.best: Score | None = None
         self.latest: Score | None = None
         self.waiting: Any = None  # the best model, not yet written
         self.began = False  # whether training began
         self.written, self.cost, self.step = 0.0, 0.0, -1  # when files were last written, how long it took, which step
+        self.ended = -1  # the step of the last checkpoint `last`
+        self.place = ""  # where in an epoch a state is being written: between its batches, or in its validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best and tuple(self.best), "latest": self.latest and tuple(self.latest)}
@@ -193,12 +145,13 @@ class Keep(Checkpoint):
                 setattr(self, name, Score(*found))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.began = True
+        self.began, self.written, self.step = True, time.monotonic(), trainer.global_step
         self.record()
 
     @rank_zero_only
     def record(self) -> None:
-        """Writes the run's config."""
+        """Writes the run's config, and drops the states of a future that it leaves."""
+        drop_later(self.run.state.parent, self.step)
         aside = self.run.config.with_name(".config.yaml.new")
         aside.write_text(self.config)
         os.replace(aside, self.run.config)
@@ -219,20 +172,44 @@ class Keep(Checkpoint):
         if trainer.is_global_zero:
             self.waiting = copied(pl_module.measured).cpu()
 
+    def due(self, trainer: lightning.Trainer, batch_idx: int = 0) -> bool:
+        """Whether steps or minutes ask for a state; the same on every rank, which talk about minutes now and then."""
+        steps, seconds = trainer.global_step - self.step, time.monotonic() - self.written
+        if 0 < self.saving.steps <= steps:
+            return True
+        if trainer.world_size > 1 and batch_idx % EVERY:
+            return False
+        return trainer.strategy.broadcast(steps > 0 and 0 < self.saving.seconds <= seconds)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # The first batch of an epoch still runs: what came before it belongs to the epoch before.
+        between = batch_idx and batch_idx % trainer.accumulate_grad_batches == 0
+        if between and self.due(trainer, batch_idx):
+            self.write(trainer, pl_module, last=False, place="batches")
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        due = trainer.strategy.broadcast(time.monotonic() - self.written >= OVERHEAD * self.cost)
+        due = trainer.strategy.broadcast(time.monotonic() - self.written >= OVERHEAD * self.cost) or self.due(trainer)
         if due or trainer.should_stop:
             pl_module.finish()
             self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self.step != trainer.global_step:
+        if self.ended != trainer.global_step:
             self.write(trainer, pl_module, state=False)
 
-    def write(self, trainer: lightning.Trainer, pl_module: Any, *, last: bool = True, state: bool = True) -> None:
-        """Writes `best` if there is a better one, `last`, and then the state, which knows of them."""
+    def write(
+        self, trainer: lightning.Trainer, pl_module: Any, *, last: bool = True, state: bool = True, place: str = ""
+    ) -> None:
+        """Writes `best` if there is a better one, `last`, and then the state, which knows of them.
+
+        `place` is "batches" between two batches of an epoch, "validation" in a validation, else empty.
+        """
         start = time.monotonic()
+        if place:
+            pl_module.raise_bad_weights()
         if self.waiting is not None and self.best is not None:
             self.save(trainer, pl_module, "best", self.waiting, self.best)
             self.waiting = None
@@ -240,12 +217,34 @@ class Keep(Checkpoint):
             now = Score(math.nan, "", trainer.current_epoch, trainer.global_step)
             found = self.latest if self.latest and self.latest.step == now.step else now
             self.save(trainer, pl_module, "last", pl_module.measured, found)
+            self.ended = trainer.global_step
         if state:
-            trainer.save_checkpoint(self.run.state, weights_only=False)
-            if trainer.is_global_zero:
-                self.run.begun.unlink(missing_ok=True)
+            self.place = place
+            trainer.save_checkpoint(self.run.state, weights_only=False, storage_options=self.run.go_on)
+            self.place = ""
         self.written, self.step = time.monotonic(), trainer.global_step
         self.cost = self.written - start
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning's counters stand between two batches, or before a validation that has not begun.
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, whole = loops["epoch_progress"], loops["epoch_loop.batch_progress"]["is_last_batch"]
+        if not whole and epochs["current"]["processed"] == epochs["current"]["started"]:
+            # trainer.max_steps or max_time ends training in the middle of an epoch, whose rest is still to come.
+            epochs["total"]["processed"] -= 1
+            epochs["current"]["processed"] -= 1
+        if self.place:
+            for counts in (loops["epoch_loop.batch_progress"][kind] for kind in ("total", "current")):
+                counts |= dict.fromkeys(("ready", "started", "processed"), counts["completed"])
+        if self.place == "batches":
+            loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+        if self.place == "validation":
+            progress = loops["epoch_loop.val_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["is_last_batch"] = False
 
     @rank_zero_only
     def save(self, trainer: lightning.Trainer, task: Task, name: str, model: Any, score: Score) -> None:

@@ -1,19 +1,22 @@
-"""Stopping a run from outside: SIGINT and SIGTERM end it after the current batch, with a state to resume from."""
+"""Stopping a run from outside: a signal ends it after the current batch, with a state to resume from."""
 
+import os
 import shlex
 import signal
+import subprocess
 from types import FrameType
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
-from zoo.tasks.run import Keep
+from zoo.tasks.run import EVERY, Keep
 from zoo.tasks.task import Task
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EVERY = 8  # batches after which ranks ask each other whether one should stop
+WARNING = getattr(signal, "SIGUSR1", None)  # SLURM sends it where sbatch has --signal=USR1@SECONDS; not on Windows
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, WARNING)))
 
 
 class Stopped(Exception):
@@ -25,7 +28,9 @@ class Stopped(Exception):
 
 
 class Stop(Checkpoint):
-    """Ends a run that receives SIGINT or SIGTERM after the current batch, once its state is written.
+    """Ends a run that receives SIGINT, SIGTERM or SIGUSR1 after the current batch, once its state is written.
+
+    After SIGUSR1 a job of SLURM is queued again; with `--ckpt_path=last` in its command it then resumes.
 
     A second signal ends the process at once. The state has the number of finished batches of the epoch, so that a
     resumed run equals one that was never stopped. A run stopped during validation repeats the validation, except that
@@ -34,14 +39,14 @@ class Stop(Checkpoint):
 
     def __init__(self, keep: Keep):
         self.keep, self.received, self.before = keep, 0, dict[int, Any]()
-        self.place = ""  # where in an epoch a state is being written: between its batches, or in its validation
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        if number != WARNING:
+            signal.signal(number, signal.SIG_DFL)
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -88,31 +93,30 @@ class Stop(Checkpoint):
         if not number:
             return
         assert isinstance(pl_module, Task)
-        self.place = place
-        self.keep.write(trainer, pl_module, last=False)
+        self.keep.write(trainer, pl_module, last=False, place=place)
+        trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
         place = (
             f"stopped by {signal.Signals(number).name} in epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         )
-        resume = f"zoo {pl_module.command} fit --ckpt_path={shlex.quote(str(self.keep.run.state))}"
-        raise Stopped(number, f"{place}; resume with: {resume}")
+        resume = f"resume with: zoo {pl_module.command} fit --ckpt_path={shlex.quote(str(self.keep.run.state))}"
+        job = slurm_job()
+        if number == WARNING and job and trainer.is_global_zero:
+            resume = requeue(job) or resume
+        raise Stopped(number, f"{place}; {resume}")
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # Lightning's counters stand between two batches, or before a validation that has not begun.
-        loops = checkpoint["loops"]["fit_loop"]
-        epochs, whole = loops["epoch_progress"], loops["epoch_loop.batch_progress"]["is_last_batch"]
-        if not whole and epochs["current"]["processed"] == epochs["current"]["started"]:
-            # trainer.max_steps or max_time ends training in the middle of an epoch, whose rest is still to come.
-            epochs["total"]["processed"] -= 1
-            epochs["current"]["processed"] -= 1
-        if self.place:
-            for counts in (loops["epoch_loop.batch_progress"][kind] for kind in ("total", "current")):
-                counts |= dict.fromkeys(("ready", "started", "processed"), counts["completed"])
-        if self.place == "batches":
-            loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-        if self.place == "validation":
-            progress = loops["epoch_loop.val_loop.batch_progress"]
-            for counts in (progress["total"], progress["current"]):
-                counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            progress["is_last_batch"] = False
+
+def slurm_job() -> str | None:
+    """The number of the SLURM job that this process is in; None outside of one and in an interactive one."""
+    if not SLURMEnvironment.detect():
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def requeue(job: str) -> str:
+    """Queues a SLURM job again and says so; empty if it cannot be."""
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"SLURM job {job} is queued again"

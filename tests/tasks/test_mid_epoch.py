@@ -1,0 +1,233 @@
+"""States within an epoch: a run that is killed loses a few steps and ends as one that was never killed."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from killing import in_child
+from training import BACKBONE, PLAIN_FLAGS, QUIET, difference, fit, refused, state
+from zoo.__main__ import main
+from zoo.data.loading import Batches
+from zoo.tasks.task import Task
+
+SHORT = [*PLAIN_FLAGS, "--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--model.average=0.9"]
+EVERY = 5
+SAVING = f"--save.every_n_train_steps={EVERY}"
+STATE = "resume/last.ckpt"
+
+
+def weights(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / name / "model.safetensors") for name in ("last", "best")]
+
+
+def kill_at(step: int) -> Any:
+    """A hook of the task that kills the process at the beginning of a step."""
+    plain = Task.on_train_batch_start
+
+    def struck(self: Task, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            self.trainer.strategy.checkpoint_io.wait()  # type: ignore
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, batch, batch_idx)
+
+    return struck
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "left"),
+    [
+        (["--trainer.limit_train_batches=13"], 9, 5),
+        (["--trainer.limit_train_batches=13"], 13, 10),  # the epoch has ended, but its state is not due
+        (["--trainer.limit_train_batches=13"], 19, 15),
+        (["--trainer.limit_train_batches=13", "--data.workers=2"], 12, 10),
+        (["--trainer.limit_train_batches=24", "--trainer.accumulate_grad_batches=2"], 9, 5),
+        (["--trainer.limit_train_batches=12", "--trainer.val_check_interval=0.5"], 9, 5),
+    ],
+)
+def test_a_killed_run_resumes_from_the_middle_of_an_epoch(
+    flags: list[str], step: int, left: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    flags = [*SHORT, *flags, SAVING]
+    monkeypatch.setattr("zoo.tasks.run.OVERHEAD", 1e9)  # so that only steps ask for states
+    fit(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", kill_at(step))
+        assert in_child(lambda: fit(tmp_path / "run", *flags)) == -signal.SIGKILL
+    assert state(tmp_path / "run" / STATE)["global_step"] == left
+    fit(tmp_path / "run", *flags, f"--ckpt_path={tmp_path}/run/{STATE}")
+    assert difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) is None
+
+
+def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path: Path):
+    flags = [*SHORT, "--trainer.limit_train_batches=12", "--save.every_n_train_steps=3", "--save.keep=3"]
+    fit(tmp_path, *flags)
+    names = sorted(path.name for path in (tmp_path / "resume").iterdir())
+    assert names == ["last.ckpt", "step-000000018.ckpt", "step-000000021.ckpt", "step-000000024.ckpt"]
+    wanted = weights(tmp_path)
+    assert (tmp_path / STATE).read_bytes() == (tmp_path / "resume" / names[-1]).read_bytes()
+    fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000018.ckpt", "--trainer.max_steps=20")
+    # The states of later steps belonged to the run before.
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == [
+        *names[:2],
+        "step-000000020.ckpt",
+    ]
+    fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000018.ckpt", "--trainer.max_steps=-1")
+    assert difference(weights(tmp_path), wanted) is None
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == names
+
+
+def test_minutes_ask_for_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("zoo.tasks.run.OVERHEAD", 1e9)
+    flags = [*SHORT, "--trainer.limit_train_batches=6", "--trainer.max_epochs=1"]
+    for minutes, found in ((1e-9, True), (0.0, False), (10.0, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "on_train_batch_start", kill_at(5))
+            given = f"--save.every_n_minutes={minutes}"
+            assert in_child(lambda given=given: fit(tmp_path / given, *flags, given)) == -signal.SIGKILL
+        assert (tmp_path / given / STATE).exists() == found
+
+
+@pytest.mark.parametrize("flag", ["every_n_train_steps=-1", "every_n_minutes=-0.5", "keep=0"])
+def test_bad_options(flag: str, tmp_path: Path):
+    backbone = [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()]
+    name, value = flag.split("=")
+    said = refused("classify", "fit", *backbone, f"--trainer.default_root_dir={tmp_path}", f"--save.{flag}")
+    assert said == f"save.{name} must be >= {int(name == 'keep')}, got {value}"
+
+
+def test_weights_that_are_not_finite_are_in_no_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    plain = Task.on_train_batch_end
+
+    def spoil(self: Any, *arguments: Any) -> None:
+        plain(self, *arguments)
+        if self.global_step == 2 * EVERY:
+            self.model.head.bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Task, "on_train_batch_end", spoil)
+    with pytest.raises(SystemExit, match="the weights are NaN or infinite after step 9"):
+        fit(tmp_path, *SHORT, SAVING)
+    assert state(tmp_path / STATE)["global_step"] == EVERY
+
+
+# Kills at random moments, in every task
+
+TINY: dict[str, list[str]] = {
+    "classify": [
+        *(f"--model.backbone.{field}={value}" for field, value in (BACKBONE | {"patch": 4, "image": 8}).items()),
+        *["--model.backbone.classes=10", "--data.dataset=digits", "--data.size=8", "--data.batch=64", *PLAIN_FLAGS],
+    ],
+    "transcribe": [
+        *["--model.backbone.name=squeezeformer_xs", "--model.backbone.dim=16", "--model.backbone.depth=2"],
+        *[
+            "--model.backbone.heads=2",
+            "--data.dataset=synthetic",
+            "--data.tokenizer=characters",
+            "--data.batch=8",
+            "--trainer.limit_train_batches=20",
+        ],
+    ],
+    "detect": [
+        "--model.backbone.name=rtdetr_micro",
+        "--model.backbone.trunk=flash_internimage_t(dim=(8, 8, 16, 16), depth=(1, 1, 1, 1), heads=(1, 1, 2, 2))",
+        *["--model.backbone.dim=16", "--model.backbone.depth=2", "--model.backbone.heads=2", "--data.batch=4"],
+        *["--model.backbone.queries=12", "--data.dataset=shapes", "--data.size=64", "--trainer.limit_train_batches=20"],
+    ],
+    "generate": [
+        *["--model.backbone.name=dit_micro", "--model.backbone.depth=1", "--model.backbone.dim=16"],
+        *["--model.backbone.heads=2", "--data.dataset=digits", "--data.size=8", "--data.channels=1"],
+        "--data.batch=64",
+    ],
+}
+
+
+class Log:
+    """A file that survives a kill, with the steps that were trained and the batches that were drawn."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, *values: Any) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read(self, kind: str) -> list[Any]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [values[1:] for values in map(json.loads, lines) if values[0] == kind]
+
+
+def logged(monkeypatch: pytest.MonkeyPatch, path: Path) -> Log:
+    log, drawn, started = Log(path), Batches.__iter__, Task.on_train_batch_start
+
+    def draw(self: Any) -> Any:
+        place = self.skip
+        for number, keys in enumerate(drawn(self), place):
+            if getattr(self.sampler, "training", True):
+                log.add("batch", keys[0][0], number, [key[1] for key in keys])
+            yield keys
+
+    def start(self: Task, batch: Any, batch_idx: int) -> None:
+        log.add("step", self.global_step)
+        started(self, batch, batch_idx)
+
+    monkeypatch.setattr(Batches, "__iter__", draw)
+    monkeypatch.setattr(Task, "on_train_batch_start", start)
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TINY)
+def test_kills_at_any_moment(task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """ZOO_TEST_KILLS=1 kills 25 runs of each task; else three."""
+    times = 25 if os.environ.get("ZOO_TEST_KILLS") else 3
+    common = [*(f"--trainer.{flag}" for flag in QUIET), "--trainer.logger=false", "--trainer.limit_val_batches=1"]
+    common += ["--trainer.max_epochs=4", "--model.average=0.9", "--model.warmup=1", "--data.workers=0", SAVING]
+
+    def run(folder: Path, *flags: str) -> None:
+        with monkeypatch.context() as patch:
+            logged(patch, folder.with_suffix(".log"))
+            main([task, "fit", *TINY[task], *common, f"--trainer.default_root_dir={folder}", *flags])
+
+    start = time.monotonic()
+    assert in_child(lambda: run(tmp_path / "whole")) == 0
+    wanted, length = weights(tmp_path / "whole"), time.monotonic() - start
+    whole = {(epoch, place): keys for epoch, place, keys in Log(tmp_path / "whole.log").read("batch")}
+    seed = time.time_ns()
+    print("seed", seed)
+    moments, repeated = random.Random(seed), []
+    for number in range(times):
+        folder, log = tmp_path / f"{number}", Log(tmp_path / f"{number}.log")
+        for _ in range(2):  # killed twice, the second time after it was resumed
+            done = [step for (step,) in log.read("step")]
+            resume = [f"--ckpt_path={folder}/{STATE}"] if (folder / STATE).exists() else []
+            most = (number + moments.random()) / times * length
+            in_child(lambda folder=folder, resume=resume: run(folder, *resume), most)
+            again = [step for (step,) in log.read("step")][len(done) :]
+            if done and again:
+                repeated.append(done[-1] + 1 - again[0])
+        done = [step for (step,) in log.read("step")]
+        resume = [f"--ckpt_path={folder}/{STATE}"] if (folder / STATE).exists() else []
+        assert in_child(lambda folder=folder, resume=resume: run(folder, *resume)) == 0
+        again = [step for (step,) in log.read("step")][len(done) :]
+        if done and again:
+            repeated.append(done[-1] + 1 - again[0])
+        assert difference(weights(folder), wanted) is None, number
+        # The batches that made the final weights: the last drawn at each place. Every sample came once in an epoch.
+        drawn = {(epoch, place): keys for epoch, place, keys in log.read("batch")}
+        assert drawn.items() >= whole.items()
+        epochs = defaultdict[int, list[int]](list)
+        for (epoch, _), keys in drawn.items():
+            epochs[epoch] += keys
+        assert all(len(keys) == len({*keys}) for keys in epochs.values())
+    print(f"{task}: {len(repeated)} kills that repeated steps: {sorted(repeated)}")
+    # One more than EVERY where the last state was still being written.
+    assert max(itertools.chain([0], repeated)) <= EVERY + 1
