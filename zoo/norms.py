@@ -162,7 +162,7 @@ class DyT(Norm):
 
     def __init__(self, dim: int, place: Place = ANYWHERE, *, alpha: float = 0.5) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -278,7 +278,7 @@ class RepBN(BatchNorm):
         self, dim: int, place: Place = ANYWHERE, *, alpha: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
         super().__init__(dim, place, eps=eps, momentum=momentum)
-        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
 
     def whole(self, x: Tensor) -> Tensor:
         return torch.addcmul(super().whole(x), x, self.alpha.to(x.dtype))

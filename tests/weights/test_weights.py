@@ -244,7 +244,7 @@ def test_card(folder, monkeypatch):
 
 
 # The names in a checkpoint. A change here breaks every checkpoint that exists: write a migration, and raise FORMAT.
-NORM = {"weight": [16], "bias": [16], "alpha": [], "running_mean": [16], "running_var": [16], "blend": []}
+NORM = {"weight": [16], "bias": [16], "alpha": [1], "running_mean": [16], "running_var": [16], "blend": []}
 NORM |= {"layernorm.weight": [16], "layernorm.bias": [16]}
 PINNED = {
     "stem.conv.weight": [16, 3, 8, 8],

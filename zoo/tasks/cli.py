@@ -61,11 +61,8 @@ class Command(LightningCLI):
         more = {} if subcommand == "fit" else {"verbose": self.verbose}
         return super()._prepare_subcommand_kwargs(subcommand) | more
 
-    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **options: Any) -> Any:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
-        if subcommand == "fit":
-            parser.add_class_arguments(Saving, "save")
-        return parser
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_class_arguments(Saving, "save")  # also where nothing is saved: the config of a run has it
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

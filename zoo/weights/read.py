@@ -125,7 +125,8 @@ def _build(config: Config, fused: bool, tensors: dict[str, Tensor], path: Path) 
 
 
 def _laid_out(tensor: Tensor, place: Tensor) -> Tensor:
-    """The tensor with the strides of its place in the model, such as those of channels last."""
+    """The tensor with the shape and strides of its place in the model, such as those of channels last."""
+    tensor = tensor.view(place.shape)
     if tensor.stride() == place.stride():
         return tensor
     return torch.empty_like(place, dtype=tensor.dtype, device="cpu").copy_(tensor)
@@ -147,7 +148,7 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
     wrong += [f"{name!r} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         got, want = tensors[name], wanted[name]
-        if got.shape != want.shape:
+        if got.shape != want.shape and not (got.ndim == 0 and want.shape == (1,)):  # alpha of norms was a scalar once
             wrong.append(f"{name!r} has shape {list(got.shape)}, expected {list(want.shape)}")
         elif got.dtype != want.dtype and not (want.is_floating_point() and got.dtype in FLOATS):
             wrong.append(f"{name!r} has dtype {got.dtype}, expected {want.dtype}")
