@@ -90,7 +90,7 @@ class Output(ProgressBar):
         if not trainer.is_global_zero:
             return
         inputs, unit = pl_module.data.example()
-        cost = readable_count(multiply_adds(pl_module.model, inputs))
+        cost = readable_count(multiply_adds(next(iter(pl_module.undivided), pl_module.model), inputs))
         size = f"{count_parameters(pl_module.model):,} parameters, {cost} multiply-adds for {unit}"
         batches = trainer.num_training_batches
         each = counted(int(batches), "batch", "batches") if batches < float("inf") else "any number of batches"

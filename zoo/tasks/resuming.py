@@ -69,7 +69,7 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
         state["param_groups"] = groups
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, moments in state["state"].items():
-            usual = parameters[number].detach()
+            usual = torch.empty(parameters[number].shape, dtype=parameters[number].dtype, device="meta")
             form = {"step": torch.zeros(()), "exp_avg": usual, "exp_avg_sq": usual}
             require(moments, form, f"optimizer_states.state.{number}")
     for number, config in enumerate(trainer.lr_scheduler_configs):

@@ -168,9 +168,9 @@ class Keep(Checkpoint):
         # While a layer still changes its form, the model is not yet the final one.
         if unfinished(pl_module.measured) or (self.best and self.sign * value <= self.sign * self.best.value):
             return
-        self.best = self.latest
-        if trainer.is_global_zero:
-            self.waiting = copied(pl_module.measured).cpu()
+        self.best, found = self.latest, pl_module.whole()
+        if trainer.is_global_zero and found is not None:
+            self.waiting = copied(found).cpu()
 
     def due(self, trainer: lightning.Trainer, batch_idx: int = 0) -> bool:
         """Whether steps or minutes ask for a state; the same on every rank, which talk about minutes now and then."""
@@ -216,7 +216,7 @@ class Keep(Checkpoint):
         if last:
             now = Score(math.nan, "", trainer.current_epoch, trainer.global_step)
             found = self.latest if self.latest and self.latest.step == now.step else now
-            self.save(trainer, pl_module, "last", pl_module.measured, found)
+            self.save(trainer, pl_module, "last", pl_module.whole(), found)
             self.ended = trainer.global_step
         if state:
             self.place = place

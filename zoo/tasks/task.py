@@ -20,13 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from zoo.config import Config
 from zoo.data.loading import DataModule
 from zoo.data.sampling import global_seed, reseed
-from zoo.layer import advance
+from zoo.layer import advance, copied
 from zoo.models import create_model
 from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
+from zoo.tasks.sharding import FSDP2, gathered
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
 from zoo.weights.trunks import misfits
@@ -146,6 +147,8 @@ class Task(lightning.LightningModule):
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
         self.loaded: dict[str, Any] | None = None  # the state that is being restored
+        self.former: dict[str, int] | None = None  # how it divided an epoch
+        self.undivided: tuple[nn.Module, ...] = ()  # a copy of a model that is divided over ranks, hidden in a tuple
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
     def built(self, backbone: dict[str, Any], labels: Any = None) -> Model:
@@ -184,6 +187,15 @@ class Task(lightning.LightningModule):
         if self.decay:
             self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True, exclude_buffers=True)
             self.average.requires_grad_(False)
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if self.undivided or not isinstance(strategy, FSDP2):
+            return
+        self.undivided = (copied(self.measured).cpu(),)
+        for model in (self.model, self.average and self.average.module, self.alignment):
+            if model is not None:
+                strategy.shard(model)
 
     def setup(self, stage: str) -> None:
         data = self.data
@@ -233,6 +245,10 @@ class Task(lightning.LightningModule):
     def measured(self) -> nn.Module:
         """The model that is evaluated and saved: the averaged copy if there is one."""
         return self.model if self.average is None else self.average.module
+
+    def whole(self) -> nn.Module | None:
+        """`measured`; if it is divided over ranks, gathered on the first of them, and None on the others."""
+        return gathered(self.measured, *self.undivided) if self.undivided else self.measured
 
     @property
     def fitting(self) -> bool:
@@ -305,6 +321,13 @@ class Task(lightning.LightningModule):
             loop.epoch_loop.restarting = False
         done = loop.epoch_loop.batch_progress.current.completed
         if loop.restarted_mid_epoch and done < loop.max_batches:
+            now = self.division()
+            if changed := [name for name in now if self.former and now[name] != self.former[name]]:
+                name = changed[-1]
+                raise ValueError(
+                    f"--ckpt_path was written in the middle of an epoch of {self.former[name]} {name}, and now there are "
+                    f"{now[name]}; resume with as many, or from a state at the end of an epoch"
+                )
             loader: Any = self.trainer.train_dataloader
             loader.batch_sampler.skip = done
 
@@ -356,6 +379,8 @@ class Task(lightning.LightningModule):
         self.averaged_step = self.trainer.global_step
         self.advance()
         if self.average is not None:
+            if self.undivided:
+                self.average.module.reshard()  # pyright: ignore[reportCallIssue] (a validation leaves it gathered)
             self.average.update(self.model, step=self.trainer.global_step)
         if self.progress == 1.0:  # also in the middle of an epoch: Lightning then validates before it ends
             self.trainer.should_stop, self.trainer.check_val_every_n_epoch = True, None
@@ -394,10 +419,21 @@ class Task(lightning.LightningModule):
         if "epoch_loss" in checkpoint:
             require(checkpoint["epoch_loss"], self.epoch_loss(), "epoch_loss")
             self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
-        self.loaded = checkpoint if self.trainer.state.fn == TrainerFn.FITTING else None
+        self.former = checkpoint.get("division")
+        if self.former is not None:
+            require(self.former, {"batches": 0, "ranks": 0}, "division")
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.restore_checkpoint_after_setup:
+            restore_optimizers(checkpoint, self.trainer)
+        elif self.trainer.state.fn == TrainerFn.FITTING:
+            self.loaded = checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_loss"] = self.epoch_loss()
+        checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
+
+    def division(self) -> dict[str, int]:
+        """How an epoch is divided: the batches of a rank, and the ranks."""
+        loader: Any = self.trainer.train_dataloader
+        return {"batches": len(loader.batch_sampler), "ranks": self.trainer.world_size}
 
     def epoch_loss(self) -> dict[str, Any]:
         """The sum of the losses of this epoch, and their number."""

@@ -1,0 +1,90 @@
+"""FSDP2 by Lightning: parameters, gradients and moments in equal parts on the ranks, a block at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard, register_fsdp_forward_method
+
+from zoo.block import Block
+
+CALLED = ("features", "encode", "tokens")  # methods of models that tasks call beside forward
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class FSDP2(ModelParallelStrategy):
+    """`--trainer.strategy=fsdp2`: every rank holds a part of each block and gathers one block at a time.
+
+    States and checkpoints are those of a run in one process, gathered on the first rank.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, model: nn.Module) -> None:
+        """Divides the parameters of a model over the ranks, each block on its own."""
+        mesh = self.device_mesh["data_parallel"]
+        for module in model.modules():
+            if isinstance(module, Block):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for name in CALLED:
+            if callable(getattr(type(model), name, None)):
+                register_fsdp_forward_method(model, name)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=WHOLE)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        module: Any = self.lightning_module
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
+            set_optimizer_state_dict(module, optimizer, named, options=WHOLE)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2: parameters divided over the ranks by blocks")
+
+
+def gathered(model: nn.Module, copy: nn.Module) -> nn.Module | None:
+    """A sharded model on the CPU of the first rank, None on the others; all ranks have to call it.
+
+    Args:
+        model: a model that `FSDP2.shard` has divided.
+        copy: a copy of it from before, which takes its weights on the first rank.
+    """
+    state = get_model_state_dict(model, options=WHOLE)
+    if torch.distributed.get_rank() != 0:
+        return None
+    copy.load_state_dict(state, assign=True)
+    return copy
