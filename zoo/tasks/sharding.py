@@ -13,7 +13,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import OptimStateKeyType, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from zoo.block import Block
 
@@ -44,10 +46,11 @@ class FSDP2(ModelParallelStrategy):
         for module in model.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # What is outside of the blocks stays gathered until backward, for a head that is called on its own.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
         for name in CALLED:
             if callable(getattr(type(model), name, None)):
-                register_fsdp_forward_method(model, name)
+                _gather_in(model, name)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -65,12 +68,25 @@ class FSDP2(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         module: Any = self.lightning_module
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
+            named = FSDP1.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
             set_optimizer_state_dict(module, optimizer, named, options=WHOLE)
 
     def teardown(self) -> None:
         super().teardown()
         self.checkpoint_io.teardown()
+
+
+def _gather_in(model: Any, name: str) -> None:
+    """Makes a method gather the parameters as forward does, unless forward has called it."""
+    plain = getattr(model, name)
+    register_fsdp_forward_method(model, name)
+    gathering, state = getattr(model, name), model._get_fsdp_state()
+
+    def either(*arguments: Any, **options: Any) -> Any:
+        inside = state._training_state == TrainingState.FORWARD
+        return (plain if inside else gathering)(*arguments, **options)
+
+    setattr(model, name, either)
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2: parameters divided over the ranks by blocks")

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -322,10 +323,11 @@ class Task(lightning.LightningModule):
         done = loop.epoch_loop.batch_progress.current.completed
         if loop.restarted_mid_epoch and done < loop.max_batches:
             now = self.division()
-            if changed := [name for name in now if self.former and now[name] != self.former[name]]:
+            former = self.former or now
+            if changed := [name for name in now if now[name] != former[name]]:
                 name = changed[-1]
                 raise ValueError(
-                    f"--ckpt_path was written in the middle of an epoch of {self.former[name]} {name}, and now there are "
+                    f"--ckpt_path was written in the middle of an epoch of {former[name]} {name}, and now there are "
                     f"{now[name]}; resume with as many, or from a state at the end of an epoch"
                 )
             loader: Any = self.trainer.train_dataloader
@@ -472,5 +474,6 @@ class Task(lightning.LightningModule):
         return "skipped in"
 
     def no_loss(self) -> Tensor:
-        """A loss of 0 that depends on every parameter, for a batch without samples."""
-        return torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() * 0.0
+        """A loss of 0 that depends on every parameter that is not divided, for a batch without samples."""
+        whole = [parameter for parameter in self.model.parameters() if not isinstance(parameter, DTensor)]
+        return torch.stack([parameter.sum() for parameter in whole]).sum() * 0.0

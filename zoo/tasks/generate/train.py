@@ -179,8 +179,12 @@ class Generate(Task):
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, self.labels_of(batch)
         config: Any = self.config
-        if len(images) == 0:
+        empty = len(images) == 0
+        if empty and not self.undivided:
             return self.no_loss()
+        if empty:  # the other ranks wait for this one's part of the model
+            images = images.new_zeros(1, *images.shape[1:])
+            labels = None if labels is None else labels.new_zeros(1)
         times, until = self.objective.draw(len(images), config.schedule, images.device, config.until)
         noise = torch.randn_like(images)
         if labels is not None:
@@ -195,8 +199,8 @@ class Generate(Task):
             apart = self.apart(seen[-1], images)
         self.remember(losses, times)
         loss = (losses if until is None else balanced(losses, images[0].numel())).mean() + apart
-        self.log("train/loss", self.checked(loss))
-        return loss
+        self.log("train/loss", self.checked(loss * 0.0 if empty else loss))
+        return loss * 0.0 if empty else loss
 
     def apart(self, seen: tuple[Tensor, Context], images: Tensor) -> Tensor:
         """The weighted loss of a block's output to the teacher's features of the images without noise."""
@@ -255,7 +259,7 @@ class Generate(Task):
         if not self.trainer.sanity_checking:
             self.conclude((sums / counts).tolist(), int(counts.sum()))
         if self.fitting and self.show:
-            self.draw()
+            self.draw(self.alone())
 
     def conclude(self, means: list[float], number: int) -> None:
         """Logs the mean loss of each part of 0..1, and the mean of these, and says it."""
@@ -270,14 +274,19 @@ class Generate(Task):
             spans = [f"{each / BUCKETS:.3f} to {(each + 1) / BUCKETS:.3f}" for each in range(BUCKETS)]
             lines = [f"time {span}  {value:.4f}" for span, value in zip(spans, means, strict=True)]
             self.said = "\n".join([*lines, self.said])
-            self.compare(part)
+            self.compare(part, self.alone())
+
+    def alone(self) -> Any:
+        """The measured model on the first rank, which uses it without the others."""
+        whole = self.whole()
+        return whole and whole.to(self.device)
 
     @rank_zero_only
-    def compare(self, part: str) -> None:
-        """Draws samples, logs how they compare with images, and says it."""
+    def compare(self, part: str, model: Any) -> None:
+        """Draws samples of a model, logs how they compare with images, and says it."""
         if self.evaluator is None:
             return
-        figures = self.evaluator.measure(self.measured, self.data, part, self.output)
+        figures = self.evaluator.measure(model, self.data, part, self.output)
         for metric, values in figures.values.items():
             named = {f"{part}/{metric}_{column}": value for column, value in values.items()}
             self.log_dict(named, rank_zero_only=True)
@@ -285,8 +294,8 @@ class Generate(Task):
         self.said = "\n".join([self.said, *figures.lines()])
 
     @rank_zero_only
-    def draw(self) -> None:
-        """Draws a grid of samples, and writes it into the run's folder as samples/NUMBER.png; a row for each class."""
+    def draw(self, model: Any) -> None:
+        """Draws a grid of samples of a model, a row for each class, as samples/NUMBER.png in the run's folder."""
         preprocess = self.data.preprocess
         if self.decoder is None:
             try:
@@ -304,11 +313,11 @@ class Generate(Task):
         side = (preprocess.size,) * 2
         guidance = self.guidance if config.classes else None
         indices = range(rows * self.show)
-        training = self.measured.training
+        training = model.training
         try:
-            made = sample(self.measured.eval(), labels, indices, side, steps=self.steps, guidance=guidance)
+            made = sample(model.eval(), labels, indices, side, steps=self.steps, guidance=guidance)
         finally:
-            self.measured.train(training)
+            model.train(training)
         image = grid(to_bytes(made.x, preprocess, self.decoder), self.show)
         folder = Path(self.trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)

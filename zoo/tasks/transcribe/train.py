@@ -238,8 +238,8 @@ class Transcribe(Task):
         measured = kind == BETWEEN or (kind != UNREADABLE and stage == "validation")
         return "omitted from a loss in" if measured else "skipped in"
 
-    def losses(self, logits: Tensor, lengths: Tensor, tokens: list[list[int]]) -> Tensor:
-        """The CTC loss, or that of RNN-T, of each utterance: [B]."""
+    def losses(self, logits: Tensor, lengths: Tensor, tokens: list[list[int]], head: Any) -> Tensor:
+        """The CTC loss of each utterance, or that of RNN-T with the joint network of `head`: [B]."""
         device = logits.device
         sizes = torch.tensor([len(each) for each in tokens])
         targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in tokens], batch_first=True).to(device)
@@ -250,7 +250,7 @@ class Transcribe(Task):
         from torchaudio.functional import rnnt_loss
 
         logits = logits[:, : int(lengths.max())]  # the longest clip of the batch may have been omitted
-        made = self.model.head(logits, targets).float()  # pyright: ignore[reportOptionalCall]
+        made = head(logits, targets).float()
         return rnnt_loss(made, targets.int(), lengths.int(), sizes.to(device).int(), blank, reduction="none")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -269,7 +269,8 @@ class Transcribe(Task):
         made = self.model.encode(features, lengths, self.visible(), (*self.intermediate, -1))
         real = [each.lengths for each in made]
         logits = [self.model.logits(each.tokens) for each in made]
-        losses = [self.losses(each, number, tokens) for each, number in zip(logits, real, strict=True)]  # pyright: ignore
+        head = self.model.head
+        losses = [self.losses(each, number, tokens, head) for each, number in zip(logits, real, strict=True)]  # pyright: ignore
         loss = losses[-1].mean()
         if self.intermediate:
             fits = self.fitting_frames(real[:-1], tokens, [batch.names[index] for index in kept])
@@ -345,7 +346,7 @@ class Transcribe(Task):
                 rows.append(row)
             self.with_loss.update(len(tokens))
             if tokens:
-                self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens))
+                self.mean_loss.update(self.losses(logits[kept], lengths[kept], tokens, head))
         self.spoken.update(torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, 5))
 
     def on_validation_epoch_end(self) -> None:
