@@ -47,7 +47,7 @@ def add_rows(path: Path, result: Mapping[str, Any]) -> None:
             table.writerow([values[column] for column in COLUMNS])
         content, before = text.getvalue().encode(errors="backslashreplace"), file.seek(0, os.SEEK_END)
         try:
-            if file.write(content) < len(content):
+            if os.write(file.fileno(), content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             file.truncate(before)  # a disk that became full keeps a part of a row
