@@ -28,6 +28,7 @@ from killing import (
     whole_of,
 )
 from zoo.__main__ import main
+from zoo.data.generation import WholeImages
 
 pytestmark = pytest.mark.slow
 
@@ -112,13 +113,21 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    """Images are read without worker processes, whose shared memory would be limited too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WholeImages, "processes", lambda self, files: 0)
+        yield
+
+
 @pytest.fixture(scope="module", params=["sample", "predict", "encode"])
 def command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Writing:
     home, name = tmp_path_factory.mktemp("writing"), request.param
     root = images(home / "images", {"train": 2, "val": 1}, 8)
     if name == "encode":
         vae = autoencoder(home / "vae")
-        return Writing(home, [], [name, f"--root={root}", f"--decoder={vae}", "--size=16", "--shard=2", "--workers=1"])
+        return Writing(home, [], [name, f"--root={root}", f"--decoder={vae}", "--size=16", "--shard=2"])
     given = [name, generator(home / "model"), "--steps=2"]
     if name == "sample":
         return Writing(home, [*given, "--classes=3,5", "--each=3"], [*given, "--classes=8", "--each=2"])
