@@ -23,14 +23,16 @@ Run = Callable[..., None]
 
 
 def in_child(action: Callable[[], None], most: float | None = None) -> int:
-    """Runs action in a forked process, killed after `most` seconds; its exit status, negative for a signal."""
+    """Runs action in a forked process, killed after `most` seconds; its exit status, negative for a signal,
+    3 for an error with a traceback."""
     child = os.fork()
     if child == 0:
-        status = 1
+        status = 3
         try:
             torch.set_num_threads(1)
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1), os.dup2(null, 2)
+            for stream in (1, 2):
+                os.dup2(null, stream)
             action()
             status = 0
         except SystemExit as stop:
