@@ -70,7 +70,7 @@ def test_many_processes_at_once(tmp_path: Path):
 
     def work(number: int) -> None:
         sys.setswitchinterval(1e-6)
-        for turn in range(60):
+        for turn in range(200):
             with aside(tmp_path) as folder:
                 (folder / "part").write_text(f"{number}")
                 os.replace(folder / "part", folder / "whole")

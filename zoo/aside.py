@@ -33,7 +33,8 @@ def aside(place: str | os.PathLike[str]) -> Iterator[Path]:
             lock.acquire(blocking=False)
             (folder / FILES).mkdir()
             break
-        except (Timeout, FileNotFoundError):  # another process took it for that of a dead one, before it was locked
+        except (Timeout, FileNotFoundError, FileExistsError):
+            # Another process took it for that of a dead one, before it was locked, and may still remove it.
             lock.release()
         except BaseException:
             lock.release()
