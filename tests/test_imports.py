@@ -17,7 +17,7 @@ import zoo
 ROOT = Path(zoo.__file__).parent
 # Each line may import from itself and the lines above it.
 LAYERS = [
-    ["spec", "tensors", "text"],
+    ["aside", "spec", "tensors", "text"],
     ["quick"],
     ["spelling"],
     ["layer", "cache", "schedules"],

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sweeps.cells import COST, OWN, Cell, Result, cells_of, grid_of, option, result_of, taken, train
 from sweeps.table import draw, markdown, table
+from zoo.aside import aside
 from zoo.text import one_line
 
 PAUSE = 5.0  # seconds between looks at cells that another worker trains
@@ -123,9 +124,9 @@ def check_command(home: Path, words: Sequence[str]) -> None:
     home.mkdir(parents=True, exist_ok=True)
     path, text = home / "training.txt", "\n".join(words) + "\n"
     if not path.exists():
-        aside = home / f".new.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)  # another worker never reads a part of it
+        with aside(home) as folder:
+            (folder / path.name).write_text(text, encoding="utf-8")
+            os.replace(folder / path.name, path)  # another worker never reads a part of it
     if path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{home} holds a sweep of another training (see {path}); choose another --output")
 
@@ -165,10 +166,9 @@ def results(cells: Sequence[Cell], home: Path) -> dict[Cell, Result]:
 
 def write(home: Path, found: dict[Cell, Result], title: str, command: str) -> None:
     """Writes results.csv, README.md and results.png, each aside and renamed into place."""
-    aside = home / f".new.{os.getpid()}"
-    for name, text in {"results.csv": table(found), "README.md": markdown(found, title, command)}.items():
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, home / name)
-    image = aside.with_suffix(".png")
-    draw(found, title, image)
-    os.replace(image, home / "results.png")
+    with aside(home) as folder:
+        for name, text in {"results.csv": table(found), "README.md": markdown(found, title, command)}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        draw(found, title, folder / "results.png")
+        for name in os.listdir(folder):
+            os.replace(folder / name, home / name)

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from killing import in_child
+from killing import STATE, in_child, weights
 from training import BACKBONE, PLAIN_FLAGS, QUIET, difference, fit, refused, state
 from zoo.__main__ import main
 from zoo.data.loading import Batches
@@ -23,11 +21,6 @@ from zoo.tasks.task import Task
 SHORT = [*PLAIN_FLAGS, "--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--model.average=0.9"]
 EVERY = 5
 SAVING = f"--save.every_n_train_steps={EVERY}"
-STATE = "resume/last.ckpt"
-
-
-def weights(folder: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_file(folder / name / "model.safetensors") for name in ("last", "best")]
 
 
 def kill_at(step: int) -> Any:

@@ -26,6 +26,7 @@ import zoo.weights.hub
 import zoo.weights.names
 import zoo.weights.read
 from helpers import randomise, rehash
+from zoo.aside import aside
 from zoo.inputs.images import ImagePreprocess
 from zoo.norms import PRepBN
 from zoo.outputs.tokens import train_pieces
@@ -987,14 +988,12 @@ def test_killed(tmp_path, monkeypatch):
     assert seen == {(True, False), (False, False), (True, True)}, "before, between and after the two renames"
 
 
-def test_old_leftovers_are_removed(folder):
-    names = (".good.0000.new", ".good.1111.new", ".better.0000.new")
-    for name in names:
-        shutil.copytree(folder, folder.parent / name)
-    for name in names[1:]:
-        os.utime(folder.parent / name, (0, 0))
-    save(folder)
-    assert sorted(os.listdir(folder.parent)) == [".better.0000.new", ".good.0000.new", "good"]
+def test_leftovers_are_removed_and_a_save_at_the_same_time_is_not(folder):
+    shutil.copytree(folder, folder.parent / ".zoo-0000.new" / "files" / folder.name)
+    with aside(folder.parent) as other:
+        save(folder)
+        assert sorted(os.listdir(folder.parent)) == [other.parent.name, "good"]
+    assert os.listdir(folder.parent) == ["good"]
 
 
 def test_folders_come_before_the_hub(folder, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from zoo.aside import aside
 from zoo.kernels.native import cache_folder
 
 SMALL = 1000
@@ -53,9 +53,9 @@ def measured(paths: Sequence[str], measure: Callable[[str], Any], what: str, sha
         made = numbers(tqdm(pool.map(measure, paths), f"reading {what}", len(paths), unit="file", disable=None))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, made)
-        os.replace(file.name, place)
+        with aside(place.parent) as folder:
+            np.save(folder / place.name, made)
+            os.replace(folder / place.name, place)
     except OSError:  # a home that cannot be written: they are read again the next time
         pass
     return made

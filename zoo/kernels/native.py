@@ -1,6 +1,7 @@
 """C++ sources of this folder, compiled on the machine at first use and kept for the next time."""
 
 import atexit
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -13,6 +14,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from zoo.aside import aside
 from zoo.text import one_line
 
 # The vector types of the sources are those of GCC and Clang.
@@ -66,20 +68,16 @@ def build(source: Path) -> Path:
     path = folder / f"{source.stem}-{key}.so"
     if path.exists():
         return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        work = tempfile.mkdtemp(dir=folder)
-    except OSError:  # a home that cannot be written: compiled in each process
-        work = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, work, ignore_errors=True)
-        path = Path(work) / path.name
-    fresh = Path(work) / "fresh.so"
-    try:
-        _compile(compiler, source, fresh)
-        os.replace(fresh, path)  # atomic, as several processes may do so at once
-    finally:
-        if path.parent != Path(work):
-            shutil.rmtree(work, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(aside(folder))
+        except OSError:  # a home that cannot be written: compiled in each process
+            work = Path(tempfile.mkdtemp())
+            atexit.register(shutil.rmtree, work, ignore_errors=True)
+            path = work / path.name
+        _compile(compiler, source, work / "fresh.so")
+        os.replace(work / "fresh.so", path)  # atomic, as several processes may do so at once
     return path
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.aside import aside
 from zoo.text import plain, reason
 
 if TYPE_CHECKING:
@@ -223,13 +223,13 @@ def write(path: Path, contents: bytes | None) -> None:
         OSError: it cannot be written; no partial file is left.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-            aside = Path(folder, path.name)
-            with open(aside, "wb") as file:
+        with aside(path.parent) as folder:
+            made = folder / path.name
+            with open(made, "wb") as file:
                 file.write(contents or b"")
                 file.flush()
                 os.fsync(file.fileno())
             if contents is not None:
-                os.replace(aside, path)
+                os.replace(made, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {reason(error)}") from error

@@ -10,13 +10,13 @@ import csv
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zoo.aside import aside
 from zoo.text import counted, one_line, plain, reason
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def make_output(folder: Path) -> None:
         raise ValueError(f"--output must be a folder; {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=".predictions-", dir=folder).cleanup()
+        with aside(folder):
+            pass
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {reason(error)}") from error
 
@@ -209,19 +210,19 @@ def write(
         OSError: a file cannot be written; no partial file is left.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".predictions-", dir=output) as folder:
-            aside = [Path(folder, name) for name in names]
+        with aside(output) as folder:
+            made = [folder / name for name in names]
             # What is not Unicode in a file's name is written as \udcff, which is JSON's own form of it.
-            with open(aside[0], "w", encoding="utf-8", errors="backslashreplace") as file:
+            with open(made[0], "w", encoding="utf-8", errors="backslashreplace") as file:
                 json.dump(entries, file, indent=2, ensure_ascii=False, allow_nan=False)
-            with open(aside[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            with open(made[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerows([columns, *([row.get(column) for column in columns] for row in rows or entries)])
-            if draw is None or not _drawn(draw, aside[2]):
-                aside.pop()
-            for path in aside:
+            if draw is None or not _drawn(draw, made[2]):
+                made.pop()
+            for path in made:
                 os.replace(path, output / path.name)
-            return [path.name for path in aside]
+            return [path.name for path in made]
     except OSError as error:
         raise OSError(f"cannot write to {output}: {reason(error)}") from error
 

@@ -1,11 +1,8 @@
 """From a model to a checkpoint's folder: written aside, loaded and probed, and only then renamed into place."""
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.aside import aside
 from zoo.config import Config
 from zoo.inputs import Preprocess
 from zoo.layer import copied
@@ -33,7 +31,6 @@ from zoo.weights.origin import still_true
 from zoo.weights.probe import cost_of, inputs_for, outputs_of, pack
 from zoo.weights.read import read_checkpoint
 
-LEFTOVER = 24 * 3600.0  # seconds after which a folder that a killed save left behind is removed
 PICTURE = "gallery.png"  # of a checkpoint in checkpoints/, drawn by scripts/tables; it is kept
 
 
@@ -160,41 +157,40 @@ def _write(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
     exists = target.exists() or previous_of(target).exists()
     fate = "the previous one is untouched" if exists else "nothing was left behind"
+    made = target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_target(target)
-        _clear(target)
-        aside.mkdir()
-        for name, content in tensors.items():
-            save_file(content, aside / name, metadata={"format": "pt"})
-        written = written | {"files": {name: record(aside / name) for name in tensors}}
-        texts = {
-            "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            "README.md": model_card(config, written, preprocess, target.name),
-        }
-        for name, text in texts.items():
-            # A surrogate from the name of a file becomes \\udcXX, as JSON spells it.
-            (aside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        for name in tensors:
-            shutil.copymode(aside / "config.json", aside / name)  # safetensors lets only the owner read
-        for name in FILES:
-            with open(aside / name, "rb+") as file:
-                os.fsync(file.fileno())
-        if (target / PICTURE).is_file():
-            shutil.copy2(target / PICTURE, aside / PICTURE)
-        sync_folder(aside)
-        read_checkpoint(aside, check=True)
-        _swap(aside, target)
+        with aside(target.parent) as folder:
+            made = folder / target.name
+            made.mkdir()
+            for name, content in tensors.items():
+                save_file(content, made / name, metadata={"format": "pt"})
+            written = written | {"files": {name: record(made / name) for name in tensors}}
+            texts = {
+                "config.json": json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+                "README.md": model_card(config, written, preprocess, target.name),
+            }
+            for name, text in texts.items():
+                # A surrogate from the name of a file becomes \\udcXX, as JSON spells it.
+                (made / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            for name in tensors:
+                shutil.copymode(made / "config.json", made / name)  # safetensors lets only the owner read
+            for name in FILES:
+                with open(made / name, "rb+") as file:
+                    os.fsync(file.fileno())
+            if (target / PICTURE).is_file():
+                shutil.copy2(target / PICTURE, made / PICTURE)
+            sync_folder(made)
+            read_checkpoint(made, check=True)
+            _swap(made, target)
     except CheckpointError as error:
-        why = str(error).replace(str(aside), str(target))
+        why = str(error).replace(str(made), str(target))
         raise ValueError(f"this model cannot be saved, its config does not describe it: {why}; {fate}") from error
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write the checkpoint {target}: {reason(error)}; {fate}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:
@@ -209,22 +205,13 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} holds {other}, so it is not replaced by a checkpoint; choose another folder")
 
 
-def _clear(target: Path) -> None:
-    """Removes leftovers of saves killed long ago."""
-    for entry in target.parent.iterdir():
-        if entry.name.startswith(f".{target.name}.") and entry.suffix == ".new":
-            with contextlib.suppress(OSError):  # another save may be faster
-                if time.time() - entry.stat().st_mtime > LEFTOVER:
-                    shutil.rmtree(entry)
-
-
-def _swap(aside: Path, target: Path) -> None:
+def _swap(made: Path, target: Path) -> None:
     previous = previous_of(target)
     if target.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(target, previous)
     try:
-        os.replace(aside, target)
+        os.replace(made, target)
     except BaseException:
         if previous.exists() and not target.exists():
             os.replace(previous, target)

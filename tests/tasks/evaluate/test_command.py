@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,12 +110,25 @@ def test_a_table_is_only_added_to(tmp_path: Path):
 def test_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A kill leaves all rows of a checkpoint or none."""
     written: list[bytes] = []
-    monkeypatch.setattr("os.write", lambda _, text: written.append(text))
+    monkeypatch.setattr("os.write", lambda _, text: written.append(text) or len(text))
     two = result("a")
     two["figures"] *= 2
     add_rows(tmp_path / "x.csv", two)
     (text,) = written
     assert text.count(b"\n") == 3
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, write = tmp_path / "x.csv", os.write
+    add_rows(path, result("a"))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", lambda place, text: write(place, text[: len(text) // 2]))
+        with pytest.raises(ValueError, match="No space left on device"):
+            add_rows(path, result("b"))
+    assert path.read_bytes() == before
+    add_rows(path, result("b"))
+    assert path.read_bytes().startswith(before) and path.read_bytes() != before
 
 
 def test_help_needs_no_pytorch_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from zoo.aside import aside
 from zoo.inputs.videos import UnreadableVideo, Video
 from zoo.tasks.detect.answers import SIDE, Detector, colours_of, summary
 from zoo.tasks.predicting import fail, say, short
@@ -40,10 +41,11 @@ class Writer:
     def __enter__(self) -> Writer:
         import av
 
-        self._folder = tempfile.TemporaryDirectory(prefix=".video-", dir=self.path.parent)
-        # The name aside is plain: that of the video may not be Unicode.
-        self._aside = Path(self._folder.name, "video.mp4")
-        self._container: Any = av.open(f"file:{self._aside}", "w", format="mp4")
+        with ExitStack() as stack:
+            # The name aside is plain: that of the video may not be Unicode.
+            self._made = stack.enter_context(aside(self.path.parent)) / "video.mp4"
+            self._container: Any = av.open(f"file:{self._made}", "w", format="mp4")
+            self._left = stack.pop_all()
         return self
 
     def add(self, image: Image, time: float) -> None:
@@ -80,12 +82,12 @@ class Writer:
                 self._container.mux(self._stream.encode())
             self._container.close()
             if kind is None and self._stream is not None:
-                os.replace(self._aside, self.path)
+                os.replace(self._made, self.path)
         except Exception as error:
             if kind is None:
                 raise self._error(error) from error
         finally:
-            self._folder.cleanup()
+            self._left.close()
 
     def _error(self, error: Exception) -> OSError:
         return OSError(f"cannot write {self.path}: {reason(error)}")

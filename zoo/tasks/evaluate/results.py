@@ -1,6 +1,7 @@
 """A table of figures that grows: `--output results.csv`."""
 
 import csv
+import errno
 import fcntl
 import io
 import os
@@ -44,9 +45,12 @@ def add_rows(path: Path, result: Mapping[str, Any]) -> None:
             low, high = figure["interval"] or ("", "")
             values = {**result, **figure, "low": low, "high": high}
             table.writerow([values[column] for column in COLUMNS])
+        content, before = text.getvalue().encode(errors="backslashreplace"), file.seek(0, os.SEEK_END)
         try:
-            os.write(file.fileno(), text.getvalue().encode(errors="backslashreplace"))
+            if os.write(file.fileno(), content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            file.truncate(before)  # a disk that became full keeps a part of a row
             raise ValueError(f"cannot write to {path}: {reason(error)}") from error
 
 

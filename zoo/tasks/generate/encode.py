@@ -68,10 +68,13 @@ def main(arguments: list[str]) -> None:
     parts = planned(data, root, output, given, autoencoder)
     files.make_output(output)
     try:
-        with FileLock(output / ".lock", blocking=False):
-            encode(data, parts, output, given, autoencoder)
+        lock = FileLock(output / ".lock").acquire(blocking=False)
     except Timeout:
         raise ValueError(f"another process writes to {output}; wait for it, or choose another --output") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {output}: {reason(error)}") from error
+    with lock:
+        encode(data, parts, output, given, autoencoder)
 
 
 def planned(data: Any, root: Path, output: Path, given: Any, autoencoder: Autoencoder) -> list[Part]:

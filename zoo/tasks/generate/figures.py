@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
+from zoo.aside import aside
 from zoo.data.generation import WholeImages
 from zoo.data.images import as_it_is
 from zoo.data.loading import make_loader
@@ -303,11 +303,11 @@ def write(output: Path, figures: Figures, grids: dict[str, Any]) -> None:
     known = figures.facts | {"figures": figures.values, "omitted": figures.omitted}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".figures-", dir=output) as folder:
+        with aside(output) as folder:
             for name, image in grids.items():
-                image.save(Path(folder, f"{name}.png"))
-            Path(folder, RECORD).write_text(json.dumps(known, indent=2, ensure_ascii=False), encoding="utf-8")
+                image.save(folder / f"{name}.png")
+            (folder / RECORD).write_text(json.dumps(known, indent=2, ensure_ascii=False), encoding="utf-8")
             for file in sorted(os.listdir(folder)):
-                os.replace(Path(folder, file), output / file)
+                os.replace(folder / file, output / file)
     except OSError as error:
         raise OSError(f"cannot write to {output}: {reason(error)}") from error

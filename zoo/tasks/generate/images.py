@@ -194,15 +194,18 @@ def save_image(image: Image, path: Path, facts: dict[str, Any]) -> None:
     image.save(path, pnginfo=text)
 
 
-def replace(folder: str, output: Path, record: str) -> None:
+def replace(folder: Path, output: Path, record: str) -> None:
     """Moves the files of a folder, among them the JSON `record`, to `output`, and removes those that the record of an
-    earlier run lists there and this one has not."""
-    earlier = listed(output / record)
-    made = sorted(os.listdir(folder))
-    for file in made:
-        os.replace(Path(folder, file), output / file)
-    for file in earlier.difference(made):
+    earlier run lists there and this one has not.
+
+    The record is moved after these are removed and before any image, so that at every moment it lists all images
+    there, and the next run removes what one that was killed here has left.
+    """
+    made = sorted(os.listdir(folder), key=lambda file: (file != record, file))
+    for file in sorted(listed(output / record).difference(made)):
         (output / file).unlink(missing_ok=True)
+    for file in made:
+        os.replace(folder / file, output / file)
 
 
 def listed(record: Path) -> set[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.aside import aside
 from zoo.tasks import predicting as files
 from zoo.tasks.generate.sample import add_options, facts, settings, split_classes
 from zoo.tasks.predicting import Parser
@@ -78,19 +78,19 @@ def main(arguments: list[str]) -> None:
         entry |= {"class": name, "label": label}
     batches = [entries[first : first + given.batch] for first in range(0, len(entries), given.batch)]
     try:
-        with tempfile.TemporaryDirectory(prefix=".restored-", dir=output) as folder:
+        with aside(output) as folder:
             rows: list[Tensor] = []
             with tqdm(total=len(batches) * sum(steps), unit="step", ncols=79, disable=None) as bar:
                 for batch in batches:
                     made = restore(model, preprocess, batch, given.times, options | {"watch": bar.update})
-                    save(made, Path(folder), facts(given, options, given.steps, decoder))
+                    save(made, folder, facts(given, options, given.steps, decoder))
                     rows += [images for _, images in made[: max(0, SHOWN - len(rows))]]
             if not rows:
                 raise files.nothing_done(output, entries, "image")
-            grid(torch.cat(rows), 1 + 2 * len(given.times)).save(Path(folder, GRID))
+            grid(torch.cat(rows), 1 + 2 * len(given.times)).save(folder / GRID)
             known = facts(given, options, given.steps, decoder) | {"samples": entries}
             text = json.dumps(known, indent=2, ensure_ascii=False)
-            Path(folder, RECORD).write_text(text, encoding="utf-8", errors="backslashreplace")
+            (folder / RECORD).write_text(text, encoding="utf-8", errors="backslashreplace")
             replace(folder, output, RECORD)
     except OSError as error:
         raise OSError(f"cannot write to {output}: {reason(error)}") from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.aside import aside
 from zoo.tasks import predicting as files
 from zoo.tasks.predicting import Parser, count
 from zoo.text import counted, reason, unknown
@@ -227,16 +227,16 @@ def write(output: Path, known: dict[str, Any], wanted: list[tuple[int, str]], va
 
     entries = []
     try:
-        with tempfile.TemporaryDirectory(prefix=".samples-", dir=output) as folder:
+        with aside(output) as folder:
             for number, ((index, name), each) in enumerate(zip(wanted, values, strict=True)):
                 own = {"index": number, "class": name or None, "label": index if name else None}
                 file = f"{number:05d}.png"
-                save_image(to_image(each), Path(folder, file), known | own)
+                save_image(to_image(each), folder / file, known | own)
                 entries.append(own | {"file": file})
-            grid(values, columns).save(Path(folder, "grid.png"))
+            grid(values, columns).save(folder / "grid.png")
             colour = values.expand(*values.shape[:3], 3) if values.shape[-1] == 1 else values
-            np.savez(Path(folder, "samples.npz"), arr_0=colour.numpy())
-            Path(folder, RECORD).write_text(
+            np.savez(folder / "samples.npz", arr_0=colour.numpy())
+            (folder / RECORD).write_text(
                 json.dumps(known | {"samples": entries}, indent=2, ensure_ascii=False), encoding="utf-8"
             )
             replace(folder, output, RECORD)

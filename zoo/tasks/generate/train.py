@@ -1,6 +1,7 @@
 """Training a generator: `zoo generate fit|validate|test`."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
+from zoo.aside import aside
 from zoo.data.images import Batch
 from zoo.inputs.images import ImagePreprocess, default_statistics
 from zoo.inputs.latents import Autoencoder
@@ -321,7 +323,10 @@ class Generate(Task):
         image = grid(to_bytes(made.x, preprocess, self.decoder), self.show)
         folder = Path(self.trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{self.current_epoch + 1:05d}.png")
+        name = f"{self.current_epoch + 1:05d}.png"
+        with aside(folder) as made:
+            image.save(made / name)
+            os.replace(made / name, folder / name)
         for logger in self.trainer.loggers:
             if (add := getattr(getattr(logger, "experiment", None), "add_image", None)) is not None:  # TensorBoard
                 add("samples", np.atleast_3d(np.asarray(image)), self.trainer.global_step, dataformats="HWC")

@@ -5,11 +5,11 @@ import hashlib
 import io
 import os
 import tarfile
-import tempfile
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from zoo.aside import aside
 from zoo.text import reason
 
 VERSION = "1.30.0"
@@ -89,9 +89,9 @@ def keep(path: Path, archive: bytes) -> None:
     """Writes the archive aside and renames it into place."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".runtime-", dir=path.parent) as folder:
-            aside = Path(folder, path.name)
-            aside.write_bytes(archive)
-            os.replace(aside, path)
+        with aside(path.parent) as folder:
+            made = folder / path.name
+            made.write_bytes(archive)
+            os.replace(made, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {reason(error)}; set ZOO_CACHE to a folder that can be written") from error
