@@ -1,10 +1,11 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all files of a run."""
 
+import os
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from zoo.tasks.arguments import check_path, completed, translated, usual_folder
 from zoo.tasks.output import Output
 from zoo.tasks.quiet import quiet
-from zoo.tasks.resuming import OtherModel, restoring
+from zoo.tasks.resuming import OtherModel, disconnected, restoring
 from zoo.tasks.run import Keep, Run
 from zoo.tasks.states import Saving, States
 from zoo.tasks.stopping import Stop, Stopped
@@ -36,6 +37,7 @@ class Command(LightningCLI):
 
     def __init__(self, *arguments: Any, command: str, verbose: bool, **options: Any):
         self.command, self.verbose, self.changed = command, verbose, dict[str, str]()
+        self.parent = os.getppid()
         try:
             super().__init__(*arguments, **options)
         finally:
@@ -75,12 +77,24 @@ class Command(LightningCLI):
                 raise
             raise ValueError(f"{error.start}: {', '.join(self.changed[name] for name in names)}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            if self.trainer.world_size > 1 and disconnected(error):
+                self.end_without(error)
             if not restoring(error):
                 raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{self.given.ckpt_path} is not a state that this run can be resumed from: {what}"
             ) from error
+
+    def end_without(self, error: BaseException) -> NoReturn:
+        """Ends this rank because another is gone. One rank reports it: the first, or the second if that is gone."""
+        rank = self.trainer.global_rank
+        if rank == 0 or rank == 1 and os.getppid() != self.parent:  # Lightning starts the others from the first
+            way = (
+                "" if self.run is None or not self.run.state.exists() else f"; resume with --ckpt_path={self.run.state}"
+            )
+            raise ConnectionError(f"rank {rank} lost the connection to another rank, which has ended{way}") from error
+        sys.exit(1)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: the configuration is the requested one, not that of a checkpoint."""

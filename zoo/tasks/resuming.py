@@ -1,5 +1,6 @@
 """Whether the state of a run fits the run that is resumed from it."""
 
+import re
 import reprlib
 import traceback
 from typing import Any
@@ -8,6 +9,8 @@ import lightning
 import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from torch import Tensor
+
+LOST = re.compile(r"/gloo/|NCCL|Connection (?:closed|reset|refused)|Broken pipe")  # what the backends say of it
 
 
 class OtherModel(ValueError):
@@ -90,3 +93,8 @@ def restoring(error: BaseException) -> bool:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     found = any(frame.f_globals.get("__name__") in modules and "restore_" in frame.f_code.co_name for frame in frames)
     return found and not isinstance(error, torch.OutOfMemoryError)
+
+
+def disconnected(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import OptimStateKeyType, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from zoo.block import Block
@@ -65,11 +65,31 @@ class FSDP2(ModelParallelStrategy):
         assert self.lightning_module is not None
         set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=WHOLE)
 
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The whole state as the optimizer of one process has it, by numbers of parameters; empty but on one rank."""
+        module: Any = self.lightning_module
+        found: Any = get_optimizer_state_dict(module, getattr(optimizer, "_optimizer", optimizer), options=WHOLE)
+        if not found:
+            return {}
+        number = {name: number for number, name in enumerate(self._named(optimizer))}
+        groups = [{**group, "params": [number[name] for name in group["params"]]} for group in found["param_groups"]]
+        return {"state": {number[name]: state for name, state in found["state"].items()}, "param_groups": groups}
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         module: Any = self.lightning_module
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            named = FSDP1.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, module)
-            set_optimizer_state_dict(module, optimizer, named, options=WHOLE)
+        for optimizer, given in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = self._named(optimizer)
+            state: dict[str, Any] = {"state": {names[number]: state for number, state in given["state"].items()}}
+            state["param_groups"] = [
+                {**group, "params": [names[number] for number in group["params"]]} for group in given["param_groups"]
+            ]
+            set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
+
+    def _named(self, optimizer: Any) -> list[str]:
+        """The names of an optimizer's parameters, in its order."""
+        assert self.lightning_module is not None
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
     def teardown(self) -> None:
         super().teardown()

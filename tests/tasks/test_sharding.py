@@ -1,0 +1,168 @@
+"""Two processes, by DDP and by FSDP2, against one process with twice the batch; their kills, and what they leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from killing import STATE
+from training import BACKBONE, PLAIN_FLAGS, difference, refused, state
+from zoo.weights import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+PATCHED = """
+import os, signal, sys
+import torch
+from zoo.__main__ import main
+from zoo.tasks.task import Task
+
+torch.set_num_threads(1)
+plain = Task.on_train_batch_end
+kill = os.environ.get("KILL", "").split()
+
+def note(self, outputs, batch, batch_idx):
+    plain(self, outputs, batch, batch_idx)
+    loss = outputs["loss"].detach()
+    loss = self.all_gather(loss).mean() if self.trainer.world_size > 1 else loss
+    if self.global_rank == 0:
+        print("loss", float(loss), flush=True)
+    if kill and self.global_step == int(kill[1]):
+        if self.global_rank == 0:
+            self.trainer.strategy.checkpoint_io.wait()
+        self.trainer.strategy.barrier()
+        if self.global_rank == int(kill[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+Task.on_train_batch_end = note
+main(sys.argv[1:])
+"""
+
+COMMON = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_epochs=2", "--data.workers=0"]
+COMMON += ["--trainer.limit_train_batches=10", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
+COMMON += ["--model.average=0.9", "--model.warmup=0.2", "--trainer.gradient_clip_val=5.0"]
+SMALL = ["--model.backbone.dim=16", "--model.backbone.depth=2", "--model.backbone.heads=2"]
+SPEECH = ["--data.dataset=synthetic", "--data.tokenizer=characters", "--data.batch=8", "--model.backbone.dropout=0"]
+TRUNK = "flash_internimage_t(dim=(8, 8, 16, 16), depth=(1, 1, 1, 1), heads=(1, 1, 2, 2))"
+TASKS = {
+    "classify": [
+        *(f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()),
+        *["--model.backbone.norm=prepbn", "--model.refresh=2", "--model.mixup=0", "--model.cutmix=0"],
+        *["--data.dataset=synthetic", "--data.size=16", "--data.batch=16", "--model.rate=1e-2", *PLAIN_FLAGS],
+    ],
+    "generate": [
+        *["--model.backbone.name=dit_micro", *SMALL, "--data.dataset=digits", "--data.size=8", "--data.channels=1"],
+        *["--data.batch=16", "--model.rate=1e-2", "--model.show=1", "--model.steps=2"],
+    ],
+    "transcribe": ["--model.backbone.name=squeezeformer_xs", *SMALL, *SPEECH, "--model.backbone.norm=prepbn"],
+    "transducer": [
+        *["--model.backbone.name=conformer_s", "--model.backbone.head=transducer(hidden=16)", *SMALL, *SPEECH],
+    ],
+    "detect": [
+        *["--model.backbone.name=rtdetr_micro", f"--model.backbone.trunk={TRUNK}", *SMALL, "--data.batch=4"],
+        *["--model.backbone.queries=12", "--data.dataset=shapes", "--data.size=64"],
+    ],
+}
+
+
+def train(case: str, folder: Path, *flags: str, ranks: int = 1, kill: str = "") -> tuple[int, str]:
+    """Trains with some processes; the exit status, and what they print until all end."""
+    script = folder.with_name("patched.py")
+    script.write_text(PATCHED)
+    task = "transcribe" if case == "transducer" else case
+    line = [sys.executable, script, task, "fit", *TASKS[case], *COMMON, f"--trainer.devices={ranks}", *flags]
+    line.append(f"--trainer.default_root_dir={folder}")
+    environment = {**os.environ, "KILL": kill, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    return done.returncode, done.stdout
+
+
+def losses(printed: str) -> torch.Tensor:
+    return torch.tensor([float(line.split()[1]) for line in printed.splitlines() if line.startswith("loss ")])
+
+
+def finished(case: str, folder: Path, *flags: str, ranks: int = 1) -> torch.Tensor:
+    status, printed = train(case, folder, *flags, ranks=ranks)
+    assert status == 0, printed[-3000:]
+    found = losses(printed)
+    assert len(found) == 20
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last" / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
+    ddp = finished(case, tmp_path / "ddp", "--trainer.strategy=ddp", ranks=2)
+    fsdp2 = finished(case, tmp_path / "fsdp2", "--trainer.strategy=fsdp2", ranks=2)
+    assert ((ddp - fsdp2).abs() / ddp.abs().clamp(min=1)).max() < 1e-5
+    assert ddp.std() > 1e-3
+    one, other = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp2")
+    assert one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
+    load_checkpoint(tmp_path / "fsdp2/last", check=True)  # in one process, with its probe
+    if case in ("classify", "generate"):  # the same images meet in a batch
+        batch = 2 * int(next(flag for flag in TASKS[case] if flag.startswith("--data.batch=")).split("=")[1])
+        whole = finished(case, tmp_path / "one", f"--data.batch={batch}")
+        if case == "classify":  # a generator's noise depends on the rank
+            assert (ddp - whole).abs().max() < 1e-5
+            single = weights(tmp_path / "one")
+            statistics = [name for name in single if "running" in name]
+            assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(strategy: str, rank: int, tmp_path: Path):
+    flags = [f"--trainer.strategy={strategy}", "--save.every_n_train_steps=3"]
+    finished("classify", tmp_path / "whole", *flags, ranks=2)
+    start = time.monotonic()
+    status, printed = train("classify", tmp_path / "run", *flags, ranks=2, kill=f"{rank} 8")
+    assert status and time.monotonic() - start < 60, printed[-2000:]
+    assert "Traceback" not in printed, printed[-3000:]
+    kept = state(tmp_path / "run" / STATE)
+    assert kept["global_step"] == 6
+    status, printed = train("classify", tmp_path / "run", *flags, f"--ckpt_path={tmp_path}/run", ranks=2)
+    assert status == 0 and len(losses(printed)) == 14, printed[-2000:]
+    assert difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) is None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_another_number_of_ranks(strategy: str, tmp_path: Path):
+    """It is refused within an epoch, and works from the end of one, with the form of the parameters unchanged."""
+    flags = [f"--trainer.strategy={strategy}", "--save.every_n_train_steps=4"]
+    train("classify", tmp_path / "run", *flags, ranks=2, kill="1 6")
+    base = ["classify", "fit", *TASKS["classify"], *COMMON, f"--trainer.default_root_dir={tmp_path}/run"]
+    base += ["--trainer.devices=1", "--trainer.strategy=auto"]
+    said = refused(*base, f"--ckpt_path={tmp_path}/run/{STATE}")
+    assert "written in the middle of an epoch of 2 ranks, and now there are 1; resume with as many" in said
+    said = refused(*base, "--data.batch=8", f"--ckpt_path={tmp_path}/run/{STATE}")
+    assert "written in the middle of an epoch of 2 ranks" in said
+    status, printed = train("classify", tmp_path / "two", *flags, "--trainer.max_epochs=1", ranks=2)
+    assert status == 0, printed[-2000:]
+    more = [f"--ckpt_path={tmp_path}/two", "--trainer.max_epochs=2", "--trainer.strategy=auto", "--data.batch=32"]
+    status, printed = train("classify", tmp_path / "two", *more)
+    assert status == 0 and len(losses(printed)) == 10, printed[-2000:]
+    one = finished("classify", tmp_path / "one", "--data.batch=32")
+    # The schedule of the first epoch ended there, so that only the number of steps and the form are the same.
+    assert state(tmp_path / "two" / STATE)["global_step"] == state(tmp_path / "one" / STATE)["global_step"] == len(one)
+
+
+def test_sigterm_stops_both_ranks(tmp_path: Path):
+    script = tmp_path / "patched.py"
+    script.write_text(PATCHED.replace("signal.SIGKILL", "signal.SIGTERM"))
+    line = [sys.executable, script, "classify", "fit", *TASKS["classify"], *COMMON, "--trainer.devices=2"]
+    line += ["--trainer.strategy=fsdp2", f"--trainer.default_root_dir={tmp_path}/run"]
+    environment = {**os.environ, "KILL": "1 3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.count("zoo: stopped by SIGTERM") == 1
