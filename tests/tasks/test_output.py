@@ -185,6 +185,20 @@ def test_the_pace_is_that_of_training_and_the_time_that_of_the_whole_run(
     assert printed(capsys) == [f"{pace}, {duration(each * left)} left" for left in (2, 1, 0)]
 
 
+def test_the_pace_is_that_of_one_epoch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    clock, plain = Clock(monkeypatch, 0.0, 0.0), Classify.training_step
+
+    def slower(task: Any, batch: Any, batch_idx: int) -> Any:
+        clock.now += 4.0 * (task.current_epoch + 1)
+        return plain(task, batch, batch_idx)
+
+    monkeypatch.setattr(Classify, "training_step", slower)
+    fit(tmp_path, *PLAIN_FLAGS, "--trainer.limit_train_batches=2", "--trainer.max_epochs=2")
+    assert printed(capsys) == ["4 images/s, 0:08 left", "2 images/s, 0:00 left"]
+
+
 def test_a_resumed_run_judges_by_its_own_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
