@@ -27,6 +27,9 @@ AT_ONCE += [
     "info nothing",
     "train",
     "classify --help",
+    "runs --help",
+    "runs zoo",
+    "runs nowhere --json",
 ]
 AT_ONCE += [
     "classify fit --help",
@@ -59,7 +62,7 @@ def test_nothing_heavy_is_imported():
     code += f"    for name in {HEAVY}:\n        assert name not in sys.modules, (line, name)\n"
     done = subprocess.run([sys.executable, "-c", code, *AT_ONCE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("zoo: error: ") == 10
+    assert done.stderr.count("zoo: error: ") == 12
 
 
 @pytest.mark.slow
@@ -243,7 +246,7 @@ def test_help_fits_a_screen_and_ends_with_an_example(task: str, capsys: pytest.C
         assert ("--model.rate " in text) == (verb == "fit")
 
 
-HELPS = [[], ["list"], ["info"], *([task] for task in TASKS)]
+HELPS = [[], ["list"], ["info"], ["runs"], *([task] for task in TASKS)]
 HELPS += [[task, verb] for task in TASKS for verb in (*TRAINING, *TASKS[task][2])]
 
 
@@ -279,8 +282,8 @@ def test_other_help_has_examples(arguments: list[str], capsys: pytest.CaptureFix
         ([], "COMMAND"),
         (
             ["trian"],
-            "unknown command 'trian'; choose from: list, info, app, convert, evaluate, page, publish, classify, "
-            "detect, generate, transcribe",
+            "unknown command 'trian'; choose from: list, info, app, convert, evaluate, page, publish, runs, "
+            "classify, detect, generate, transcribe",
         ),
         (["clasify", "fit"], "unknown command 'clasify'; did you mean classify?"),
         (["classify"], "VERB"),

@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo app`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`."""
+`zoo info`, `zoo app`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`, `zoo runs`."""
 
 import argparse
 import ast
@@ -49,6 +49,7 @@ COMMANDS = {
     "evaluate": ("measure checkpoints on data, as JSON", "zoo.tasks.evaluate.command:main"),
     "page": ("write a web page that runs a checkpoint in a browser", "zoo.tasks.page.command:main"),
     "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.tasks.publish:main"),
+    "runs": ("list training runs and how to resume them", "zoo.tasks.runs:main"),
 }
 
 EPILOG = """examples:
@@ -84,11 +85,14 @@ def parser() -> argparse.ArgumentParser:
         prog="zoo",
         description="Vision and speech models whose parts are chosen by name.",
         epilog=EPILOG,
+        usage="zoo [-h] [-V] COMMAND ...",
         formatter_class=_Shape,
         allow_abbrev=False,
+        add_help=False,
     )
+    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     top.add_argument("-V", "--version", action="version", version=f"zoo {zoo.__version__}")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", prog="zoo", dest="command", metavar="COMMAND", required=True)
     listed = commands.add_parser("list", help="list models, choices or checkpoints", epilog=LISTS, **made)
     listed.add_argument("what", nargs="?", metavar="KIND", help=f"{', '.join(quick.kinds())}, models or checkpoints")
     listed.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern, such as 'vit_*'")

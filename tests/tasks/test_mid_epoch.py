@@ -65,13 +65,13 @@ def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path: Path):
     flags = [*SHORT, "--trainer.limit_train_batches=12", "--save.every_n_train_steps=3", "--save.keep=3"]
     fit(tmp_path, *flags)
     names = sorted(path.name for path in (tmp_path / "resume").iterdir())
-    assert names == ["last.ckpt", "step-000000018.ckpt", "step-000000021.ckpt", "step-000000024.ckpt"]
+    assert names == ["last.ckpt", "last.json", "step-000000018.ckpt", "step-000000021.ckpt", "step-000000024.ckpt"]
     wanted = weights(tmp_path)
     assert (tmp_path / STATE).read_bytes() == (tmp_path / "resume" / names[-1]).read_bytes()
     fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000018.ckpt", "--trainer.max_steps=20")
     # The states of later steps belonged to the run before.
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == [
-        *names[:2],
+        *names[:3],
         "step-000000020.ckpt",
     ]
     fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000018.ckpt", "--trainer.max_steps=-1")

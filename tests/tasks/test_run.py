@@ -251,6 +251,6 @@ def test_a_run_in_steps_resumes_to_more_steps(
     assert batches == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line[:9] for line in shown] == ["step 8/9 ", "step 9/9 "] and all(
-        re.search(r"  0:\d\d, 0:\d\d left$", line) for line in shown
+        re.search(r"  (0:\d\d, )?[\d.]+( k)? images/s, 0:\d\d left$", line) for line in shown
     )
     assert tasks[-1].global_step == 9 and state(tmp_path / "resume/last.ckpt")["global_step"] == 9

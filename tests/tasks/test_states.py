@@ -17,6 +17,7 @@ from zoo.tasks import run as running
 from zoo.tasks import states
 from zoo.tasks.arguments import check_path
 from zoo.tasks.classify.train import Classify
+from zoo.tasks.runs import NOTE
 from zoo.weights import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -161,7 +162,7 @@ def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest
     message = stopped(tmp_path)
     assert ".ckpt: No space left on device; the previous one is untouched" in message
     assert [file.read_bytes()] == kept
-    assert list((tmp_path / "resume").iterdir()) == [file]
+    assert sorted((tmp_path / "resume").iterdir()) == [file, tmp_path / NOTE]
     assert state(file)["global_step"] == 3
     monkeypatch.undo()
     fit(tmp_path, *SHORT, f"--ckpt_path={file}")
@@ -171,10 +172,10 @@ def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest
 def test_a_full_disk_at_the_first_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(states, "open", lambda path, mode: Full(path, mode), raising=False)
     assert "No space left on device; nothing was left behind" in stopped(tmp_path)
-    assert [path.name for path in (tmp_path / "resume").iterdir()] == [".begun"]
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == [".begun", "last.json"]
     monkeypatch.undo()
     fit(tmp_path, *SHORT)
-    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["last.ckpt", "last.json"]
 
 
 # NaN and infinity

@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
-from zoo.tasks.run import Keep
-from zoo.tasks.states import STATE
+from zoo.tasks.run import Keep, by_steps
+from zoo.tasks.runs import STATE
 from zoo.tasks.task import Task
 from zoo.text import counted
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34, 1:02:03 or 209 h."""
+    """Seconds as 0:07, 12:34, 1:02:03 or 20 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    if hours >= 100:
+    if hours >= 10:
         return f"{hours} h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
@@ -52,16 +52,15 @@ def whole_epoch(trainer: lightning.Trainer) -> int:
     return len(trainer.train_dataloader.batch_sampler)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
-    """Whether trainer.max_steps ends the run, and not trainer.max_epochs."""
-    return 0 < trainer.max_steps == task.total
-
-
 FEW = 10  # batches of an epoch
+WIDTH = 80  # of the line of an epoch
 
 
 class Output(ProgressBar):
     """Prints a summary, a line for each epoch and, on a terminal, a bar for the epoch, all on standard error.
+
+    The time left is that of the whole run, judged by the steps since it was started or resumed. The pace is that of
+    the training batches of an epoch, without validations, times the number of ranks.
 
     Args:
         keep: knows the best score.
@@ -75,6 +74,8 @@ class Output(ProgressBar):
         self.keep, self.folder, self.task, self.bar = keep, folder, task, bar
         self.start = self.began = 0.0
         self.first = 0  # the first step of training
+        self.since, self.busy = 0.0, 0.0  # when the running batch began; seconds of the epoch's batches before it
+        self.amount: Any = 0  # what these batches held, a number or a tensor
         self.drawn: Any = None
 
     def disable(self) -> None:
@@ -106,30 +107,61 @@ class Output(ProgressBar):
             self.say(f"warning: an epoch has {counted(number, 'batch', 'batches')}; lower {pl_module.batching}")
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
+        self.begin(self.finished)
 
-        self.begin()
+    @property
+    def finished(self) -> int:
+        """The batches of the running epoch that are done."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
-    def begin(self) -> None:
-        self.began = time.monotonic()
-        self.draw(self.trainer.num_training_batches, f"epoch {self.trainer.current_epoch + 1}")
+    def begin(self, done: int = 0) -> None:
+        self.began = self.since = time.monotonic()
+        self.busy, self.amount = 0.0, 0
+        self.draw_epoch(done)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.begin()
 
-    def draw(self, total: float, what: str) -> None:
+    def draw_epoch(self, done: int) -> None:
+        self.draw(self.trainer.num_training_batches, f"epoch {self.trainer.current_epoch + 1}", done)
+
+    def draw(self, total: float, what: str, done: int = 0) -> None:
         if self.bar and self.trainer.is_global_zero:
             self.erase()
             number = int(total) if total < float("inf") else None
-            self.drawn = tqdm(total=number, desc=what, leave=False, disable=None, ncols=79, unit="batch")
+            made = {"leave": False, "disable": None, "ncols": 79, "unit": "batch"}
+            self.drawn = tqdm(total=number, desc=what, initial=done, **made)
 
     def erase(self) -> None:
         if self.drawn is not None:
             self.drawn.close()
             self.drawn = None
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def left(self, trainer: lightning.Trainer, task: Task, now: float) -> str | None:
+        """The time left for the whole run; None before its first step."""
+        done = trainer.global_step - self.first
+        if done < 1:
+            return None
+        return f"{duration((now - self.start) / done * (task.total - trainer.global_step))} left"
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Task)
+        now = time.monotonic()
+        self.busy, self.since = self.busy + now - self.since, now
+        self.amount = self.amount + pl_module.amount(batch)
         if self.drawn is not None:
+            if left := self.left(trainer, pl_module, now):
+                self.drawn.set_postfix_str(f"run {left}", refresh=False)
             self.drawn.update()
+
+    def pace(self, trainer: lightning.Trainer, task: Task) -> tuple[str, str]:
+        """The pace of the epoch's training, in a long and in a short form; empty for an epoch without a batch."""
+        if self.busy == 0.0:
+            return "", ""
+        number = readable_count(float(self.amount) / self.busy * trainer.world_size)
+        return f"{number} {task.unit[0]}", f"{number}{task.unit[1]}"
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
@@ -141,6 +173,9 @@ class Output(ProgressBar):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.erase()
+        self.since = time.monotonic()
+        if self.start and self.finished < trainer.num_training_batches:
+            self.draw_epoch(self.finished)  # the validation was in the middle of an epoch
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
@@ -148,7 +183,6 @@ class Output(ProgressBar):
         name = self.keep.name.rpartition("/")[2].replace("loss", "val loss")
         latest, best, now = self.keep.latest, self.keep.best, time.monotonic()
         done, total = trainer.global_step, pl_module.total
-        left = (now - self.start) / max(1, done - self.first) * (total - done)
         number = pl_module.loss_number
         loss = f"{float(pl_module.loss_sum) / number:.4f}" if number else "-"
         score = f"{latest.value:.4f}" if latest and latest.step == done else "-"
@@ -156,10 +190,11 @@ class Output(ProgressBar):
         place = f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
         if by_steps(trainer, pl_module):
             place = f"step {done:>{len(str(total))}}/{total}"
-        self.say(
-            f"{place}  loss {loss}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
-            f"{duration(now - self.began)}, {duration(left)} left"
-        )
+        head = f"{place}  loss {loss}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
+        (long, short), left = self.pace(trainer, pl_module), self.left(trainer, pl_module, now) or "- left"
+        forms = [(duration(now - self.began), long, left), (long, left), (short, left)]
+        lines = [head + ", ".join(filter(None, form)) for form in forms]
+        self.say(next((line for line in lines if len(line) <= WIDTH), lines[-1]))
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.erase()

@@ -1,8 +1,11 @@
 """The folder of a training run: its lock, its state to resume from, its config, and the checkpoints it leaves."""
 
+import contextlib
+import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from zoo.layer import copied, unfinished
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import require
-from zoo.tasks.states import STATE, Saving, drop_later
+from zoo.tasks.runs import NOTE, STATE
+from zoo.tasks.states import Saving, drop_later
 from zoo.tasks.task import Task
 from zoo.weights import Figure, save_model
 
@@ -71,14 +75,39 @@ class Run:
                 time.sleep(0.2)
         owner.write_text(str(os.getpid()))
 
-    def go_on(self) -> None:
-        """Notes that the first state is written."""
+    def go_on(self, note: dict[str, Any]) -> None:
+        """Notes that a state is written, and what `zoo runs` says of it."""
         self.begun.unlink(missing_ok=True)
+        self.note(note)
+
+    def note(self, note: dict[str, Any]) -> None:
+        """Writes the note of the last state. If it cannot be written, the one before stays: nothing depends on it."""
+        path = self.folder / NOTE
+        with contextlib.suppress(OSError):
+            try:
+                replace(path, json.dumps(note))
+            finally:
+                aside(path).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Releases the lock of the folder."""
         if self._lock is not None:
             self._lock.release()
+
+
+def aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file aside and renames it."""
+    aside(path).write_text(text)
+    os.replace(aside(path), path)
+
+
+def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
+    """Whether trainer.max_steps ends the run, and not trainer.max_epochs."""
+    return 0 < trainer.max_steps == task.total
 
 
 def lives(owner: Path) -> bool:
@@ -146,15 +175,20 @@ class Keep(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began, self.written, self.step = True, time.monotonic(), trainer.global_step
-        self.record()
+        self.record(self.note(trainer, pl_module))
 
     @rank_zero_only
-    def record(self) -> None:
-        """Writes the run's config, and drops the states of a future that it leaves."""
+    def record(self, note: dict[str, Any]) -> None:
+        """Writes the run's config and its note, and drops the states of a future that it leaves."""
         drop_later(self.run.state.parent, self.step)
-        aside = self.run.config.with_name(".config.yaml.new")
-        aside.write_text(self.config)
-        os.replace(aside, self.run.config)
+        replace(self.run.config, self.config)
+        self.run.note(note)
+
+    def note(self, trainer: lightning.Trainer, task: Any) -> dict[str, Any]:
+        """What `zoo runs` says of a state: its epoch and step, and how many there are to be."""
+        epochs = None if by_steps(trainer, task) else trainer.max_epochs
+        place = {"epoch": trainer.current_epoch + 1, "epochs": epochs, "step": trainer.global_step, "steps": task.total}
+        return {"task": task.command, "model": task.preset, **place}
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
@@ -220,7 +254,8 @@ class Keep(Checkpoint):
             self.ended = trainer.global_step
         if state:
             self.place = place
-            trainer.save_checkpoint(self.run.state, weights_only=False, storage_options=self.run.go_on)
+            then = partial(self.run.go_on, self.note(trainer, pl_module))
+            trainer.save_checkpoint(self.run.state, weights_only=False, storage_options=then)
             self.place = ""
         self.written, self.step = time.monotonic(), trainer.global_step
         self.cost = self.written - start

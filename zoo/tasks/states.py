@@ -15,9 +15,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from zoo.tasks.runs import STATE
 from zoo.text import reason
-
-STATE = "resume/last.ckpt"
 
 
 class Saving:

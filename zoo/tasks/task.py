@@ -54,7 +54,8 @@ class Task(lightning.LightningModule):
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored,
     and `max` or `min`; `use` is the verb that uses a trained model, and `files` what it takes, in a line of a command;
-    `faulty` lists possible faults of samples; `batching` is the option that sets the size of a batch.
+    `faulty` lists possible faults of samples; `batching` is the option that sets the size of a batch; `unit` is that of
+    the pace of training, in long and short.
 
     Every step advances the model (and its averaged copy) to the finished share of training. Randomness is a
     function of seed, epoch and batch, so a resumed run gives the weights of one that never stopped. Fields of the
@@ -89,6 +90,7 @@ class Task(lightning.LightningModule):
     files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
     batching: ClassVar[str] = "data.batch"
+    unit: ClassVar[tuple[str, str]] = ("images/s", "/s")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(
@@ -444,6 +446,10 @@ class Task(lightning.LightningModule):
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """The model's arguments from a batch."""
         raise TypeError(f"{type(self).__name__} has no inputs_of")
+
+    def amount(self, batch: Any) -> float | Tensor:
+        """How much a batch holds, so that its sum over a second is the pace in `unit`."""
+        return len(batch.images)
 
     @property
     def labels(self) -> Any:

@@ -91,6 +91,7 @@ class Transcribe(Task):
     files = "RECORDINGS"
     faulty = FAULTS + REMARKS
     batching = "data.seconds"
+    unit = ("h of audio/h", " h/h")
     betas = (0.9, 0.98)
     model: Conformer  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -206,6 +207,10 @@ class Transcribe(Task):
 
     def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.features, batch.lengths
+
+    def amount(self, batch: Batch) -> Tensor:
+        """Seconds of audio: those in a second are the hours in an hour."""
+        return batch.lengths.sum() * self.data.preprocess.seconds_per_frame
 
     def encoded(self, batch: Batch, stage: str) -> tuple[list[int], list[list[int]]]:
         """The utterances that can have a loss, and their tokens; the others are noted."""
