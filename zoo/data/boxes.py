@@ -267,7 +267,6 @@ class Boxes(DataModule):
         self.seed = global_seed() if seed is None else seed
         self.scales, self.plain_epochs, self.cache = scales, plain_epochs, cache
         self.known: LabelMap | None = None  # the categories of the checkpoint that is measured
-        self._sources: dict[str, BoxSource] = {}
 
     def prepared(self, base: Preprocess | None) -> BoxPreprocess:
         """The preprocessing `base`, or the default at 640 pixels, with the fields that were given replaced."""

@@ -238,7 +238,6 @@ class Speech(DataModule):
         self.speeds, self.noise, self.dither, self.limit = tuple(speeds), noise, dither, limit
         self.joined = joined
         self.seed = global_seed() if seed is None else seed
-        self._sources: dict[str, Corpus] = {}
 
     def prepared(self, base: Preprocess | None) -> AudioPreprocess:
         """The preprocessing `base`, or that of the recipe where one was given, with as many bands as were given."""

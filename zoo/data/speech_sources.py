@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zoo.data.headers import measured
+from zoo.data.strings import Strings
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
 from zoo.inputs.folders import files_below
 from zoo.text import from_json, plain, reason
@@ -58,7 +59,7 @@ class Files:
     def __init__(self, utterances: Sequence[Utterance]):
         # A few arrays of bytes and numbers: worker processes share them, where lists of strings would be copied.
         columns = list(zip(*utterances, strict=True)) or [()] * len(Utterance._fields)
-        self.names, self.paths, self.texts = map(_Strings, columns[:3])
+        self.names, self.paths, self.texts = map(Strings, columns[:3])
         self.starts, self.seconds, self.given = (np.array(column, dtype=np.float64) for column in columns[3:])
         self._durations: np.ndarray | None = None
 
@@ -90,16 +91,6 @@ class Files:
                 for i, duration in zip(indices, self.durations[np.asarray(indices, dtype=np.int64)], strict=True)
             ]
         )
-
-
-class _Strings:
-    def __init__(self, strings: Iterable[str]):
-        encoded = [string.encode(errors="surrogatepass") for string in strings]
-        self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __getitem__(self, index: int) -> str:
-        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode(errors="surrogatepass")
 
 
 def _seconds(path: str) -> float:
