@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
@@ -30,13 +30,13 @@ def read_address(place: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _stream(place: str) -> Iterator[BinaryIO]:
+def _stream(place: str) -> Iterator[Any]:
     try:
-        from webdataset import gopen
+        from webdataset.gopen import gopen
     except ModuleNotFoundError as error:
         raise ValueError(MISSING) from error
     try:
-        with gopen.gopen(place) as stream:
+        with gopen(place) as stream:
             yield stream
     except OSError as error:
         if status := re.search(r"exit (\d+)", str(error)):

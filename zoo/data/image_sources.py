@@ -86,14 +86,16 @@ class Packed:
     def __init__(self, split: str, preprocess: ImagePreprocess, root: str | None, fraction: float):
         self.shards, self.channels = Shards(root or "", split, "images", UnreadableImage), preprocess.channels
         self.classes: list[str] = self.shards.index.classes
-        self.labels: np.ndarray = self.shards.arrays["label"][self.shards.kept]
+        self.fingerprint, self.groups = self.shards.fingerprint, self.shards.groups
+        self.numbers = self.shards.kept
+        self.labels: np.ndarray = self.shards.arrays["label"][self.numbers]
 
     def image(self, index: int) -> "Image":
-        number = int(self.shards.kept[index])
+        number = int(self.numbers[index])
         return read_image(self.shards.name(number), self.channels, self.shards.read(number))
 
     def name(self, index: int) -> str:
-        return self.shards.name(int(self.shards.kept[index]))
+        return self.shards.name(int(self.numbers[index]))
 
 
 class _Synthetic:

@@ -130,8 +130,8 @@ class DataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that is resumed compares: the fingerprint of the shards of each split; empty for other data."""
-        shards = {split: getattr(source, "shards", None) for split, source in self._sources.items()}
-        return {split: found.fingerprint for split, found in shards.items() if found is not None}
+        prints = {split: getattr(source, "fingerprint", None) for split, source in self._sources.items()}
+        return {split: found for split, found in prints.items() if found is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ValueError if a run is resumed on other shards than it was started on."""
@@ -147,8 +147,7 @@ class DataModule(lightning.LightningDataModule):
 
     def groups(self) -> np.ndarray | None:
         """Where each shard of the training samples begins, and their end; None for other data."""
-        shards = getattr(self._sources.get("train"), "shards", None)
-        return None if shards is None else shards.groups
+        return getattr(self._sources.get("train"), "groups", None)
 
     def prepared(self, base: Preprocess | None) -> Preprocess:
         """The preprocessing `base`, or the default, with the fields in `given` replaced."""

@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo.data.shards import BLOCK, INDEX, UNFINISHED, Index, Shard, member, read
 from zoo.data.strings import Strings
 from zoo.text import counted, from_json, one_line, plain, reason
 
+LOCK = ".lock"
 RECORD = 20 * BLOCK  # the size of a tar is a multiple of it
 MISSING = 'zoo shard needs webdataset; run: pip install "zoo[shards]"'
 
@@ -119,8 +121,11 @@ def pack(
     begun = output / UNFINISHED
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another OUT")
-    if output.is_dir() and any(output.iterdir()) and not begun.exists():
+    own = {LOCK, UNFINISHED, f".{UNFINISHED}.new"}
+    if output.is_dir() and not begun.exists() and {path.name for path in output.iterdir()} - own:
         raise ValueError(f"{output} is not empty; choose another OUT")
+    if find_spec("webdataset") is None:
+        raise ValueError(MISSING)
     plans = _plans(splits, most)
     _check_disk(output, plans)
     output.mkdir(parents=True, exist_ok=True)
@@ -138,6 +143,7 @@ def pack(
             why = f"{reason(error)}; what is packed is kept, continue with: {command}"
             raise OSError(plain(f"cannot pack into {output}: {why}")) from error
         begun.unlink()
+        (output / LOCK).unlink()
     return read_index(str(output))
 
 
@@ -160,7 +166,7 @@ def _check_disk(output: Path, plans: Sequence[Plan]) -> None:
 
 
 def _locked(output: Path) -> Any:
-    lock = FileLock(output / ".lock")
+    lock = FileLock(output / LOCK)
     try:
         return lock.acquire(timeout=0)
     except Timeout:
@@ -198,10 +204,7 @@ def _packed(output: Path, plan: Plan, bar: Any) -> dict[str, Any]:
 
 
 def _write_tar(path: Path, plan: Plan, start: int, end: int, size: int) -> None:
-    try:
-        from webdataset import TarWriter
-    except ModuleNotFoundError as error:
-        raise ValueError(MISSING) from error
+    from webdataset.writer import TarWriter
 
     aside, split = path.with_name(f".{path.name}.new"), plan.split
     with open(aside, "wb") as file:
