@@ -178,5 +178,7 @@ def test_data_of_another_task_is_refused(tmp_path: Path):
     flags += [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
     wanted = f"{out} holds images, for `zoo classify or generate`, not "
     assert refused("detect", "fit", "--model.backbone.name=rtdetr_r18", *flags) == f"{wanted}boxes"
-    said = refused("transcribe", "fit", *flags, "--data.train=train", "--data.val=val")
+    said = refused(
+        "transcribe", "fit", "--model.backbone.name=conformer_s", *flags, "--data.train=train", "--data.val=val"
+    )
     assert said == f"{wanted}speech"

@@ -76,10 +76,8 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path):
     assert refused("shard", tmp_path / "no", out) == f"{tmp_path / 'no'} is not a folder"
     assert refused("shard", empty, out) == f"{empty} is empty"
     assert refused("shard", other, out).startswith(f"nothing to pack was found in {other}; it needs train/CLASS/*.jpg")
-    assert (
-        refused("shard", folder, folder / "train/x") == f"{folder}/train/x is inside {folder}; choose an OUT beside it"
-    )
-    assert refused("shard", folder, folder).startswith(f"{folder} is inside {folder}")
+    for inside in (folder, folder / "train/x"):
+        assert refused("shard", folder, inside) == f"{inside} is inside {folder}; choose an OUT beside it"
     assert refused("shard", folder, other) == f"{other} is not empty; choose another OUT"
     assert refused("shard", folder, other / "notes.txt") == f"{other / 'notes.txt'} is a file; choose another OUT"
     said = refused("shard", folder, out, "--size", "3KB")
@@ -112,7 +110,15 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: py
         command = f"zoo shard {folder} {out} --size 30000B"
         kept = f"No space left on device; what is packed is kept, continue with: {command}"
         assert refused("shard", folder, out, "--size", "30KB") == f"cannot pack into {out}: {kept}"
-    said = refused("classify", "fit", "--data.dataset=shards", f"--data.root={out}", *QUIET, f"{tmp_path}/run")
+    said = refused(
+        "classify",
+        "fit",
+        "--model.backbone.name=vit_micro",
+        "--data.dataset=shards",
+        f"--data.root={out}",
+        *QUIET,
+        f"{tmp_path}/run",
+    )
     assert said == f"the shards in {out} are not finished; continue with: {command}"
     before = {name: (out / name).stat().st_mtime_ns for name in written}
     packed(folder, out)
@@ -120,7 +126,7 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: py
     assert {name: (out / name).stat().st_mtime_ns for name in written} == before  # they were not written again
 
 
-QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.default_root_dir"]
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_epochs=1"]
 
 
 def test_other_data_or_another_size_starts_again(folder: Path, tmp_path: Path):

@@ -202,16 +202,16 @@ class Shards:
     def read(self, number: int) -> bytes:
         """The bytes of a file; `error`, with its name and the reason, if they are not those that were packed."""
         shard = bisect.bisect_right(self.first, number) - 1
-        offset, length = int(self.offset[number]), int(self.length[number])
+        offset, length = self.offset.item(number), self.length.item(number)
         try:
             found = os.pread(self._opened(shard), BLOCK + length, offset - BLOCK)
         except OSError as error:
             raise self.error(f"{self.name(number)}: {reason(error)}") from error
-        wanted = ".".join(member(number, self.names[number])).encode() + b"\0"
-        if not found.startswith(wanted) or found[124:135] != b"%011o" % length:
+        # A header begins with the name, and has the length as octal digits.
+        if found[:10] != b"%09d." % number or found[124:135] != b"%011o" % length:
             raise self.error(f"{self.name(number)}: the tar is not that of the index, or is truncated")
         content = found[BLOCK:]
-        if zlib.crc32(content) != self.crc[number]:
+        if zlib.crc32(content) != self.crc.item(number):
             raise self.error(f"{self.name(number)}: damaged, its checksum is wrong")
         return content
 
