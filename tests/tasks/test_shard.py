@@ -107,18 +107,11 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_write_tar", full)
-        command = f"zoo shard {folder} {out} --size 30000B"
+        command = f"zoo shard {folder} {out} --size 30KB"
         kept = f"No space left on device; what is packed is kept, continue with: {command}"
         assert refused("shard", folder, out, "--size", "30KB") == f"cannot pack into {out}: {kept}"
-    said = refused(
-        "classify",
-        "fit",
-        "--model.backbone.name=vit_micro",
-        "--data.dataset=shards",
-        f"--data.root={out}",
-        *QUIET,
-        f"{tmp_path}/run",
-    )
+    flags = ["--data.dataset=shards", f"--data.root={out}", f"--trainer.default_root_dir={tmp_path}/run"]
+    said = refused("classify", "fit", "--model.backbone.name=vit_micro", *flags, *QUIET)
     assert said == f"the shards in {out} are not finished; continue with: {command}"
     before = {name: (out / name).stat().st_mtime_ns for name in written}
     packed(folder, out)
@@ -135,9 +128,11 @@ def test_other_data_or_another_size_starts_again(folder: Path, tmp_path: Path):
     (out / INDEX).rename(out / "kept.json")
     (out / UNFINISHED).write_text(json.dumps({"command": "", "prints": {"train": "another", "val": "another"}}))
     (out / "train-000099.tar").write_bytes(b"old")
+    (out / "mine-000001.tar").write_bytes(b"kept")
     (out / "kept.json").unlink()
     packed(own, out, "60KB")
-    assert not (out / "train-000099.tar").exists()
+    assert not (out / "train-000099.tar").exists() and (out / "mine-000001.tar").read_bytes() == b"kept"
+    (out / "mine-000001.tar").unlink()
     assert content(out) == content(packed(own, tmp_path / "fresh", "60KB"))
 
 
@@ -177,7 +172,9 @@ def test_a_killed_run_leaves_no_index_and_continues(folder: Path, tmp_path: Path
         assert child.stdout is not None and child.stdout.readline() and child.stdout.readline()
         assert refused("shard", folder, out, "--size", "30KB") == f"another `zoo shard` is writing into {out}"
         child.send_signal(number)
-        child.communicate()
+        said = child.communicate()[1]
+        line = f"zoo: stopped; what is packed is kept, continue with: zoo shard {folder} {out} --size 30KB\n"
+        assert number == signal.SIGKILL or said.endswith(line)
         assert child.returncode == (-number if number == signal.SIGKILL else 130)
     assert not (out / INDEX).exists() and len([*out.glob("train-*.tar")]) >= 2
     with pytest.raises(ValueError, match="are not finished; continue with: zoo shard "):

@@ -60,8 +60,8 @@ class Benchmark(Images):
     ) -> None:
         base = None if root is None else Path(root).expanduser()
         kind = "digits"
-        if base is not None:
-            kind = "shards" if is_packed(base) else "fashion_mnist" if is_fashion_mnist(base) else "imagefolder"
+        if root is not None and base is not None:
+            kind = "shards" if is_packed(root) else "fashion_mnist" if is_fashion_mnist(base) else "imagefolder"
         super().__init__(kind, root, batch=batch, workers=workers)
         if root is None and (labels or names):
             raise ValueError("--labels and --names need --root, the folder of the images")

@@ -369,10 +369,10 @@ def _touch(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def recognised(root: str) -> str:
     """The name in `SOURCES` of the format of a folder, from what is in it; ValueError if it is none of them."""
     base = Path(root).expanduser()
+    if is_packed(root):
+        return "shards"
     if not base.exists():
         raise ValueError(f"folder not found: {base}")
-    if is_packed(base):
-        return "shards"
     splits = [base / name for names in SPLITS.values() for name in names]
     signs = [
         ("yolo", base.is_file() or any((base / name).is_file() for name in YAMLS)),

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from zoo.data.box_sources import SOURCES, recognised
 from zoo.data.boxes import check_equal
 from zoo.data.image_sources import imagefolder, is_image
 from zoo.data.packed_boxes import IMAGES, OBJECTS
-from zoo.data.packing import Split
+from zoo.data.packing import Layout, Split
 from zoo.data.shards import is_packed
 from zoo.data.speech_sources import CORPORA
 from zoo.data.strings import Strings
@@ -27,15 +27,6 @@ LAYOUTS = (
     "train/CLASS/*.jpg; COCO's annotations/*.json, */_annotations.coco.json, YOLO's data.yaml or Pascal VOC's "
     "Annotations; LibriSpeech's SPLIT/**/*.trans.txt; or NeMo's *.json with an audio_filepath in each line"
 )
-
-
-class Layout(NamedTuple):
-    """Data to pack; `ids` are the numbers of the categories of boxes."""
-
-    kind: str
-    classes: Sequence[str]
-    ids: Sequence[int]
-    splits: list[Split]
 
 
 def layout(folder: Path, wanted: Iterable[str] | None = None) -> Layout:

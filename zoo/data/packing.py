@@ -6,12 +6,13 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -45,6 +46,16 @@ class Split:
     beside: Callable[[int], dict[str, bytes]]
 
 
+class Layout(NamedTuple):
+    """Data to pack, of one of `KINDS`: the names of its classes or categories, the numbers of the categories of boxes,
+    and its splits."""
+
+    kind: str
+    classes: Sequence[str]
+    ids: Sequence[int]
+    splits: list[Split]
+
+
 @dataclass
 class Plan:
     """Where the files of a split will be: their offsets and lengths, int64 [N], and for each tar its name, its first
@@ -65,7 +76,7 @@ def planned(split: Split, prefix: str, most: int) -> Plan:
     for name in sorted(split.arrays):
         digest.update(split.arrays[name].tobytes())
     offset, length, total = (np.zeros(len(split.paths), dtype=np.int64) for _ in range(3))
-    for number in range(len(split.paths)):
+    for number in tqdm(range(len(split.paths)), "planning", unit="file", disable=None):
         path = split.paths[number]
         try:
             status = os.stat(path)
@@ -100,22 +111,14 @@ def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def pack(
-    folder: Path,
-    output: Path,
-    kind: str,
-    classes: Sequence[str],
-    ids: Sequence[int],
-    splits: Sequence[Split],
-    most: int,
-) -> Index:
-    """Packs splits into `output`. What an earlier call with the same data and `most` has finished is kept.
+def pack(output: Path, data: Layout, most: int, command: str) -> Index:
+    """Packs data into tars in `output` of at most `most` bytes each. What an earlier call with the same data and `most`
+    has finished is kept; `command` is how to continue.
 
     Raises:
         ValueError: a file is larger than `most`, `output` holds something else, or another process writes there.
         OSError: a file changes, or the disk is full; the call can be repeated.
     """
-    command = f"zoo shard {folder} {output} --size {most}B"
     if (output / INDEX).exists():
         raise ValueError(f"{output} holds finished shards; delete it or choose another OUT")
     begun = output / UNFINISHED
@@ -126,7 +129,7 @@ def pack(
         raise ValueError(f"{output} is not empty; choose another OUT")
     if find_spec("webdataset") is None:
         raise ValueError(MISSING)
-    plans = _plans(splits, most)
+    plans = _plans(data.splits, most)
     _check_disk(output, plans)
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
@@ -137,11 +140,15 @@ def pack(
             files = sum(len(plan.length) for plan in plans)
             with tqdm(total=files, desc="packing", unit="file", disable=None) as bar:
                 parts = {plan.split.name: _packed(output, plan, bar) for plan in plans}
-            content = {"format": 1, "kind": kind, "classes": list(classes), "ids": list(ids), "splits": parts}
+            classes = {"kind": data.kind, "classes": list(data.classes), "ids": list(data.ids)}
+            content = {"format": 1, **classes, "splits": parts}
             _write(output / INDEX, json.dumps(content, indent=1).encode())
         except OSError as error:
             why = f"{reason(error)}; what is packed is kept, continue with: {command}"
             raise OSError(plain(f"cannot pack into {output}: {why}")) from error
+        except KeyboardInterrupt:
+            print(plain(f"zoo: stopped; what is packed is kept, continue with: {command}"), file=sys.stderr)
+            raise
         begun.unlink()
         (output / LOCK).unlink()
     return read_index(str(output))
@@ -181,7 +188,9 @@ def _drop_others(output: Path, begun: Path, prints: Mapping[str, str]) -> None:
         before = {}
     same = [prefix for prefix in prints if before.get(prefix) == prints[prefix]]
     for path in output.iterdir():
-        if path.name.endswith(".new") or path.suffix == ".tar" and path.stem.rpartition("-")[0] not in same:
+        tar = re.fullmatch(r"(.+)-\d{6}\.tar", path.name)
+        old = tar is not None and tar[1] in {*before, *prints} and tar[1] not in same
+        if old or path.name.startswith(".") and path.name.endswith(".new"):
             path.unlink()
 
 

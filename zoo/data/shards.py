@@ -126,7 +126,7 @@ class Shards:
         arrays: what the samples need.
         kept: the numbers of the files that can be read, int64 [N].
         groups: where in `kept` the files of each shard begin, and their end, int64.
-        fingerprint: a hash of the index, with the number of files.
+        fingerprint: a hash of the index, and the number and a checksum of `kept`.
 
     Raises:
         ValueError: the index is missing or invalid, it is of another kind, it lacks the split, or no file can be read.
@@ -151,7 +151,7 @@ class Shards:
             raise ValueError(f"{joined(root, part.arrays)} and {INDEX} have different numbers of files")
         self.kept = self._kept()
         self.groups = np.searchsorted(self.kept, self.first)
-        self.fingerprint = f"{self.index.digest}, {len(self.kept)} files"
+        self.fingerprint = f"{self.index.digest}, {len(self.kept)} files, {zlib.crc32(self.kept.tobytes()):08x}"
         self._open: dict[int, _Tar] = {}
         self._failed: dict[int, str] = {}
 
@@ -250,5 +250,5 @@ class _Tar:
 
 
 def is_packed(root: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds finished shards."""
-    return Path(root, INDEX).expanduser().is_file()
+    """Whether a root is a folder of finished shards, or an address."""
+    return is_address(root) or Path(root, INDEX).expanduser().is_file()

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{output} is inside {folder}; choose an OUT beside it")
     found = layout(folder, given.split)
-    index = pack(folder, output, found.kind, found.classes, found.ids, found.splits, size)
+    splits = ["--split", *given.split] if given.split else []
+    command = shlex.join(["zoo", "shard", given.folder, given.out, "--size", given.size, *splits])
+    index = pack(output, found, size, command)
     print(f"{output} holds {described(index)}")
 
 
