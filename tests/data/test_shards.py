@@ -1,6 +1,8 @@
 """Shards hold what the loose files hold, and are read once per epoch, whatever happens to them."""
 
 import gc
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -11,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from ranks import set_rank
 from sharding import image_folder, images, packed
-from training import command, fit, refused
+from training import PLAIN, command, fit, refused
 from zoo.data import sampling, shards
 from zoo.data.sampling import EpochSampler
 from zoo.data.shards import Shards
@@ -123,6 +126,19 @@ def test_every_sample_comes_once_over_workers(both: tuple[Path, Path], workers: 
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_comes_once_over_ranks_and_workers(
+    both: tuple[Path, Path], workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampling, "WINDOW", 2)
+    data, seen = images(both[1], batch=7, workers=workers, **PLAIN), Counter[bytes]()
+    for rank in range(3):
+        set_rank(monkeypatch, rank, 3)
+        seen.update(image.numpy().tobytes() for batch in data.train_dataloader() for image in batch.images)
+    # 40 samples for 3 ranks of 14 each: two come twice.
+    assert len(seen) == 40 and sorted(seen.values())[-3:] == [1, 2, 2]
+
+
 # Reading
 
 
@@ -142,7 +158,7 @@ def test_few_tars_are_open_and_a_pickled_source_reads(both: tuple[Path, Path], m
 
 def test_damaged_members_are_skipped_by_name(copied: Path):
     whole = images(copied).source("train")
-    inside, header = int(whole.shards.offset[3]) + 20, int(whole.shards.offset[5]) - 500
+    inside, header = int(whole.shards.offset[3]) + 20, int(whole.shards.offset[5]) - 508
     with open(copied / "train-000000.tar", "r+b") as file:
         for place in (inside, header):
             file.seek(place)
@@ -234,6 +250,38 @@ def test_what_is_no_index_is_refused_in_one_line(copied: Path, tmp_path: Path):
         file.seek(-1, os.SEEK_END)
         file.write(b"\xee")
     assert says(copied) == f"{copied / 'train.safetensors'} does not match shards.json; run `zoo shard` again"
+
+
+def rewritten(out: Path, **changed: Any) -> None:
+    """Replaces arrays of the training images, whose hash the index then has."""
+    arrays = load_file(out / "train.safetensors")
+    for name, value in changed.items():
+        arrays.pop(name) if value is None else arrays.update({name: value(arrays[name])})
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, out / "train.safetensors")
+    index = json.loads((out / "shards.json").read_text())
+    index["splits"]["train"]["sha256"] = hashlib.sha256((out / "train.safetensors").read_bytes()).hexdigest()
+    (out / "shards.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"label": None}, "does not fit shards.json: it has no 'label'; run `zoo shard` again"),
+        ({"crc": None}, "does not fit shards.json: it has no 'crc'"),
+        ({"label": lambda array: array + 1}, "has labels that are none of its 4 classes"),
+        ({"offset": lambda array: array + 40_000}, "an offset is outside its tar"),
+        ({"length": lambda array: array + 2**62}, "an offset is outside its tar"),
+        ({"length": lambda array: array * 1.0}, "must be integers"),
+        ({"crc": lambda array: array[:-1]}, "they have different numbers of files"),
+        ({"name_ends": lambda array: array[::-1]}, "the ends of strings must rise"),
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit_are_refused_in_one_line(changed: dict[str, Any], why: str, copied: Path):
+    rewritten(copied, **changed)
+    with pytest.raises(ValueError, match=why) as error:
+        images(copied).source("train")
+    assert "\n" not in str(error.value)
 
 
 # Training

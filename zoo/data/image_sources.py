@@ -89,6 +89,8 @@ class Packed:
         self.fingerprint, self.groups = self.shards.fingerprint, self.shards.groups
         self.numbers = self.shards.kept
         self.labels: np.ndarray = self.shards.arrays["label"][self.numbers]
+        if not ((self.labels >= 0) & (self.labels < len(self.classes))).all():
+            raise ValueError(f"{root} has labels that are none of its {len(self.classes)} classes")
 
     def image(self, index: int) -> "Image":
         number = int(self.numbers[index])

@@ -22,6 +22,12 @@ UNFINISHED = ".unfinished.json"  # what `zoo shard` has begun, until the index i
 BLOCK = 512  # bytes of a header in a tar, and of what files are padded to
 MOST_OPEN = 32  # tars that a process holds open
 KINDS = {"images": "classify or generate", "boxes": "detect", "speech": "transcribe"}
+ARRAYS = {
+    "images": ("label",),
+    "boxes": ("ids", "sizes", "starts", "labels_of", "boxes", "areas", "object_ids", "crowd"),
+    "speech": ("file", "start", "seconds", "duration", "text", "text_ends", "utterance", "utterance_ends"),
+}
+"""What samples need besides their files, by kind."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # an address may be a command, to which names are appended
 
 
@@ -145,10 +151,15 @@ class Shards:
         self.hashes = [shard.sha256 for shard in part.shards]
         self.first = np.cumsum([0, *(shard.files for shard in part.shards)]).tolist()
         self.arrays = self._arrays(part)
-        self.names = Strings.of(self.arrays.pop("name"), self.arrays.pop("name_ends"))
-        self.offset, self.length, self.crc = (self.arrays.pop(name) for name in ("offset", "length", "crc"))
-        if not {len(self.names), len(self.offset), len(self.length), len(self.crc)} == {self.first[-1]}:
-            raise ValueError(f"{joined(root, part.arrays)} and {INDEX} have different numbers of files")
+        try:
+            self.names = Strings.of(self.arrays.pop("name"), self.arrays.pop("name_ends"))
+            self.offset, self.length, self.crc = (self.arrays.pop(name) for name in ("offset", "length", "crc"))
+            self._check()
+        except (KeyError, ValueError, TypeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+            raise ValueError(
+                f"{joined(root, part.arrays)} does not fit {INDEX}: {why}; run `zoo shard` again"
+            ) from error
         self.kept = self._kept()
         self.groups = np.searchsorted(self.kept, self.first)
         self.fingerprint = f"{self.index.digest}, {len(self.kept)} files, {zlib.crc32(self.kept.tobytes()):08x}"
@@ -170,6 +181,19 @@ class Shards:
             return load(content)
         except SafetensorError as error:
             raise ValueError(f"{place}: {one_line(error)}") from error
+
+    def _check(self) -> None:
+        """ValueError or KeyError if the arrays are not those of the kind, or of another number of files."""
+        columns = (self.offset, self.length, self.crc)
+        if {len(self.names), *map(len, columns)} != {self.first[-1]}:
+            raise ValueError("they have different numbers of files")
+        if any(column.ndim != 1 or column.dtype.kind not in "iu" for column in columns):
+            raise ValueError("offsets, lengths and checksums must be integers")
+        sizes = np.repeat(np.array(self.sizes, dtype=np.int64), np.diff(self.first))
+        if not ((self.offset >= BLOCK) & (self.length >= 0) & (self.length <= sizes - self.offset)).all():
+            raise ValueError("an offset is outside its tar")
+        if missing := set(ARRAYS[self.index.kind]) - set(self.arrays):
+            raise KeyError(min(missing))
 
     def _kept(self) -> np.ndarray:
         kept = np.ones(self.first[-1], dtype=bool)
