@@ -13,9 +13,8 @@ from zoo.data.box_entries import SPLITS, BoxSource, MissingSplit
 from zoo.data.box_sources import SOURCES, recognised
 from zoo.data.boxes import check_equal
 from zoo.data.image_sources import imagefolder, is_image
-from zoo.data.packed_boxes import IMAGES, OBJECTS
 from zoo.data.packing import Layout, Split
-from zoo.data.shards import is_packed
+from zoo.data.shards import IMAGES, OBJECTS, is_packed
 from zoo.data.speech_sources import CORPORA
 from zoo.data.strings import Strings
 from zoo.inputs.images import ImagePreprocess

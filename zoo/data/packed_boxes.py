@@ -3,13 +3,9 @@
 import numpy as np
 
 from zoo.data.box_entries import BoxSource
-from zoo.data.shards import Shards
+from zoo.data.shards import IMAGES, OBJECTS, Shards
 from zoo.inputs.images import UnreadableImage
 from zoo.outputs.label_map import LabelMap
-
-IMAGES = ("ids", "sizes")
-OBJECTS = ("labels_of", "boxes", "areas", "object_ids", "crowd")
-"""What a source of images with objects has as arrays: of its images, and of its objects."""
 
 
 class Packed(BoxSource):

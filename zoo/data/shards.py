@@ -22,9 +22,12 @@ UNFINISHED = ".unfinished.json"  # what `zoo shard` has begun, until the index i
 BLOCK = 512  # bytes of a header in a tar, and of what files are padded to
 MOST_OPEN = 32  # tars that a process holds open
 KINDS = {"images": "classify or generate", "boxes": "detect", "speech": "transcribe"}
+IMAGES = ("ids", "sizes")
+OBJECTS = ("labels_of", "boxes", "areas", "object_ids", "crowd")
+"""The arrays of a source of images with objects: of its images, and of its objects."""
 ARRAYS = {
     "images": ("label",),
-    "boxes": ("ids", "sizes", "starts", "labels_of", "boxes", "areas", "object_ids", "crowd"),
+    "boxes": ("starts", *IMAGES, *OBJECTS),
     "speech": ("file", "start", "seconds", "duration", "text", "text_ends", "utterance", "utterance_ends"),
 }
 """What samples need besides their files, by kind."""
@@ -155,11 +158,10 @@ class Shards:
             self.names = Strings.of(self.arrays.pop("name"), self.arrays.pop("name_ends"))
             self.offset, self.length, self.crc = (self.arrays.pop(name) for name in ("offset", "length", "crc"))
             self._check()
-        except (KeyError, ValueError, TypeError) as error:
-            why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
-            raise ValueError(
-                f"{joined(root, part.arrays)} does not fit {INDEX}: {why}; run `zoo shard` again"
-            ) from error
+        except (KeyError, ValueError, TypeError) as fault:
+            why = f"it has no {fault}" if isinstance(fault, KeyError) else reason(fault)
+            place = joined(root, part.arrays)
+            raise ValueError(f"{place} does not fit {INDEX}: {why}; run `zoo shard` again") from fault
         self.kept = self._kept()
         self.groups = np.searchsorted(self.kept, self.first)
         self.fingerprint = f"{self.index.digest}, {len(self.kept)} files, {zlib.crc32(self.kept.tobytes()):08x}"
