@@ -1,5 +1,5 @@
 """The `zoo` command: `zoo TASK fit|validate|test|predict`, `zoo detect export`, `zoo transcribe stream`, `zoo list`,
-`zoo info`, `zoo app`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`, `zoo runs`."""
+`zoo info`, `zoo app`, `zoo convert`, `zoo evaluate`, `zoo page`, `zoo publish`, `zoo runs`, `zoo shard`."""
 
 import argparse
 import ast
@@ -50,11 +50,11 @@ COMMANDS = {
     "page": ("write a web page that runs a checkpoint in a browser", "zoo.tasks.page.command:main"),
     "publish": ("upload a checkpoint to the Hugging Face Hub", "zoo.tasks.publish:main"),
     "runs": ("list training runs and how to resume them", "zoo.tasks.runs:main"),
+    "shard": ("pack a data set into tars, to train on", "zoo.tasks.shard:main"),
 }
 
-EPILOG = """examples:
-  zoo classify fit --config configs/classify/vit_micro_digits.yaml
-  zoo classify predict RUN/best images/ photo.jpg"""
+EPILOG = """example:
+  zoo classify fit --config configs/classify/vit_micro_digits.yaml"""
 
 
 LISTS = """examples:

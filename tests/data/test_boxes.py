@@ -435,7 +435,10 @@ def test_the_preprocessing_of_a_checkpoint_is_taken():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dataset": "voc2012"}, "unknown dataset 'voc2012'; allowed: auto, coco, coco_export, yolo, voc, shapes"),
+        (
+            {"dataset": "voc2012"},
+            "unknown dataset 'voc2012'; allowed: auto, coco, coco_export, yolo, voc, shards, shapes",
+        ),
         ({"dataset": "coco"}, "'coco' needs root"),
         ({"root": "somewhere"}, "'shapes' is generated and takes no root; for your own images set dataset to auto"),
         ({"dataset": "auto"}, "'auto' needs root"),

@@ -483,7 +483,10 @@ def test_a_batch_is_what_its_images_are_alone(channels: int):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dataset": "mnist"}, "unknown dataset 'mnist'; allowed: digits, fashion_mnist, imagefolder, synthetic"),
+        (
+            {"dataset": "mnist"},
+            "allowed: digits, fashion_mnist, imagefolder, shards, synthetic",
+        ),
         ({"dataset": "imagefolder"}, "needs root"),
         ({"root": "somewhere"}, "'digits' takes no root; for your own images set dataset to imagefolder"),
         ({"batch": 0}, "batch must be >= 1"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ranks import set_rank
 from zoo.data.sampling import EpochSampler, EvenBatches, seeded
 
 
@@ -17,12 +18,6 @@ def states() -> list[str]:
 
 def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-
-def set_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
 
 
 def test_seeded_depends_on_its_numbers_alone():

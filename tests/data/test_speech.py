@@ -611,7 +611,7 @@ def test_recipes_and_mels():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "voice"}, "unknown dataset 'voice'; allowed: librispeech, manifest, synthetic"),
+        ({"dataset": "voice"}, "unknown dataset 'voice'; allowed: librispeech, manifest, shards, synthetic"),
         ({"root": "x"}, "'synthetic' takes none of root, train"),
         ({"train": ["x"]}, "'synthetic' takes none of root, train"),
         ({"dataset": "librispeech"}, "'librispeech' needs root, a folder"),

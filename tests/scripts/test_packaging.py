@@ -25,7 +25,15 @@ IMPORTED_AS = {
 INDIRECT = {"tensorboard"}  # Lightning's logger needs it
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 OPTIONAL = {"triton", "kenlm", "flashlight"}  # comes with PyTorch for CUDA; extras
-OPTIONAL |= {"onnx", "onnxruntime", "onnxscript", "av", "diffusers", "gradio"}  # extras, which the tests have
+OPTIONAL |= {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "av",
+    "diffusers",
+    "gradio",
+    "webdataset",
+}  # extras, which the tests have
 PINS = dict(line.split("==") for line in (ROOT / "scripts/constraints.txt").read_text().splitlines())
 
 
@@ -53,9 +61,10 @@ def test_every_dependency_is_imported_and_every_import_is_a_dependency():
 def test_every_dependency_is_pinned_for_the_tests():
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in PINS}
     tests = names(EXTRAS["test"])
-    assert "zoo" in tests and "zoo[app,export,latents,video]" in EXTRAS["test"]
+    assert "zoo" in tests and "zoo[app,export,latents,shards,video]" in EXTRAS["test"]
     wanted = names(PROJECT["project"]["dependencies"]) | tests
-    wanted |= names(EXTRAS["app"]) | names(EXTRAS["export"]) | names(EXTRAS["latents"]) | names(EXTRAS["video"])
+    wanted |= names(EXTRAS["app"]) | names(EXTRAS["export"]) | names(EXTRAS["latents"])
+    wanted |= names(EXTRAS["shards"]) | names(EXTRAS["video"])
     assert wanted - {"zoo"} <= pinned
 
 

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from zoo.data.class_names import Classes, imagenet, read_names
-from zoo.data.image_sources import SOURCES, Files, is_fashion_mnist, is_image
+from zoo.data.image_sources import SOURCES, Files, Packed, is_fashion_mnist, is_image
 from zoo.data.images import Images
 from zoo.data.label_files import Given, LabelFile, read_labels
+from zoo.data.shards import is_packed
 from zoo.inputs.folders import files_below
 from zoo.text import counted, one_line, plain
 
@@ -31,7 +32,7 @@ class Benchmark(Images):
     Args:
         known: the labels of the checkpoint; None if it has none.
         root: a folder with class folders, or with images if there is a label file, or with those of `split`, or with
-            Fashion-MNIST's files; None for the digits.
+            Fashion-MNIST's files, or with shards; None for the digits.
         split: `val` or `test`; None for the folder val, or root itself.
         labels: a file as of `read_labels`.
         names: a file as of `read_names`, with further names of the classes.
@@ -58,7 +59,9 @@ class Benchmark(Images):
         workers: int | None = None,
     ) -> None:
         base = None if root is None else Path(root).expanduser()
-        kind = "digits" if base is None else "fashion_mnist" if is_fashion_mnist(base) else "imagefolder"
+        kind = "digits"
+        if root is not None and base is not None:
+            kind = "shards" if is_packed(root) else "fashion_mnist" if is_fashion_mnist(base) else "imagefolder"
         super().__init__(kind, root, batch=batch, workers=workers)
         if root is None and (labels or names):
             raise ValueError("--labels and --names need --root, the folder of the images")
@@ -71,8 +74,9 @@ class Benchmark(Images):
                 raise ValueError("the checkpoint has no class names; --names FILE must list those of its outputs")
             known = [each[0] for each in named.classes]
         self.known = Classes(known, [*([named] if named else []), *([] if named and not named.ids else [imagenet()])])
-        if kind == "fashion_mnist" and labels:
-            raise ValueError(f"{base} holds Fashion-MNIST with its labels, so omit --labels")
+        if kind in ("fashion_mnist", "shards") and labels:
+            what = "Fashion-MNIST" if kind == "fashion_mnist" else "shards"
+            raise ValueError(f"{base} holds {what} with its labels, so omit --labels")
         self.folder, self.part = None, split or "val"
         if base is not None and kind == "imagefolder":
             self.folder, self.part = _folder(base, split)
@@ -108,9 +112,21 @@ class Benchmark(Images):
 
     def _data_set(self) -> Any:
         source = SOURCES[self.dataset](self.part, self.preprocess, self.root, self.fraction)
-        outputs = self._outputs(source.classes, [""] * len(source.classes))
+        outputs = self._outputs(source.classes, [f"{self.root or self.dataset}"] * len(source.classes))
+        self._allow(outputs)
         source.classes, source.labels = self.classes, np.array(outputs)[source.labels]
+        if isinstance(source, Packed) and (source.labels < 0).any():
+            known = source.labels >= 0
+            omitted = counted(int((~known).sum()), "image")
+            rank_zero_warn(f"skipped {omitted} of classes that the checkpoint does not know")
+            source.labels, source.numbers = source.labels[known], source.numbers[known]
         return source
+
+    def _allow(self, outputs: Sequence[int]) -> None:
+        """Where classes are fewer than those of the checkpoint, only their logits count."""
+        if len(outputs) < len(self.known.labels):
+            self.allowed = torch.zeros(len(self.known.labels), dtype=torch.bool)
+            self.allowed[[each for each in outputs if each >= 0]] = True
 
     def _files(self, folder: Path) -> Files:
         listed, omitted = files_below(folder, is_image)
@@ -138,9 +154,7 @@ class Benchmark(Images):
             raise ValueError(plain(f"{folder} has class folders without images: {one_line(', '.join(empty), 100)}"))
         places = self._outputs(names, [str(folder / name) for name in names])
         outputs = dict(zip(names, places, strict=True))
-        if len(names) < len(self.known.labels):
-            self.allowed = torch.zeros(len(self.known.labels), dtype=torch.bool)
-            self.allowed[[each for each in places if each >= 0]] = True
+        self._allow(places)
         found = [(path, outputs[inside[0]]) for path, inside in zip(paths, insides, strict=True)]
         return self._kept(found)
 

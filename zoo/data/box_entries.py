@@ -177,10 +177,14 @@ class BoxSource:
 
     def image(self, index: int, channels: int = 3) -> "Image":
         """A PIL image of mode "RGB" or "L"; raises UnreadableImage."""
-        image = read_image(self.name(index), channels)
+        image = read_image(self.name(index), channels, self.content(index))
         if (found := (image.height, image.width)) != (wanted := tuple(self.sizes[index].tolist())):
             raise UnreadableImage(f"{self.name(index)}: {_by(found)} pixels, but {_by(wanted)} in its header")
         return image
+
+    def content(self, index: int) -> bytes | None:
+        """The bytes of an image file; None to read them from the path. Raises UnreadableImage."""
+        return None
 
     def objects(self, index: int) -> Objects:
         """The objects of an image, crowds included."""
@@ -266,10 +270,14 @@ def folder_at(root: str) -> Path:
     return base
 
 
+class MissingSplit(ValueError):
+    """A data set does not have a split."""
+
+
 def first_file(paths: Iterable[Path], split: str) -> Path:
-    """The first path that is a file; ValueError lists them if none is."""
+    """The first path that is a file; MissingSplit lists them if none is."""
     looked = list(paths)
     for path in looked:
         if path.is_file():
             return path
-    raise ValueError(f"split {split!r} not found; looked for {', '.join(map(str, looked))}")
+    raise MissingSplit(f"split {split!r} not found; looked for {', '.join(map(str, looked))}")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoo.data.box_entries import SPLITS, BoxSource, Entry, Faults, Table, first_file, folder_at, read_text
+from zoo.data.box_entries import SPLITS, BoxSource, Entry, Faults, MissingSplit, Table, first_file, folder_at, read_text
 from zoo.data.coco_sources import Coco, CocoExport
+from zoo.data.packed_boxes import Packed
+from zoo.data.shards import is_packed
 from zoo.inputs.folders import files_below
 from zoo.inputs.images import EXTENSIONS, convert_image
 from zoo.outputs.label_map import LabelMap
@@ -173,7 +175,7 @@ def _yolo_images(path: Path, values: dict[Any, Any], split: str, faults: Faults)
     """The paths of a split's images."""
     given = next((values[name] for name in SPLITS[split] if values.get(name) is not None), None)
     if given is None:
-        raise ValueError(f"{path} has no {split!r}, the folder of its images")
+        raise MissingSplit(f"{path} has no {split!r}, the folder of its images")
     listed = given if isinstance(given, list) else [given]
     home = values.get("path")
     if not all(isinstance(each, str) and "\0" not in each for each in [*listed, home or ""]):
@@ -256,7 +258,7 @@ def _voc_places(base: Path, split: str) -> tuple[Path, list[str], Path, Path]:
     try:
         listed = first_file([sets / f"{name}.txt" for name in SPLITS[split]], split)
     except ValueError as error:
-        raise ValueError(f"{error}, {', '.join(str(base / name / '*.xml') for name in SPLITS[split])}") from None
+        raise MissingSplit(f"{error}, {', '.join(str(base / name / '*.xml') for name in SPLITS[split])}") from None
     places = (base / "Annotations", base / "JPEGImages")
     for place in places:
         if not place.is_dir():
@@ -367,6 +369,8 @@ def _touch(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def recognised(root: str) -> str:
     """The name in `SOURCES` of the format of a folder, from what is in it; ValueError if it is none of them."""
     base = Path(root).expanduser()
+    if is_packed(root):
+        return "shards"
     if not base.exists():
         raise ValueError(f"folder not found: {base}")
     splits = [base / name for names in SPLITS.values() for name in names]
@@ -390,5 +394,6 @@ SOURCES: dict[str, Callable[[str, str], BoxSource]] = {
     "coco_export": CocoExport,
     "yolo": Yolo,
     "voc": Voc,
+    "shards": Packed,
     "shapes": Shapes,
 }

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -183,9 +183,10 @@ class Boxes(DataModule):
     Args:
         dataset: `coco` (root/annotations/instances_SPLIT.json and root/images/SPLIT or root/SPLIT2017), `coco_export`
             (root/SPLIT/_annotations.coco.json beside the images), `yolo` (root/data.yaml), `voc` (root/Annotations,
-            JPEGImages, ImageSets/Main/SPLIT.txt; or root/SPLIT/*.xml beside the images), `shapes` (generated), or
-            `auto` (chosen by what is in root).
-        root: folder of the data set.
+            JPEGImages, ImageSets/Main/SPLIT.txt; or root/SPLIT/*.xml beside the images), `shards` (any of them,
+            packed by `zoo shard`), `shapes` (generated), or `auto` (chosen by what is in root).
+        root: folder of the data set; that of shards, or their address: http, https, or `pipe:` and a command that ends
+            in a folder.
         size: side of the images that the model takes, in pixels; null for that of the checkpoint, or 640.
         fit: stretch (to size x size), pad (the longest side becomes size, the aspect ratio is kept) or shortest (the
             shortest side does, but the longest has at most 1333, as in DETR); null for that of the checkpoint, or
@@ -208,6 +209,7 @@ class Boxes(DataModule):
             bilinear.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
         std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
+        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: the preprocessing of an image in evaluation.
@@ -241,8 +243,9 @@ class Boxes(DataModule):
         interpolation: str | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        changed: Literal["refuse", "ok"] = "refuse",
     ):
-        super().__init__()
+        super().__init__(changed)
         if dataset != "auto" and dataset not in SOURCES:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: auto, {', '.join(SOURCES)}")
         if root is not None and dataset == "shapes":
@@ -267,7 +270,6 @@ class Boxes(DataModule):
         self.seed = global_seed() if seed is None else seed
         self.scales, self.plain_epochs, self.cache = scales, plain_epochs, cache
         self.known: LabelMap | None = None  # the categories of the checkpoint that is measured
-        self._sources: dict[str, BoxSource] = {}
 
     def prepared(self, base: Preprocess | None) -> BoxPreprocess:
         """The preprocessing `base`, or the default at 640 pixels, with the fields that were given replaced."""
@@ -329,7 +331,7 @@ class Boxes(DataModule):
         if split not in self._sources:
             found = SOURCES[self.dataset](self.root or "", split)
             for other in self._sources.values():
-                _check_equal(other, found)
+                check_equal(other, found)
             self._sources[split] = found if self.known is None else relabelled(found, self.known)
         return self._sources[split]
 
@@ -347,7 +349,7 @@ class Boxes(DataModule):
         plain_from, size = self._plain_from(), self.preprocess.size
         most = max([size, *(self.scales or ())]) if self.preprocess.fit != "shortest" else self.preprocess.longest
         options = (self.augmentation, self.seed, plain_from, most, self._memory(workers))
-        sampler = EpochSampler(len(source), training=True, seed=self.seed)
+        sampler = EpochSampler(len(source), training=True, seed=self.seed, groups=self.groups())
         batches: Any = BatchSampler(cast(Any, sampler), self.batch, drop_last=len(sampler) >= self.batch)
         if self.scales:
             batches = Sides(batches, self.scales, self.seed, size, plain_from)
@@ -385,7 +387,8 @@ class Boxes(DataModule):
         return epochs - self.plain_epochs
 
 
-def _check_equal(one: BoxSource, other: BoxSource) -> None:
+def check_equal(one: BoxSource, other: BoxSource) -> None:
+    """ValueError if two splits of a data set have other categories."""
     if one.labels != other.labels:
         ours, theirs = set(one.labels), set(other.labels)
         lists = {"without": sorted(ours - theirs), "with": sorted(theirs - ours)}

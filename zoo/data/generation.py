@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from zoo.data.image_sources import SOURCES
 from zoo.data.images import ImageDataset, Images
 from zoo.data.latents import INDEX, LatentDataset, Latents, read_index
+from zoo.data.shards import is_packed
 from zoo.inputs import Preprocess
 from zoo.inputs.latents import LatentPreprocess
 
@@ -23,9 +24,9 @@ class WholeImages(Images):
     such images, normalised per channel; each epoch draws new ones, and validation takes their means.
 
     Args:
-        dataset: `digits`, `fashion_mnist`, `imagefolder` or `synthetic`, as for `zoo classify`; or `latents`, a folder
-            that `zoo generate encode` wrote.
-        root: folder of an imagefolder, of Fashion-MNIST or of latents.
+        dataset: `digits`, `fashion_mnist`, `imagefolder`, `shards` or `synthetic`, as for `zoo classify`; or `latents`,
+            a folder that `zoo generate encode` wrote.
+        root: folder of an imagefolder, of Fashion-MNIST or of latents; that of shards, or their address.
         size: side of the images in pixels; null for that of the checkpoint, or 32. Latents have their own.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3. Latents have their own.
         batch: images in a batch, per device.
@@ -34,6 +35,7 @@ class WholeImages(Images):
         fraction: share of the digits that is held out for validation and test.
         flip: probability of mirroring left and right.
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
+        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
     """
 
     sources = {**SOURCES, "latents": _latents}
@@ -51,6 +53,7 @@ class WholeImages(Images):
         fraction: float = 0.2,
         flip: float = 0.5,
         interpolation: str | None = None,
+        changed: Literal["refuse", "ok"] = "refuse",
     ):
         given = {"size": size, "channels": channels, "interpolation": interpolation}
         if dataset == "latents" and (wrong := [name for name, value in given.items() if value is not None]):
@@ -70,14 +73,17 @@ class WholeImages(Images):
             erasing=0.0,
             crop=None if dataset == "latents" else 1.0,
             interpolation=interpolation,
+            changed=changed,
         )
 
     @classmethod
     def measuring(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes no options of classes)
         cls, known: Any, *, root: str | None = None, split: str = "val", batch: int = 64, workers: int | None = None
     ) -> dict[str, Any]:
-        """The data to evaluate a checkpoint on, by split: a folder in ImageNet's layout, latents, or the digits."""
-        kind = "digits" if root is None else "latents" if Path(root, INDEX).is_file() else "imagefolder"
+        """The data to evaluate a checkpoint on, by split: a folder in ImageNet's layout, shards, latents, or digits."""
+        kind = "digits"
+        if root is not None:
+            kind = "shards" if is_packed(root) else "latents" if Path(root, INDEX).is_file() else "imagefolder"
         return {split: cls(dataset=kind, root=root, batch=batch, workers=workers)}
 
     def prepared(self, base: Preprocess | None) -> Preprocess:

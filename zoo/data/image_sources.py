@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from zoo.data.shards import Shards
 from zoo.inputs.folders import files_below, leads_above
-from zoo.inputs.images import EXTENSIONS, ImagePreprocess, convert_image, read_image
+from zoo.inputs.images import EXTENSIONS, ImagePreprocess, UnreadableImage, convert_image, read_image
 from zoo.text import plain, reason
 
 if TYPE_CHECKING:
@@ -77,6 +78,26 @@ class Files:
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
+
+
+class Packed:
+    """Images in shards."""
+
+    def __init__(self, split: str, preprocess: ImagePreprocess, root: str | None, fraction: float):
+        self.shards, self.channels = Shards(root or "", split, "images", UnreadableImage), preprocess.channels
+        self.classes: list[str] = self.shards.index.classes
+        self.fingerprint, self.groups = self.shards.fingerprint, self.shards.groups
+        self.numbers = self.shards.kept
+        self.labels: np.ndarray = self.shards.arrays["label"][self.numbers]
+        if not ((self.labels >= 0) & (self.labels < len(self.classes))).all():
+            raise ValueError(f"{root} has labels that are none of its {len(self.classes)} classes")
+
+    def image(self, index: int) -> "Image":
+        number = int(self.numbers[index])
+        return read_image(self.shards.name(number), self.channels, self.shards.read(number))
+
+    def name(self, index: int) -> str:
+        return self.shards.name(int(self.numbers[index]))
 
 
 class _Synthetic:
@@ -154,7 +175,7 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(*sizes)
 
 
-def _imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, fraction: float) -> Source:
+def imagefolder(split: str, preprocess: ImagePreprocess, root: str | None, fraction: float) -> Source:
     base = Path(root or "").expanduser()
     if split == "test" and not (base / "test").exists():
         raise ValueError(f"{base} has no test folder; `validate` measures {base / 'val'}")
@@ -212,6 +233,7 @@ def _few(names: list[str]) -> str:
 SOURCES: dict[str, Callable[[str, ImagePreprocess, str | None, float], Source]] = {
     "digits": _Digits,
     "fashion_mnist": _FashionMNIST,
-    "imagefolder": _imagefolder,
+    "imagefolder": imagefolder,
+    "shards": Packed,
     "synthetic": _Synthetic,
 }

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,8 +101,10 @@ class Images(DataModule):
         dataset: `digits` (scikit-learn's 1797 handwritten digits; validation and test are the same
             stratified, fixed part), `fashion_mnist` (its four files; the last 5,000 training images are for
             validation), `imagefolder` (ImageNet's layout: `root/train/<class>/*`, `root/val/<class>/*` and, if there
-            is one, `root/test/<class>/*`), or `synthetic` (generated gratings of four directions).
-        root: folder of an imagefolder or of Fashion-MNIST.
+            is one, `root/test/<class>/*`), `shards` (an imagefolder that `zoo shard` has packed), or `synthetic`
+            (generated gratings of four directions).
+        root: folder of an imagefolder, of Fashion-MNIST or of shards, whose address may be given: http, https, or
+            `pipe:` and a command that ends in a folder, as in `pipe:ssh host cat /data`.
         size: side of the images that the model takes in pixels, or height and width; null for that of the checkpoint,
             or 32.
         channels: 3 for RGB, 1 for grey; null for that of the checkpoint, or 3.
@@ -120,6 +122,7 @@ class Images(DataModule):
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
         std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
+        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: the preprocessing of an image in evaluation.
@@ -129,7 +132,7 @@ class Images(DataModule):
     """
 
     sources: ClassVar[Mapping[str, Callable[[str, Any, str | None, float], Any]]] = SOURCES
-    folders: ClassVar[tuple[str, ...]] = ("fashion_mnist", "imagefolder")  # the rows that take a root
+    folders: ClassVar[tuple[str, ...]] = ("fashion_mnist", "imagefolder", "shards")  # the rows that take a root
 
     preprocess: Any
 
@@ -152,8 +155,9 @@ class Images(DataModule):
         interpolation: str | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        changed: Literal["refuse", "ok"] = "refuse",
     ):
-        super().__init__()
+        super().__init__(changed)
         if dataset not in self.sources:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(self.sources)}")
         if root is not None and dataset not in self.folders:
@@ -176,7 +180,6 @@ class Images(DataModule):
         self.seed = global_seed() if seed is None else seed
         self.fraction, self.randaugment, self.flip = fraction, randaugment, flip
         self.scale, self.jitter, self.erasing = (scale[0], scale[1]), jitter, erasing
-        self._sources: dict[str, Any] = {}
 
     def prepared(self, base: Preprocess | None) -> Preprocess:
         """The preprocessing `base`, or the default at 32 pixels, with the fields that were given replaced."""
@@ -259,7 +262,7 @@ class Images(DataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented images in random order; a last batch that is not full is dropped."""
         dataset = self.items("train")
-        sampler = EpochSampler(len(dataset), training=True, seed=self.seed)
+        sampler = EpochSampler(len(dataset), training=True, seed=self.seed, groups=self.groups())
         drop_last = len(sampler) >= self.batch
         return make_loader(
             dataset,

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -108,6 +110,8 @@ class DataModule(lightning.LightningDataModule):
     that the data module was given replace those of the checkpoint in `fit`, and are ignored in `validate` and `test`,
     which evaluate the checkpoint as it is.
 
+    Shards that a run is resumed on must be those that it was started on, except with `changed` set to `ok`.
+
     Attributes:
         preprocess: from a raw input to the model's input.
         given: the fields of the preprocessing that the user set.
@@ -118,6 +122,34 @@ class DataModule(lightning.LightningDataModule):
     given: dict[str, Any]
     dataset: str
     workers: int | None
+
+    def __init__(self, changed: str = "refuse"):
+        super().__init__()
+        if changed not in ("refuse", "ok"):
+            raise ValueError(f"changed must be refuse or ok, got {changed!r}")
+        self.changed = changed
+        self._sources: dict[str, Any] = {}  # by split, those that have been read
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed compares: the fingerprint of the shards of each split; empty for other data."""
+        prints = {split: getattr(source, "fingerprint", None) for split, source in self._sources.items()}
+        return {split: found for split, found in prints.items() if found is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ValueError if a run is resumed on other shards than it was started on."""
+        if self.changed == "ok" or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        own = self.state_dict()
+        if differ := [split for split in own if state_dict.get(split, own[split]) != own[split]]:
+            root, names = getattr(self, "root", None), " and ".join(map(repr, differ))
+            raise ValueError(
+                f"the shards of {names} in {root} are not those that the run was started on; "
+                "restore them, or resume on these with --data.changed=ok"
+            )
+
+    def groups(self) -> np.ndarray | None:
+        """Where each shard of the training samples begins, and their end; None for other data."""
+        return getattr(self._sources.get("train"), "groups", None)
 
     def prepared(self, base: Preprocess | None) -> Preprocess:
         """The preprocessing `base`, or the default, with the fields in `given` replaced."""

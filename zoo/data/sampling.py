@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -43,21 +44,27 @@ def seeded(*numbers: int) -> Iterator[None]:
         yield
 
 
+WINDOW = 16
+"""Groups among which an order is random: many enough for a mixture, few enough to stay in a computer's memory."""
+
+
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) for this rank's share of a set.
 
     In training the order is a function of seed and epoch, and ranks have equally many images: the
-    order is continued from its start until it divides. In evaluation the order is that of the set
+    order is continued from its start until it divides. With groups, such as the shards that images are in, it is that
+    of the groups, in windows of `WINDOW` groups within which it is random. In evaluation the order is that of the set
     and every image comes exactly once over all ranks, whose shares may differ by one.
 
     Args:
         count: images in the set.
         training: shuffle, and make the ranks equal.
         seed: seed of the order, together with the epoch.
+        groups: where each group begins, and the end of the last; None for one group.
     """
 
-    def __init__(self, count: int, *, training: bool, seed: int = 0):
-        self.count, self.training, self.seed = count, training, seed
+    def __init__(self, count: int, *, training: bool, seed: int = 0, groups: np.ndarray | None = None):
+        self.count, self.training, self.seed, self.groups = count, training, seed, groups
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,13 +74,24 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rank, world = rank_and_world()
         if self.training:
-            generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
-            order = torch.randperm(self.count, generator=generator).tolist()
+            order = self._shuffled()
             total = math.ceil(self.count / world) * world
         else:
             order, total = range(self.count), self.count
         for position in range(rank, total, world):
             yield self.epoch, order[position % self.count]
+
+    def _shuffled(self) -> list[int]:
+        generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
+        if self.groups is None:
+            return torch.randperm(self.count, generator=generator).tolist()
+        groups = torch.randperm(len(self.groups) - 1, generator=generator).tolist()
+        order: list[int] = []
+        for start in range(0, len(groups), WINDOW):
+            ranges = [range(*self.groups[group : group + 2].tolist()) for group in groups[start : start + WINDOW]]
+            window = [*itertools.chain(*ranges)]
+            order += [window[place] for place in torch.randperm(len(window), generator=generator).tolist()]
+        return order
 
     def __len__(self) -> int:
         rank, world = rank_and_world()

@@ -4,7 +4,7 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
 from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import global_seed, seeded
+from zoo.data.shards import is_packed
 from zoo.data.speech_sources import CORPORA, Corpus
 from zoo.inputs import Preprocess
 from zoo.inputs.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
@@ -138,11 +139,12 @@ class Speech(DataModule):
         dataset: `librispeech` (folders as released: `root/SPLIT/speaker/chapter/speaker-chapter-utterance.flac` beside
             `speaker-chapter.trans.txt`, or the same below `root/LibriSpeech`), `manifest` (NeMo's files with one JSON
             object per line: audio_filepath, absolute or relative to the manifest, text, and optionally duration; with
-            offset beside duration, in seconds, only that part of the file is read), or `synthetic` (generated tones,
-            one for each of eight letters).
-        root: folder of librispeech; for manifests, the folder that their names are relative to.
-        train: folders, such as train-clean-100, or manifests to train on, one or a list of them; a tokenizer is trained
-            on their texts.
+            offset beside duration, in seconds, only that part of the file is read), `shards` (either of them, packed by
+            `zoo shard`), or `synthetic` (generated tones, one for each of eight letters).
+        root: folder of librispeech; for manifests, the folder that their names are relative to; the folder of shards or
+            their address: http, https, or `pipe:` and a command that ends in a folder.
+        train: folders, such as train-clean-100, or manifests to train on, one or a list of them, named alike in shards;
+            a tokenizer is trained on their texts.
         val: folders, such as dev-clean, or manifests for validation.
         test: folders or manifests for testing.
         recipe: how features are made: nemo, squeezeformer or streaming; null for that of the checkpoint, or nemo.
@@ -166,6 +168,7 @@ class Speech(DataModule):
         limit: most utterances of each split, taken at even distances; null for all.
         seed: seed of order, speed, noise and dither, together with epoch and index; null for that of
             seed_everything.
+        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: from a waveform to features.
@@ -199,14 +202,15 @@ class Speech(DataModule):
         workers: int | None = None,
         limit: int | None = None,
         seed: int | None = None,
+        changed: Literal["refuse", "ok"] = "refuse",
     ):
-        super().__init__()
+        super().__init__(changed)
         if dataset not in CORPORA:
             raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(CORPORA)}")
         if dataset == "synthetic" and (root or train or val or test):
             raise ValueError("dataset 'synthetic' takes none of root, train, val and test")
-        if dataset == "librispeech" and root is None:
-            raise ValueError("dataset 'librispeech' needs root, a folder")
+        if dataset in ("librispeech", "shards") and root is None:
+            raise ValueError(f"dataset {dataset!r} needs root, a folder")
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; allowed: {', '.join(RECIPES)}")
         if tokenizer not in TOKENIZERS and not tokenizer.endswith(".model"):
@@ -238,7 +242,6 @@ class Speech(DataModule):
         self.speeds, self.noise, self.dither, self.limit = tuple(speeds), noise, dither, limit
         self.joined = joined
         self.seed = global_seed() if seed is None else seed
-        self._sources: dict[str, Corpus] = {}
 
     def prepared(self, base: Preprocess | None) -> AudioPreprocess:
         """The preprocessing `base`, or that of the recipe where one was given, with as many bands as were given."""
@@ -257,11 +260,12 @@ class Speech(DataModule):
         batch: int = 64,
         workers: int | None = None,
     ) -> dict[str, Self]:
-        """The data to evaluate a checkpoint on, by split: folders in LibriSpeech's layout below root."""
+        """The data to evaluate a checkpoint on, by split: folders in LibriSpeech's layout below root, or shards."""
         if root is None or not splits:
             raise ValueError("speech needs --root DIR and --splits NAME..., folders in LibriSpeech's layout")
         given: dict[str, Any] = {"root": root, "batch": batch, "workers": workers}
-        return {name: cls(dataset="librispeech", val=[name], **given) for name in splits}
+        kind = "shards" if is_packed(root) else "librispeech"
+        return {name: cls(dataset=kind, val=[name], **given) for name in splits}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -309,7 +313,8 @@ class Speech(DataModule):
         if split not in self._sources:
             names = self.splits[split] or []
             if not names and self.dataset != "synthetic":
-                kind = "manifests" if self.dataset == "manifest" else "folders below root"
+                kinds = {"manifest": "manifests", "shards": "splits of the shards"}
+                kind = kinds.get(self.dataset, "folders below root")
                 other = "; `validate` measures data.val" if split == "test" and self.splits["val"] else ""
                 raise ValueError(f"data.{split} is not given; it must list {kind}{other}")
             build = CORPORA[self.dataset]

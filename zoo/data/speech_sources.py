@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zoo.data.headers import measured
+from zoo.data.shards import Shards
+from zoo.data.strings import Strings
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
 from zoo.inputs.folders import files_below
 from zoo.text import from_json, plain, reason
@@ -58,7 +60,7 @@ class Files:
     def __init__(self, utterances: Sequence[Utterance]):
         # A few arrays of bytes and numbers: worker processes share them, where lists of strings would be copied.
         columns = list(zip(*utterances, strict=True)) or [()] * len(Utterance._fields)
-        self.names, self.paths, self.texts = map(_Strings, columns[:3])
+        self.names, self.paths, self.texts = map(Strings, columns[:3])
         self.starts, self.seconds, self.given = (np.array(column, dtype=np.float64) for column in columns[3:])
         self._durations: np.ndarray | None = None
 
@@ -92,14 +94,55 @@ class Files:
         )
 
 
-class _Strings:
-    def __init__(self, strings: Iterable[str]):
-        encoded = [string.encode(errors="surrogatepass") for string in strings]
-        self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+class Packed:
+    """Utterances in splits of shards; `rows` has the number of the split and that of the utterance in it, [N, 2]."""
 
-    def __getitem__(self, index: int) -> str:
-        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode(errors="surrogatepass")
+    def __init__(self, splits: Sequence[Shards], rows: np.ndarray):
+        self.splits, self.rows = splits, rows
+        self.texts, self.names = (
+            [Strings.of(split.arrays[name], split.arrays[f"{name}_ends"]) for split in splits]
+            for name in ("text", "utterance")
+        )
+        self.fingerprint = ", ".join(f"{split.split}: {split.fingerprint}" for split in splits)
+        known = [split.arrays["duration"] for split in splits]
+        self.durations = np.concatenate(known)[rows[:, 1] + np.cumsum([0, *map(len, known)])[rows[:, 0]]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def text(self, index: int) -> str:
+        split, row = self.rows[index]
+        return self.texts[split][row]
+
+    def name(self, index: int) -> str:
+        split, row = self.rows[index]
+        return self.names[split][row]
+
+    def waveform(self, index: int, rate: int) -> Tensor:
+        split, row = self.rows[index]
+        shards = self.splits[split]
+        file, start, seconds = (shards.arrays[name][row].item() for name in ("file", "start", "seconds"))
+        part = (start, None if math.isnan(seconds) else seconds)
+        return read_audio(shards.name(file), rate, *part, shards.read(file))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Packed":
+        return Packed(self.splits, self.rows[np.asarray(indices, dtype=np.int64)])
+
+
+def _packed(split: str, names: list[str], root: str | None, training: bool, limit: int | None) -> Corpus:
+    splits = [Shards(root or "", name, "speech", UnreadableAudio) for name in names]
+    found = []
+    for number, shards in enumerate(splits):
+        rows = np.flatnonzero(np.isin(shards.arrays["file"], shards.kept))
+        blank = np.diff(shards.arrays["text_ends"])[rows] == 0
+        if training and blank.any():
+            rank_zero_warn(plain(f"{root}, {shards.split}: omitted {blank.sum()} utterances with an empty transcript"))
+            rows = rows[~blank]
+        found.append(np.stack([np.full(len(rows), number), rows], axis=1))
+    rows = np.concatenate(found)
+    if not len(rows):
+        raise ValueError(f"{root} has no utterances with a transcript in {', '.join(names)}")
+    return Packed(splits, np.array(_spread(rows, limit)))  # pyright: ignore[reportArgumentType] (an array is a sequence)
 
 
 def _seconds(path: str) -> float:
@@ -326,5 +369,6 @@ def _spread(values: Sequence[Any], limit: int | None) -> Sequence[Any]:
 CORPORA: dict[str, Callable[[str, list[str], str | None, bool, int | None], Corpus]] = {
     "librispeech": _librispeech,
     "manifest": _manifest,
+    "shards": _packed,
     "synthetic": _synthetic,
 }

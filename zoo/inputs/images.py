@@ -215,12 +215,13 @@ def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
     return (0.449,), (0.226,)
 
 
-def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
+def read_image(path: str | os.PathLike[str], channels: int = 3, content: bytes | None = None) -> Image:
     """Reads a complete image file (the first frame of an animation), rotated according to its EXIF.
 
     Args:
         path: a file in one of `FORMATS`.
         channels: 3 for an image of mode "RGB", 1 for one of mode "L".
+        content: the bytes of the file, if they are in memory; `path` is then only its name in messages.
 
     Returns:
         A PIL image in memory, 8 bits per channel; the file is closed.
@@ -232,17 +233,18 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image:
     _mode(channels)
     name = os.fspath(path)
     try:
-        check_regular(name)
+        if content is None:
+            check_regular(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata, which is not needed
             try:
-                return _read(name, channels)
+                return _read(name if content is None else io.BytesIO(content), channels)
             except Exception:
-                if (pixels := _pixels_of_png(name)) is None:
+                if (pixels := _pixels_of_png(name, content)) is None:
                     raise
             return _read(io.BytesIO(pixels), channels)
     except Exception as error:  # a broken file may raise anything: OSError, SyntaxError, struct.error
-        raise UnreadableImage(f"{name}: {_why(name, error)}") from error
+        raise UnreadableImage(f"{name}: {_why(name, error, content)}") from error
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -289,19 +291,19 @@ def _read(file: str | io.BytesIO, channels: int) -> Image:
         return convert_image(image, channels)
 
 
-def _why(name: str, error: Exception) -> str:
+def _why(name: str, error: Exception, content: bytes | None = None) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        empty = os.path.getsize(name) == 0
+        empty = (os.path.getsize(name) if content is None else len(content)) == 0
         return "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})"
     return reason(error)
 
 
-def _pixels_of_png(name: str) -> bytes | None:
+def _pixels_of_png(name: str, content: bytes | None) -> bytes | None:
     """A PNG file without the chunks that pixels do not need, which may be broken; None for other files."""
     try:
-        with open(name, "rb") as file:
+        with open(name, "rb") if content is None else io.BytesIO(content) as file:
             if file.read(8) != PNG:
                 return None
             kept = [PNG]

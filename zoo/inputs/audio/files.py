@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
@@ -49,7 +50,11 @@ class UnreadableAudio(ValueError):
 
 
 def read_audio(
-    path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
+    path: str | os.PathLike[str],
+    rate: int = 16000,
+    start: float = 0.0,
+    seconds: float | None = None,
+    content: bytes | None = None,
 ) -> Tensor:
     """Reads an audio file of one of `FORMATS`, or a part of it; channels are averaged.
 
@@ -60,6 +65,7 @@ def read_audio(
         rate: sample rate of the result in Hz; audio of another rate is resampled (band-limited sinc interpolation).
         start: where to begin, in seconds.
         seconds: how much to read; None for all. If the file ends earlier, the result is shorter.
+        content: the bytes of the file, if they are in memory; `path` is then only its name in messages.
 
     Returns:
         float32 [S] with S of at least 1, full scale being -1..1.
@@ -68,14 +74,18 @@ def read_audio(
         UnreadableAudio: the file is missing, empty, truncated or not audio, ends before `start`, or has samples that
             are NaN or not between -1e6 and 1e6.
     """
-    return torch.cat(list(stream_audio(path, rate, start, seconds)))
+    return torch.cat(list(stream_audio(path, rate, start, seconds, content)))
 
 
 def stream_audio(
-    path: str | os.PathLike[str], rate: int = 16000, start: float = 0.0, seconds: float | None = None
+    path: str | os.PathLike[str],
+    rate: int = 16000,
+    start: float = 0.0,
+    seconds: float | None = None,
+    content: bytes | None = None,
 ) -> Iterator[Tensor]:
     """`read_audio` in pieces, for files of any length; all samples before a fault come first."""
-    with opened(path) as sound:
+    with opened(path, content) as sound:
         resampler = Resampler(sound.rate, rate)
         for block in sound.blocks(start, seconds):
             yield resampler.push(block)
@@ -149,17 +159,18 @@ def mixed(samples: np.ndarray, name: str) -> Tensor:
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Sound]:
+def opened(path: str | os.PathLike[str], content: bytes | None = None) -> Iterator[Sound]:
     """The open file; UnreadableAudio if it, or what is read from it meanwhile, is not audio."""
     import soundfile
 
     name = os.fspath(path)
     try:
-        check_regular(name)
-        if os.path.isdir(name):
-            raise UnreadableAudio(f"{name}: it is a folder")
-        with open(name, "rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
+        if content is None:
+            check_regular(name)
+            if os.path.isdir(name):
+                raise UnreadableAudio(f"{name}: it is a folder")
+        with open(name, "rb") if content is None else io.BytesIO(content) as raw:
+            size = raw.seek(0, os.SEEK_END)
             if size == 0:
                 raise UnreadableAudio(f"{name}: the file is empty")
             ended = ogg_ends(raw, size)
@@ -199,8 +210,12 @@ def _corrected(name: str, raw: BinaryIO, size: int) -> Iterator[tuple[Any, float
     """The file with the true length in its header, and the ratio of the claimed length to it."""
     length = length_of(raw, size)
     if length is None or not length.wrong or not length.found:
-        yield name, 1.0
+        raw.seek(0)
+        yield raw if isinstance(raw, io.BytesIO) else name, 1.0
         return
-    with _Copy(raw.fileno(), 0, access=mmap.ACCESS_COPY) as copy:  # in memory only
+    file = -1 if isinstance(raw, io.BytesIO) else raw.fileno()
+    with _Copy(file, size, access=mmap.ACCESS_COPY) as copy:  # in memory only
+        if isinstance(raw, io.BytesIO):
+            copy[:] = raw.getvalue()
         copy[length.place : length.place + len(length.corrected)] = length.corrected
         yield copy, 1.0 if length.promised is None else length.promised / length.found
