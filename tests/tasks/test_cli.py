@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ([*TINY, "--model.weights=nowhere"], "checkpoint 'nowhere' not found"),
         (
             [*TINY, "--data.dataset=mnist"],
-            "unknown dataset 'mnist'; allowed: digits, fashion_mnist, imagefolder, synthetic",
+            "unknown dataset 'mnist'; allowed: digits, fashion_mnist, imagefolder, shards, synthetic",
         ),
         ([*TINY, "--data.dataset=imagefolder"], "needs root"),
         ([*TINY, "--data.dataset=imagefolder", "--data.root=nowhere"], "nowhere/train is not a folder"),

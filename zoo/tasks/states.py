@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from zoo.tasks.runs import STATE
 from zoo.text import reason
@@ -63,7 +63,7 @@ class States(CheckpointIO):
             OSError: the state before it could not be written.
         """
         self.wait()
-        copy = apply_to_collection(checkpoint, Tensor, _on_host)
+        copy = tree_map_only(Tensor, _on_host, checkpoint)
         self._writer = self._writer or ThreadPoolExecutor(1, "states")
         self._pending = self._writer.submit(self._write, copy, Path(path), storage_options)
 
