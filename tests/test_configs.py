@@ -208,7 +208,8 @@ def test_a_command_of_a_header_builds_all_that_it_needs(case: Case, construct, m
     for line in case.before:
         first = construct(line)
         kept = {"preset": first.model.preset, "preprocess": first.datamodule.preprocess}
-        zoo.save_model(first.model.model, Path(first.trainer.default_root_dir, "best"), **kept)
+        model = first.model.model if first.model.start else zoo.create_model(**first.model.backbone)
+        zoo.save_model(model, Path(first.trainer.default_root_dir, "best"), **kept)
     built = construct(case.command)
     module, data, trainer = built.model, built.datamodule, built.trainer
 
