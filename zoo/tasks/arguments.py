@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from zoo.spelling import expanded
 from zoo.tasks.states import STATE
 
@@ -31,7 +33,8 @@ def completed(task: str, arguments: list[str]) -> list[str]:
         folder = option(rest, "trainer.default_root_dir") or (usual_folder(task, model) if model else ".")
         resumed = Path(folder).expanduser() / STATE
         if verb == "fit" and not resumed.exists():
-            print(f"starting  {resumed.parent.parent} has no state to resume from", file=sys.stderr)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                print(f"starting  {resumed.parent.parent} has no state to resume from", file=sys.stderr)
             return [*arguments, "--ckpt_path=null"]
     if resumed is not None:
         path = Path(resumed).expanduser()

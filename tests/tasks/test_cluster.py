@@ -1,0 +1,87 @@
+"""Several processes that somebody else starts: torchrun, and SLURM by a stand-in for its command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from killing import STATE
+from training import BACKBONE, PLAIN_FLAGS, difference, state
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+RUN = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_epochs=2", "--data.dataset=synthetic"]
+RUN += [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()]
+RUN += ["--data.size=16", "--data.batch=16", "--trainer.limit_val_batches=2", *PLAIN_FLAGS]
+# Starts the tasks of a job as SLURM does: each process knows its rank from the environment.
+SRUN = """#!/bin/bash
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    echo $! >> JOBS
+done
+status=0
+for job in $(jobs -p); do wait $job || status=$?; done
+exit $status
+"""
+JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+JOB |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run by torchrun."""
+    folder = tmp_path_factory.mktemp("torchrun") / "run"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zoo"]
+    line += ["classify", "fit", *RUN, "--trainer.devices=2", "--trainer.strategy=ddp", "--ckpt_path=last"]
+    line.append(f"--trainer.default_root_dir={folder}")
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("has no state to resume from") == done.stderr.count("epoch 2/2") == 1
+    return weights(folder)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def test_a_job_of_slurm_stops_is_queued_again_and_resumes(whole: dict[str, torch.Tensor], tmp_path: Path):
+    programs, jobs, run = tmp_path / "bin", tmp_path / "jobs", tmp_path / "run"
+    programs.mkdir()
+    command(programs, "srun", SRUN.replace("JOBS", str(jobs)))
+    command(programs, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    command(programs, "zoo", f'#!/bin/sh\nexec {sys.executable} -m zoo "$@"\n')
+    line = ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "classify", *RUN, f"--trainer.default_root_dir={run}"]
+    line.append("--save.every_n_train_steps=1")
+    given = environment(**JOB, PATH=f"{programs}:{os.environ['PATH']}")
+    first = subprocess.Popen(line, env=given, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (run / STATE).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    for job in jobs.read_text().split():
+        os.kill(int(job), signal.SIGUSR1)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGUSR1 and "Traceback" not in said, said[-3000:]
+    assert said.count("zoo: stopped by SIGUSR1") == said.count("SLURM job 71 is queued again") == 1
+    assert (tmp_path / "calls").read_text() == "requeue 71\n"
+    steps = state(run / STATE)["global_step"]
+    assert 0 < steps < 32
+    again = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and f"step {steps}" in again.stderr, again.stderr[-3000:]
+    assert difference(weights(run), whole) is None
