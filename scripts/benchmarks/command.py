@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import detectors, diffusion, layers, losses, models, operators, plots, speech, training
+from benchmarks import data, detectors, diffusion, layers, losses, models, operators, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.tasks.predicting import Parser
 from zoo.text import one_line
@@ -80,6 +80,22 @@ CHOICES: dict[str, dict[str, Table]] = {
             clock="CPU time",
             form="eager",
         )
+    },
+    "data": {
+        "data_images": Table(
+            f"Images from JPEG files to a batch of {data.FILES}, in one process",
+            data.images,
+            data.image_table,
+            form="no model",
+            dtype="float32",
+        ),
+        "data_audio": Table(
+            "Speech from FLAC files to log-mel features, in one process",
+            data.audio,
+            data.audio_table,
+            form="no model",
+            dtype="float32",
+        ),
     },
     "detectors": {
         "detectors": Table(
@@ -158,6 +174,8 @@ SHAPES = {
     "memory_mixers": layers.ON_IMAGES,
     "side": models.SIDE,
     "epochs": training.EPOCHS,
+    "files": data.FILES,
+    "clips": data.CLIPS,
     "losses_of": losses.SHAPES,
     "detectors": list(detectors.RIVALS),
     "detector_side": detectors.SIDE,
@@ -183,6 +201,8 @@ QUICK = {
     "memory_mixers": ["sla"],
     "side": 32,
     "epochs": 2,
+    "files": 2,
+    "clips": 1,
     "losses_of": ((2, 2, 9, 3),),
     "detectors": ["RT-DETRv2-R18"],
     "detector_side": 128,
