@@ -46,7 +46,8 @@ def by_zoo(root: Path, split: str, side: int, number: int, augment: str | None, 
 
 
 def by_timm(root: Path, split: str, side: int, number: int, augment: str | None) -> Callable[[], Any]:
-    from timm.data import ImageDataset, create_transform
+    from timm.data.dataset import ImageDataset
+    from timm.data.transforms_factory import create_transform
 
     options: dict[str, Any] = {"is_training": split == "train", "interpolation": "bicubic", "color_jitter": None}
     items = ImageDataset(str(root / split), transform=create_transform(side, auto_augment=augment, **options))

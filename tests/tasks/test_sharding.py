@@ -120,6 +120,16 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
             assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
 
 
+@pytest.mark.parametrize(("case", "strategy"), [("classify", "fsdp2"), ("transcribe", "ddp"), ("generate", "fsdp2")])
+@pytest.mark.parametrize("option", ["--model.compile=true", "--model.checkpointing=true"])
+def test_compiled_blocks_and_recomputed_activations(case: str, strategy: str, option: str, tmp_path: Path):
+    flags = [f"--trainer.strategy={strategy}"]
+    plain = finished(case, tmp_path / "plain", *flags, ranks=2)
+    other = finished(case, tmp_path / "other", *flags, option, ranks=2)
+    assert ((plain - other).abs() / plain.abs().clamp(min=1)).max() < 1e-4
+    load_checkpoint(tmp_path / "other/last", check=True)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(strategy: str, rank: int, tmp_path: Path):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from zoo.block import Block
 from zoo.config import Config
 from zoo.data.loading import DataModule
 from zoo.data.sampling import global_seed, reseed
@@ -73,6 +74,7 @@ class Task(lightning.LightningModule):
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
+        compile: compiles each block in training (torch.compile), which takes a minute and pays off on a GPU.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
             seed_everything.
@@ -105,6 +107,7 @@ class Task(lightning.LightningModule):
         final_rate: float = 1e-5,
         average: float = 0.0,
         checkpointing: bool = False,
+        compile: bool = False,
         refresh: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -124,7 +127,7 @@ class Task(lightning.LightningModule):
             other = f"use `zoo {trained}`" if trained else "no command trains it"
             raise ValueError(f"`zoo {self.command}` cannot train this model.backbone; {other}")
         self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
-        self.checkpointing, self.decay = checkpointing, average
+        self.checkpointing, self.compiled, self.decay = checkpointing, compile, average
         for name, value, least in (
             ("warmup", warmup, 0.0),
             ("weight_decay", weight_decay, 0.0),
@@ -193,6 +196,10 @@ class Task(lightning.LightningModule):
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
+        if self.compiled:
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.compile()
         if self.undivided or not isinstance(strategy, FSDP2):
             return
         self.undivided = (copied(self.measured).cpu(),)
@@ -437,7 +444,7 @@ class Task(lightning.LightningModule):
     def division(self) -> dict[str, int]:
         """How an epoch is divided: the batches of a rank, and the ranks."""
         loader: Any = self.trainer.train_dataloader
-        return {"batches": len(loader.batch_sampler), "ranks": self.trainer.world_size}
+        return {"batches": 0 if loader is None else len(loader.batch_sampler), "ranks": self.trainer.world_size}
 
     def epoch_loss(self) -> dict[str, Any]:
         """The sum of the losses of this epoch, and their number."""

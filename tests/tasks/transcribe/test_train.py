@@ -209,13 +209,13 @@ def test_ctc_losses_are_those_of_one_utterance_at_a_time():
     task = recogniser()
     logits, lengths = torch.randn(3, 12, 10, requires_grad=True), torch.tensor([12, 3, 7])
     tokens = [LETTERS.encode(text) for text in ("AB CD", "A", "HH")]
-    found = task.losses(logits, lengths, tokens)
+    found = task.losses(logits, lengths, tokens, task.model.head)
     for loss, row, length, ids in zip(found, logits, lengths.tolist(), tokens, strict=True):
         alone = (row[:length].log_softmax(-1), torch.tensor(ids), torch.tensor(length), torch.tensor(len(ids)))
         assert loss.item() == pytest.approx(F.ctc_loss(*alone, blank=9, reduction="none").item(), rel=1e-5)
     found[1].backward()
     assert logits.grad is not None and not logits.grad[0].any() and not logits.grad[1, 3:].any()
-    low = task.losses(logits.detach().bfloat16(), lengths, tokens)
+    low = task.losses(logits.detach().bfloat16(), lengths, tokens, task.model.head)
     assert low.dtype == torch.float32 and torch.allclose(low, found.detach(), rtol=0.02)
 
 
@@ -223,14 +223,14 @@ def test_transducer_losses_are_those_of_one_utterance_at_a_time():
     task = recogniser(RNNT)
     encoded, lengths = torch.randn(3, 12, 16), torch.tensor([12, 3, 7])
     tokens = [LETTERS.encode(text) for text in ("AB CD", "A", "HH")]
-    found = task.losses(encoded, lengths, tokens)
+    found = task.losses(encoded, lengths, tokens, task.model.head)
     for loss, row, length, ids in zip(found, encoded, lengths.tolist(), tokens, strict=True):
         logits = task.model.head(row[None, :length], torch.tensor([ids]))
         sizes = (torch.tensor([length]).int(), torch.tensor([len(ids)]).int())
         wanted = rnnt_loss(logits, torch.tensor([ids]).int(), *sizes, blank=9, reduction="none")
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     # The longest clip was left out: its frames are in the batch, and no loss has them.
-    assert torch.equal(task.losses(encoded[1:], lengths[1:], tokens[1:]), found[1:])
+    assert torch.equal(task.losses(encoded[1:], lengths[1:], tokens[1:], task.model.head), found[1:])
 
 
 def test_an_intermediate_block_with_too_few_frames_is_counted():
@@ -246,6 +246,7 @@ def test_a_run_goes_on_with_its_own_tokens():
     before, after, run = recogniser(), recogniser(), trainer(1, 1)
     loops = {name: getattr(run, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
     saved: dict[str, Any] = {"state_dict": before.state_dict(), "loops": loops}
+    before._trainer = run
     before.on_save_checkpoint(saved)
     assert "epoch_loss" in saved
     after._trainer = run
@@ -308,7 +309,9 @@ def test_a_loss_of_intermediate_blocks_and_of_two_views(monkeypatch: pytest.Monk
     assert len(features) == 6 and not torch.equal(features[:3], features[3:])
     lengths, tokens = batch.lengths.repeat(2), [LETTERS.encode(text) for text in batch.texts] * 2
     made = task.model.encode(features, lengths, None, (0, 1, 2))
-    losses = [task.losses(task.model.logits(each.tokens), each.lengths, tokens).mean() for each in made]
+    losses = [
+        task.losses(task.model.logits(each.tokens), each.lengths, tokens, task.model.head).mean() for each in made
+    ]
     apart = divergence(task.model.logits(made[-1].tokens), made[-1].lengths)
     wanted = 0.6 * losses[2] + 0.4 * (losses[0] + losses[1]) / 2 + 0.5 * apart
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
