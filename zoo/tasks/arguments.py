@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.spelling import expanded
-from zoo.tasks.states import STATE
+from zoo.tasks.runs import STATE
 
 
 def option(arguments: list[str], name: str) -> Any:
