@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -241,6 +242,10 @@ def test_what_is_no_index_is_refused_in_one_line(copied: Path, tmp_path: Path):
         (text.replace('"splits"', '"parts"'), "'splits' is missing"),
         (text.replace("train-000001.tar", "../x.tar"), "'../x.tar' is not the name of a file"),
         (text.replace("train-000001.tar", "a;rm"), "'a;rm' is not the name of a file"),
+        (
+            re.sub('"sha256": "[0-9a-f]{4}', '"sha256": "../x', text),
+            "the hashes of 'train' must have 64 hexadecimal digits",
+        ),
         (text.replace('"images"', '"speech"'), "holds speech, for `zoo transcribe`, not images"),
         (text.replace('"train":', '"dev":'), "has no split 'train'; it has dev, val"),
     ):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from killing import STATE, in_child, weights
-from training import BACKBONE, PLAIN_FLAGS, QUIET, difference, fit, refused, state
+from training import BACKBONE, PLAIN_FLAGS, QUIET, difference, fit, refused, said, state
 from zoo.__main__ import main
 from zoo.data.loading import Batches
 from zoo.tasks.task import Task
@@ -110,6 +110,21 @@ def test_weights_that_are_not_finite_are_in_no_state(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match="the weights are NaN or infinite after step 9"):
         fit(tmp_path, *SHORT, SAVING)
     assert state(tmp_path / STATE)["global_step"] == EVERY
+
+
+@pytest.mark.parametrize("other", ["--data.batch=95", "--data.seed=5"])
+def test_other_batches_are_refused_within_an_epoch(other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Even where an epoch has as many of them, samples would come twice or never."""
+    flags = [*SHORT, "--data.batch=100", "--save.every_n_train_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", kill_at(3))
+        assert in_child(lambda: fit(tmp_path, *flags)) == -signal.SIGKILL
+    again = [*flags, other, f"--ckpt_path={tmp_path}/{STATE}"]
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, *again)
+    assert said(stop.value).startswith("--ckpt_path was written in the middle of an epoch with other batches; set data")
+    fit(tmp_path, *again, "--data.changed=ok")
+    assert state(tmp_path / STATE)["global_step"] == 10
 
 
 # Kills at random moments, in every task

@@ -160,6 +160,8 @@ def slow(path, *rest):
     print(path.name, flush=True)
     time.sleep(0.3)
 packing._write_tar = slow
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run without it
 from zoo.__main__ import main
 main(["shard", *sys.argv[1:], "--size", "30KB"])
 """

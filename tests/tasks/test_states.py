@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_state_whole(later: Any, monkeypatch: pytest
     file = tmp_path / "resume" / "last.ckpt"
 
     def fill(task: Classify) -> None:
-        task.trainer.strategy.checkpoint_io.wait()
+        task.trainer.strategy.checkpoint_io.wait()  # pyright: ignore[reportAttributeAccessIssue]
         kept.append(file.read_bytes())
         monkeypatch.setattr(states, "open", lambda path, mode: Full(path, mode), raising=False)
 
@@ -216,3 +216,25 @@ def test_a_state_is_not_kept_where_nothing_is_validated(later: Any, monkeypatch:
 def test_an_absurd_rate_stops(tmp_path: Path):
     message = stopped(tmp_path, "--model.rate=1e30", "--model.warmup=0")
     assert "NaN or infinite" in message and "lower model.rate" in message
+
+
+def test_a_state_by_its_step_is_whole_or_absent_where_a_disk_has_no_links(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def part(_: Any, path: Path) -> None:
+        path.write_bytes(b"part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    folder, written = tmp_path / "resume", states.States(keep=2)
+    monkeypatch.setattr(os, "link", none)
+    written.save_checkpoint({"global_step": 1}, folder / "last.ckpt")
+    written.wait()
+    monkeypatch.setattr(states.shutil, "copyfile", part)
+    written.save_checkpoint({"global_step": 2}, folder / "last.ckpt")
+    with pytest.raises(OSError, match="No space left on device; the previous one is untouched"):
+        written.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-000000001.ckpt"]
+    assert state(folder / "last.ckpt") == state(folder / "step-000000001.ckpt") == {"global_step": 1}

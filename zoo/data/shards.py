@@ -31,6 +31,7 @@ ARRAYS = {
     "speech": ("file", "start", "seconds", "duration", "text", "text_ends", "utterance", "utterance_ends"),
 }
 """What samples need besides their files, by kind."""
+HASH = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # an address may be a command, to which names are appended
 
 
@@ -101,6 +102,8 @@ def _index(found: Any, digest: str) -> Index:
         for name in (each["arrays"], *(shard.name for shard in shards)):
             if not FILE_NAME.fullmatch(name):
                 raise ValueError(f"{one_line(repr(name), 60)} is not the name of a file")
+        if not all(HASH.fullmatch(each.sha256) for each in (parts[split], *shards)):
+            raise ValueError(f"the hashes of {split!r} must have 64 hexadecimal digits")
         if any(type(number) is not int or number < 0 for shard in shards for number in (shard.size, shard.files)):
             raise ValueError(f"the sizes and files of the shards of {split!r} must be integers >= 0")
     if found["kind"] not in KINDS or not all(isinstance(name, str) for name in found["classes"]):

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.spelling import expanded
-from zoo.tasks.states import STATE
+from zoo.tasks.runs import STATE
 
 
 def option(arguments: list[str], name: str) -> Any:

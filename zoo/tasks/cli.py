@@ -220,6 +220,8 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
                 auto_configure_optimizers=False,
                 parser_kwargs={"prog": f"zoo {name}", "exit_on_error": False, **{verb: each for verb in VERBS}},
             )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or else its threads may abort the process as it ends
     except ArgumentError as error:
         all_options = f"zoo {name} {arguments[0]} --help-all lists all options"
         raise ValueError(f"{translated(str(error))} ({all_options})") from None

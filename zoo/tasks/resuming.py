@@ -1,14 +1,18 @@
-"""Whether the state of a run fits the run that is resumed from it."""
+"""What a state holds of an epoch, and whether it fits the run that is resumed from it."""
 
 import re
 import reprlib
 import traceback
+import zlib
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from zoo.weights.trunks import misfits
 
 LOST = re.compile(r"/gloo/|NCCL|Connection (?:closed|reset|refused)|Broken pipe")  # what the backends say of it
 
@@ -85,6 +89,101 @@ def restore_optimizers(checkpoint: dict[str, Any], trainer: lightning.Trainer) -
         schedules[number] = fresh | counts | {"_last_lr": lrs}
         for group, lr in zip(states[number]["param_groups"], lrs, strict=True):
             group["lr"] = lr
+
+
+class Resumable(lightning.LightningModule):
+    """A module whose states can be resumed in the middle of an epoch.
+
+    Attributes:
+        loss_sum: the sum of the losses of this epoch.
+        loss_number: their number.
+        loaded: the state that is being restored, or None.
+    """
+
+    loss_sum: Tensor
+    loss_number: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: dict[str, Any] | None = None
+        self.former: dict[str, int] | None = None  # how the state that was loaded divided an epoch
+        self.former_order: int | None = None  # its `order`
+        self._order: tuple[int, int] | None = None  # the epoch, and its `order`
+
+    @property
+    def data(self) -> Any:
+        """The data module."""
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    def resume_epoch(self) -> None:
+        """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
+        loop = self.trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # with trainer.max_steps, where Lightning would end the epoch a second time
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
+        done = loop.epoch_loop.batch_progress.current.completed
+        if loop.restarted_mid_epoch and done < loop.max_batches:
+            now = self.division()
+            former = self.former or now
+            if changed := [name for name in now if now[name] != former[name]]:
+                name = changed[-1]
+                raise ValueError(
+                    f"--ckpt_path was written in the middle of an epoch of {former[name]} {name}, and now there are "
+                    f"{now[name]}; resume with as many, or from a state at the end of an epoch"
+                )
+            order = self.trainer.strategy.broadcast(self.order())
+            if self.data.changed != "ok" and self.former_order not in (None, order):
+                raise ValueError(
+                    "--ckpt_path was written in the middle of an epoch with other batches; set data.batch, data.seed "
+                    "and the data as they were, or resume from a state at the end of an epoch; with --data.changed=ok "
+                    "some samples come twice or never in this epoch"
+                )
+            loader: Any = self.trainer.train_dataloader
+            loader.batch_sampler.skip = done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        if differ := misfits(own, found):
+            raise OtherModel(differ[0])
+        restore_loops(checkpoint, self.trainer)
+        if "epoch_loss" in checkpoint:
+            require(checkpoint["epoch_loss"], self.epoch_loss(), "epoch_loss")
+            self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
+        self.former = checkpoint.get("division")
+        if self.former is not None:
+            require(self.former, {"batches": 0, "ranks": 0}, "division")
+        if (order := checkpoint.get("order")) is not None:  # earlier versions had none
+            require(order, 0, "order")
+        self.former_order = order
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.restore_checkpoint_after_setup:
+            restore_optimizers(checkpoint, self.trainer)
+        elif self.trainer.state.fn == TrainerFn.FITTING:
+            self.loaded = checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
+        checkpoint["order"] = self.order()
+
+    def division(self) -> dict[str, int]:
+        """How an epoch is divided: the batches of a rank, and the ranks."""
+        loader: Any = self.trainer.train_dataloader
+        return {"batches": 0 if loader is None else len(loader.batch_sampler), "ranks": self.trainer.world_size}
+
+    def order(self) -> int:
+        """A checksum of the batches of this epoch on this rank: which samples each of them has."""
+        if self._order is None or self._order[0] != self.current_epoch:
+            sampler: Any = self.trainer.train_dataloader.batch_sampler  # pyright: ignore[reportOptionalMemberAccess]
+            sampler.sampler.set_epoch(self.current_epoch)
+            order = 0
+            for keys in sampler.batches:
+                order = zlib.crc32(repr(keys).encode(), order)
+            self._order = self.current_epoch, order
+        return self._order[1]
+
+    def epoch_loss(self) -> dict[str, Any]:
+        """The sum of the losses of this epoch, and their number."""
+        return {"sum": self.loss_sum.float().cpu(), "number": self.loss_number}
 
 
 def restoring(error: BaseException) -> bool:

@@ -136,7 +136,12 @@ def _keep_by_step(state: Path, folder: Path, step: int, keep: int) -> None:
     try:
         os.link(state, name)
     except OSError:  # a file system without links
-        shutil.copyfile(state, name)
+        copy = name.with_name(f".{name.name}.new")
+        try:
+            shutil.copyfile(state, copy)
+            os.replace(copy, name)
+        finally:
+            copy.unlink(missing_ok=True)
     for each in sorted(folder.glob("step-*.ckpt"))[:-keep]:
         each.unlink(missing_ok=True)
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -28,11 +27,10 @@ from zoo.models.base import Model
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
 from zoo.tasks.intervals import Measured
-from zoo.tasks.resuming import OtherModel, require, restore_loops, restore_optimizers
+from zoo.tasks.resuming import Resumable, restore_optimizers
 from zoo.tasks.sharding import FSDP2, gathered
 from zoo.weights import load_checkpoint
 from zoo.weights.adapt import Loaded, adapt
-from zoo.weights.trunks import misfits
 
 HINT = "lower model.rate, raise model.warmup, or clip with trainer.gradient_clip_val"
 # Readable names of fields that the data decides.
@@ -50,7 +48,7 @@ class NotFinite(ValueError):
     """The loss or the weights are NaN or infinite."""
 
 
-class Task(lightning.LightningModule):
+class Task(Resumable):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored,
@@ -152,8 +150,6 @@ class Task(lightning.LightningModule):
         self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
-        self.loaded: dict[str, Any] | None = None  # the state that is being restored
-        self.former: dict[str, int] | None = None  # how it divided an epoch
         self.undivided: tuple[nn.Module, ...] = ()  # a copy of a model that is divided over ranks, hidden in a tuple
         self.register_buffer("bad_step", torch.full((), -1, dtype=torch.long), persistent=False)
 
@@ -243,11 +239,6 @@ class Task(lightning.LightningModule):
         return data.labelled
 
     @property
-    def data(self) -> Any:
-        """The data module."""
-        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
     def config(self) -> Config:
         return self.model.config
 
@@ -321,26 +312,6 @@ class Task(lightning.LightningModule):
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
         self.averaged_step = self.trainer.global_step
         self.advance()
-
-    def resume_epoch(self) -> None:
-        """Starts where the state that was loaded ends: with the next epoch, or in the middle of one."""
-        loop = self.trainer.fit_loop
-        if loop.restarted_on_epoch_end:  # with trainer.max_steps, where Lightning would end the epoch a second time
-            loop.epoch_progress.increment_completed()
-            loop.reset_restart_stage()
-            loop.epoch_loop.restarting = False
-        done = loop.epoch_loop.batch_progress.current.completed
-        if loop.restarted_mid_epoch and done < loop.max_batches:
-            now = self.division()
-            former = self.former or now
-            if changed := [name for name in now if now[name] != former[name]]:
-                name = changed[-1]
-                raise ValueError(
-                    f"--ckpt_path was written in the middle of an epoch of {former[name]} {name}, and now there are "
-                    f"{now[name]}; resume with as many, or from a state at the end of an epoch"
-                )
-            loader: Any = self.trainer.train_dataloader
-            loader.batch_sampler.skip = done
 
     def on_train_epoch_start(self) -> None:
         self.loss_sum, self.loss_number = torch.zeros((), device=self.device), 0
@@ -421,34 +392,6 @@ class Task(lightning.LightningModule):
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
         rank_zero_info(f"batch statistics recomputed on {used} batches")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own, found = self.state_dict(), checkpoint["state_dict"]
-        if differ := misfits(own, found):
-            raise OtherModel(differ[0])
-        restore_loops(checkpoint, self.trainer)
-        if "epoch_loss" in checkpoint:
-            require(checkpoint["epoch_loss"], self.epoch_loss(), "epoch_loss")
-            self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
-        self.former = checkpoint.get("division")
-        if self.former is not None:
-            require(self.former, {"batches": 0, "ranks": 0}, "division")
-        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.restore_checkpoint_after_setup:
-            restore_optimizers(checkpoint, self.trainer)
-        elif self.trainer.state.fn == TrainerFn.FITTING:
-            self.loaded = checkpoint
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
-
-    def division(self) -> dict[str, int]:
-        """How an epoch is divided: the batches of a rank, and the ranks."""
-        loader: Any = self.trainer.train_dataloader
-        return {"batches": 0 if loader is None else len(loader.batch_sampler), "ranks": self.trainer.world_size}
-
-    def epoch_loss(self) -> dict[str, Any]:
-        """The sum of the losses of this epoch, and their number."""
-        return {"sum": self.loss_sum.float().cpu(), "number": self.loss_number}
 
     def inputs_of(self, batch: Any) -> tuple[Any, ...]:
         """The model's arguments from a batch."""
