@@ -233,6 +233,9 @@ def test_what_is_no_index_is_refused_in_one_line(copied: Path, tmp_path: Path):
 
     assert says(tmp_path / "no") == f"{tmp_path / 'no'} is not a folder"
     assert says(tmp_path) == f"{tmp_path} has no shards.json; write shards with: zoo shard FOLDER {tmp_path}"
+    for line, shown in (("zoo shard a b; ls", "continue with: zoo shard a 'b;' ls"), ("ls", "zoo shard FOLDER")):
+        (tmp_path / ".unfinished.json").write_text(json.dumps({"command": line}))
+        assert shown in says(tmp_path)
     index = copied / "shards.json"
     text = index.read_text()
     for changed, why in (
@@ -240,6 +243,8 @@ def test_what_is_no_index_is_refused_in_one_line(copied: Path, tmp_path: Path):
         ("{", "is not the index of shards"),
         (text.replace('"format": 1', '"format": 2'), "format must be 1, got 2"),
         (text.replace('"splits"', '"parts"'), "'splits' is missing"),
+        (text.replace('"size": ', '"size": 9999999999999999'), "must be integers >= 0"),
+        (text.replace('"ids": []', '"ids": null'), "ids a list of integers"),
         (text.replace("train-000001.tar", "../x.tar"), "'../x.tar' is not the name of a file"),
         (text.replace("train-000001.tar", "a;rm"), "'a;rm' is not the name of a file"),
         (
@@ -280,14 +285,53 @@ def rewritten(out: Path, **changed: Any) -> None:
         ({"length": lambda array: array * 1.0}, "must be integers"),
         ({"crc": lambda array: array[:-1]}, "they have different numbers of files"),
         ({"name_ends": lambda array: array[::-1]}, "the ends of strings must rise"),
+        ({"name_ends": lambda array: array * 1.0}, "strings must be bytes and where each ends"),
+        ({"label": lambda array: array[:-1]}, "'label' has another dtype or shape"),
     ],
-    ids=["no label", "no crc", "labels", "offsets", "lengths", "floats", "fewer", "ends"],
+    ids=["no label", "no crc", "labels", "offsets", "lengths", "floats", "fewer", "ends", "end floats", "fewer labels"],
 )
 def test_arrays_that_do_not_fit_are_refused_in_one_line(changed: dict[str, Any], why: str, copied: Path):
     rewritten(copied, **changed)
     with pytest.raises(ValueError, match=why) as error:
         images(copied).source("train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("boxes", {"starts": np.array([0, -1, 1])}),
+        ("boxes", {"labels_of": np.array([2])}),
+        ("boxes", {"boxes": np.full((1, 4), np.nan)}),
+        ("boxes", {"sizes": np.array([[9, 9]])}),
+        ("speech", {"start": np.array([0.0, np.inf])}),
+        ("speech", {"duration": np.ones(1)}),
+        ("speech", {"file": np.array([0.0, 1.0])}),
+    ],
+)
+def test_arrays_of_objects_and_of_speech_that_do_not_fit_are_refused(kind: Any, changed: dict[str, Any], copied: Path):
+    two, ends, letters = np.arange(2), np.array([0, 1, 2]), np.array([65, 66], dtype=np.uint8)
+    arrays: dict[str, Any] = {"offset": two * 1024 + 512, "length": two * 0 + 9, "crc": two, "name": letters}
+    if kind == "boxes":
+        arrays |= {"ids": two, "sizes": np.array([[9, 9], [9, 9]]), "starts": np.array([0, 1, 1])}
+        arrays |= {"labels_of": two[:1], "boxes": np.ones((1, 4)), "areas": np.ones(1), "object_ids": two[:1]}
+        arrays["crowd"] = np.zeros(1, dtype=bool)
+    else:
+        arrays |= {"file": two, "start": two * 1.0, "seconds": two * np.nan, "duration": np.ones(2)}
+        arrays |= {"text": letters, "text_ends": ends, "utterance": letters, "utterance_ends": ends}
+    shard = {"name": "train-000000.tar", "size": (copied / "train-000000.tar").stat().st_size, "sha256": "0" * 64, "files": 2}
+
+    def read(**changed: Any) -> Shards:
+        save_file({**arrays, "name_ends": ends, **changed}, copied / "train.safetensors")
+        digest = hashlib.sha256((copied / "train.safetensors").read_bytes()).hexdigest()
+        part = {"shards": [shard], "arrays": "train.safetensors", "sha256": digest}
+        index = {"format": 1, "kind": kind, "classes": ["a", "b"], "ids": [1, 2], "splits": {"train": part}}
+        (copied / "shards.json").write_text(json.dumps(index))
+        return Shards(str(copied), "train", kind, UnreadableImage)
+
+    assert len(read().kept) == 2
+    with pytest.raises(ValueError, match=r"train\.safetensors does not fit shards\.json"):
+        read(**changed)
 
 
 # Training

@@ -13,7 +13,7 @@ from training import PLAIN_FLAGS, difference, fit, said, state
 from zoo.data.images import Images
 from zoo.tasks.classify.train import Classify
 from zoo.tasks.resuming import unlike
-from zoo.tasks.states import States
+from zoo.tasks.states import States, drop_later
 
 FLAGS = [*PLAIN_FLAGS, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", "--model.backbone.depth=1"]
 FLAGS += ["--model.layer_decay=0.5"]
@@ -154,3 +154,15 @@ def test_the_loss_of_an_epoch_is_of_all_its_batches(
     assert loss() == wanted
     states = [state(folder / "resume/last.ckpt")["epoch_loss"] for folder in (tmp_path / "whole", run)]
     assert difference(*states) is None and states[0]["number"] == 3
+
+
+def test_files_of_similar_names_beside_the_states_stay(tmp_path: Path):
+    own = tmp_path / "step-final.ckpt"
+    own.write_text("mine")
+    states = States(keep=2)
+    for step in (3, 6, 9):
+        states.save_checkpoint({"global_step": step}, tmp_path / "last.ckpt")
+    states.wait()
+    assert sorted(tmp_path.glob("step-0*")) == [tmp_path / f"step-{step:09}.ckpt" for step in (6, 9)] and own.exists()
+    drop_later(tmp_path, 6)
+    assert [*tmp_path.glob("step-0*")] == [tmp_path / "step-000000006.ckpt"] and own.exists()

@@ -204,6 +204,12 @@ def test_a_config_that_is_none(text: str, tmp_path: Path):
     assert "  broken  " in done.stdout and "  cannot read config.yaml: " in done.stdout
 
 
+def test_a_config_with_merged_mappings_is_none(tmp_path: Path):
+    with (made(tmp_path, "run", note=None) / "config.yaml").open("a") as file:
+        file.write("\nmore: {<<: {a: 1}}\n")  # nested ones take endless memory
+    assert "cannot read config.yaml: not a config" in (one(tmp_path).problem or "")
+
+
 @pytest.mark.parametrize(
     "note", ["", "{", "[]", "[" * 100_000, '{"step": 1}', '{"epoch": 1, "step": "1", "steps": true}', '{"steps": -1}']
 )
@@ -213,7 +219,7 @@ def test_a_note_of_no_use_is_none(note: str, tmp_path: Path):
     assert (row.state, row.epoch, row.epochs, row.step, row.steps) == ("stopped", 4, 10, 56, None)
 
 
-@pytest.mark.parametrize("figures", [None, [], {}, [3], [{"value": "high"}], [{"metric": 3}]], ids=str)
+@pytest.mark.parametrize("figures", [None, [], {}, [3], [{"value": "high"}], [{"metric": 3}], [{"value": 10**309}]])
 def test_a_best_without_a_score(figures: Any, tmp_path: Path):
     made(tmp_path, "run", best=kept(2, 28, figures=figures))
     assert one(tmp_path).best is None and one(tmp_path).state == "stopped"

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from sharding import image_folder, images, librispeech, packed
+from sharding import image_folder, images, librispeech, manifest, packed
 from training import refused
 from zoo.__main__ import main
 from zoo.data import packing
 from zoo.data.packing import UNFINISHED
-from zoo.data.shards import INDEX
+from zoo.data.shards import INDEX, Shards
+from zoo.inputs.audio import UnreadableAudio
 from zoo.tasks.shard import size_of
 
 
@@ -79,7 +80,7 @@ def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path):
     for inside in (folder, folder / "train/x"):
         assert refused("shard", folder, inside) == f"{inside} is inside {folder}; choose an OUT beside it"
     assert refused("shard", folder, other) == f"{other} is not empty; choose another OUT"
-    assert refused("shard", folder, other / "notes.txt") == f"{other / 'notes.txt'} is a file; choose another OUT"
+    assert refused("shard", folder, other / "notes.txt") == f"{other / 'notes.txt'} is not a folder; choose another OUT"
     said = refused("shard", folder, out, "--size", "3KB")
     assert said.startswith("--size 3,000 bytes is too small: ") and said.endswith("in a tar")
     assert not out.exists() and [path.name for path in other.iterdir()] == ["notes.txt"]
@@ -221,6 +222,40 @@ def test_without_the_package_one_line_says_what_to_install(
 def test_speech_keeps_the_names_of_its_splits(tmp_path: Path):
     out = packed(librispeech(tmp_path / "loose"), tmp_path / "out", "1MB")
     assert [*json.loads((out / INDEX).read_text())["splits"]] == ["dev-clean", "train-clean-100"]
+
+
+def test_sound_files_named_like_what_is_beside_them(tmp_path: Path):
+    folder = manifest(tmp_path / "loose")
+    lines = (folder / "list.json").read_text()
+    for old, new in (("a.wav", "a.txt"), ("b.flac", "b.json")):
+        (folder / old).rename(folder / new)
+        lines = lines.replace(old, new)
+    (folder / "list.json").write_text(lines)
+    out = packed(folder, tmp_path / "out", "1MB")
+    found = Shards(str(out), "list.json", "speech", UnreadableAudio)
+    read = {found.names[number]: found.read(number) for number in range(3)}
+    assert read["a.txt"] == (folder / "a.txt").read_bytes() and read["b.json"] == (folder / "b.json").read_bytes()
+
+
+def test_shards_that_another_process_finished_meanwhile_are_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, plain = tmp_path / "out", packing._plans
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(packing, "_plans", plain)
+        packed(folder, out)
+        return plain(*arguments)
+
+    monkeypatch.setattr(packing, "_plans", slow)
+    assert "holds finished shards" in refused("shard", folder, out, "--size", "60KB")
+    assert not [*packing.faults(out)]
+
+
+def test_out_is_a_link_to_nothing_and_the_largest_size(folder: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert "link is not a folder; choose another OUT" in refused("shard", folder, tmp_path / "link")
+    assert "--size must be" in refused("shard", folder, tmp_path / "out", "--size", "999999999999GB")
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]):

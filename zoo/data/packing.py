@@ -119,11 +119,10 @@ def pack(output: Path, data: Layout, most: int, command: str) -> Index:
         ValueError: a file is larger than `most`, `output` holds something else, or another process writes there.
         OSError: a file changes, or the disk is full; the call can be repeated.
     """
-    if (output / INDEX).exists():
-        raise ValueError(f"{output} holds finished shards; delete it or choose another OUT")
+    _check_unfinished(output)
     begun = output / UNFINISHED
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; choose another OUT")
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"{output} is not a folder; choose another OUT")
     own = {LOCK, UNFINISHED, f".{UNFINISHED}.new"}
     if output.is_dir() and not begun.exists() and {path.name for path in output.iterdir()} - own:
         raise ValueError(f"{output} is not empty; choose another OUT")
@@ -133,6 +132,7 @@ def pack(output: Path, data: Layout, most: int, command: str) -> Index:
     _check_disk(output, plans)
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
+        _check_unfinished(output)  # again: another process may have finished while this one was planning
         try:
             prints = {plan.prefix: plan.print for plan in plans}
             _drop_others(output, begun, prints)
@@ -152,6 +152,11 @@ def pack(output: Path, data: Layout, most: int, command: str) -> Index:
         begun.unlink()
         (output / LOCK).unlink()
     return read_index(str(output))
+
+
+def _check_unfinished(output: Path) -> None:
+    if (output / INDEX).exists():
+        raise ValueError(f"{output} holds finished shards; delete it or choose another OUT")
 
 
 def _plans(splits: Sequence[Split], most: int) -> list[Plan]:

@@ -3,9 +3,12 @@
 import bisect
 import contextlib
 import hashlib
+import itertools
 import os
 import re
+import shlex
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,25 @@ UNFINISHED = ".unfinished.json"  # what `zoo shard` has begun, until the index i
 BLOCK = 512  # bytes of a header in a tar, and of what files are padded to
 MOST_OPEN = 32  # tars that a process holds open
 KINDS = {"images": "classify or generate", "boxes": "detect", "speech": "transcribe"}
-IMAGES = ("ids", "sizes")
-OBJECTS = ("labels_of", "boxes", "areas", "object_ids", "crowd")
-"""The arrays of a source of images with objects: of its images, and of its objects."""
-ARRAYS = {
-    "images": ("label",),
-    "boxes": ("starts", *IMAGES, *OBJECTS),
-    "speech": ("file", "start", "seconds", "duration", "text", "text_ends", "utterance", "utterance_ends"),
+BESIDE = ("cls", "json", "txt")  # extensions of what is stored beside a file
+IMAGES = {"ids": ("i", ()), "sizes": ("i", (2,))}
+OBJECTS = {
+    "labels_of": ("i", ()),
+    "boxes": ("f", (4,)),
+    "areas": ("f", ()),
+    "object_ids": ("i", ()),
+    "crowd": ("b", ()),
 }
-"""What samples need besides their files, by kind."""
+"""The arrays of a source of images with objects: of its images, and of its objects; the kind of their dtype, and the
+shape of a row."""
+ROWS = {
+    "images": {"label": ("i", ())},
+    "boxes": IMAGES,
+    "speech": {"file": ("i", ()), "start": ("f", ()), "seconds": ("f", ()), "duration": ("f", ())},
+}
+"""What samples need besides their files, by kind, where a row is a file or an utterance."""
+LONGEST = 1e9  # seconds of a file
+STRINGS = ("text", "utterance")  # what speech has besides
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # an address may be a command, to which names are appended
 
@@ -86,9 +99,11 @@ def _missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder"
     try:
-        command = from_json((folder / UNFINISHED).read_bytes())["command"]
-        return one_line(f"the shards in {folder} are not finished; continue with: {command}")
-    except (OSError, ValueError, KeyError, TypeError):
+        words = shlex.split(from_json((folder / UNFINISHED).read_bytes())["command"])
+        if words[:2] != ["zoo", "shard"]:
+            raise ValueError("another command")
+        return one_line(f"the shards in {folder} are not finished; continue with: {shlex.join(words)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder} has no {INDEX}; write shards with: zoo shard FOLDER {folder}"
 
 
@@ -104,11 +119,17 @@ def _index(found: Any, digest: str) -> Index:
                 raise ValueError(f"{one_line(repr(name), 60)} is not the name of a file")
         if not all(HASH.fullmatch(each.sha256) for each in (parts[split], *shards)):
             raise ValueError(f"the hashes of {split!r} must have 64 hexadecimal digits")
-        if any(type(number) is not int or number < 0 for shard in shards for number in (shard.size, shard.files)):
+        numbers = [number for shard in shards for number in (shard.size, shard.files)]
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"the sizes and files of the shards of {split!r} must be integers >= 0")
-    if found["kind"] not in KINDS or not all(isinstance(name, str) for name in found["classes"]):
-        raise ValueError(f"kind must be {', '.join(KINDS)}, and classes a list of names")
-    return Index(found["kind"], found["classes"], found["ids"], parts, digest)
+    kind, classes, ids = (found[name] for name in ("kind", "classes", "ids"))
+    if kind not in KINDS or not _list_of(str, classes) or not _list_of(int, ids):
+        raise ValueError(f"kind must be {', '.join(KINDS)}, classes a list of names, and ids a list of integers")
+    return Index(kind, classes, ids, parts, digest)
+
+
+def _list_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def joined(root: str, name: str) -> str:
@@ -119,7 +140,8 @@ def joined(root: str, name: str) -> str:
 def member(number: int, name: str) -> tuple[str, str]:
     """The key and the extension in the tar of the file `name`, which is the one of that number in its split."""
     extension = os.path.splitext(name)[1][1:].lower()
-    return f"{number:09d}", extension if re.fullmatch("[a-z0-9]{1,16}", extension) else "bin"
+    usable = re.fullmatch("[a-z0-9]{1,16}", extension) and extension not in BESIDE
+    return f"{number:09d}", extension if usable else "bin"
 
 
 class Shards:
@@ -155,7 +177,7 @@ class Shards:
         self.places = [joined(root, shard.name) for shard in part.shards]
         self.sizes = [shard.size for shard in part.shards]
         self.hashes = [shard.sha256 for shard in part.shards]
-        self.first = np.cumsum([0, *(shard.files for shard in part.shards)]).tolist()
+        self.first = [0, *itertools.accumulate(shard.files for shard in part.shards)]
         self.arrays = self._arrays(part)
         try:
             self.names = Strings.of(self.arrays.pop("name"), self.arrays.pop("name_ends"))
@@ -198,8 +220,34 @@ class Shards:
         sizes = np.repeat(np.array(self.sizes, dtype=np.int64), np.diff(self.first))
         if not ((self.offset >= BLOCK) & (self.length >= 0) & (self.length <= sizes - self.offset)).all():
             raise ValueError("an offset is outside its tar")
-        if missing := set(ARRAYS[self.index.kind]) - set(self.arrays):
-            raise KeyError(min(missing))
+        count, rows = self.first[-1], ROWS[self.index.kind]
+        if self.index.kind == "speech":
+            texts, names = (Strings.of(self.arrays[name], self.arrays[f"{name}_ends"]) for name in STRINGS)
+            if len(names) != (count := len(texts)):
+                raise ValueError("they have different numbers of utterances")
+        self._check_rows(rows, count)
+        if self.index.kind == "speech":
+            start, seconds = self.arrays["start"], self.arrays["seconds"]
+            if not ((start >= 0) & (start < LONGEST) & ~((seconds < 0) | (seconds >= LONGEST))).all():
+                raise ValueError("a start or a duration is none of a file")
+        if self.index.kind == "boxes":
+            self._check_rows({"starts": ("i", ())}, count + 1)
+            starts = self.arrays["starts"]
+            if starts[0] != 0 or (np.diff(starts) < 0).any():
+                raise ValueError("starts must rise from 0")
+            self._check_rows(OBJECTS, int(starts[-1]))
+            labels = self.arrays["labels_of"]
+            if not ((labels >= 0) & (labels < len(self.index.classes))).all():
+                raise ValueError(f"labels are none of the {len(self.index.classes)} classes")
+            if not (np.isfinite(self.arrays["boxes"]).all() and (self.arrays["sizes"] > 0).all()):
+                raise ValueError("boxes must be finite, and sizes above 0")
+
+    def _check_rows(self, rows: Mapping[str, tuple[str, tuple[int, ...]]], count: int) -> None:
+        """ValueError or KeyError unless there are arrays of these kinds and shapes."""
+        for name, (kind, shape) in rows.items():
+            array = self.arrays[name]
+            if array.dtype.kind != kind or array.shape != (count, *shape):
+                raise ValueError(f"{name!r} has another dtype or shape")
 
     def _kept(self) -> np.ndarray:
         kept = np.ones(self.first[-1], dtype=bool)

@@ -17,6 +17,8 @@ class Strings:
     @classmethod
     def of(cls, bytes: np.ndarray, ends: np.ndarray) -> Self:
         """Strings from their two arrays; ValueError if they do not fit."""
+        if (bytes.dtype.kind, ends.dtype.kind, bytes.ndim, ends.ndim) != ("u", "i", 1, 1) or bytes.itemsize != 1:
+            raise ValueError("strings must be bytes and where each ends")
         if not len(ends) or ends[0] != 0 or ends[-1] != len(bytes) or (np.diff(ends) < 0).any():
             raise ValueError("the ends of strings must rise from 0 to the number of bytes")
         found = cls(())

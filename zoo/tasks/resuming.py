@@ -163,7 +163,8 @@ class Resumable(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
-        checkpoint["order"] = self.order()
+        if self.trainer.train_dataloader is not None:
+            checkpoint["order"] = self.order()
 
     def division(self) -> dict[str, int]:
         """How an epoch is divided: the batches of a rank, and the ranks."""

@@ -201,9 +201,10 @@ def configured(folder: Path, parse: bool) -> tuple[dict[str, Any], str]:
         if parse:
             import yaml
 
-            # Not libyaml's loader, which crashes on a deeply nested file.
+            # Not libyaml's loader, which crashes on a deeply nested file; nor merged mappings, which can be endless.
+            loader: Any = type("Unmerged", (yaml.SafeLoader,), {"flatten_mapping": lambda self, node: None})
             try:
-                values = yaml.safe_load(lines)
+                values = yaml.load(lines, loader)
                 backbone, trainer = values["model"].get("backbone"), values["trainer"]
                 found["model"] = text((backbone or {}).get("name"))
                 found |= {"epochs": number(trainer.get("max_epochs")), "steps": number(trainer.get("max_steps"))}
@@ -223,9 +224,12 @@ def place(source: Any) -> tuple[int | None, int | None]:
 def score(figures: Any) -> tuple[str | None, float | None]:
     """The metric and the value of a checkpoint's first figure."""
     first = figures[0] if isinstance(figures, list) and figures else None
-    if not isinstance(first, dict) or not isinstance(first.get("value"), int | float):
+    if not isinstance(first, dict):
         return None, None
-    return text(first.get("metric")), first["value"]
+    value = first.get("value")
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        return None, None
+    return text(first.get("metric")), value
 
 
 def held(lock: Path) -> bool:

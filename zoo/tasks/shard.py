@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zoo.text import counted, one_line
 
+MOST = 10**18  # bytes of a tar: offsets are int64
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def size_of(text: str) -> int:
     """Bytes, from a number and a unit; ValueError if it is not one."""
     found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?(B|KB|MB|GB)", text.upper())
-    if found is None or not (size := int(float(found[1]) * UNITS[found[2]])):
+    if found is None or not 0 < (size := int(float(found[1]) * UNITS[found[2]])) <= MOST:
         raise ValueError(f"--size must be a number with B, KB, MB or GB, as in 256MB, got {one_line(repr(text), 60)}")
     return size
 

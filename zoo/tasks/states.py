@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -142,12 +143,17 @@ def _keep_by_step(state: Path, folder: Path, step: int, keep: int) -> None:
             os.replace(copy, name)
         finally:
             copy.unlink(missing_ok=True)
-    for each in sorted(folder.glob("step-*.ckpt"))[:-keep]:
+    for each in _by_step(folder)[:-keep]:
         each.unlink(missing_ok=True)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """The states of a folder by their steps, without files of similar names."""
+    return sorted(path for path in folder.glob("step-*.ckpt") if re.fullmatch(r"step-[0-9]{9}", path.stem))
 
 
 def drop_later(folder: Path, step: int) -> None:
     """Removes states of later steps, which a run leaves that is resumed from an earlier one."""
-    for each in folder.glob("step-*.ckpt"):
+    for each in _by_step(folder):
         if each.stem > f"step-{step:09}":
             each.unlink(missing_ok=True)
