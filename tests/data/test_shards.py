@@ -319,7 +319,12 @@ def test_arrays_of_objects_and_of_speech_that_do_not_fit_are_refused(kind: Any, 
     else:
         arrays |= {"file": two, "start": two * 1.0, "seconds": two * np.nan, "duration": np.ones(2)}
         arrays |= {"text": letters, "text_ends": ends, "utterance": letters, "utterance_ends": ends}
-    shard = {"name": "train-000000.tar", "size": (copied / "train-000000.tar").stat().st_size, "sha256": "0" * 64, "files": 2}
+    shard = {
+        "name": "train-000000.tar",
+        "size": (copied / "train-000000.tar").stat().st_size,
+        "sha256": "0" * 64,
+        "files": 2,
+    }
 
     def read(**changed: Any) -> Shards:
         save_file({**arrays, "name_ends": ends, **changed}, copied / "train.safetensors")

@@ -120,8 +120,16 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
             assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
 
 
-@pytest.mark.parametrize(("case", "strategy"), [("classify", "fsdp2"), ("transcribe", "ddp"), ("generate", "fsdp2")])
-@pytest.mark.parametrize("option", ["--model.compile=true", "--model.checkpointing=true"])
+@pytest.mark.parametrize(
+    ("case", "strategy", "option"),
+    [
+        ("classify", "fsdp2", "--model.compile=true"),
+        ("generate", "fsdp2", "--model.compile=true"),
+        ("classify", "fsdp2", "--model.checkpointing=true"),
+        ("transcribe", "ddp", "--model.checkpointing=true"),
+        ("generate", "fsdp2", "--model.checkpointing=true"),
+    ],
+)
 def test_compiled_blocks_and_recomputed_activations(case: str, strategy: str, option: str, tmp_path: Path):
     flags = [f"--trainer.strategy={strategy}"]
     plain = finished(case, tmp_path / "plain", *flags, ranks=2)

@@ -72,7 +72,7 @@ class Task(Resumable):
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
-        compile: compiles each block in training (torch.compile), which takes a minute and pays off on a GPU.
+        compile: compiles each block in training (torch.compile), at the start and again for new shapes of a batch.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
             seed_everything.
