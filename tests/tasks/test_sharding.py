@@ -110,14 +110,12 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
     one, other = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp2")
     assert one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
     load_checkpoint(tmp_path / "fsdp2/last", check=True)  # in one process, with its probe
-    if case in ("classify", "generate"):  # the same images meet in a batch
-        batch = 2 * int(next(flag for flag in TASKS[case] if flag.startswith("--data.batch=")).split("=")[1])
-        whole = finished(case, tmp_path / "one", f"--data.batch={batch}")
-        if case == "classify":  # a generator's noise depends on the rank
-            assert (ddp - whole).abs().max() < 1e-5
-            single = weights(tmp_path / "one")
-            statistics = [name for name in single if "running" in name]
-            assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
+    if case == "classify":  # the same images meet in a batch, and nothing is random on a rank
+        whole = finished(case, tmp_path / "one", "--data.batch=32")
+        assert (ddp - whole).abs().max() < 1e-5
+        single = weights(tmp_path / "one")
+        statistics = [name for name in single if "running" in name]
+        assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +168,7 @@ def test_another_number_of_ranks(strategy: str, tmp_path: Path):
     more = [f"--ckpt_path={tmp_path}/two", "--trainer.max_epochs=2", "--trainer.strategy=auto", "--data.batch=32"]
     status, printed = train("classify", tmp_path / "two", *more)
     assert status == 0 and len(losses(printed)) == 10, printed[-2000:]
-    one = finished("classify", tmp_path / "one", "--data.batch=32")
-    # The schedule of the first epoch ended there, so that only the number of steps and the form are the same.
-    assert state(tmp_path / "two" / STATE)["global_step"] == state(tmp_path / "one" / STATE)["global_step"] == len(one)
+    assert state(tmp_path / "two" / STATE)["global_step"] == 20
 
 
 def test_sigterm_stops_both_ranks(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What `zoo shard` finds in a folder: its kind of data, its splits, and their files in a random order."""
+"""Layouts of data folders that `zoo shard` packs: finds the kind of data, the splits, and their files, shuffled."""
 
 import json
 import math

@@ -90,9 +90,7 @@ class Command(LightningCLI):
         """Ends this rank because another is gone. One rank reports it: the first, or the second if that is gone."""
         rank = self.trainer.global_rank
         if rank == 0 or rank == 1 and os.getppid() != self.parent:  # Lightning starts the others from the first
-            way = (
-                "" if self.run is None or not self.run.state.exists() else f"; resume with --ckpt_path={self.run.state}"
-            )
+            way = f"; resume with --ckpt_path={self.run.folder}" if self.run and self.run.state.exists() else ""
             raise ConnectionError(f"rank {rank} lost the connection to another rank, which has ended{way}") from error
         sys.exit(1)
 

@@ -161,7 +161,7 @@ class Output(ProgressBar):
         if self.busy == 0.0:
             return "", ""
         number = readable_count(float(self.amount) / self.busy * trainer.world_size)
-        return f"{number} {task.unit[0]}", f"{number}{task.unit[1]}"
+        return f"{number} {task.unit[0]}", f"{number} {task.unit[1]}"
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
@@ -192,7 +192,7 @@ class Output(ProgressBar):
             place = f"step {done:>{len(str(total))}}/{total}"
         head = f"{place}  loss {loss}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
         (long, short), left = self.pace(trainer, pl_module), self.left(trainer, pl_module, now) or "- left"
-        forms = [(duration(now - self.began), long, left), (long, left), (short, left)]
+        forms = [(duration(now - self.began), long, left), (long, left), (short, left), (left,)]
         lines = [head + ", ".join(filter(None, form)) for form in forms]
         self.say(next((line for line in lines if len(line) <= WIDTH), lines[-1]))
 

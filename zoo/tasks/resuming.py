@@ -163,7 +163,7 @@ class Resumable(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
-        if self.trainer.train_dataloader is not None:
+        if self.trainer.is_global_zero and self.trainer.train_dataloader is not None:  # the first rank writes it
             checkpoint["order"] = self.order()
 
     def division(self) -> dict[str, int]:

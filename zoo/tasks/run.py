@@ -75,8 +75,8 @@ class Run:
                 time.sleep(0.2)
         owner.write_text(str(os.getpid()))
 
-    def go_on(self, note: dict[str, Any]) -> None:
-        """Notes that a state is written, and what `zoo runs` says of it."""
+    def record_state(self, note: dict[str, Any]) -> None:
+        """Records that a state is written, and what `zoo runs` says of it."""
         self.begun.unlink(missing_ok=True)
         self.note(note)
 
@@ -213,7 +213,7 @@ class Keep(Checkpoint):
             return True
         if trainer.world_size > 1 and batch_idx % EVERY:
             return False
-        return trainer.strategy.broadcast(steps > 0 and 0 < self.saving.seconds <= seconds)
+        return trainer.strategy.reduce_boolean_decision(steps > 0 and 0 < self.saving.seconds <= seconds, all=False)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -254,7 +254,7 @@ class Keep(Checkpoint):
             self.ended = trainer.global_step
         if state:
             self.place = place
-            then = partial(self.run.go_on, self.note(trainer, pl_module))
+            then = partial(self.run.record_state, self.note(trainer, pl_module))
             trainer.save_checkpoint(self.run.state, weights_only=False, storage_options=then)
             self.place = ""
         self.written, self.step = time.monotonic(), trainer.global_step

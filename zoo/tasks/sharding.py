@@ -123,4 +123,4 @@ def gathered(model: nn.Module, copy: nn.Module) -> nn.Module | None:
     if torch.distributed.get_rank() != 0:
         return None
     copy.load_state_dict(state, assign=True)
-    return copy
+    return copy.cpu()  # what is not in the state dict, too, if it was moved

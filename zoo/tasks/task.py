@@ -90,7 +90,7 @@ class Task(Resumable):
     files: ClassVar[str] = "FILES"
     faulty: ClassVar[tuple[str, ...]] = ()
     batching: ClassVar[str] = "data.batch"
-    unit: ClassVar[tuple[str, str]] = ("images/s", "/s")
+    unit: ClassVar[tuple[str, str]] = ("images/s", "img/s")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(
@@ -192,7 +192,7 @@ class Task(Resumable):
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
-        if self.compiled:
+        if self.compiled and self.trainer.state.fn == TrainerFn.FITTING:
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()

@@ -421,6 +421,21 @@ def test_a_step_works_in_the_chunk_that_was_drawn(monkeypatch: pytest.MonkeyPatc
     assert seen == [Chunks(1, 16)]
 
 
+def test_the_validation_loss_of_a_transducer_is_that_of_the_averaged_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    plain, seen = Transcribe.losses, set[tuple[bool, bool]]()
+
+    def losses(self: Transcribe, logits: Any, lengths: Any, tokens: Any, head: Any) -> Any:
+        own: Any = self.average
+        seen.add((torch.is_grad_enabled(), head is own.module.head))
+        return plain(self, logits, lengths, tokens, head)
+
+    monkeypatch.setattr(Transcribe, "losses", losses)
+    fit(tmp_path, "--model.average=0.9", backbone=RNNT)
+    assert seen == {(True, False), (False, True)}  # the trained head in training, the averaged one in validation
+
+
 @pytest.fixture(scope="module")
 def transducer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("transducer")

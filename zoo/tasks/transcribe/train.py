@@ -91,7 +91,7 @@ class Transcribe(Task):
     files = "RECORDINGS"
     faulty = FAULTS + REMARKS
     batching = "data.seconds"
-    unit = ("h of audio/h", " h/h")
+    unit = ("h of audio/h", "h/h")
     betas = (0.9, 0.98)
     model: Conformer  # pyright: ignore[reportIncompatibleVariableOverride]
 
