@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from warnings import catch_warnings
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from benchmarks.measure import Row, interleaved, markdown, ratio_cell, timed
+from benchmarks.measure import Row, interleaved, markdown, milliseconds, ratio_cell, timed
 from zoo.data.images import Images
 from zoo.data.layouts import layout
 from zoo.data.packing import pack
@@ -51,7 +52,12 @@ def by_timm(root: Path, split: str, side: int, number: int, augment: str | None)
 
     options: dict[str, Any] = {"is_training": split == "train", "interpolation": "bicubic", "color_jitter": None}
     items = ImageDataset(str(root / split), transform=create_transform(side, auto_augment=augment, **options))
-    return lambda: default_collate([items[index] for index in range(number)])
+
+    def batch() -> Any:
+        with catch_warnings(action="ignore", category=ResourceWarning):  # timm leaves files open
+            return default_collate([items[index] for index in range(number)])
+
+    return batch
 
 
 def by_torchvision(root: Path, split: str, side: int, number: int, augment: str | None) -> Callable[[], Any]:
@@ -89,7 +95,10 @@ def images(options: argparse.Namespace) -> Iterator[Row]:
                 "torchvision": by_torchvision(root, *given),
             }
             taken = interleaved(calls, calls["zoo"], options)
-            speeds: Row = {"images_per_second": number / median(taken["zoo"])}
+            speeds: Row = {
+                "ms": milliseconds(taken["zoo"]),
+                "images_per_second": number / median(taken["zoo"]),
+            }
             ratios = [timed(f"by_{rival}", taken["zoo"], taken[rival]) for rival in ("timm", "torchvision")]
             ratios += [timed("shards_by_files", taken["shards"], taken["zoo"])]
             row: Row = {"images": f"{name}, {SIDES[1]} x {SIDES[0]} to {side} px"}
@@ -135,7 +144,11 @@ def audio(options: argparse.Namespace) -> Iterator[Row]:
             taken = interleaved({"zoo": ours, "plain": theirs}, ours, options)
             hours = options.clips * SECONDS / 3600
             yield (
-                {"audio": f"{recipe}, {SECONDS:g} s each", "hours_per_second": hours / median(taken["zoo"])}
+                {
+                    "audio": f"{recipe}, {SECONDS:g} s each",
+                    "ms": milliseconds(taken["zoo"]),
+                    "hours_per_second": hours / median(taken["zoo"]),
+                }
                 | timed("by_torchaudio", taken["zoo"], taken["plain"])
                 | timed("noise", taken["again"], taken["zoo"])
             )

@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_in_an_epoch_ends_the_same(number: int, tmp_path: 
     paths = os.pathsep.join(sys.path)
     child = subprocess.run(
         [sys.executable, "-c", KILLED, "8", str(int(number)), killed, *flags],  # the third of the second epoch
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},  # sums in the order of this process
         capture_output=True,
         text=True,
     )
@@ -134,9 +134,9 @@ def test_the_memory_of_workers_does_not_grow(tmp_path: Path):
     out = packed(image_folder(tmp_path / "loose", train=750, val=1), tmp_path / "out", "200KB")
     loader: Any = images(out, batch=16, workers=2).train_dataloader()
     used = []
-    for epoch in range(4):
+    for epoch in range(8):
         loader.batch_sampler.sampler.set_epoch(epoch)
         assert sum(len(batch.images) for batch in loader) == 2992
         used.append([private(worker.pid) for worker in loader._iterator._workers])
-    for worker in zip(*used, strict=True):
-        assert worker[3] - worker[0] < 2 * 2**20, used
+    for worker in zip(*used, strict=True):  # an epoch reads 3 MiB a worker; pages shared with the parent become private
+        assert worker[7] - worker[3] < 2 * 2**20, used

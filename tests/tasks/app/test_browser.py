@@ -65,7 +65,7 @@ class App:
     def stop(self, number: int) -> str:
         """Ends the app by a signal; what it wrote."""
         self.process.send_signal(number)
-        assert self.process.wait(20) == 0
+        assert self.process.wait(20) == 0, self.log.read_text()
         return self.log.read_text()
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -70,6 +71,8 @@ def main(arguments: list[str]) -> None:
         with suppress(KeyboardInterrupt):
             Event().wait()
         app.close(verbose=False)
+    sys.stdout.flush()
+    os._exit(0)  # threads of the server that still answer can abort an interpreter that shuts down
 
 
 def offered() -> dict[str, str]:
