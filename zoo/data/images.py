@@ -1,9 +1,7 @@
 """Images with one class each: embedded digits, folders in ImageNet's layout, generated ones."""
 
 import contextlib
-import functools
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -11,14 +9,16 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zoo.data.image_sources import SOURCES, Source
+from zoo.data.image_transforms import training_transform
 from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, kept_generators, reseed
 from zoo.inputs import Preprocess
-from zoo.inputs.fits import resized
 from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from zoo.data.device_augment import DeviceAugment
 
 
 class Batch(NamedTuple):
@@ -31,6 +31,19 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    skipped: tuple[str, ...]
+
+
+class Pixels(NamedTuple):
+    """Images of one training step before `DeviceAugment`.
+
+    `images` is uint8 [B, channels, height, width], `labels` int64 [B]. `keys` are their epochs and indices. `skipped`
+    as in `Batch`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    keys: tuple[tuple[int, int], ...]
     skipped: tuple[str, ...]
 
 
@@ -64,8 +77,19 @@ class ImageDataset(Dataset[Batch]):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        read, images, skipped = [], [], []
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        images, read, skipped = self.cut(keys)
+        batch = self.preprocess.normalized(images)
+        if self.erase is not None:
+            with kept_generators():
+                for image, (epoch, index) in zip(batch, read, strict=True):
+                    reseed(self.seed or 0, epoch, index, 1)
+                    self.erase(image)
+        return Batch(batch, self.labels(read), skipped)
+
+    def cut(self, keys: list[tuple[int, int]]) -> tuple[list["Image"], tuple[tuple[int, int], ...], tuple[str, ...]]:
+        """The transformed images, their keys, and the paths of images that could not be read."""
+        images, read, skipped = [], [], []
         with contextlib.nullcontext() if self.seed is None else kept_generators():
             for epoch, index in keys:
                 try:
@@ -77,13 +101,19 @@ class ImageDataset(Dataset[Batch]):
                     reseed(self.seed, epoch, index)
                 images.append(self.transform(image))
                 read.append((epoch, index))
-            batch = self.preprocess.normalized(images)
-            for image, (epoch, index) in zip(batch if self.erase else (), read, strict=False):
-                reseed(self.seed or 0, epoch, index, 1)
-                assert self.erase is not None
-                self.erase(image)
-        labels = [int(self.source.labels[index]) for _, index in read]
-        return Batch(batch, torch.tensor(labels, dtype=torch.int64), tuple(skipped))
+        return images, tuple(read), tuple(skipped)
+
+    def labels(self, keys: Iterable[tuple[int, int]]) -> Tensor:
+        """The labels of images, int64 [B]."""
+        return torch.tensor([int(self.source.labels[index]) for _, index in keys], dtype=torch.int64)
+
+
+class PixelDataset(ImageDataset):
+    """A source's images, cut and not normalised, for `DeviceAugment`; several keys make `Pixels`."""
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Pixels:
+        images, read, skipped = self.cut(keys)
+        return Pixels(self.preprocess.stacked(images), self.labels(read), read, skipped)
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -122,6 +152,9 @@ class Images(DataModule):
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
         std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
+        augment: `workers` to augment each image where it is read; `device` to read and cut it there, and to do
+            randaugment, jitter, erasing and normalisation on whole batches of bytes on the device that trains: for a
+            GPU that waits for its data.
         changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:
@@ -155,6 +188,7 @@ class Images(DataModule):
         interpolation: str | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        augment: Literal["workers", "device"] = "workers",
         changed: Literal["refuse", "ok"] = "refuse",
     ):
         super().__init__(changed)
@@ -169,6 +203,8 @@ class Images(DataModule):
             raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be two increasing numbers > 0 and <= 1, got {scale}")
+        if augment not in ("workers", "device"):
+            raise ValueError(f"augment must be workers or device, got {augment!r}")
         if jitter < 0:
             raise ValueError(f"jitter must be >= 0, got {jitter}")
         fields = {"size": size, "channels": channels, "crop": crop, "interpolation": interpolation}
@@ -180,6 +216,8 @@ class Images(DataModule):
         self.seed = global_seed() if seed is None else seed
         self.fraction, self.randaugment, self.flip = fraction, randaugment, flip
         self.scale, self.jitter, self.erasing = (scale[0], scale[1]), jitter, erasing
+        self.augment = augment
+        self.finish: DeviceAugment | None = None
 
     def prepared(self, base: Preprocess | None) -> Preprocess:
         """The preprocessing `base`, or the default at 32 pixels, with the fields that were given replaced."""
@@ -254,10 +292,26 @@ class Images(DataModule):
 
     def items(self, split: str) -> Any:
         """The data set of a split: augmented for `train`, else as in evaluation."""
+        source = self.source(split)
         if split != "train":
-            return ImageDataset(self.source(split), self.preprocess.cut, self.preprocess)
+            return ImageDataset(source, self.preprocess.cut, self.preprocess)
+        if self.augment == "device":
+            from zoo.data.device_augment import device_transform
+
+            cut, self.finish = device_transform(self)
+            return PixelDataset(source, cut, self.preprocess, seed=self.seed)
         transform, erase = training_transform(self)
-        return ImageDataset(self.source(split), transform, self.preprocess, erase, self.seed)
+        return ImageDataset(source, transform, self.preprocess, erase, self.seed)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments the images of a training step where they are, if that is not done by workers."""
+        if not isinstance(batch, Pixels):
+            return batch
+        assert self.finish is not None
+        images = self.finish(batch)
+        if self.trainer is not None:
+            images = self.trainer.precision_plugin.convert_input(images)
+        return Batch(images, batch.labels, batch.skipped)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented images in random order; a last batch that is not full is dropped."""
@@ -285,76 +339,3 @@ class Images(DataModule):
         return make_loader(
             dataset, EvenBatches(sampler, self.batch), as_it_is, self.processes(self.dataset in self.folders)
         )
-
-
-def training_transform(data: Images) -> tuple[Callable[["Image"], "Image"], Callable[[Tensor], Any] | None]:
-    """timm's training transform: random crop, flip, RandAugment and jitter; and erasing, if enabled.
-
-    Grey images are augmented as RGB, because timm's operations need RGB, and are grey again afterwards.
-
-    Returns:
-        From a PIL image to one of the model's size; and what erases a part of a normalised image [channels, height,
-        width] in place.
-
-    Raises:
-        ValueError: timm cannot parse `randaugment`.
-    """
-    from timm.data.random_erasing import RandomErasing
-    from timm.data.transforms_factory import transforms_imagenet_train
-    from torchvision.transforms import Compose, Grayscale
-
-    wanted = data.preprocess
-    repeat = 3 if wanted.channels == 1 else 1
-    try:
-        cut, augment, _ = cast(Any, transforms_imagenet_train)(
-            wanted.shape,
-            scale=data.scale,
-            hflip=data.flip,
-            auto_augment=data.randaugment,
-            color_jitter=data.jitter or None,
-            force_color_jitter=True,
-            interpolation=wanted.interpolation,
-            mean=wanted.mean * repeat,  # RandAugment fills with it
-            std=wanted.std * repeat,
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm cannot parse randaugment={data.randaugment!r}") from error
-    _keep_one_bit(augment)
-    whole = data.scale == (1.0, 1.0)
-    first = [Whole(wanted.shape, wanted.interpolation), *cut.transforms[1:]] if whole else cut.transforms
-    steps = [*first, *augment.transforms]
-    if wanted.channels == 1:
-        steps = [Grayscale(3), *steps, Grayscale(1)]
-    erase = RandomErasing(data.erasing, mode="pixel", device="cpu") if data.erasing else None
-    return Compose(steps), erase
-
-
-class Whole:
-    """Cuts the largest centred rectangle of the model's shape out of an image and resizes it to height and width.
-
-    The result is that of a random crop of the whole area, at a fraction of the cost.
-    """
-
-    def __init__(self, sides: tuple[int, int], interpolation: str):
-        self.sides, self.interpolation = sides, interpolation
-
-    def __call__(self, image: "Image") -> "Image":
-        (high, wide), (width, height) = self.sides, image.size
-        share = min(width / wide, height / high)
-        width, height = max(1, round(wide * share)), max(1, round(high * share))
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return resized(image.crop((left, top, left + width, top + height)), self.sides, self.interpolation, "pil")
-
-
-def _keep_one_bit(augment: Any) -> None:
-    """Strong posterizing in timm asks for 0 bits, which Pillow refuses from version 13 on; before, it gave black."""
-    for transform in augment.transforms:
-        operations = [*getattr(transform, "ops", ()), *itertools.chain(*getattr(transform, "policy", ()))]
-        for operation in operations:
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
-
-
-def _at_least_one_bit(bits: Callable[[float, dict], tuple[int]], magnitude: float, hparams: dict) -> tuple[int]:
-    return (max(1, *bits(magnitude, hparams)),)

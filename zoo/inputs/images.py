@@ -131,18 +131,22 @@ class PixelPreprocess(Preprocess):
     def normalized(self, images: Sequence[Image]) -> Tensor:
         """PIL images of one size, in the mode that the model takes, as a batch: float32 [B, channels, height, width].
         Without images, they are those of the model's input."""
+        return self.scaled(self.stacked(images))
+
+    def stacked(self, images: Sequence[Image]) -> Tensor:
+        """PIL images of one size and mode as a batch uint8 [B, channels, height, width]."""
         width, height = images[0].size if images else self.shape[::-1]
-        shape = (len(images), height, width, self.channels)
-        values = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        values = torch.empty((0, height, width, self.channels), dtype=torch.uint8, device="cpu")
         if images:
-            values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).reshape(shape)
-        return self.scaled(values.permute(0, 3, 1, 2))
+            values = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        return values.reshape(len(images), height, width, -1 if images else self.channels).permute(0, 3, 1, 2)
 
     def scaled(self, values: Tensor) -> Tensor:
         """Values uint8 [..., channels, H, W] on the scale 0..1, without the mean, divided by the deviation: float32."""
         scaled = values.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         mean, std = (
-            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None] for each in (self.mean, self.std)
+            torch.tensor(each, dtype=torch.float32, device=values.device)[:, None, None]
+            for each in (self.mean, self.std)
         )
         return scaled.sub_(mean).div_(std)
 

@@ -387,7 +387,7 @@ class Task(Resumable):
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         precision = self.trainer.precision_plugin
         moved = (self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0) for batch in loader)
-        inputs = (self.inputs_of(batch) for batch in moved)
+        inputs = (self.inputs_of(self.data.on_after_batch_transfer(batch, 0)) for batch in moved)
         filled = (each for each in inputs if len(each[0]))
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))

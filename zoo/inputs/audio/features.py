@@ -175,37 +175,39 @@ class AudioPreprocess(Preprocess):
         if lengths is None:
             if isinstance(waveforms, (str, os.PathLike)):
                 waveforms = torch.cat(list(stream_audio(waveforms, self.rate)))
-            waveforms = _waveform(waveforms)
-            whole = torch.tensor([len(waveforms)], device=waveforms.device)
-            return self._features(waveforms[None], whole, dither)[0][0]
+            return self._features(_waveform(waveforms)[None], None, dither)[0][0]
         waveforms = _waveform(waveforms, "[B, S]")
         if (lengths > waveforms.shape[1]).any():
             raise ValueError(f"a length of {int(lengths.max())} exceeds the waveforms' {waveforms.shape[1]} samples")
         return self._features(waveforms, lengths, dither)
 
-    def _features(self, waveforms: Tensor, lengths: Tensor, dither: float) -> tuple[Tensor, Tensor]:
+    def _features(self, waveforms: Tensor, lengths: Tensor | None, dither: float) -> tuple[Tensor, Tensor]:
+        """[B, T, mels] and the frames [B]; without lengths nothing is padding, which takes less time."""
         from torchaudio.functional import preemphasis
 
         count = self.frames(waveforms.shape[1])
-        frames = (lengths // self.hop).clamp(min=1).minimum(lengths)
+        if lengths is None:
+            frames = torch.full((len(waveforms),), count, device=waveforms.device)
+        else:
+            frames = (lengths // self.hop).clamp(min=1).minimum(lengths)
         if waveforms.numel() == 0:
             shape = (len(waveforms), count, self.mels)
             return torch.zeros(shape, device=waveforms.device, dtype=torch.float32), frames
-        real = mask_of(lengths, waveforms.shape[1])
-        waveforms = waveforms.float().masked_fill(~real, 0)
+        beyond = None if lengths is None else ~mask_of(lengths, waveforms.shape[1])
+        padding = None if lengths is None else ~mask_of(frames, count)[..., None]
+        waveforms = _filled(waveforms.float(), beyond)
         if self.peak:
             waveforms = waveforms / (waveforms.abs().amax(1, keepdim=True) + 1e-9)
         if dither:
             waveforms = waveforms + dither * torch.randn_like(waveforms)
-        waveforms = preemphasis(waveforms, self.preemphasis).masked_fill(~real, 0)
+        waveforms = _filled(preemphasis(waveforms, self.preemphasis), beyond)
         features = self.log_mels(waveforms, center=True)[:, :count]
-        padding = ~mask_of(frames, count)[..., None]
         if self.top_db is not None:
-            loudest = features.masked_fill(padding, -math.inf).amax((1, 2), keepdim=True)
+            loudest = _filled(features, padding, -math.inf).amax((1, 2), keepdim=True)
             features = features.maximum(loudest - self.top_db)
-        return self.normalized(features, frames, padding).masked_fill(padding, 0), frames
+        return _filled(self.normalized(features, frames, padding), padding), frames
 
-    def normalized(self, features: Tensor, frames: Tensor, padding: Tensor) -> Tensor:
+    def normalized(self, features: Tensor, frames: Tensor, padding: Tensor | None) -> Tensor:
         """Features [B, T, mels] normalised as `normalize` says, over the frames [B] that are not padding [B, T, 1]."""
         if self.normalize == "none":
             return features
@@ -213,8 +215,8 @@ class AudioPreprocess(Preprocess):
         count = frames.clamp(min=1)[:, None, None] * (1 if self.normalize == "bin" else self.mels)
         # Statistics of the differences from the first value: those of a constant are then exactly 0.
         features = features - (features[:, :1] if self.normalize == "bin" else features[:, :1, :1])
-        mean = features.masked_fill(padding, 0).sum(over, keepdim=True) / count
-        squares = (features - mean).square().masked_fill(padding, 0).sum(over, keepdim=True)
+        mean = _filled(features, padding).sum(over, keepdim=True) / count
+        squares = _filled((features - mean).square(), padding).sum(over, keepdim=True)
         if self.normalize == "bin":
             return (features - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + 1e-5)
         return (features - mean) / (squares / count + 1e-9).sqrt()
@@ -227,11 +229,16 @@ class AudioPreprocess(Preprocess):
         filters = table(mel_filters, self, device=waveforms.device)
         sizes = (self.fft, self.hop, self.window)
         with torch.autocast(waveforms.device.type, enabled=False):
-            power = spectrogram(waveforms, 0, window, *sizes, 2.0, False, center=center, pad_mode="constant")
+            waves = spectrogram(waveforms, 0, window, *sizes, None, False, center=center, pad_mode="constant")
+            power = waves.real.square() + waves.imag.square()  # a fifth of the time of the squared magnitude
             mels = power.transpose(1, 2) @ filters
         if self.log == "ln":
             return (mels + self.floor).log()
         return amplitude_to_DB(mels, 10.0, self.floor, 0.0)
+
+
+def _filled(values: Tensor, where: Tensor | None, value: float = 0.0) -> Tensor:
+    return values if where is None else values.masked_fill(where, value)
 
 
 def _mels_of(hertz: Tensor, scale: str) -> Tensor:
