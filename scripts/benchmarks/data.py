@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from benchmarks.measure import Row, interleaved, markdown, milliseconds, ratio_cell, timed
+from zoo.data.feature_cache import Kept
 from zoo.data.images import Images
 from zoo.data.layouts import layout
 from zoo.data.packing import pack
@@ -40,8 +41,10 @@ def photos(root: Path, number: int, sides: tuple[int, int]) -> None:
             Image.fromarray(image).save(folder / f"{index:04}.jpg", quality=90)
 
 
-def by_zoo(root: Path, split: str, side: int, number: int, augment: str | None, dataset: str) -> Callable[[], Any]:
-    data = Images(dataset=dataset, root=str(root), size=side, randaugment=augment, **TRAIN)
+def by_zoo(
+    root: Path, split: str, side: int, number: int, augment: str | None, dataset: str, place: Any = "workers"
+) -> Callable[[], Any]:
+    data = Images(dataset=dataset, root=str(root), size=side, randaugment=augment, augment=place, **TRAIN)
     items = data.items(split)
     return lambda: items.__getitems__([(0, index) for index in range(number)])
 
@@ -82,15 +85,16 @@ def images(options: argparse.Namespace) -> Iterator[Row]:
         root, tars = Path(folder, "loose"), Path(folder, "tars")
         photos(root, number, SIDES)
         pack(tars, layout(root), 1 << 28, "")
-        for name, split, augment in (
-            ("crop and flip", "train", None),
-            ("crop, flip and RandAugment", "train", AUGMENT),
-            ("evaluation", "val", None),
+        for name, split, augment, place in (
+            ("crop and flip", "train", None, "workers"),
+            ("crop, flip and RandAugment", "train", AUGMENT, "workers"),
+            ("the same, what workers do of it with augment=device", "train", AUGMENT, "device"),
+            ("evaluation", "val", None, "workers"),
         ):
             given = (split, side, number, augment)
             calls = {
-                "zoo": by_zoo(root, *given, "imagefolder"),
-                "shards": by_zoo(tars, *given, "shards"),
+                "zoo": by_zoo(root, *given, "imagefolder", place),
+                "shards": by_zoo(tars, *given, "shards", place),
                 "timm": by_timm(root, *given),
                 "torchvision": by_torchvision(root, *given),
             }
@@ -129,11 +133,14 @@ def audio(options: argparse.Namespace) -> Iterator[Row]:
             wave = np.cumsum(draw.normal(0, 1, round(SECONDS * RATE)))
             wave -= np.convolve(wave, np.ones(400) / 400, "same")
             soundfile.write(path, (0.1 * wave / wave.std()).clip(-1, 1), RATE)
-        for recipe in ("nemo", "squeezeformer"):
+        for recipe, cached in (("nemo", False), ("squeezeformer", False), ("nemo", True)):
             preprocess = RECIPES[recipe]
+            kept = Kept(str(Path(folder, "cache")), preprocess) if cached else None
             plain = MelSpectrogram(RATE, n_fft=512, win_length=400, hop_length=160, n_mels=preprocess.mels)
 
-            def ours(preprocess: Any = preprocess) -> Any:
+            def ours(preprocess: Any = preprocess, kept: Kept | None = kept) -> Any:
+                if kept is not None:
+                    return [kept.read(path.name) for path in paths]
                 return [preprocess(read_audio(path, RATE)) for path in paths]
 
             def theirs(plain: Any = plain) -> Any:
@@ -141,11 +148,14 @@ def audio(options: argparse.Namespace) -> Iterator[Row]:
                     (plain(torch.from_numpy(soundfile.read(path, dtype="float32")[0])) + 1e-5).log() for path in paths
                 ]
 
+            if kept is not None:
+                for path in paths:
+                    kept.write(path.name, preprocess(read_audio(path, RATE)), False, False)
             taken = interleaved({"zoo": ours, "plain": theirs}, ours, options)
             hours = options.clips * SECONDS / 3600
             yield (
                 {
-                    "audio": f"{recipe}, {SECONDS:g} s each",
+                    "audio": f"{recipe}, {SECONDS:g} s each{', from data.cache' if cached else ''}",
                     "ms": milliseconds(taken["zoo"]),
                     "hours_per_second": hours / median(taken["zoo"]),
                 }

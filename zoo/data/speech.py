@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
+from zoo.data.feature_cache import Kept
 from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import global_seed, seeded
 from zoo.data.shards import is_packed
@@ -65,7 +66,8 @@ class Clips(Dataset[Clip]):
     """A corpus's utterances as features; a key is (epoch, index).
 
     With a seed, the utterances that follow in the same waveform (fewer than `joined`), speed, noise and dither are
-    random, as a function of seed, epoch and index alone; without, they are off.
+    random, as a function of seed, epoch and index alone; without, they are off. Features that are in the cache `kept`
+    have the dither of epoch 0 in all epochs.
     """
 
     def __init__(
@@ -77,8 +79,11 @@ class Clips(Dataset[Clip]):
         noise: tuple[float, float] | None = None,
         dither: float = 0.0,
         joined: int = 1,
+        cache: str | None = None,
     ):
         self.corpus, self.preprocess, self.seed = corpus, preprocess, seed
+        noise_of = () if seed is None or not dither else (seed, dither)
+        self.kept = None if cache is None else Kept(cache, preprocess, noise_of)
         self.speeds, self.noise, self.dither, self.joined = speeds, noise, dither, joined
 
     def __len__(self) -> int:
@@ -86,6 +91,23 @@ class Clips(Dataset[Clip]):
 
     def __getitem__(self, key: tuple[int, int]) -> Clip:
         epoch, index = key
+        if self.kept is None:
+            return self.clip(epoch, index)
+        text, name = self.corpus.text(index), self.corpus.name(index)
+        try:
+            identity = self.corpus.identity(index)
+        except UnreadableAudio as error:
+            return Clip(None, text, name, str(error))
+        if found := self.kept.read(identity):
+            features, silent, clipped = found
+            return Clip(features, text, name, silent=silent and bool(text), clipped=clipped)
+        made = self.clip(0, index)
+        if made.features is not None:
+            self.kept.write(identity, made.features, made.silent, made.clipped)
+        return made
+
+    def clip(self, epoch: int, index: int) -> Clip:
+        """An utterance from its audio."""
         text, name = self.corpus.text(index), self.corpus.name(index)
         try:
             waveform = self.corpus.waveform(index, self.preprocess.rate)
@@ -168,6 +190,9 @@ class Speech(DataModule):
         limit: most utterances of each split, taken at even distances; null for all.
         seed: seed of order, speed, noise and dither, together with epoch and index; null for that of
             seed_everything.
+        cache: folder in which features are kept, so that later epochs and runs do not decode and transform audio again;
+            about 32 KB for a second. Not with joined, speeds and noise, which change the waveform; the dither is drawn
+            once. Null for none.
         changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:
@@ -202,6 +227,7 @@ class Speech(DataModule):
         workers: int | None = None,
         limit: int | None = None,
         seed: int | None = None,
+        cache: str | None = None,
         changed: Literal["refuse", "ok"] = "refuse",
     ):
         super().__init__(changed)
@@ -231,6 +257,9 @@ class Speech(DataModule):
             )
         if not 0 <= dither < 1:
             raise ValueError(f"dither must be >= 0 and < 1, got {dither}")
+        if cache is not None and (joined > 1 or noise is not None or any(factor != 1 for factor in speeds)):
+            raise ValueError("cache needs joined 1, speeds [1.0] and noise null, which change waveforms in each epoch")
+        self.cache = cache
         self.recipe, self.given = recipe, {} if mels is None else {"mels": mels}
         self.preprocess = self.prepared(None)
         self.dataset, self.root, self.batch = dataset, root, batch
@@ -342,16 +371,17 @@ class Speech(DataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """All training utterances in random order."""
-        dataset = Clips(self.training, self.preprocess, self.seed, self.speeds, self.noise, self.dither, self.joined)
+        changes = (self.seed, self.speeds, self.noise, self.dither, self.joined)
+        dataset = Clips(self.training, self.preprocess, *changes, cache=self.cache)
         return self._loader(dataset, slowest=min(self.speeds), training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every utterance of the validation set once, the longest first."""
-        return self._loader(Clips(self.source("val"), self.preprocess), training=False)
+        return self._loader(Clips(self.source("val"), self.preprocess, cache=self.cache), training=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every utterance of the test set once, the longest first."""
-        return self._loader(Clips(self.source("test"), self.preprocess), training=False)
+        return self._loader(Clips(self.source("test"), self.preprocess, cache=self.cache), training=False)
 
     def _loader(self, dataset: Clips, *, slowest: float = 1.0, training: bool) -> DataLoader[Any]:
         # A file whose header cannot be read has no duration; reading it will give the reason.

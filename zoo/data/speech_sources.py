@@ -34,6 +34,10 @@ class Corpus(Protocol):
 
     def name(self, index: int) -> str: ...
 
+    def identity(self, index: int) -> str:
+        """What no other waveform has, and no changed one; raises UnreadableAudio."""
+        ...
+
     def waveform(self, index: int, rate: int) -> Tensor:
         """float32 [S]; raises UnreadableAudio."""
         ...
@@ -81,6 +85,15 @@ class Files:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def identity(self, index: int) -> str:
+        path = self.paths[index]
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise UnreadableAudio(f"{path}: {reason(error)}") from error
+        place = os.path.abspath(path), found.st_size, found.st_mtime_ns
+        return repr((*place, float(self.starts[index]), float(self.seconds[index])))
+
     def waveform(self, index: int, rate: int) -> Tensor:
         seconds = self.seconds[index]
         return read_audio(self.paths[index], rate, self.starts[index], None if math.isnan(seconds) else seconds)
@@ -117,6 +130,10 @@ class Packed:
     def name(self, index: int) -> str:
         split, row = self.rows[index]
         return self.names[split][row]
+
+    def identity(self, index: int) -> str:
+        split, row = self.rows[index].tolist()
+        return repr((self.splits[split].split, self.splits[split].fingerprint, row))
 
     def waveform(self, index: int, rate: int) -> Tensor:
         split, row = self.rows[index]
@@ -338,6 +355,9 @@ class Tones:
 
     def name(self, index: int) -> str:
         return f"synthetic/{self.split}/{self.indices[index]}"
+
+    def identity(self, index: int) -> str:
+        return self.name(index)
 
     def waveform(self, index: int, rate: int) -> Tensor:
         script = self._script(int(self.indices[index]))
