@@ -1,6 +1,7 @@
 """Input: files to batches on one core, against timm's loader, plain torchvision and plain torchaudio."""
 
 import argparse
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from zoo.data.packing import pack
 from zoo.inputs.audio import RECIPES, read_audio
 
 FILES, SIDES = 32, (375, 500)  # images in a batch, and their height and width, about ImageNet's mean
+SMALL_FILES = 100_000
 SECONDS, CLIPS = 15.0, 8  # of an utterance, and how many
 RATE = 16000
 TRAIN: dict[str, Any] = {"flip": 0.5, "erasing": 0.0}
@@ -109,6 +111,66 @@ def images(options: argparse.Namespace) -> Iterator[Row]:
             for each in (speeds, *ratios, timed("noise", taken["again"], taken["zoo"])):
                 row |= each
             yield row
+
+
+def reading(options: argparse.Namespace) -> Iterator[Row]:
+    """Many small images in an order of training: their bytes alone, and decoded, in files and in shards."""
+    number, distinct = options.small_files, min(1000, options.small_files)
+    draw = np.random.default_rng(0)
+    blobs = []
+    for _ in range(distinct):
+        blob = io.BytesIO()
+        coarse = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(blob, "JPEG", quality=80)
+        blobs.append(blob.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        root, tars = Path(folder, "loose"), Path(folder, "tars")
+        for index in range(number):
+            place = root / "train" / f"class{index // 1000:03}"
+            if index % 1000 == 0:
+                place.mkdir(parents=True)
+            (place / f"{index:06}.jpg").write_bytes(blobs[index % distinct])
+        pack(tars, layout(root), 1 << 28, "")
+        files = Images(dataset="imagefolder", root=str(root)).source("train")
+        shards = Images(dataset="shards", root=str(tars)).source("train")
+        order = draw.permutation(number).tolist()
+        paths = [files.name(index) for index in order]
+        numbers = [shards.shards.kept.item(index) for index in order]
+        for name, calls in (
+            (
+                "bytes",
+                {
+                    "files": lambda: [Path(path).read_bytes() for path in paths],
+                    "shards": lambda: [shards.shards.read(index) for index in numbers],
+                },
+            ),
+            (
+                "images",
+                {
+                    "files": lambda: [files.image(index) for index in order],
+                    "shards": lambda: [shards.image(index) for index in order],
+                },
+            ),
+        ):
+            taken = interleaved(calls, calls["files"], options)
+            row: Row = {"what": f"{number:,} JPEG files of {len(blobs[0]):,} bytes, {name}"}
+            row |= {"ms": milliseconds(taken["files"]), "files_per_second": number / median(taken["files"])}
+            row |= timed("shards_by_files", taken["shards"], taken["files"])
+            yield row | timed("noise", taken["again"], taken["files"])
+
+
+def reading_table(rows: Sequence[Row]) -> str:
+    header = ["reading", "loose files/s", "shards / files", "noise"]
+    lines = [
+        [
+            str(row["what"]),
+            f"{row['files_per_second']:.0f}",
+            ratio_cell(row, "shards_by_files"),
+            ratio_cell(row, "noise"),
+        ]
+        for row in rows
+    ]
+    return markdown(header, lines)
 
 
 def image_table(rows: Sequence[Row]) -> str:

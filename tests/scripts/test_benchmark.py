@@ -38,6 +38,7 @@ TIMED = {
     "long": ("ratio", "noise"),
     "training": ("ratio", "noise"),
     "data_images": ("by_timm", "by_torchvision", "shards_by_files", "noise"),
+    "data_reading": ("shards_by_files", "noise"),
     "data_audio": ("by_torchaudio", "noise"),
     "losses": ("ratio", "noise"),
     "detectors": ("ratio", "noise"),
