@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import data, detectors, diffusion, layers, losses, models, operators, plots, speech, training
+from benchmarks import data, detectors, diffusion, layers, losses, models, operators, plan, plots, speech, training
 from benchmarks.measure import DTYPES, NotMeasured, Row, conditions, headline
 from zoo.tasks.predicting import Parser
 from zoo.text import one_line
@@ -104,6 +104,24 @@ CHOICES: dict[str, dict[str, Table]] = {
             dtype="float32",
         ),
     },
+    "plan": {
+        "training_memory": Table(
+            "Memory of a GPU in training, from what autograd keeps, bfloat16 autocast, AdamW, averaged weights",
+            plan.training_memory,
+            plan.memory_table,
+            clock="bytes that autograd keeps",
+            form="eager",
+            dtype="bfloat16",
+        ),
+        "training_time": Table(
+            "Time of training on H100s, computed from estimated speeds, not measured",
+            plan.training_time,
+            plan.time_table,
+            clock="computed",
+            form="eager",
+            dtype="bfloat16",
+        ),
+    },
     "detectors": {
         "detectors": Table(
             "Detectors against transformers', random weights, batch 1, forward",
@@ -184,6 +202,7 @@ SHAPES = {
     "files": data.FILES,
     "small_files": data.SMALL_FILES,
     "clips": data.CLIPS,
+    "recipes": list(plan.RECIPES),
     "losses_of": losses.SHAPES,
     "detectors": list(detectors.RIVALS),
     "detector_side": detectors.SIDE,
@@ -212,6 +231,7 @@ QUICK = {
     "files": 2,
     "small_files": 20,
     "clips": 1,
+    "recipes": [plan.Recipe("deit_tiny", "an image of 224 px", 2, 1.0, 100)],
     "losses_of": ((2, 2, 9, 3),),
     "detectors": ["RT-DETRv2-R18"],
     "detector_side": 128,

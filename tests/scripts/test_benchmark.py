@@ -186,6 +186,45 @@ def test_memory_is_that_of_a_process_of_its_own(measured):
     assert few["mib_per_1000_tokens"] == "" and float(many["mib_per_1000_tokens"]) == pytest.approx(slope)
 
 
+def test_memory_of_training_is_that_of_states_and_of_what_autograd_keeps(command, measured):
+    (row,) = rows_of(measured[1], "training_memory")
+    assert row["model"] == "deit_tiny"
+    assert float(row["states_gib"]) == pytest.approx(20 * 5.717e6 / 2**30, rel=0.01)
+    assert 4 < float(row["mib"]) / float(row["mib_checkpointing"]) < 16
+    activations = 2 * float(row["mib"]) / 1024
+    assert float(row["ddp_gib"]) == pytest.approx(
+        float(row["states_gib"]) + float(row["copies_gib"]) + activations, rel=1e-6
+    )
+    linear = torch.nn.Linear(3, 5)
+    given = torch.randn(7, 3)
+    saved = module("plan").Saved(linear)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        found = linear(given).exp()
+    assert saved.live == 4 * 7 * (3 + 5)  # the input, for the weight's gradient, and the result of exp
+    found.sum().backward()
+    assert saved.live == 0 and saved.peak == 4 * 7 * (3 + 5)
+
+
+def test_time_of_training_is_that_of_its_operations(measured):
+    (row,) = rows_of(measured[1], "training_time")
+    assert float(row["gflop"]) == pytest.approx(2.5, rel=0.05)
+    assert float(row["samples_per_second"]) == pytest.approx(100e12 / (3e9 * float(row["gflop"])))
+    assert float(row["hours_1"]) == pytest.approx(1e6 / float(row["samples_per_second"]) / 3600)
+    # Steps of two images are shorter than the all-reduce of 5.7 M gradients.
+    sent = 2 * 63 / 64 * 4 * 5.717e6 / 50e9
+    assert float(row["reduce_64_ms"]) == pytest.approx(1e3 * sent, rel=0.01)
+    slowed = (float(row["step_ms"]) / 3 + 1e3 * sent) / float(row["step_ms"])
+    assert float(row["hours_64"]) == pytest.approx(float(row["hours_1"]) / 64 * slowed, rel=0.01)
+
+
+def test_the_plan_is_that_of_the_code(command):
+    plan = module("plan")
+    options = command.argparse.Namespace(recipes=plan.RECIPES)
+    text = (SCRIPTS.parent / "configs/cluster/README.md").read_text()
+    assert plan.memory_table([*plan.training_memory(options)]) in text
+    assert plan.time_table([*plan.training_time(options)]) in text
+
+
 def test_speech_encoders_have_a_row_for_each_comparison(measured):
     found = [(row["model"], row["base"].split()[0], row["seconds"]) for row in rows_of(measured[1], "speech")]
     found += [(row["model"], row["base"].split()[0], row["seconds"]) for row in rows_of(measured[1], "parakeet")]
@@ -268,7 +307,7 @@ def test_numbers_are_positive_and_say_how_they_were_taken(measured, name):
 
 def test_each_table_is_headed_by_its_conditions(measured):
     lines = [line for line in measured[0].splitlines() if line.startswith(f"torch {torch.__version__}, ")]
-    assert len(lines) == len(TIMED) + 2  # memory, and operators on CUDA
+    assert len(lines) == len(TIMED) + 4  # two of memory, times that are computed, and operators on CUDA
     for line in lines:
         assert re.search(r", 1 thread, b?float\d\d, eager, .*, load average \d", line)
     assert sum(", at most 1 pairs and 8 s a point, CPU time, load " in line for line in lines) == len(TIMED) - 1
