@@ -127,6 +127,17 @@ def test_other_batches_are_refused_within_an_epoch(other: str, monkeypatch: pyte
     assert state(tmp_path / STATE)["global_step"] == 10
 
 
+def test_other_sums_of_gradients_are_refused_within_an_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    flags = [*SHORT, "--data.batch=100", "--save.every_n_train_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", kill_at(3))
+        assert in_child(lambda: fit(tmp_path, *flags)) == -signal.SIGKILL
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, *flags, "--trainer.accumulate_grad_batches=2", f"--ckpt_path={tmp_path}/{STATE}")
+    wanted = "--ckpt_path was written in the middle of an epoch of 1 batches a step, and now there are 2; resume with"
+    assert said(stop.value).startswith(wanted)
+
+
 # Kills at random moments, in every task
 
 TINY: dict[str, list[str]] = {

@@ -151,6 +151,25 @@ def test_a_run_that_max_time_ends_resumes_where_it_was(
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("place", ["on_train_batch_end", "on_validation_end"])
+def test_a_run_is_not_ended_between_gradients_that_are_summed(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """By max_time, or by early stopping in the middle of an epoch; a state has no gradients."""
+
+    def over(timer: Timer, trainer: lightning.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.epoch_loop.total_batch_idx == 1
+
+    fit(tmp_path / "whole", *FLAGS, *BETWEEN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, place, over)
+        fit(tmp_path / "run", *FLAGS, *BETWEEN, "--trainer.max_time=01:00:00:00")
+    assert state(tmp_path / "run/resume/last.ckpt")["global_step"] == 1
+    fit(tmp_path / "run", *FLAGS, *BETWEEN, f"--ckpt_path={tmp_path}/run/resume/last.ckpt")
+    found, wanted = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def scontrol(folder: Path, status: int) -> None:
     """A stand-in for SLURM's command, which notes how it was called."""
     folder.mkdir()

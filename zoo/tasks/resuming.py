@@ -152,7 +152,8 @@ class Resumable(lightning.LightningModule):
             self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
         self.former = checkpoint.get("division")
         if self.former is not None:
-            require(self.former, {"batches": 0, "ranks": 0}, "division")
+            self.former = {"batches a step": self.trainer.accumulate_grad_batches} | self.former  # earlier versions
+            require(self.former, {"batches a step": 0, "batches": 0, "ranks": 0}, "division")
         if (order := checkpoint.get("order")) is not None:  # earlier versions had none
             require(order, 0, "order")
         self.former_order = order
@@ -167,9 +168,11 @@ class Resumable(lightning.LightningModule):
             checkpoint["order"] = self.order()
 
     def division(self) -> dict[str, int]:
-        """How an epoch is divided: the batches of a rank, and the ranks."""
+        """How an epoch is divided: the batches of a step, those of a rank, and the ranks."""
         loader: Any = self.trainer.train_dataloader
-        return {"batches": 0 if loader is None else len(loader.batch_sampler), "ranks": self.trainer.world_size}
+        batches = 0 if loader is None else len(loader.batch_sampler)
+        together = self.trainer.accumulate_grad_batches
+        return {"batches a step": together, "batches": batches, "ranks": self.trainer.world_size}
 
     def order(self) -> int:
         """A checksum of the batches of this epoch on this rank: which samples each of them has."""

@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from zoo.tasks.run import EVERY, Keep
 from zoo.tasks.task import Task
@@ -39,6 +40,7 @@ class Stop(Checkpoint):
 
     def __init__(self, keep: Keep):
         self.keep, self.received, self.before = keep, 0, dict[int, Any]()
+        self.postponed = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
@@ -74,6 +76,23 @@ class Stop(Checkpoint):
         # The first batch of an epoch still runs: what came before it belongs to the epoch before.
         if batch_idx and batch_idx % trainer.accumulate_grad_batches == 0:
             self.stop(trainer, pl_module, self.asked(trainer, batch_idx), "batches")
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.finish_step(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.finish_step(trainer)
+
+    def finish_step(self, trainer: lightning.Trainer) -> None:
+        """Lets max_time and early stopping end a run between two steps of the optimizer only: a state does not hold the
+        gradients that wait for those of more batches."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        waiting = trainer.fit_loop.epoch_loop._should_accumulate()
+        if waiting and trainer.should_stop:
+            trainer.should_stop, self.postponed = False, True
+        elif self.postponed and not waiting:
+            trainer.should_stop = True
 
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
