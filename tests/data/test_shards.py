@@ -21,7 +21,7 @@ from sharding import image_folder, images, packed
 from training import PLAIN, command, fit, refused
 from zoo.data import sampling, shards
 from zoo.data.sampling import EpochSampler
-from zoo.data.shards import Shards
+from zoo.data.shards import Shards, read_at
 from zoo.inputs.images import UnreadableImage
 
 
@@ -380,3 +380,13 @@ def test_fewer_samples_than_ranks(both: tuple[Path, Path], monkeypatch: pytest.M
         assert len(batches := [*data.train_dataloader()]) == 1 and len(batches[0].images) == 1
         seen.append(sum(len(batch.labels) for batch in data.val_dataloader()))
     assert sum(seen) == 12
+
+
+def test_a_read_that_returns_less_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One call of the system reads at most 2 GiB."""
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    plain = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, offset: plain(file, min(length, 7), offset))
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    assert read_at(file, 50, 20) == bytes(range(20, 70)) and read_at(file, 50, 90) == bytes(range(90, 100))
+    os.close(file)

@@ -40,10 +40,13 @@ def kill_at(step: int) -> Any:
     ("flags", "step", "left"),
     [
         (["--trainer.limit_train_batches=13"], 9, 5),
-        (["--trainer.limit_train_batches=13"], 13, 10),  # the epoch has ended, but its state is not due
-        (["--trainer.limit_train_batches=13"], 19, 15),
+        # The epoch has ended, but its state is not due.
+        pytest.param(["--trainer.limit_train_batches=13"], 13, 10, marks=pytest.mark.slow),
+        pytest.param(["--trainer.limit_train_batches=13"], 19, 15, marks=pytest.mark.slow),
         (["--trainer.limit_train_batches=13", "--data.workers=2"], 12, 10),
-        (["--trainer.limit_train_batches=24", "--trainer.accumulate_grad_batches=2"], 9, 5),
+        pytest.param(
+            ["--trainer.limit_train_batches=24", "--trainer.accumulate_grad_batches=2"], 9, 5, marks=pytest.mark.slow
+        ),
         (["--trainer.limit_train_batches=12", "--trainer.val_check_interval=0.5"], 9, 5),
     ],
 )

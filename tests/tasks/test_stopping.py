@@ -186,8 +186,8 @@ JOB |= {"SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
     [
         (JOB, 0, "SLURM job 71 is queued again"),
         (JOB | {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, 0, "SLURM job 70_3 is queued again"),
-        (JOB, 1, "resume with: zoo classify fit --ckpt_path="),
-        ({}, 0, "resume with: zoo classify fit --ckpt_path="),
+        pytest.param(JOB, 1, "resume with: zoo classify fit --ckpt_path=", marks=pytest.mark.slow),
+        pytest.param({}, 0, "resume with: zoo classify fit --ckpt_path=", marks=pytest.mark.slow),
     ],
     ids=["job", "array", "refused", "no job"],
 )

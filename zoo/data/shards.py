@@ -285,7 +285,7 @@ class Shards:
         shard = bisect.bisect_right(self.first, number) - 1
         offset, length = self.offset.item(number), self.length.item(number)
         try:
-            found = os.pread(self._opened(shard), BLOCK + length, offset - BLOCK)
+            found = read_at(self._opened(shard), BLOCK + length, offset - BLOCK)
         except OSError as error:
             raise self.error(f"{self.name(number)}: {reason(error)}") from error
         # A header begins with the name, and has the length as octal digits.
@@ -330,6 +330,14 @@ class _Tar:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # it was not opened
             os.close(self.descriptor)
+
+
+def read_at(file: int, length: int, offset: int) -> bytes:
+    """Bytes of an open file, fewer at its end; one call of the system reads at most 2 GiB."""
+    found = os.pread(file, length, offset)
+    while 0 < len(found) < length and (more := os.pread(file, length - len(found), offset + len(found))):
+        found += more
+    return found
 
 
 def is_packed(root: str | os.PathLike[str]) -> bool:

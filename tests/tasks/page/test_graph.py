@@ -28,6 +28,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return stand_in(tmp_path / "runtime")
 
 
+@pytest.mark.slow
 def test_the_graph_hears_what_the_checkpoint_hears(runtime: str):
     main(["page", "squeezeformer_micro.spoken_digits", "--output", "speech.html", "--runtime", runtime])
     page = Path("speech.html").read_text("utf-8")
@@ -49,6 +50,7 @@ def test_the_graph_hears_what_the_checkpoint_hears(runtime: str):
     assert config(page)["step"] == 0.04 and config(page)["rate"] == 16000
 
 
+@pytest.mark.slow
 def test_the_graph_finds_what_the_detector_finds(runtime: str, tmp_path: Path):
     torch.manual_seed(0)
     made: Any = randomise(zoo.create_model(**TINY, classes=3))

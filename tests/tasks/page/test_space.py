@@ -54,6 +54,7 @@ def held(hub: Hub, name: str) -> dict[str, bytes]:
     return {path: data for path, data in repo.commits[repo.branches["main"]].items() if path != ".gitattributes"}
 
 
+@pytest.mark.slow
 def test_the_page_of_zoo_page_becomes_a_static_space(hub: Hub, runtime: str, tmp_path: Path, capsys, monkeypatch):
     """The real page, which the Hub keeps in LFS for its size."""
     monkeypatch.setattr(hub_server, "LARGE", 1_000_000)
