@@ -77,7 +77,14 @@ class Stop(Checkpoint):
         if batch_idx and batch_idx % trainer.accumulate_grad_batches == 0:
             self.stop(trainer, pl_module, self.asked(trainer, batch_idx), "batches")
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         self.finish_step(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
