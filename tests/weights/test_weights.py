@@ -706,7 +706,12 @@ def test_refused_models(folder):
     refused("float64", build().double())
     model = build()
     model.head.weight.data[0, 0] = torch.inf
-    refused("NaN or infinite", model)
+    refused("'head.weight' is NaN or infinite", model)
+    model = build(norm="batchnorm")
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.fill_(1e6)  # which float16 does not have
+    refused("running_var' is NaN or infinite", model.half())
     model = build()
     model.head = nn.Linear(32, 6)
     refused(r"does not describe it.*\[6\], expected \[5\].*previous one is untouched", model)

@@ -108,6 +108,9 @@ def save_model(
     check_about(said)
     said |= {"datasets": [*said["datasets"]], "figures": checked_figures(said["figures"])}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():  # as values beyond 65,504 in float16
+            raise ValueError(f"'{name}' is NaN or infinite, so the model is not saved to {target}")
     floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     inputs = inputs_for(config, preprocess)
     outputs = outputs_of(twin.float(), preprocess, inputs)

@@ -144,6 +144,11 @@ def test_files_are_those_of_their_hashes(name: str):
     assert len(files) == 2 and all(record(FOLDER / name / file) == each for file, each in files.items())
 
 
+def test_checkpoints_are_small():
+    sizes = {name: sum(path.stat().st_size for path in (FOLDER / name).iterdir()) for name in NAMES}
+    assert max(sizes.values()) <= 12e6 and sum(sizes.values()) <= 100e6, sizes
+
+
 @pytest.mark.parametrize(
     "name",
     [
