@@ -161,8 +161,8 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
 def _checked(model: nn.Module, path: Path) -> Model:
     assert isinstance(model, Model)
     for name, weight in model.state_dict().items():
-        if (
-            weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all()
-        ):  # the sum is fast, and may overflow
+        if not weight.is_floating_point():
+            continue
+        if not weight.sum().isfinite() and not weight.isfinite().all():  # the sum is fast, and may overflow
             raise CheckpointError(f"{path}: '{name}' is NaN or infinite")
     return model.eval()
