@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from benchmarks.measure import Row, interleaved, markdown, milliseconds, ratio_cell, timed
-from zoo.data.feature_cache import Kept
+from zoo.data.feature_cache import FeatureCache
 from zoo.data.images import Images
 from zoo.data.layouts import layout
 from zoo.data.packing import pack
@@ -197,10 +197,10 @@ def audio(options: argparse.Namespace) -> Iterator[Row]:
             soundfile.write(path, (0.1 * wave / wave.std()).clip(-1, 1), RATE)
         for recipe, cached in (("nemo", False), ("squeezeformer", False), ("nemo", True)):
             preprocess = RECIPES[recipe]
-            kept = Kept(str(Path(folder, "cache")), preprocess) if cached else None
+            kept = FeatureCache(str(Path(folder, "cache")), preprocess) if cached else None
             plain = MelSpectrogram(RATE, n_fft=512, win_length=400, hop_length=160, n_mels=preprocess.mels)
 
-            def ours(preprocess: Any = preprocess, kept: Kept | None = kept) -> Any:
+            def ours(preprocess: Any = preprocess, kept: FeatureCache | None = kept) -> Any:
                 if kept is not None:
                     return [kept.read(path.name) for path in paths]
                 return [preprocess(read_audio(path, RATE)) for path in paths]

@@ -1,15 +1,18 @@
 """The cache of features: the same values, without decoding again; changed, damaged and unwritable files."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
+from safetensors.torch import save
 
 from sharding import packed, write_tone
-from zoo.data.feature_cache import Kept
+from zoo.data.feature_cache import FeatureCache
 from zoo.data.speech import Batch, Speech
 from zoo.data.speech_sources import Files, Packed
 from zoo.inputs.audio import RECIPES
@@ -64,10 +67,15 @@ def test_features_are_the_same_and_not_computed_again(root, tmp_path, monkeypatc
 def test_dither_is_drawn_once(root, tmp_path):
     one = data(root, dither=0.1, cache=str(tmp_path / "cache"))
     assert equal(clips(one, epoch=0), clips(one, epoch=5))
-    plain = data(root, dither=0.1)
-    assert equal(clips(one), clips(plain)) and not equal(clips(plain), clips(plain, epoch=5))
     other = data(root, dither=0.1, seed=1, cache=str(tmp_path / "cache"))
-    assert equal(clips(other), clips(data(root, dither=0.1, seed=1)))
+    assert not equal(clips(other), clips(one)) and not equal(clips(data(root, dither=0.0)), clips(one))
+
+
+def test_the_run_that_fills_it_does_not_matter(root, tmp_path):
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    clips(data(root, dither=0.1, cache=one, shortest=0.55))  # the first utterance is missing
+    first, second = clips(data(root, dither=0.1, cache=one)), clips(data(root, dither=0.1, cache=other))
+    assert equal(first, second)
 
 
 def test_another_recipe_and_a_changed_file_have_features_of_their_own(root, tmp_path):
@@ -88,19 +96,25 @@ def test_what_is_damaged_is_computed_again(root, tmp_path):
     files[1].write_bytes(b"")
     files[2].write_bytes(files[2].read_bytes().replace(b"features", b"creature"))
     assert equal(clips(data(root, dither=0.0, cache=str(cache))), wanted)
-    kept = Kept(str(cache), RECIPES["nemo"])
-    assert all(kept.read(os.fspath(path)) is None for path in files)  # other names are other features
-    found = [path.stat().st_size for path in files]
-    assert min(found) > 1000
+    assert min(path.stat().st_size for path in files) > 1000  # they are whole again
+    cached = FeatureCache(str(cache), RECIPES["nemo"])
+    cached.write("a", torch.zeros(3, 80), False, True)
+    assert cached.read("a") is not None and cached.read("b") is None
+    [path] = {*cache.glob("*/*.safetensors")} - {*files}
+    for wrong in (torch.zeros(3, 79), torch.zeros(80), torch.zeros(3, 80, dtype=torch.float64)):
+        path.write_bytes(save({"features": wrong, "flags": torch.zeros(2)}))
+        assert cached.read("a") is None
+    path.write_bytes(save({"features": torch.zeros(3, 80), "flags": torch.tensor(True)}))
+    assert cached.read("a") is None
 
 
-def test_a_full_disk_is_said_once(root, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_once(root, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("zoo.data.feature_cache.os.replace", full)
     wanted = clips(data(root, dither=0.0))
-    with pytest.warns(UserWarning, match="^data.cache: cannot write .*: No space left on device; ") as told:
+    with pytest.warns(UserWarning, match="^data.cache: cannot write to .*/cache: No space left on device; ") as told:
         assert equal(clips(data(root, dither=0.0, cache=str(tmp_path / "cache"))), wanted)
     assert len(told) == 1 and not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
@@ -119,8 +133,29 @@ def test_workers_fill_it_together(root, tmp_path):
         batches: list[Batch] = list(module.train_dataloader())
         return [batch.features for batch in batches]
 
-    one, other = (features(data(root, cache=cache, workers=2)) for cache in (None, str(tmp_path / "cache")))
+    given = {"workers": 2, "dither": 0.0}
+    one, other = (features(data(root, cache=cache, **given)) for cache in (None, str(tmp_path / "cache")))
+    assert len([*(tmp_path / "cache").glob("*/*.safetensors")]) == 3
+    again = features(data(root, cache=str(tmp_path / "cache"), **given))
     assert len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+
+
+def test_silence_depends_on_the_text_of_this_run(root, tmp_path):
+    quiet = root / "train-clean-100/1/7/1-7-0000.flac"
+    soundfile.write(quiet, [0.0] * 8000, 16000)
+    cache = str(tmp_path / "cache")
+    for text, silent in (("", False), ("A CAT", True)):
+        (tmp_path / "list.json").write_text(json.dumps({"audio_filepath": str(quiet), "text": text}) + "\n")
+        given = {"dataset": "manifest", "train": None, "val": [str(tmp_path / "list.json")], "dither": 0.0}
+        assert [clip.silent for clip in clips(Speech(**given, cache=cache), "val")] == [silent]
+
+
+def test_a_file_in_its_place_is_one_line(root, tmp_path):
+    (tmp_path / "cache").write_text("")
+    for cache in (str(tmp_path / "cache"), ""):
+        with pytest.raises(ValueError, match="^data.cache: cannot make the folder "):
+            data(root, cache=cache).setup("fit")
 
 
 @pytest.mark.parametrize("options", [{"joined": 2}, {"speeds": [0.9, 1.0]}, {"noise": (5, 20)}])

@@ -137,7 +137,7 @@ def test_other_sums_of_gradients_are_refused_within_an_epoch(monkeypatch: pytest
         assert in_child(lambda: fit(tmp_path, *flags)) == -signal.SIGKILL
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path, *flags, "--trainer.accumulate_grad_batches=2", f"--ckpt_path={tmp_path}/{STATE}")
-    wanted = "--ckpt_path was written in the middle of an epoch of 1 batches a step, and now there are 2; resume with"
+    wanted = "--ckpt_path was written in the middle of an epoch with trainer.accumulate_grad_batches=1, and it is 2 now"
     assert said(stop.value).startswith(wanted)
 
 

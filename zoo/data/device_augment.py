@@ -1,9 +1,10 @@
-"""Augmentation of a batch of uint8 images on a device, with the random choices that timm makes for single images."""
+"""Augmentation of a batch of uint8 images on a device; timm draws what is done to each image."""
 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,10 @@ Fill = tuple[int, ...]
 class DeviceAugment:
     """RandAugment, jitter, normalisation and erasing of uint8 batches, on the device that they are on.
 
-    Operations, strengths and rectangles are drawn by timm as for single images, from seed, epoch and index alone. Their
-    results differ from Pillow's by rounding, and at the borders of turned and shifted images. The noise of erased
-    rectangles is a function of the batch.
+    Operations, strengths and rectangles are drawn by timm from seed, epoch and index alone. Rectangles are those of
+    `training_transform`; operations have its distribution, but are other draws. Results differ from Pillow's by
+    rounding, at the borders of rotated, sheared and shifted images, and, with bicubic interpolation, near sharp edges,
+    because PyTorch's kernel is another. The noise of erased rectangles is a function of the batch.
 
     Args:
         transforms: timm's RandAugment or AutoAugment, and torchvision's ColorJitter; the second part of
@@ -66,11 +68,15 @@ class DeviceAugment:
         return transform
 
     def __call__(self, pixels: "Pixels") -> Tensor:
-        """The images of a step, float32 [B, channels, height, width]."""
+        """The images of a step, float32 [B, channels, height, width], whatever autocast and the default dtype are."""
+        with _full_precision(pixels.images.device):
+            return self.finished(pixels)
+
+    def finished(self, pixels: "Pixels") -> Tensor:
         plans, boxes = self.plan(pixels.keys, (pixels.images.shape[2], pixels.images.shape[3]))
         images = self.augmented(pixels.images, plans)
         if self.preprocess.channels == 1 and images.shape[1] == 3:
-            images = vision.rgb_to_grayscale(images)
+            images = _grey(images)
         batch = self.preprocess.scaled(images)
         if any(box is not None for box in boxes):
             seed = hashed(self.seed, *(number for key in pixels.keys for number in key))
@@ -169,13 +175,30 @@ def _plan_jitter(*arguments: Any) -> None:
     brightness, contrast, saturation, steps = arguments
     order, *strengths = ColorJitter.get_params(brightness, contrast, saturation, None)
     for index in order.tolist():
-        if index < 3:
-            steps.append((("Brightness", "Contrast", "Color")[index], float(strengths[index] or 1.0)))
+        if index < 3:  # the fourth is the hue
+            steps.append((("Brightness", "Contrast", "Color")[index], float(strengths[index])))
 
 
 def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Numbers as float32 on a device, without waiting for it."""
     return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma of images uint8 [n, 3, H, W], uint8 [n, 1, H, W], rounded as by Pillow."""
+    red, green, blue = images.int().unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)[:, None].to(torch.uint8)
 
 
 def _blended(other: Tensor, images: Tensor, share: Tensor) -> Tensor:
@@ -184,11 +207,11 @@ def _blended(other: Tensor, images: Tensor, share: Tensor) -> Tensor:
 
 
 def _color(images: Tensor, share: Tensor, *_: Any) -> Tensor:
-    return _blended(vision.rgb_to_grayscale(images), images, share)
+    return _blended(_grey(images), images, share)
 
 
 def _contrast(images: Tensor, share: Tensor, *_: Any) -> Tensor:
-    mean = vision.rgb_to_grayscale(images).float().mean((1, 2, 3), keepdim=True)
+    mean = _grey(images).float().mean((1, 2, 3), keepdim=True)
     return _blended((mean + 0.5).floor(), images, share)
 
 

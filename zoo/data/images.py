@@ -152,9 +152,9 @@ class Images(DataModule):
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
         std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
-        augment: `workers` to augment each image where it is read; `device` to read and cut it there, and to do
-            randaugment, jitter, erasing and normalisation on whole batches of bytes on the device that trains: for a
-            GPU that waits for its data.
+        augment: `workers` to augment each image in the process that reads it. `device`: workers decode, crop and flip;
+            randaugment, jitter, erasing and normalisation run on uint8 batches on the training device. Use it when the
+            GPU waits for data.
         changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
 
     Attributes:

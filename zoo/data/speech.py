@@ -1,7 +1,9 @@
 """Transcribed speech for training, validation and test: LibriSpeech's folders, manifests, generated tones."""
 
 import functools
+import os
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.augment import add_noise, change_speed, check_speed
 from zoo.data.buckets import DurationBatches, check_limits
-from zoo.data.feature_cache import Kept
+from zoo.data.feature_cache import FeatureCache
 from zoo.data.loading import DataModule, check_numbers, make_loader
 from zoo.data.sampling import global_seed, seeded
 from zoo.data.shards import is_packed
@@ -22,6 +24,7 @@ from zoo.data.speech_sources import CORPORA, Corpus
 from zoo.inputs import Preprocess
 from zoo.inputs.audio import RECIPES, AudioPreprocess, UnreadableAudio, pad_features
 from zoo.outputs.tokens import Tokenizer, read_tokenizer, train_characters, train_pieces, train_words
+from zoo.text import reason
 
 TOKENIZERS: dict[str, Callable[[list[str], int], Tokenizer]] = {
     "pieces": train_pieces,
@@ -66,8 +69,8 @@ class Clips(Dataset[Clip]):
     """A corpus's utterances as features; a key is (epoch, index).
 
     With a seed, the utterances that follow in the same waveform (fewer than `joined`), speed, noise and dither are
-    random, as a function of seed, epoch and index alone; without, they are off. Features that are in the cache `kept`
-    have the dither of epoch 0 in all epochs.
+    random, as a function of seed, epoch and index alone; without, they are off. With a cache,
+    an utterance has the same dither in all epochs.
     """
 
     def __init__(
@@ -82,8 +85,8 @@ class Clips(Dataset[Clip]):
         cache: str | None = None,
     ):
         self.corpus, self.preprocess, self.seed = corpus, preprocess, seed
-        noise_of = () if seed is None or not dither else (seed, dither)
-        self.kept = None if cache is None else Kept(cache, preprocess, noise_of)
+        dithered = () if seed is None or not dither else (seed, dither)
+        self.cache = None if cache is None else FeatureCache(cache, preprocess, dithered)
         self.speeds, self.noise, self.dither, self.joined = speeds, noise, dither, joined
 
     def __len__(self) -> int:
@@ -91,34 +94,37 @@ class Clips(Dataset[Clip]):
 
     def __getitem__(self, key: tuple[int, int]) -> Clip:
         epoch, index = key
-        if self.kept is None:
-            return self.clip(epoch, index)
+        clip = self.decoded(index, epoch, index) if self.cache is None else self.cached(index, self.cache)
+        return clip._replace(silent=clip.silent and bool(clip.text))
+
+    def cached(self, index: int, cache: FeatureCache) -> Clip:
+        """An utterance from the cache, or from its audio and then in the cache."""
         text, name = self.corpus.text(index), self.corpus.name(index)
         try:
             identity = self.corpus.identity(index)
         except UnreadableAudio as error:
             return Clip(None, text, name, str(error))
-        if found := self.kept.read(identity):
+        if found := cache.read(identity):
             features, silent, clipped = found
-            return Clip(features, text, name, silent=silent and bool(text), clipped=clipped)
-        made = self.clip(0, index)
+            return Clip(features, text, name, silent=silent, clipped=clipped)
+        made = self.decoded(index, zlib.crc32(identity.encode()))
         if made.features is not None:
-            self.kept.write(identity, made.features, made.silent, made.clipped)
+            cache.write(identity, made.features, made.silent, made.clipped)
         return made
 
-    def clip(self, epoch: int, index: int) -> Clip:
-        """An utterance from its audio."""
+    def decoded(self, index: int, *numbers: int) -> Clip:
+        """An utterance from its audio; the seed and `numbers` give its randomness."""
         text, name = self.corpus.text(index), self.corpus.name(index)
         try:
             waveform = self.corpus.waveform(index, self.preprocess.rate)
         except UnreadableAudio as error:
             return Clip(None, text, name, str(error))
         loudness = waveform.abs()
-        silent = bool(text) and not bool(loudness.any())
+        silent = not bool(loudness.any())
         clipped = float((loudness >= 0.999).float().mean()) > CLIPPED
         if self.seed is None:
             return Clip(self.preprocess(waveform), text, name, silent=silent, clipped=clipped)
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, *numbers):
             if self.joined > 1:
                 waveform, text = self.continued(waveform, text)
             waveform = change_speed(waveform, self.speeds[int(torch.randint(len(self.speeds), ()))])
@@ -327,6 +333,11 @@ class Speech(DataModule):
 
     def find(self, stage: str) -> None:
         """Finds the utterances of a stage, and their faults, before the first step."""
+        if self.cache is not None:
+            try:
+                os.makedirs(self.cache, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"data.cache: cannot make the folder {self.cache!r}: {reason(error)}") from error
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in splits.get(stage, ()):
             self.source(split)

@@ -35,7 +35,7 @@ class Corpus(Protocol):
     def name(self, index: int) -> str: ...
 
     def identity(self, index: int) -> str:
-        """What no other waveform has, and no changed one; raises UnreadableAudio."""
+        """A key that is unique to this audio, and changes when its file does; raises UnreadableAudio."""
         ...
 
     def waveform(self, index: int, rate: int) -> Tensor:

@@ -145,7 +145,7 @@ class PixelPreprocess(Preprocess):
         """Values uint8 [..., channels, H, W] on the scale 0..1, without the mean, divided by the deviation: float32."""
         scaled = values.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         mean, std = (
-            torch.tensor(each, dtype=torch.float32, device=values.device)[:, None, None]
+            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None, None].to(values.device, non_blocking=True)
             for each in (self.mean, self.std)
         )
         return scaled.sub_(mean).div_(std)

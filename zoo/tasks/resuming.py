@@ -17,6 +17,9 @@ from zoo.weights.trunks import misfits
 LOST = re.compile(r"/gloo/|NCCL|Connection (?:closed|reset|refused)|Broken pipe")  # what the backends say of it
 
 
+ACCUMULATED = "accumulate_grad_batches"
+
+
 class OtherModel(ValueError):
     """The weights in a state do not fit the model of the run."""
 
@@ -128,6 +131,11 @@ class Resumable(lightning.LightningModule):
             former = self.former or now
             if changed := [name for name in now if now[name] != former[name]]:
                 name = changed[-1]
+                if name == ACCUMULATED:
+                    raise ValueError(
+                        f"--ckpt_path was written in the middle of an epoch with trainer.{name}={former[name]}, and it "
+                        f"is {now[name]} now; use the same, or resume from a state at the end of an epoch"
+                    )
                 raise ValueError(
                     f"--ckpt_path was written in the middle of an epoch of {former[name]} {name}, and now there are "
                     f"{now[name]}; resume with as many, or from a state at the end of an epoch"
@@ -152,8 +160,8 @@ class Resumable(lightning.LightningModule):
             self.loss_sum, self.loss_number = checkpoint["epoch_loss"].values()
         self.former = checkpoint.get("division")
         if self.former is not None:
-            self.former = {"batches a step": self.trainer.accumulate_grad_batches} | self.former  # earlier versions
-            require(self.former, {"batches a step": 0, "batches": 0, "ranks": 0}, "division")
+            self.former = {ACCUMULATED: self.trainer.accumulate_grad_batches} | self.former  # earlier versions
+            require(self.former, {ACCUMULATED: 0, "batches": 0, "ranks": 0}, "division")
         if (order := checkpoint.get("order")) is not None:  # earlier versions had none
             require(order, 0, "order")
         self.former_order = order
@@ -172,7 +180,7 @@ class Resumable(lightning.LightningModule):
         loader: Any = self.trainer.train_dataloader
         batches = 0 if loader is None else len(loader.batch_sampler)
         together = self.trainer.accumulate_grad_batches
-        return {"batches a step": together, "batches": batches, "ranks": self.trainer.world_size}
+        return {ACCUMULATED: together, "batches": batches, "ranks": self.trainer.world_size}
 
     def order(self) -> int:
         """A checksum of the batches of this epoch on this rank: which samples each of them has."""

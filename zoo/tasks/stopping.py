@@ -44,6 +44,7 @@ class Stop(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        self.postponed = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
