@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,15 @@ from torch.overrides import TorchFunctionMode
 def mask_of(lengths: Tensor, size: int) -> Tensor:
     """[B, size], True on the first of lengths [B]."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first of the tensors, by its name, that has a NaN or an infinity; None if there is none."""
+    for name, tensor in tensors.items():
+        # The sum is fast, and may overflow.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            return name
+    return None
 
 
 def check_floats(inputs: Tensor, name: str) -> None:

@@ -211,6 +211,16 @@ def test_strong_posterizing(name: str):
             transform(picture)
 
 
+@pytest.mark.parametrize("interpolation", ["lanczos", "box", "hamming"])
+def test_interpolations_for_resizing_alone(interpolation: str):
+    """Pillow does not rotate and shear by them: bicubic does, in the place of reading and on the device."""
+    given: Any = PLAIN | {"randaugment": "rand-m9-p1-n3", "interpolation": interpolation, "dataset": "synthetic"}
+    for place in ("workers", "device"):
+        data = Images(**given, augment=place)
+        batch = data.items("train").__getitems__([(0, index) for index in range(40)])
+        assert len(data.on_after_batch_transfer(batch, 0).images) == 40
+
+
 # Randomness
 
 

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from zoo.data.image_transforms import operations, training_steps
+from zoo.data.image_transforms import MOVING, operations, training_steps
 from zoo.data.sampling import hashed, kept_generators, reseed
 from zoo.inputs.images import ImagePreprocess
 
 if TYPE_CHECKING:
     from zoo.data.images import Pixels
-
-MODES = ("nearest", "bilinear", "bicubic")  # interpolations of `_moved`; others become bicubic
 
 Step = tuple[str, float]  # an operation and its strength
 Fill = tuple[int, ...]
@@ -48,7 +46,7 @@ class DeviceAugment:
         from timm.data.random_erasing import RandomErasing
 
         self.preprocess, self.seed = preprocess, seed
-        self.mode = preprocess.interpolation if preprocess.interpolation in MODES else "bicubic"
+        self.mode = preprocess.interpolation if preprocess.interpolation in MOVING else "bicubic"
         self.fill: Fill = tuple(min(255, round(255 * mean)) for mean in preprocess.mean) * (3 // preprocess.channels)
         self.transforms = [self._planner(each) for each in transforms]
         self.erase: Any = RandomErasing(erasing, mode="const", device="cpu") if erasing else None
@@ -70,9 +68,9 @@ class DeviceAugment:
     def __call__(self, pixels: "Pixels") -> Tensor:
         """The images of a step, float32 [B, channels, height, width], whatever autocast and the default dtype are."""
         with _full_precision(pixels.images.device):
-            return self.finished(pixels)
+            return self._finished(pixels)
 
-    def finished(self, pixels: "Pixels") -> Tensor:
+    def _finished(self, pixels: "Pixels") -> Tensor:
         plans, boxes = self.plan(pixels.keys, (pixels.images.shape[2], pixels.images.shape[3]))
         images = self.augmented(pixels.images, plans)
         if self.preprocess.channels == 1 and images.shape[1] == 3:
@@ -146,16 +144,10 @@ class _Box:
     """Stands for an image that timm's RandomErasing writes zeros into; keeps the place."""
 
     def __init__(self, height: int, width: int) -> None:
-        self.shape, self.dtype, self.found = (3, height, width), torch.float32, None
+        self.sides, self.dtype, self.found = (height, width), torch.float32, None
 
-    def size(self) -> tuple[int, ...]:
-        return self.shape
-
-    def __len__(self) -> int:
-        return 3
-
-    def dim(self) -> int:
-        return 3
+    def size(self) -> tuple[int, int, int]:
+        return 3, *self.sides
 
     def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
         rows, columns = place[1:]

@@ -12,6 +12,8 @@ from zoo.inputs.fits import resized
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOVING = ("nearest", "bilinear", "bicubic")  # interpolations for rotating, shearing and shifting; others become bicubic
+
 
 def training_steps(data: Any) -> tuple[list[Any], list[Any]]:
     """timm's training transforms of `Images`: random crop and flip; and RandAugment and jitter.
@@ -40,7 +42,8 @@ def training_steps(data: Any) -> tuple[list[Any], list[Any]]:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"timm cannot parse randaugment={data.randaugment!r}") from error
-    _keep_one_bit(augment)
+    for operation in itertools.chain(*map(operations, augment.transforms)):
+        _repair(operation, wanted.interpolation)
     whole = data.scale == (1.0, 1.0)
     first = [Whole(wanted.shape, wanted.interpolation), *cut.transforms[1:]] if whole else cut.transforms
     return [*first], [*augment.transforms]
@@ -91,11 +94,15 @@ def operations(transform: Any) -> list[Any]:
     return [*getattr(transform, "ops", ()), *itertools.chain(*getattr(transform, "policy", ()))]
 
 
-def _keep_one_bit(augment: Any) -> None:
-    """Strong posterizing in timm asks for 0 bits, which Pillow refuses from version 13 on; before, it gave black."""
-    for operation in itertools.chain(*map(operations, augment.transforms)):
-        if operation.name.startswith("Posterize"):
-            operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
+def _repair(operation: Any, interpolation: str) -> None:
+    """Changes what Pillow refuses of timm's operations: posterizing to 0 bits, which gave black before version 13, and
+    interpolations that are for resizing alone."""
+    if operation.name.startswith("Posterize"):
+        operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
+    if interpolation not in MOVING:
+        from PIL.Image import Resampling
+
+        operation.kwargs["resample"] = Resampling.BICUBIC
 
 
 def _at_least_one_bit(bits: Callable[[float, dict], tuple[int]], magnitude: float, hparams: dict) -> tuple[int]:

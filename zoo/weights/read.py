@@ -15,7 +15,7 @@ from zoo.models.base import Model
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
 from zoo.positions import make_anchors
-from zoo.tensors import Unfilled, shapes_alone
+from zoo.tensors import Unfilled, not_finite, shapes_alone
 from zoo.text import reason
 from zoo.weights.files import CheckpointError, file_of, read_tensors
 from zoo.weights.format import ABOUT, check_fit, read_config, read_preprocess
@@ -160,9 +160,6 @@ def _match(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str
 
 def _checked(model: nn.Module, path: Path) -> Model:
     assert isinstance(model, Model)
-    for name, weight in model.state_dict().items():
-        if not weight.is_floating_point():
-            continue
-        if not weight.sum().isfinite() and not weight.isfinite().all():  # the sum is fast, and may overflow
-            raise CheckpointError(f"{path}: '{name}' is NaN or infinite")
+    if name := not_finite(model.state_dict()):
+        raise CheckpointError(f"{path}: '{name}' is NaN or infinite")
     return model.eval()

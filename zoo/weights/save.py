@@ -21,6 +21,7 @@ from zoo.models import PRESETS, family_of
 from zoo.models.base import Model, count_parameters
 from zoo.outputs import LABELS
 from zoo.outputs.tokens import Tokenizer
+from zoo.tensors import not_finite
 from zoo.text import reason, unknown
 from zoo.weights.card import model_card
 from zoo.weights.figures import Figure, checked_figures
@@ -108,9 +109,8 @@ def save_model(
     check_about(said)
     said |= {"datasets": [*said["datasets"]], "figures": checked_figures(said["figures"])}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():  # as values beyond 65,504 in float16
-            raise ValueError(f"'{name}' is NaN or infinite, so the model is not saved to {target}")
+    if name := not_finite(tensors):  # as values beyond 65,504 in float16
+        raise ValueError(f"'{name}' is NaN or infinite, so the model is not saved to {target}")
     floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     inputs = inputs_for(config, preprocess)
     outputs = outputs_of(twin.float(), preprocess, inputs)
