@@ -2,12 +2,34 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+_recomputing = False
+
+
+@contextmanager
+def second_run() -> Iterator[None]:
+    """While a checkpointed block runs again in the backward pass: running statistics do not change, and layers report
+    nothing."""
+    global _recomputing
+    before, _recomputing = _recomputing, True
+    try:
+        yield
+    finally:
+        _recomputing = before
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed block runs again."""
+    return _recomputing
 
 
 class Memory(NamedTuple):
@@ -64,13 +86,14 @@ class Context(NamedTuple):
     memory: Memory | None = None
     visible: Chunks | Groups | None = None
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
+    notes: dict[str, Tensor] | None = None  # what layers report, by `<module path>.<name>`; None if nobody asks
 
     def moved(self, grid: tuple[int, ...], prefix: int = 0, mask: Tensor | None = None) -> "Context":
         """The Context of other tokens of the same samples, with the condition and the memory of this one; ValueError
         for a condition of single tokens on another number of them."""
         if self.cond is not None and self.cond.shape[1] != 1 and self.cond.shape[1] != prefix + math.prod(grid):
             raise ValueError(f"a condition of {self.cond.shape[1]} tokens does not fit the grid {grid}")
-        return Context(grid=grid, prefix=prefix, mask=mask, cond=self.cond, memory=self.memory)
+        return Context(grid, prefix, mask, cond=self.cond, memory=self.memory, notes=self.notes)
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -119,7 +142,8 @@ class Layer(nn.Module):
     - `reads`: the fields of the Context that the layer honours,
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
-    - `bare`: whether a Block puts nothing around it.
+    - `bare`: whether a Block puts nothing around it,
+    - `quadratic`: whether its memory in inference grows with the square of the number of tokens.
 
     The class methods `reads_of`, `sites_of` and `head_width_of` take the options, for rows where they matter.
 
@@ -131,6 +155,7 @@ class Layer(nn.Module):
     dimensions: ClassVar[tuple[int, ...]] = (1, 2)
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
     address: str = ""
 
     @classmethod
@@ -166,6 +191,11 @@ class Layer(nn.Module):
         """The memory of the stream in a slot of this layer; it is changed in place."""
         assert context.cache is not None
         return context.cache[f"{self.address}.{slot}"]
+
+    def note(self, context: Context, name: str, value: Tensor) -> None:
+        """Reports a value under `<address>.<name>`, if somebody asks."""
+        if context.notes is not None and not _recomputing:
+            context.notes[f"{self.address}.{name}"] = value
 
     def inputs(self) -> "list[nn.Linear] | str":
         """All the linears that read x, if nothing else does; or why an affine map cannot be folded into them."""

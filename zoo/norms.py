@@ -1,8 +1,7 @@
 """Normalizations over channels-last tokens: what each computes, and the affine map that it becomes at inference."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,21 +9,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import ANYWHERE, Context, Layer, Place
+from zoo.layer import ANYWHERE, Context, Layer, Place, recomputing
 from zoo.tensors import zeroed
-
-_recomputing = False
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """While a checkpointed block runs a second time, running statistics do not change."""
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
 
 
 class Norm(Layer):
@@ -244,7 +230,7 @@ class BatchNorm(Norm):
         """The training result for several tokens that are all real and on this rank, by torch's own kernel, which is
         three to five times as fast on the CPU."""
         kept = self.running_mean, self.running_var
-        if _recomputing:
+        if recomputing():
             kept = kept[0].clone(), kept[1].clone()
         y = F.batch_norm(x.flatten(0, -2), *kept, self.weight, self.bias, True, self.momentum, self.eps)
         return y.view(x.shape)
@@ -256,7 +242,7 @@ class BatchNorm(Norm):
         if context.mask is None and x.numel() > x.shape[-1] and world_size() == 1:
             return self.whole(x)
         mean, variance, number = statistics(x, context.mask)
-        if not _recomputing:
+        if not recomputing():
             with torch.no_grad():
                 rate = self.momentum * (number > 0).to(mean.dtype)
                 unbiased = variance * (number / (number - 1).clamp(min=1))

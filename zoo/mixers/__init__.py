@@ -10,6 +10,7 @@ from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.normalizers import Power
 from zoo.mixers.relative import Grouped, Local, Relative
 
 MIXERS: dict[str, type[Layer]] = {
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Layer]] = {
     "grouped": Grouped,
     "window": Window,
     "area": Area,
+    "power": Power,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,

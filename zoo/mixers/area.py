@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from zoo.layer import ANYWHERE, Context, Place, extent
-from zoo.mixers.attention import Projected, attend
+from zoo.mixers.attention import attend
 from zoo.mixers.local import along, depthwise
+from zoo.mixers.projected import Projected
 from zoo.tensors import compiling, exporting, zeroed
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
-from zoo.mixers.attention import Projected, rotate
+from zoo.mixers.projected import Projected, rotate
 from zoo.tensors import filtered, linear, relu, zeroed
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from zoo.cache import rows
 from zoo.layer import ANYWHERE, Context, Place
-from zoo.mixers.attention import Attention, attend, rotate
+from zoo.mixers.attention import attend
+from zoo.mixers.projected import Attention, rotate
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
 

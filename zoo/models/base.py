@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import zoo
 from zoo.block import Block
 from zoo.config import Config, ModelConfig
-from zoo.layer import Context, Fold, Layer
-from zoo.norms import recomputing
+from zoo.layer import Context, Fold, Layer, second_run
 from zoo.positions import POSITIONS, Position
 from zoo.spec import make
 from zoo.tensors import compiling
@@ -63,7 +62,8 @@ class ClassifierConfig(Config):
 class Model(nn.Module, Generic[Kind]):
     """A model of the zoo. A family derives from it and from Config; its Config describes inputs and outputs.
 
-    `checkpointing` recomputes activations in the backward pass, to save memory. `fusion` is the report of
+    `checkpointing` recomputes activations in the backward pass, to save memory. `notes` is what layers report into in
+    a forward, None if nobody asks (see `noting`). `fusion` is the report of
     `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card,
     figures and more) are those of the checkpoint that it was read from; set the first three to None, and `about` to {},
     to save it without them. `loaded` says which of its weights are from there (see `zoo.weights.Loaded`), and `origin`
@@ -74,6 +74,7 @@ class Model(nn.Module, Generic[Kind]):
 
     config: Kind
     fusion: list[Fold] | None = None
+    notes: dict[str, Tensor] | None = None
     _checkpointing: bool = False
     # Facts from the model's checkpoint, which `zoo.save_model` keeps.
     preset: str | None = None
@@ -180,8 +181,28 @@ class Model(nn.Module, Generic[Kind]):
                 module.address = name
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
-        """The blocks one after the other."""
+        """The blocks one after the other. Layers write into `notes`, if it is not None."""
+        if self.notes is not None:
+            context = context._replace(notes=self.notes)
         return run(blocks, x, context, self.checkpointing and self.training)
+
+
+@contextmanager
+def noting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, the layers of the model, and of models that it contains, report into the dict: attention weights
+    as `<path of the layer>.weights`, losses as `<path of the layer>.loss`. Each forward overwrites what was there."""
+    models = [(name, part) for name, part in model.named_modules() if isinstance(part, Model)]
+    before, notes = [part.notes for _, part in models], dict[str, Tensor]()
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, Layer):
+                module.address = name
+        for _, part in models:
+            part.notes = notes
+        yield notes
+    finally:
+        for (_, part), earlier in zip(models, before, strict=True):
+            part.notes = earlier
 
 
 def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[int]:
@@ -219,7 +240,7 @@ def drop_rates(last: float, depth: int) -> list[float]:
 
 
 def _first_and_second_run() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), recomputing()
+    return nullcontext(), second_run()
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing: bool = False) -> Tensor:

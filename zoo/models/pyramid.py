@@ -2,7 +2,7 @@
 (MetaFormer, Yu et al. 2022, arXiv:2111.11418 and arXiv:2210.13452; DaViT, Ding et al. 2022, arXiv:2204.03645;
 FlashInternImage, Xiong et al. 2024, arXiv:2401.06197; PVT, Wang et al. 2021, arXiv:2102.12122)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -111,12 +111,13 @@ class Stage(nn.Module):
         self.position = make_position(config, stage)
         self.blocks = nn.ModuleList(make_block(config, stage, index, rate) for index, rate in enumerate(rates))
 
-    def forward(self, x: Tensor, context: Context, checkpointing: bool = False) -> tuple[Tensor, Context]:
-        """Tokens [B, N, D] of the stage before, or of the stem -> tokens of this stage, and their Context."""
+    def forward(self, x: Tensor, context: Context, runner: Callable[..., Tensor] = run) -> tuple[Tensor, Context]:
+        """Tokens [B, N, D] of the stage before, or of the stem -> tokens of this stage, and their Context. `runner`
+        runs the blocks."""
         if self.reduction is not None:
             x, context = self.reduction(x, context)
         context = self.position.place(context)
-        return run(self.blocks, self.position(x, context), context, checkpointing), context
+        return runner(self.blocks, self.position(x, context), context), context
 
 
 class Pyramid(Model[PyramidConfig]):
@@ -152,7 +153,7 @@ class Pyramid(Model[PyramidConfig]):
         x, context = self.stem(images, mask)
         outputs = []
         for stage in self.stages[:stages]:
-            x, context = stage(x, context, self.checkpointing and self.training)
+            x, context = stage(x, context, self.run)
             outputs.append((x, context))
         return outputs
 

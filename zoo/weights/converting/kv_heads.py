@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo.choices import TABLES
 from zoo.config import ModelConfig
 from zoo.layer import copied
-from zoo.mixers.attention import Projected
+from zoo.mixers.projected import Projected
 from zoo.models.base import Model
 from zoo.spec import each_name, options_of, parse, respelled
 from zoo.weights.origin import inherit

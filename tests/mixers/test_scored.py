@@ -1,0 +1,134 @@
+"""The frame of explicit weights, as softmax attention: against the softmax mixer, whose kernel is PyTorch's."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers import position, randomise, relative
+from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
+from zoo import create_model
+from zoo.layer import Chunks, Context
+from zoo.mixers import scored
+from zoo.mixers.attention import Softmax
+from zoo.mixers.normalizers import Power
+from zoo.mixers.projected import Projected
+from zoo.mixers.scored import Scored
+from zoo.models.base import noting
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Seven queries at a time in inference."""
+    monkeypatch.setattr(scored, "LEAST_ROWS", 7)
+    monkeypatch.setitem(scored.SCORES_AT_ONCE, "cpu", 1)
+
+
+def twins() -> tuple[Scored, Softmax]:
+    ours, theirs = scattered(Scored(DIM, HEADS)), Softmax(DIM, HEADS).double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs  # pyright: ignore[reportReturnType]
+
+
+CONTEXTS = {
+    "plain": GRID,
+    "prefix": GRID._replace(prefix=2),
+    "mask": GRID._replace(mask=REAL),
+    "bias": GRID._replace(bias=torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double()),
+    "rotary": position("rope", DIM, DIM // HEADS, (5, 6)).place(GRID),
+    "code": GRID._replace(code=torch.randn(1, 30, DIM, generator=torch.Generator().manual_seed(1)).double()),
+    "chunks": Context(grid=(30,), mask=REAL, visible=Chunks(4, 8)),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_frame_is_softmax_attention(name, gradients, few_rows):
+    ours, theirs = twins()
+    context = CONTEXTS[name]
+    x = tokens(context)
+    if gradients:
+        got, wanted = ours(x, context), theirs(x, context)
+    else:
+        with torch.no_grad():
+            got, wanted = ours(x, context), theirs(x, context)
+    if context.mask is not None:
+        got, wanted = got * context.mask[..., None], wanted * context.mask[..., None]
+    check(got, wanted, (x,) if gradients else ())
+
+
+def test_a_stream_is_the_whole_recording(few_rows):
+    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
+    choices |= {"mixer": "power", "position": "none", "chunk": 4, "left": 8}
+    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
+    randomise(model).eval()
+    features = torch.randn(1, 99, 16)
+    with torch.inference_mode():
+        whole, _ = model(features, torch.tensor([99]))
+        stream = model.stream()
+        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
+    assert relative(torch.cat(parts, 1), whole) < 1e-5
+    assert any(isinstance(layer, Power) for layer in model.modules())
+
+
+def test_causal_tokens_see_those_before_them(few_rows):
+    """Prefix tokens see all and are seen by none: as a causal mask of tokens whose prefix comes last."""
+    ours, theirs = twins()
+    causal = type("Causal", (Scored,), {"causal": True})(DIM, HEADS).double()
+    causal.load_state_dict(ours.state_dict())
+    context = GRID._replace(prefix=2)
+    x = tokens(context)
+    places = torch.arange(30)
+    bias = torch.where(places[:, None] >= places, 0.0, -torch.inf).double()
+    bias = torch.cat([torch.full((30, 2), -torch.inf), bias], 1)
+    bias = torch.cat([torch.zeros(2, 32), bias])
+    wanted = theirs(x, context._replace(bias=bias.expand(HEADS, -1, -1)))
+    check(causal(x, context), wanted, (x,))
+    with torch.no_grad():
+        check(causal(x, context), wanted)
+
+
+def test_weights_are_noted(few_rows):
+    model = randomise(create_model("vit_micro", mixer=("power", "softmax"), dim=32, depth=2, heads=2, classes=3)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(images)
+        with noting(model) as notes:
+            assert torch.equal(model(images), plain)
+        model(images)
+    assert "blocks.0.steps.0.branch.weights" in notes
+    weights = notes["blocks.0.steps.0.branch.weights"]
+    number = weights.shape[-1]
+    assert weights.shape == (2, 2, number, number)
+    assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5) and weights.min() >= 0
+
+
+def test_a_recomputed_block_notes_nothing():
+    model = create_model("vit_micro", mixer="power", dim=32, depth=1, heads=2, classes=3).train()
+    model.checkpointing = True
+    with noting(model) as notes:
+        y = model(torch.randn(2, 3, 32, 32))
+        notes.clear()
+        y.sum().backward()
+    assert not notes
+
+
+@pytest.mark.parametrize("sources", ["kkv", "uuu", "qkx", "qxx", "qvv"])
+def test_projections_are_shared_or_omitted(sources):
+    class Shared(Scored):
+        def __init__(self) -> None:
+            Projected.__init__(self, DIM, HEADS, sources=sources)
+
+    ours = scattered(Shared())
+    context = CONTEXTS["code"]
+    x = tokens(context)
+    rows = dict(zip(dict.fromkeys(sources.replace("x", "")), ours.qkv.weight.split(DIM), strict=True))
+    biases = dict(zip(rows, ours.qkv.bias.split(DIM), strict=True))
+    theirs = copy.deepcopy(ours)
+    coded = x + context.code
+    parts = [
+        each if letter == "x" else torch.nn.functional.linear(each, rows[letter], biases[letter])
+        for each, letter in zip((coded, coded, x), sources, strict=True)
+    ]
+    wanted = theirs.out(theirs.mix(*(part.unflatten(-1, (HEADS, -1)) for part in parts), GRID).flatten(2))
+    check(ours(x, context), wanted, (x,))

@@ -1,0 +1,124 @@
+"""The frame of attention with explicit weights: scores, weights, sums of values, for some queries at a time."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.layer import Context
+from zoo.mixers.projected import Attention, rotate
+from zoo.tensors import compiling, overwritable
+
+LEAST_ROWS = 32
+SCORES_AT_ONCE = {"cpu": 2**20}
+"""Scores that are in memory at one time, by the type of device; 2**26 on others. A chunk has at least LEAST_ROWS
+queries."""
+
+
+class Pairs(NamedTuple):
+    """Some queries, which follow each other, and the keys that they are compared with."""
+
+    start: int  # the place of the first of these queries among the tokens
+    before: int  # keys of a stream that come before the first token
+    allowed: Tensor | None  # [1 or B, 1, 1 or n, M], True where the query sees the key; None if all are seen
+    context: Context
+
+    def masked(self, scores: Tensor, fill: float = -torch.inf) -> Tensor:
+        """Scores [B, H, n, M] with `fill` where a query does not see the key."""
+        return scores if self.allowed is None else scores.masked_fill(~self.allowed, fill)
+
+    def seen(self, scores: Tensor) -> Tensor:
+        """How many keys each query sees: [1 or B, 1, 1 or n, 1], in the dtype of the scores."""
+        if self.allowed is None:
+            return scores.new_full((1, 1, 1, 1), scores.shape[-1])
+        return self.allowed.sum(-1, keepdim=True).to(scores.dtype)
+
+    def places(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of the n queries and of the M keys among the keys: [n] and [M]."""
+        queries, keys = scores.shape[-2:]
+        first = self.before + self.start
+        device = scores.device
+        return torch.arange(first, first + queries, device=device), torch.arange(keys, device=device)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over keys, in place where `overwritable`."""
+    return torch.softmax(scores, -1, out=scores) if overwritable() else scores.softmax(-1)
+
+
+class Scored(Attention):
+    """The base of attention with explicit weights. Softmax attention if nothing is overridden.
+
+    A subclass overrides `scores`, from queries and keys, `weights`, from scores, or `collect`, from weights and values.
+    In inference they see some queries at a time and all keys, so that memory grows linearly with the number of tokens.
+    In training, and in a compiled or exported program, they see all queries at once; always so with `quadratic`, for
+    weights that depend on other queries. A query that sees no key is treated as if it saw all of them.
+
+    `causal`: whether a token sees only itself and those before it, line by line on an image. Prefix tokens then see all
+    tokens, and no other token sees them, as if they came last.
+    """
+
+    reads = Attention.reads | {"rotary", "bias"}
+    causal: ClassVar[bool] = False
+
+    def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
+        """query [B, H, n, d] and key [B, H, M, d] -> [B, H, n, M]."""
+        return self.biased((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), pairs)
+
+    def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
+        """scores [B, H, n, M] -> [B, H, n, M]."""
+        return softmax(pairs.masked(scores))
+
+    def collect(self, weights: Tensor, value: Tensor, pairs: Pairs) -> Tensor:
+        """weights [B, H, n, M] and value [B, H, M, e] -> [B, H, n, e]."""
+        return weights @ value
+
+    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """Queries or keys [B, N, H, d] with rotary positions."""
+        return rotate(x, rotary)
+
+    @staticmethod
+    def biased(scores: Tensor, pairs: Pairs) -> Tensor:
+        """Scores [B, H, n, M] with the bias of the Context, if there is one."""
+        bias = pairs.context.bias
+        if bias is None:
+            return scores
+        return scores + bias[..., pairs.start : pairs.start + scores.shape[-2], :].to(scores.dtype)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        number, new = query.shape[1], key.shape[1]
+        key, value, allowed = self.seen(key, value, context)
+        query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
+        query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
+        allowed = self.allowance(allowed, number, key, context)
+        rows = number if self.quadratic or compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
+        parts, noted = [], []
+        for start in range(0, number, rows):
+            stop = min(start + rows, number)
+            seen = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, start:stop]
+            pairs = Pairs(start, key.shape[2] - new, seen, context)
+            weights = self.weights(self.scores(query[:, :, start:stop], key, pairs), pairs)
+            parts.append(self.collect(weights, value, pairs))
+            if context.notes is not None:
+                noted.append(weights.detach())
+        if noted:
+            self.note(context, "weights", torch.cat(noted, 2))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
+
+    def allowance(self, allowed: Tensor | None, number: int, key: Tensor, context: Context) -> Tensor | None:
+        """Which keys the queries see, [1 or B, 1, 1 or N, M], from what `seen` gives; None for all."""
+        if allowed is not None and allowed.ndim == 2:
+            allowed = allowed[:, None]
+        if self.causal:
+            keys = key.shape[2]
+            places = torch.arange(keys, device=key.device)
+            places = places.where(places >= context.prefix, keys)
+            earlier = (places[keys - number :, None] >= places)[None]
+            allowed = earlier if allowed is None else allowed & earlier
+        return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+
+    @staticmethod
+    def rows_at_once(query: Tensor, key: Tensor) -> int:
+        """How many queries are compared at one time."""
+        most = SCORES_AT_ONCE.get(query.device.type, 2**26)
+        return max(LEAST_ROWS, most // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
