@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
+    "maps": "zoo.models.maps",
+    "rollout": "zoo.models.maps",
     "advance": "zoo.layer",
     "fuse": "zoo.fusion",
     "refresh_statistics": "zoo.norms",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from zoo.layer import advance
     from zoo.mixers import MIXERS
     from zoo.models import create_model, list_models
+    from zoo.models.maps import maps, rollout
     from zoo.norms import NORMS, refresh_statistics
     from zoo.positions import POSITIONS
     from zoo.weights import graft, load_checkpoint, load_model, save_model
@@ -52,8 +55,10 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "load_model",
+    "maps",
     "publish",
     "refresh_statistics",
+    "rollout",
     "save_model",
 ]
 

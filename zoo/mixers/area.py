@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.layer import ANYWHERE, Context, Place, extent
-from zoo.mixers.attention import attend
+from zoo.mixers.attention import attend, note_weights, together
 from zoo.mixers.local import along, depthwise
 from zoo.mixers.projected import Projected
 from zoo.tensors import compiling, exporting, zeroed
@@ -31,10 +31,13 @@ class Area(Projected):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         near = along(self.conv, zeroed(value, context.mask).flatten(2), context).unflatten(2, value.shape[2:])
-        if context.mask is None and not compiling() and context.grid[0] % self.areas == 0:
+        if context.mask is None and context.notes is None and not compiling() and context.grid[0] % self.areas == 0:
             q, k, v = (x.unflatten(1, (self.areas, -1)).flatten(0, 1) for x in (query, key, value))
             return attend(q, k, v, None).unflatten(0, (-1, self.areas)).flatten(1, 2) + near
         to, back, inside = self.strips(context, query)
+        if context.notes is not None:
+            strip = back // (to.shape[1] // self.areas)
+            note_weights(self, context, query, key, together(strip, context.mask))
         each = torch.arange(query.shape[0], device=query.device)[:, None]
         q, k, v = (x[each, to].unflatten(1, (self.areas, -1)).flatten(0, 1) for x in (query, key, value))
         allowed = inside if context.mask is None else inside & context.mask[each, to]

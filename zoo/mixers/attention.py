@@ -51,6 +51,7 @@ class Softmax(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         key, value, allowed = self.seen(key, value, context)
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        note_weights(self, context, query, key, allowed, context.bias)
         return attend(query, key, value, allowed, context.bias)
 
 
@@ -67,6 +68,8 @@ class Window(Projected):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         size, grid, axes = self.size, context.grid, len(context.grid)
+        if context.notes is not None:
+            note_weights(self, context, query, key, together(self.windows(grid, query.device), context.mask))
         missing = [shortfall(length, size) for length in grid]
         counts = [(length + more) // size for length, more in zip(grid, missing, strict=True)]
         margin = [0, 0, *(side for more in reversed(missing) for side in (0, more))]
@@ -94,6 +97,36 @@ class Window(Projected):
             y = y.flatten(1 + axis, 2 + axis)
         y = y[(slice(None), *(slice(length) for length in grid))]
         return y.flatten(1, axes).unflatten(-1, query.shape[2:])
+
+    def windows(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
+        """The number of each token's window: [1, N]."""
+        rows = [torch.arange(length, device=device) // self.size for length in grid]
+        first, *rest = torch.meshgrid(*rows, indexing="ij")
+        for each in rest:
+            first = first * max(grid) + each
+        return first.reshape(1, -1)
+
+
+def together(groups: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Which tokens are in the same group, of the numbers [1 or B, N] of their groups: [1 or B, N, N]. No token sees
+    those that the mask [B, N] excludes."""
+    same = groups[:, :, None] == groups[:, None]
+    return same if mask is None else same & mask[:, None]
+
+
+def note_weights(
+    layer: Layer, context: Context, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None = None
+) -> None:
+    """Reports the weights [B, H, N, M] of `attend`, if somebody asks. A query that sees no key has zeros."""
+    if context.notes is None:
+        return
+    query, key = query.transpose(1, 2), key.transpose(1, 2).repeat_interleave(query.shape[2] // key.shape[2], 1)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~(mask[:, None, None] if mask.ndim == 2 else mask[:, None]), -torch.inf)
+    layer.note(context, "weights", scores.softmax(-1).nan_to_num(0.0).detach())
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -147,6 +180,7 @@ class Cross(Headed):
             k = self.key(k, beside)
         if self.value is not None:
             v = self.value(v, beside)
+        note_weights(self, context, q, k, memory.mask)
         y = attend(q, k, v, memory.mask).flatten(2)
         return self.out(y if self.inner is None else self.inner(y, context))
 

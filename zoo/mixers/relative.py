@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.cache import rows
 from zoo.layer import ANYWHERE, Context, Place
-from zoo.mixers.attention import attend
+from zoo.mixers.attention import attend, note_weights
 from zoo.mixers.projected import Attention, rotate
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
@@ -86,6 +86,14 @@ def banded(
     return y
 
 
+def within(window: int, key: Tensor, mask: Tensor | None, shared: int = 0) -> Tensor:
+    """Which tokens see each other in `banded`: [1 or B, N, N]."""
+    places = torch.arange(key.shape[1], device=key.device)
+    near = (places[:, None] - places).abs() <= window
+    near = near | (places < shared) | (places[:, None] < shared)
+    return near[None] if mask is None else near & mask[:, None]
+
+
 class Relative(Attention):
     """softmax(((q_i + u) . k_j + (q_i + v) . W r(i - j)) / sqrt(d)) v, the relative attention of Transformer-XL, where
     r holds sines and cosines of the offset, and u and v are learned per head (Dai et al. 2019, arXiv:1901.02860; Gulati
@@ -126,6 +134,9 @@ class Relative(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         window = self.window
         if window and key.shape[1] > window:
+            if context.notes is not None:
+                near = within(window, key, context.mask)
+                note_weights(self, context, query + self.content, key, near, self.bias(query, key.shape[1], 0))
             return banded(
                 query + self.content,
                 key,
@@ -137,6 +148,7 @@ class Relative(Attention):
         new = key.shape[1]
         key, value, allowed = self.seen(key, value, context)
         bias = self.bias(query, key.shape[1], key.shape[1] - new)
+        note_weights(self, context, query + self.content, key, allowed, bias)
         return attend(query + self.content, key, value, allowed, bias)
 
 
@@ -187,4 +199,6 @@ class Local(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         shared = min(context.prefix + self.tokens, key.shape[1])
+        if context.notes is not None:
+            note_weights(self, context, query, key, within(self.window, key, context.mask, shared))
         return banded(query, key, value, context.mask, self.window, shared)
