@@ -89,6 +89,7 @@ def row_facts(kind: str, row: type, arguments: tuple[int, ...]) -> dict[str, Any
     if kind == "mixer":
         least, most = (operations(row, arguments, number) for number in (1024, 1024 * TIMES))
         found["cost"] = "quadratic" if most > 2 * TIMES * least else "linear"
+        found["cost"] += ", memory too" * row.quadratic
     return found
 
 

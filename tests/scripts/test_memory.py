@@ -8,34 +8,50 @@ from pathlib import Path
 import pytest
 
 from helpers import ON_PICTURES
+from zoo.mixers import MIXERS
 
 pytestmark = pytest.mark.slow
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SIDES = (28, 56, 112)
+SIDES, SMALL_SIDES = (28, 56, 112), (14, 28, 56)
 CHILD = """
 import sys
 from benchmarks.peak import main
 
-for mixer in sys.argv[1:]:
+for mixer in sys.argv[2:]:
     print(mixer)
-    main(mixer, "192", "3", "float32", "1", "28", "56", "112")
+    main(mixer, "64", "1", "float32", "1", *sys.argv[1].split(","))
 """
+QUADRATIC = [name for name in ON_PICTURES if MIXERS[name].quadratic]
+LINEAR = [name for name in ON_PICTURES if name not in QUADRATIC]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def growth(mixers: list[str], sides: tuple[int, ...]) -> dict[str, tuple[float, float, float]]:
+    """For each mixer the MiB for each token more, in the first and in the second step, and the peak of the last."""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", CHILD, ",".join(map(str, sides)), *mixers]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=True).stdout
+    words, found = said.split(), {}
+    for at, word in enumerate(words):
+        if word in mixers:
+            first, second, third = (float(number) for number in words[at + 1 : at + 4])
+            few, more, most = (side * side for side in sides)
+            found[word] = (second - first) / (more - few), (third - second) / (most - more), third
+    assert set(found) == set(mixers)
+    return found
+
+
+@linux
 def test_peak_memory_of_every_mixer_grows_linearly_with_tokens():
     """From 784 to 12,544 tokens, softmax included. A matrix of all pairs of tokens would take 630 MiB in one head."""
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", CHILD, *ON_PICTURES]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
-    words, peaks = said.split(), {}
-    for at, word in enumerate(words):
-        if word in ON_PICTURES:
-            peaks[word] = [float(number) for number in words[at + 1 : at + 1 + len(SIDES)]]
-    assert set(peaks) == set(ON_PICTURES)
-    tokens = [side * side for side in SIDES]
-    for mixer, (first, second, third) in peaks.items():
-        early, late = (second - first) / (tokens[1] - tokens[0]), (third - second) / (tokens[2] - tokens[1])
-        assert 0 < late < 1.4 * early, (mixer, peaks[mixer])
-        assert third < 200, (mixer, peaks[mixer])
+    for mixer, (early, late, most) in growth(LINEAR, SIDES).items():
+        assert 0 < late < 1.4 * early + 1e-3, (mixer, early, late)
+        assert most < 100, (mixer, most)
+
+
+@linux
+@pytest.mark.skipif(not QUADRATIC, reason="no mixer is declared quadratic")
+def test_only_mixers_that_need_it_are_declared_quadratic():
+    for mixer, (early, late, _) in growth(QUADRATIC, SMALL_SIDES).items():
+        assert late > 2 * early, (mixer, early, late)
