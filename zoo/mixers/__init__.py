@@ -10,7 +10,7 @@ from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
-from zoo.mixers.normalizers import Power
+from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
 
 MIXERS: dict[str, type[Layer]] = {
@@ -20,6 +20,14 @@ MIXERS: dict[str, type[Layer]] = {
     "window": Window,
     "area": Area,
     "power": Power,
+    "entmax": Entmax,
+    "topk": TopK,
+    "nap": NAP,
+    "rela": ReLA,
+    "sinkhorn": Sinkhorn,
+    "relaxed": Relaxed,
+    "head_mask": HeadMask,
+    "causal": Causal,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
