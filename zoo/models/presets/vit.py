@@ -7,9 +7,15 @@ def _deit(dim: int, heads: int) -> ViTConfig:
     return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
 
 
+def _illama(dim: int, heads: int) -> ViTConfig:
+    parts = {"mixer": "causal", "norm": "rmsnorm", "ffn": "swiglu", "position": "rope"}
+    return ViTConfig(dim=dim, depth=12, heads=heads, pool="token", class_token=True, **parts)
+
+
 ABOUT = {
     "vit": "Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)",
     "deit": "DeiT without distillation (Touvron et al. 2021, arXiv:2012.12877)",
+    "illama": "iLLaMA: a ViT of the parts of LLaMA's decoder (Wang et al. 2024, arXiv:2404.06773)",
 }
 """Descriptions of the presets, by the beginning of their names."""
 
@@ -22,4 +28,5 @@ PRESETS: dict[str, ViTConfig] = {
     "deit_tiny": _deit(192, 3),
     "deit_small": _deit(384, 6),
     "deit_base": _deit(768, 12),
+    "illama_tiny": _illama(192, 3),
 }
