@@ -30,6 +30,8 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalise=True)", "soft(stride=2, normalise=False)")
+SPECS += ("random_features(kind='trigonometric')", "random_features(learned=False, kind='trigonometric')")
 
 
 def rehash(folder: Path) -> None:
