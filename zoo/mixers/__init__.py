@@ -8,6 +8,18 @@ from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
+from zoo.mixers.features import DCTFeatures, HashedCodes, LogNormal, RandomFeatures, Taylor
+from zoo.mixers.kernelized import (
+    Efficient,
+    Fourier,
+    Galerkin,
+    Latte,
+    NormAware,
+    RankAugmented,
+    Separable,
+    Soft,
+    SparseChannel,
+)
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
@@ -31,11 +43,25 @@ MIXERS: dict[str, type[Layer]] = {
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
+    "efficient": Efficient,
+    "latte": Latte,
+    "galerkin": Galerkin,
+    "fourier": Fourier,
+    "separable": Separable,
+    "rala": RankAugmented,
+    "nala": NormAware,
+    "lln": LogNormal,
+    "taylor": Taylor,
+    "random_features": RandomFeatures,
+    "dijiang": DCTFeatures,
+    "ecoformer": HashedCodes,
+    "soft": Soft,
     "dcnv4": DCNv4,
     "pool": Pool,
     "sepconv": SeparableConv,
     "dico": GatedConv,
     "channel": ChannelGroups,
+    "sparse_channel": SparseChannel,
     "identity": Identity,
 }
 
