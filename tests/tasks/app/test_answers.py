@@ -18,6 +18,7 @@ from detecting import saved
 from generating import generator
 from zoo.__main__ import main
 from zoo.outputs.label_map import LabelMap
+from zoo.tasks import maps
 from zoo.tasks.app import classify, contributions, detect, generate, sides, transcribe
 from zoo.tasks.app.shelf import KEPT, Shelf
 from zoo.tasks.predicting import load
@@ -173,7 +174,7 @@ def test_a_map_has_the_falls_of_the_log_odds():
 def test_a_map_of_few_pixels_and_of_one_class():
     found = contributions.contributions(lambda images: torch.stack([*images]).flatten(1)[:, :1], torch.ones(1, 2, 3), 0)
     assert found.shape == (2, 3) and not found.any()
-    drawn = contributions.drawn(torch.tensor([[1.0, -1.0]]), Image.new("L", (2, 1), 128))
+    drawn = maps.drawn(torch.tensor([[1.0, -1.0]]), Image.new("L", (2, 1), 128))
     left, right = drawn.getpixel((0, 0)), drawn.getpixel((drawn.width - 1, 0))
     assert isinstance(left, tuple) and isinstance(right, tuple) and left[0] > left[2] and right[2] > right[0]
 

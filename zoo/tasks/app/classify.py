@@ -20,8 +20,9 @@ def ask(
 ) -> Iterator[tuple[list[dict[str, Any]], float, Image | None]]:
     """The most probable classes of an image, as `zoo classify predict` writes them, and the milliseconds; first without
     the map, then with it if it is asked for."""
-    from zoo.tasks.app.contributions import contributions, drawn
+    from zoo.tasks.app.contributions import contributions
     from zoo.tasks.classify.answers import classifier
+    from zoo.tasks.maps import drawn, seen
 
     answer = classifier(shelf.take("classify", name, fused), TOP, device=shelf.device)
     image = answer.preprocess.read(path)
@@ -33,7 +34,7 @@ def ask(
     if mapped:
         index = best[0]["index"]
         values, _ = shelf.timed(lambda: contributions(answer.logits, prepared, index), repeat=False)
-        yield best, milliseconds, drawn(values, answer.preprocess.cut(image))
+        yield best, milliseconds, drawn(values, seen(answer.preprocess, image))
 
 
 def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
