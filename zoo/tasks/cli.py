@@ -125,7 +125,7 @@ class Command(LightningCLI):
             return
         folder = given.trainer.default_root_dir or usual_folder(self.command, given.model.backbone.get("name"))
         self.run = Run(folder)
-        self.run.open(resumed=path is not None and self.run.state.parent.resolve() == Path(path).resolve().parent)
+        self.run.open(resumed=self.run.has(path))
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
 
