@@ -190,7 +190,7 @@ def test_the_threshold_chooses_the_boxes_of_python(user: User, tmp_path: Path):
         user.run(f"{setter}.call({number}, {threshold}), {number}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         user.run(f"{number}.dispatchEvent(new Event('change', {{bubbles: true}})), {number}.blur()")
         wanted = sum(each >= threshold for each in scores)
-        told = "(document.querySelector('#detect_1 .note')?.innerText.match(/ ms(.*)/)?.[1] ?? '')"
+        told = "(document.querySelector('#detect_1 .note')?.innerText.match(/ calls?\\)(.*)/)?.[1] ?? '')"
         user.wait(f"[...{told}.matchAll(/\\d+(?= )/g)].reduce((sum, each) => sum + Number(each), 0) == {wanted}")
     assert 0 < wanted < sum(each >= 0.3 for each in scores)
     assert user.run("document.querySelectorAll('#detect_1 img, #detect_2 img').length") == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.shelf import Shelf, Took
 from zoo.tasks.app.sides import BUTTONS, NOTHING, Side, between, fault, note, timing, unchanged
 from zoo.text import counted
 
@@ -26,8 +26,8 @@ def ask(
     guidance: float,
     seed: int,
     watch: Callable[[int, int], Any],
-) -> tuple[Image, int, float, str]:
-    """The grid that `zoo generate sample` writes with these options, the number of its images, the milliseconds, and
+) -> tuple[Image, int, Took, str]:
+    """The grid that `zoo generate sample` writes with these options, the number of its images, how long it took, and
     the sampler and its evaluations of the model in words. `watch` is called with the number of steps so far, and of
     all."""
     from zoo.tasks.generate import sample
@@ -46,9 +46,9 @@ def ask(
         done += 1
         watch(done, total)
 
-    (values, evaluations), milliseconds = shelf.timed(lambda: plan.draw(step), repeat=False)
+    (values, evaluations), took = shelf.timed(lambda: plan.draw(step), repeat=False)
     words = f"{plan.options['sampler']}, {counted(evaluations, 'evaluation')} an image"
-    return grid(values, each), number, milliseconds, words
+    return grid(values, each), number, took, words
 
 
 def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
@@ -73,12 +73,12 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
                 float(between(guidance, "guidance", 0, STRONGEST)),
                 int(between(seed, "seed", 0, SEEDS)),
             )
-            image, number, milliseconds, words = ask(
+            image, number, took, words = ask(
                 shelf, name, fused, classes, *given, lambda done, total: progress((done, total), unit="steps")
             )
         except Exception as error:  # as in `answered`
             return fault(error), None
-        return note(name, timing(milliseconds, fused), counted(number, "image"), words), image
+        return note(name, timing(took, fused), counted(number, "image"), words), image
 
     with gr.Row():
         with gr.Column(scale=2):
