@@ -161,6 +161,13 @@ def test_a_grid_is_that_of_sample(shelf: Shelf, tmp_path: Path):
         generate.ask(shelf, name, False, "12", 1, 1, 1.0, 0, lambda *_: None)
 
 
+def test_a_generator_made_for_one_step_starts_at_one(shelf: Shelf, tmp_path: Path):
+    usual, one = generator(tmp_path / "usual"), generator(tmp_path / "one", until=True)
+    assert [generate.starting(shelf, one, steps) for steps in (generate.USUAL, 7, None, 1)] == [1, 1, 1, 1]
+    assert [generate.starting(shelf, usual, steps) for steps in (1, 7, None)] == [generate.USUAL, None, None]
+    assert [generate.starting(shelf, name, 1) for name in (DIGITS, "nowhere", "")] == [None, None, None]
+
+
 # Maps
 
 

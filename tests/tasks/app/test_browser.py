@@ -281,6 +281,16 @@ def test_two_generators_draw_the_grids_of_python(user: User):
     user.wait(f"{sizes}.length == 2 && {sizes}.every((each) => each > 300)")
 
 
+def test_a_generator_made_for_one_step_starts_at_one(user: User):
+    steps = "document.querySelector('#generate_steps input[type=number]')?.value"
+    for name, wanted in ((DRAWN, "50"), (ONE_STEP, "1"), (DIGITS, ""), (DRAWN, "50"), (DIGITS, ""), (ONE_STEP, "1")):
+        user.choose_checkpoint(name)
+        shown = f"{steps} == '{wanted}'" if wanted else "!!document.querySelector('#classify_input')?.offsetParent"
+        user.wait(shown)
+    user.run("document.querySelector('#generate_button').click()")
+    user.told("generate", 1, ONE_STEP, "80 images", "meanflow, 1 evaluation an image")
+
+
 @pytest.mark.parametrize("name", ["text.png", "empty.png", "moving.gif", "one.png", "thin.png", "large.png"])
 def test_any_image_gets_an_answer_or_one_line(name: str, user: User, tmp_path: Path):
     path = tmp_path / name

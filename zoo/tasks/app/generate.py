@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 MOST = 256  # images at once
 EACH, STEPS, STRONGEST, SEEDS = 16, 250, 8, 10**9  # the most that can be asked for
+USUAL = 50  # steps at first
+
+
+def starting(shelf: Shelf, name: str, steps: float | None) -> int | None:
+    """The steps to start with when a checkpoint is chosen and there are `steps` now: 1 if it was made for that, and for
+    others not the 1 of the one before; None to leave them."""
+    from zoo.outputs.samplers import usual
+
+    try:
+        sampler = usual(shelf.take("generate", name, False).model.config)
+    except Exception:  # of another task, or one that cannot be loaded, which is said elsewhere
+        return None
+    return 1 if sampler == "meanflow" else USUAL if steps == 1 else None
 
 
 def ask(
@@ -54,6 +67,10 @@ def ask(
 def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     """The widgets, and what they do."""
 
+    def start(name: str, steps: float | None) -> Any:
+        found = starting(shelf, name, steps)
+        return gr.skip() if found is None else found
+
     def handle(
         name: str,
         fused: bool,
@@ -84,10 +101,20 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         with gr.Column(scale=2):
             classes = gr.Textbox(label="Classes", info="Names with commas between them; empty for all")
             each = gr.Slider(1, EACH, 8, step=1, label="Images of each class")
-            steps = gr.Slider(1, STEPS, 50, step=1, label="Steps")
+            first = starting(shelf, sides[0].name.value, USUAL) or USUAL
+            steps = gr.Slider(1, STEPS, first, step=1, label="Steps", elem_id="generate_steps")
             guidance = gr.Slider(0, STRONGEST, 1, step=0.1, label="Guidance", info="1 for none")
             seed = gr.Number(0, label="Seed", precision=0, elem_id="generate_seed")
             button = gr.Button("Generate", variant="primary", elem_id="generate_button")
+        sides[0].name.change(
+            start,
+            [sides[0].name, unchanged(steps)],
+            steps,
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         for side in sides:
             with side.column(gr, "generate"):
                 told = gr.HTML()
