@@ -152,13 +152,33 @@ def test_a_grid_is_that_of_sample(shelf: Shelf, tmp_path: Path):
         number == 4
         and took.milliseconds > 0
         and took.calls == 1
-        and seen == [(1, 3), (2, 3), (3, 3)]
+        and seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
         and "evaluation" in words
     )
     with pytest.raises(ValueError, match="at most 256 images at once, and 320 were asked for"):
         generate.ask(shelf, name, False, "", 32, 1, 1.0, 0, lambda *_: None)
     with pytest.raises(ValueError, match="unknown class '12'"):
         generate.ask(shelf, name, False, "12", 1, 1, 1.0, 0, lambda *_: None)
+
+
+def test_what_is_drawn_can_be_cancelled(shelf: Shelf, tmp_path: Path):
+    name, seen, asked = generator(tmp_path / "model"), list[int](), generate.Asked()
+
+    def report(done: int, _: int) -> None:
+        seen.append(done)
+        if done == 2:
+            asked.cancel()
+
+    asked.begin()
+    for watch in (asked.watch(report), asked.watch(report)):  # the second one waits for the first
+        with pytest.raises(generate.Cancelled):
+            generate.ask(shelf, name, False, "", 1, 9, 1.0, 0, watch)
+    with pytest.raises(generate.Cancelled):  # a handler that comes late
+        generate.ask(shelf, name, False, "", 1, 9, 1.0, 0, asked.watch(report))
+    assert seen == [0, 1, 2]
+    asked.begin()
+    generate.ask(shelf, name, False, "3", 1, 1, 1.0, 0, asked.watch(report))
+    assert seen == [0, 1, 2, 0, 1]
 
 
 def test_a_generator_made_for_one_step_starts_at_one(shelf: Shelf, tmp_path: Path):

@@ -281,6 +281,21 @@ def test_two_generators_draw_the_grids_of_python(user: User):
     user.wait(f"{sizes}.length == 2 && {sizes}.every((each) => each > 300)")
 
 
+def test_what_is_drawn_can_be_cancelled(user: User):
+    user.choose_checkpoint(DRAWN)
+    user.wait("!!document.querySelector('#generate_button')?.offsetParent")
+    user.choose_checkpoint(ONE_STEP, "Compare with")
+    user.wait("!!document.querySelector('#generate_2')?.offsetParent")
+    for steps, button in (("250", "cancel"), ("1", "button")):
+        typed(user, "#generate_steps", steps)
+        user.run("document.querySelector('#generate_button').click()")
+        if button == "cancel":
+            user.wait("/[0-9]\\/500 steps/.test(document.body.innerText)")
+            user.run("document.querySelector('#generate_cancel').click()")
+        for side, name in ((1, DRAWN), (2, ONE_STEP)):
+            user.told("generate", side, name, "cancelled" if button == "cancel" else "80 images")
+
+
 def test_a_generator_made_for_one_step_starts_at_one(user: User):
     steps = "document.querySelector('#generate_steps input[type=number]')?.value"
     for name, wanted in ((DRAWN, "50"), (ONE_STEP, "1"), (DIGITS, ""), (DRAWN, "50"), (DIGITS, ""), (ONE_STEP, "1")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoo.tasks.app.shelf import Shelf, Took
@@ -15,6 +16,35 @@ if TYPE_CHECKING:
 MOST = 256  # images at once
 EACH, STEPS, STRONGEST, SEEDS = 16, 250, 8, 10**9  # the most that can be asked for
 USUAL = 50  # steps at first
+
+
+class Cancelled(Exception):
+    """A user asked to cancel."""
+
+
+@dataclass
+class Asked:
+    """How often a user asked for images, and which of these times, and all before it, the user cancelled."""
+
+    number: int = 0
+    cancelled: int = 0
+
+    def begin(self) -> None:
+        self.number += 1
+
+    def cancel(self) -> None:
+        self.cancelled = self.number
+
+    def watch(self, report: Callable[[int, int], Any]) -> Callable[[int, int], None]:
+        """Calls `report` until what is asked for now is cancelled, also if it already is; then raises `Cancelled`."""
+        number = self.number
+
+        def step(done: int, total: int) -> None:
+            if self.cancelled >= number:
+                raise Cancelled
+            report(done, total)
+
+        return step
 
 
 def starting(shelf: Shelf, name: str, steps: float | None) -> int | None:
@@ -41,8 +71,8 @@ def ask(
     watch: Callable[[int, int], Any],
 ) -> tuple[Image, int, Took, str]:
     """The grid that `zoo generate sample` writes with these options, the number of its images, how long it took, and
-    the sampler and its evaluations of the model in words. `watch` is called with the number of steps so far, and of
-    all."""
+    the sampler and its evaluations of the model in words. `watch` is called with the number of steps so far, from
+    0 on, and of all; what it raises ends the drawing."""
     from zoo.tasks.generate import sample
     from zoo.tasks.generate.images import grid
 
@@ -59,7 +89,11 @@ def ask(
         done += 1
         watch(done, total)
 
-    (values, evaluations), took = shelf.timed(lambda: plan.draw(step), repeat=False)
+    def draw() -> tuple[Any, int]:
+        watch(done, total)  # a question may have been cancelled while it waited for another
+        return plan.draw(step)
+
+    (values, evaluations), took = shelf.timed(draw, repeat=False)
     words = f"{plan.options['sampler']}, {counted(evaluations, 'evaluation')} an image"
     return grid(values, each), number, took, words
 
@@ -79,6 +113,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
         steps: float | None,
         guidance: float | None,
         seed: float | None,
+        asked: Asked,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, Any]:
         if name == NOTHING:
@@ -90,9 +125,10 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
                 float(between(guidance, "guidance", 0, STRONGEST)),
                 int(between(seed, "seed", 0, SEEDS)),
             )
-            image, number, took, words = ask(
-                shelf, name, fused, classes, *given, lambda done, total: progress((done, total), unit="steps")
-            )
+            watch = asked.watch(lambda done, total: progress((done, total), unit="steps"))
+            image, number, took, words = ask(shelf, name, fused, classes, *given, watch)
+        except Cancelled:
+            return note(name, "cancelled"), None
         except Exception as error:  # as in `answered`
             return fault(error), None
         return note(name, timing(took, fused), counted(number, "image"), words), image
@@ -105,7 +141,11 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             steps = gr.Slider(1, STEPS, first, step=1, label="Steps", elem_id="generate_steps")
             guidance = gr.Slider(0, STRONGEST, 1, step=0.1, label="Guidance", info="1 for none")
             seed = gr.Number(0, label="Seed", precision=0, elem_id="generate_seed")
+            asked = gr.State(Asked())  # of one user; the handlers share it
             button = gr.Button("Generate", variant="primary", elem_id="generate_button")
+            cancel = gr.Button("Cancel", elem_id="generate_cancel")
+            begun = button.click(Asked.begin, asked, queue=False, api_visibility="private")
+            cancel.click(Asked.cancel, asked, queue=False, api_visibility="private")
         sides[0].name.change(
             start,
             [sides[0].name, unchanged(steps)],
@@ -119,10 +159,9 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
             with side.column(gr, "generate"):
                 told = gr.HTML()
                 grid = gr.Image(label="Samples", show_label=False, interactive=False, format="png", buttons=BUTTONS)
-            gr.on(
-                [button.click],
+            begun.then(
                 handle,
-                [side.name, side.fused, classes, *map(unchanged, (each, steps, guidance, seed))],
+                [side.name, side.fused, classes, *map(unchanged, (each, steps, guidance, seed)), asked],
                 [told, grid],
                 trigger_mode="once",
                 show_progress_on=grid,
