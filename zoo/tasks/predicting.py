@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -94,6 +95,12 @@ def device_for(wanted: str) -> str:
     if wanted == "cuda" and not cuda:
         raise ValueError("--device cuda: no CUDA device found; use cpu or auto")
     return "cuda" if cuda and wanted != "cpu" else "cpu"
+
+
+def check_packages(command: str, packages: Sequence[str], extra: str) -> None:
+    """ValueError if one of the packages of an extra is missing; `command` is what the message says needs them."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[{extra}]"')
 
 
 def load_for(command: str, name: str) -> Checkpoint:
