@@ -8,6 +8,7 @@ from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
+from zoo.mixers.differential import Differential, Integral
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.normalizers import Power
@@ -20,6 +21,8 @@ MIXERS: dict[str, type[Layer]] = {
     "window": Window,
     "area": Area,
     "power": Power,
+    "differential": Differential,
+    "dint": Integral,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
