@@ -30,6 +30,7 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+SPECS += ("mgk(keys=3, shifted=True)", "mgk(hard=True)", "additive(score='concat')", "multi_token(queries=3, group=1)")
 
 
 def rehash(folder: Path) -> None:

@@ -38,8 +38,9 @@ def test_differential_is_timm_attention(masked):
 def test_differential_is_diffllama_attention_with_rotary_positions():
     """In DiffLlama the first maps of all heads come first, and the halves of a value are far apart."""
     half = DIM // HEADS // 2
-    heads: dict[str, Any] = {"num_attention_heads": 2 * HEADS, "num_key_value_heads": 2 * HEADS, "head_dim": half}
-    config = DiffLlamaConfig(hidden_size=DIM, attn_implementation="eager", **heads)
+    heads: Any = {"num_attention_heads": 2 * HEADS, "num_key_value_heads": 2 * HEADS, "head_dim": half}
+    config = DiffLlamaConfig(hidden_size=DIM, **heads)
+    config._attn_implementation = "eager"
     theirs: Any = scattered(DiffLlamaAttention(config, 3))
     theirs.groupnorm.eps = 1e-5
     ours: Any = scattered(MIXERS["differential"](DIM, HEADS, PLACE))

@@ -11,8 +11,10 @@ from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.differential import Differential, Integral
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.maps import FixedPoint, MultiToken, Selective
 from zoo.mixers.normalizers import Power
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
@@ -23,6 +25,14 @@ MIXERS: dict[str, type[Layer]] = {
     "power": Power,
     "differential": Differential,
     "dint": Integral,
+    "ssa": Tempered,
+    "mgk": Mixture,
+    "additive": Additive,
+    "coda": Signed,
+    "polar": Polar,
+    "multi_token": MultiToken,
+    "selective": Selective,
+    "fixed_point": FixedPoint,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
