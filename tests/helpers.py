@@ -35,6 +35,7 @@ SPECS += ("entmax(learned=True)", "rela(norm='layernorm', gate=False)", "rela(no
 SPECS += ("topk(k=5)", "sinkhorn(steps=5)", "causal(until=0.0)", "causal(until=0.0, normalized=True)")
 SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalise=True)", "soft(stride=2, normalise=False)")
 SPECS += ("random_features(kind='trigonometric')", "random_features(learned=False, kind='trigonometric')")
+SPECS += ("mgk(keys=3, shifted=True)", "mgk(hard=True)", "additive(score='concat')", "multi_token(queries=3, group=1)")
 
 
 def rehash(folder: Path) -> None:

@@ -8,6 +8,7 @@ from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.deformable import DCNv4, DeformableCross
+from zoo.mixers.differential import Differential, Integral
 from zoo.mixers.features import DCTFeatures, HashedCodes, LogNormal, RandomFeatures, Taylor
 from zoo.mixers.kernelized import (
     Efficient,
@@ -22,8 +23,10 @@ from zoo.mixers.kernelized import (
 )
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
+from zoo.mixers.maps import FixedPoint, MultiToken, Selective
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
@@ -40,6 +43,16 @@ MIXERS: dict[str, type[Layer]] = {
     "relaxed": Relaxed,
     "head_mask": HeadMask,
     "causal": Causal,
+    "differential": Differential,
+    "dint": Integral,
+    "ssa": Tempered,
+    "mgk": Mixture,
+    "additive": Additive,
+    "coda": Signed,
+    "polar": Polar,
+    "multi_token": MultiToken,
+    "selective": Selective,
+    "fixed_point": FixedPoint,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
