@@ -30,6 +30,13 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+SPECS += (
+    "gqa(kv_heads=2, merge='weighted', groups='key_norm')",
+    "head_embedding(how='multiply')",
+    "optimized(key=False)",
+)
+SPECS += ("relational(relational_heads=1, relations=3, symmetric=True)", "conv_projection(kernels=(2, 2), of='qk')")
+SPECS += ("conv_projection(kernels=(1, 3), of='kv')", "relative(conv=3)")
 
 
 def rehash(folder: Path) -> None:

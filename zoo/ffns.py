@@ -140,5 +140,24 @@ class GEGLU(SwiGLU):
     activation = staticmethod(gelu)
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU}
+class ISTA(Layer):
+    """relu(x + step D^T (x - D x) - step * threshold) - x: what a step of sparse coding changes in x, with a learned
+    dictionary D [dim, dim] (ISTA of CRATE, Yu et al. 2023, arXiv:2306.01129).
+
+    Placement `crate` adds it to the normalized x that it reads, which leaves the first term, as in the paper. threshold
+    is the weight of the L1 norm of the code.
+    """
+
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, step: float = 0.1, threshold: float = 0.1) -> None:
+        super().__init__()
+        self.step, self.threshold = step, threshold
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.dictionary)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        left = F.linear(x - F.linear(x, self.dictionary), self.dictionary.t())
+        return relu(x + self.step * (left - self.threshold)) - x
+
+
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA}
 """Each row is constructed as row(dim, place, *, options)."""

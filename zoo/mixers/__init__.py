@@ -7,11 +7,15 @@ options).
 from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.convolved import ConvProjection
 from zoo.mixers.deformable import DCNv4, DeformableCross
+from zoo.mixers.heads import GroupedQuery, HeadEmbedding, Optimized, Shifted, Subspace, Symmetric
+from zoo.mixers.latent import Latent, Reduced, Relational
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.normalizers import Power
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.static import Super
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
@@ -20,6 +24,17 @@ MIXERS: dict[str, type[Layer]] = {
     "window": Window,
     "area": Area,
     "power": Power,
+    "symmetric": Symmetric,
+    "mssa": Subspace,
+    "gqa": GroupedQuery,
+    "kv_shift": Shifted,
+    "head_embedding": HeadEmbedding,
+    "optimized": Optimized,
+    "super": Super,
+    "sagan": Reduced,
+    "mla": Latent,
+    "relational": Relational,
+    "conv_projection": ConvProjection,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
