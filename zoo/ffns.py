@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import ANYWHERE, Context, Layer, Place, Site
+from zoo.fusion import keep
+from zoo.layer import ANYWHERE, Context, Fold, Layer, Place, Site
 from zoo.tensors import gelu, linear, relu, silu
 from zoo.text import unknown
 
@@ -153,10 +154,19 @@ class ISTA(Layer):
         self.step, self.threshold = step, threshold
         self.dictionary = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.dictionary)
+        self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim)}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        left = F.linear(x - F.linear(x, self.dictionary), self.dictionary.t())
-        return relu(x + self.step * (left - self.threshold)) - x
+        y = x - F.linear(x, self.dictionary)
+        y = F.linear(y if self.inner is None else self.inner(y, context), self.dictionary.t())
+        return relu(x + self.step * (y - self.threshold)) - x
+
+    def fold(self) -> list[Fold]:
+        return [] if self.inner is None else [keep(self, "inner", "the matrix behind it is in front of it, too")]
 
 
 FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA}

@@ -110,7 +110,7 @@ def test_relative_attention_of_convolved_projections(window):
     ours = scattered(MIXERS["relative"](DIM, HEADS, Place(1), window=window, conv=3))
     for context in (LINE, *([] if window else [CONTEXTS["chunks"]])):
         x = tokens(context)
-        y = depthwise(ours.qkv(x), ours.conv.weight, ours.conv.bias, context, context.visible is not None)
+        y = depthwise(ours.qkv(x), ours.filter.weight, ours.filter.bias, context, context.visible is not None)
         wanted = ours.out(ours.mix(*map(heads_of, y.chunk(3, -1)), context).flatten(2))
         compared(ours(x, context), wanted, context, x)
 

@@ -13,6 +13,7 @@ from zoo.ffns import FFNS
 from zoo.fusion import fuse
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS
+from zoo.norms import BatchNorm
 from zoo.spec import make
 from zoo.weights.converting.kv_heads import share_kv_heads
 
@@ -334,6 +335,24 @@ def test_ista_with_its_placement_is_a_step_of_sparse_coding(step, threshold):
     moved = x - step * torch.einsum("dc,bnd->bnc", d, torch.einsum("dc,bnc->bnd", d, x) - x)
     wanted = (moved - step * threshold).clamp(min=0)
     check(x + ours(x, GRID), wanted, (x, d))
+
+
+@pytest.mark.parametrize(
+    ("choice", "layer", "into"),
+    [
+        ({"mixer": "sagan"}, "branch.inner", "the output linear"),
+        ({"ffn": "ista"}, "branch.inner", None),
+    ],
+)
+def test_norms_inside_fold_or_stay_as_affine_maps(choice, layer, into):
+    choices = {"depth": 1, "dim": 48, "heads": 4, "classes": 3, "norm": "batchnorm", "placement": "sub"}
+    model = prepared(zoo.create_model("vit_micro", **(choices | choice)))
+    fused = fuse(model)
+    images = torch.randn(2, 3, 32, 32).double()
+    assert relative(fused(images), model(images)) < 1e-12
+    step = 0 if "mixer" in choice else 1
+    assert {fold.layer: fold.into for fold in fused.fusion}[f"blocks.0.steps.{step}.{layer}"] == into
+    assert not [part for part in fused.modules() if isinstance(part, BatchNorm)]
 
 
 def test_a_block_of_crate():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.fusion import fold_site, keep
+from zoo.fusion import fold_norm, fold_site, keep
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Layer, Place, Site
 from zoo.mixers.projected import Attention, Headed, rotate
 from zoo.mixers.scored import Pairs, Scored
@@ -46,6 +46,9 @@ class Reduced(Scored):
 
     def outputs(self) -> list[nn.Linear] | str:
         return "its gain is behind the output linear"
+
+    def fold(self) -> list[Fold]:
+        return [*super().fold(), *fold_norm(self, "inner", self.out, "output linear")]
 
 
 class Latent(Scored):

@@ -121,23 +121,23 @@ class Relative(Attention):
         if conv and conv % 2 == 0:
             raise ValueError(f"conv must be odd, or 0 for none, got {conv}")
         self.window = window
-        self.conv = depthwise(3 * dim, conv, 1, bias=True) if conv else None
+        self.filter = depthwise(3 * dim, conv, 1, bias=True) if conv else None
         self.relative = linear(dim, dim, bias=False)
         self.content = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.offset = nn.Parameter(torch.zeros(heads, self.head_dim))
 
     def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
         kept = super().state(batch, visible, like)
-        if self.conv is None:
+        if self.filter is None:
             return kept
-        return kept | {"past": like.new_zeros(batch, self.conv.kernel_size[0] - 1, self.conv.in_channels)}
+        return kept | {"past": like.new_zeros(batch, self.filter.kernel_size[0] - 1, self.filter.in_channels)}
 
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         parts = super().project(x, context)
-        if self.conv is None:
+        if self.filter is None:
             return parts
         y = zeroed(torch.cat([part.flatten(2) for part in parts], -1), context.mask)
-        y = along(self.conv, y, context, None if context.cache is None else self.recall(context, "past"))
+        y = along(self.filter, y, context, None if context.cache is None else self.recall(context, "past"))
         q, k, v = y.unflatten(-1, (3, self.heads, -1)).unbind(2)
         return q, k, v
 
