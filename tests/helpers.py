@@ -36,6 +36,13 @@ SPECS += ("topk(k=5)", "sinkhorn(steps=5)", "causal(until=0.0)", "causal(until=0
 SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalise=True)", "soft(stride=2, normalise=False)")
 SPECS += ("random_features(kind='trigonometric')", "random_features(learned=False, kind='trigonometric')")
 SPECS += ("mgk(keys=3, shifted=True)", "mgk(hard=True)", "additive(score='concat')", "multi_token(queries=3, group=1)")
+SPECS += (
+    "gqa(kv_heads=2, merge='weighted', groups='key_norm')",
+    "head_embedding(how='multiply')",
+    "optimized(key=False)",
+)
+SPECS += ("relational(relational_heads=1, relations=3, symmetric=True)", "conv_projection(kernels=(2, 2), of='qk')")
+SPECS += ("conv_projection(kernels=(1, 3), of='kv')", "relative(conv=3)")
 
 
 def rehash(folder: Path) -> None:

@@ -113,6 +113,10 @@ def test_placements(placement):
         y = x + attention(x, head_norms=True)
         stream = norm(ffn.before, y)
         wanted, count = stream + feeding(stream), 4
+    elif placement == "crate":
+        y = x + attention(norm(mixer.before, x))
+        stream = norm(ffn.before, y)
+        wanted, count = stream + feeding(stream), 2
     elif placement == "normformer":
         y = x + norm(mixer.after, attention(norm(mixer.before, x), inner="heads"))
         wanted, count = y + feeding(norm(ffn.before, y), inner=True), 4

@@ -29,6 +29,7 @@ One residual; parts in [brackets] exist if the config has them:
     sub          before, inner                       before, inner
     sub_ffn      before                              before, inner
     hybrid       query, key, value                   before; stream = before
+    crate        before                              before; stream = before
     normformer   before, after; inner = heads        before, inner
     scaled       before = affine; total              before = affine; total
 

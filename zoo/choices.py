@@ -27,6 +27,7 @@ PLACEMENTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "sub": (_PRE | {"inner": "norm"}, _PRE | {"inner": "norm"}),
     "sub_ffn": (_PRE, _PRE | {"inner": "norm"}),
     "hybrid": ({"query": "norm", "key": "norm", "value": "norm"}, _PRE | {"stream": "before"}),
+    "crate": (_PRE, _PRE | {"stream": "before"}),
     "normformer": (_PRE | {"after": "norm", "inner": "heads"}, _PRE | {"inner": "norm"}),
     "scaled": ({"before": "affine"} | _POST, {"before": "affine"} | _POST),
 }
@@ -39,6 +40,7 @@ PAPERS = {
     "sub": "2210.06423",
     "sub_ffn": "2303.11331",
     "hybrid": "2503.04598",
+    "crate": "2306.01129",
     "normformer": "2110.09456",
     "scaled": "2206.00888",
 }

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import ANYWHERE, Context, Layer, Place, Site
+from zoo.fusion import keep
+from zoo.layer import ANYWHERE, Context, Fold, Layer, Place, Site
 from zoo.tensors import gelu, linear, relu, silu
 from zoo.text import unknown
 
@@ -140,5 +141,33 @@ class GEGLU(SwiGLU):
     activation = staticmethod(gelu)
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU}
+class ISTA(Layer):
+    """relu(x + step D^T (x - D x) - step * threshold) - x: what a step of sparse coding changes in x, with a learned
+    dictionary D [dim, dim] (ISTA of CRATE, Yu et al. 2023, arXiv:2306.01129).
+
+    Placement `crate` adds it to the normalized x that it reads, which leaves the first term, as in the paper. threshold
+    is the weight of the L1 norm of the code.
+    """
+
+    def __init__(self, dim: int, place: Place = ANYWHERE, *, step: float = 0.1, threshold: float = 0.1) -> None:
+        super().__init__()
+        self.step, self.threshold = step, threshold
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.dictionary)
+        self.inner: Layer | None = None
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(dim)}
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = x - F.linear(x, self.dictionary)
+        y = F.linear(y if self.inner is None else self.inner(y, context), self.dictionary.t())
+        return relu(x + self.step * (y - self.threshold)) - x
+
+    def fold(self) -> list[Fold]:
+        return [] if self.inner is None else [keep(self, "inner", "the matrix behind it is in front of it, too")]
+
+
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA}
 """Each row is constructed as row(dim, place, *, options)."""

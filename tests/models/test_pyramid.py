@@ -311,7 +311,7 @@ def test_layer_wise_decay_knows_every_parameter(name):
         ),
         ({"head": "conv(norm_first=False)", "final_norm": "rmsnorm"}, ["final_norm", "ignored"]),
         ({"reduction": "conv(kernel=4, stride=4)"}, ["option of conv 'stride'"]),
-        ({"mixer": ("sla", "sla", "slab", "sla")}, ["stages.2", "mixer", "slab", "softmax"]),
+        ({"mixer": ("sla", "sla", "slab", "sla")}, ["stages.2", "mixer", "slab", "did you mean sla?"]),
         ({"mixer": ("sla", ("sla", "pool(sise=3)"), "sla", "sla")}, ["stages.1", "sise", "size"]),
         ({"position": "rope", "mixer": "pool"}, ["stages.0", "rope", "pool"]),
         ({"stem": "convolution"}, ["stem", "convolution", "double"]),

@@ -7,9 +7,11 @@ options).
 from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.convolved import ConvProjection
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.differential import Differential, Integral
 from zoo.mixers.features import DCTFeatures, HashedCodes, LogNormal, RandomFeatures, Taylor
+from zoo.mixers.heads import GroupedQuery, HeadEmbedding, Optimized, Shifted, Subspace, Symmetric
 from zoo.mixers.kernelized import (
     Efficient,
     Fourier,
@@ -21,12 +23,14 @@ from zoo.mixers.kernelized import (
     Soft,
     SparseChannel,
 )
+from zoo.mixers.latent import Latent, Reduced, Relational
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.maps import FixedPoint, MultiToken, Selective
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
+from zoo.mixers.static import Super
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
@@ -53,6 +57,17 @@ MIXERS: dict[str, type[Layer]] = {
     "multi_token": MultiToken,
     "selective": Selective,
     "fixed_point": FixedPoint,
+    "symmetric": Symmetric,
+    "mssa": Subspace,
+    "gqa": GroupedQuery,
+    "kv_shift": Shifted,
+    "head_embedding": HeadEmbedding,
+    "optimized": Optimized,
+    "super": Super,
+    "sagan": Reduced,
+    "mla": Latent,
+    "relational": Relational,
+    "conv_projection": ConvProjection,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,

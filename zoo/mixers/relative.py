@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import rows
-from zoo.layer import ANYWHERE, Context, Place
+from zoo.layer import ANYWHERE, Chunks, Context, Place
 from zoo.mixers.attention import attend, note_weights
+from zoo.mixers.local import along, depthwise
 from zoo.mixers.projected import Attention, rotate
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
@@ -101,6 +102,9 @@ class Relative(Attention):
 
     With window > 0 a token sees at most `window` tokens on either side, and the cost is linear in time. A model that
     was trained without a window may be used with one. bias=False omits the biases of queries, keys, values and output.
+
+    With conv > 0 a depthwise convolution of that many frames follows the projections of queries, keys and values
+    (RCMHA, Sugiharto et al. 2023, arXiv:2308.03429); under `visible` it is causal.
     """
 
     dimensions = (1,)
@@ -110,12 +114,32 @@ class Relative(Attention):
     def reads_of(cls, *, window: int = 0, **options: Any) -> frozenset[str]:
         return cls.reads - {"visible"} if window else cls.reads  # chunks would replace the window
 
-    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 0, bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 0, bias: bool = True, conv: int = 0
+    ) -> None:
         super().__init__(dim, heads, bias=bias)
+        if conv and conv % 2 == 0:
+            raise ValueError(f"conv must be odd, or 0 for none, got {conv}")
         self.window = window
+        self.filter = depthwise(3 * dim, conv, 1, bias=True) if conv else None
         self.relative = linear(dim, dim, bias=False)
         self.content = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.offset = nn.Parameter(torch.zeros(heads, self.head_dim))
+
+    def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
+        kept = super().state(batch, visible, like)
+        if self.filter is None:
+            return kept
+        return kept | {"past": like.new_zeros(batch, self.filter.kernel_size[0] - 1, self.filter.in_channels)}
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        parts = super().project(x, context)
+        if self.filter is None:
+            return parts
+        y = zeroed(torch.cat([part.flatten(2) for part in parts], -1), context.mask)
+        y = along(self.filter, y, context, None if context.cache is None else self.recall(context, "past"))
+        q, k, v = y.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return q, k, v
 
     def rows(self, first: int, number: int, like: Tensor) -> Tensor:
         """W r of `number` falling offsets: [heads, number, d]."""

@@ -1,4 +1,7 @@
-"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929) and DeiT (Touvron et al. 2021, arXiv:2012.12877)."""
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021, arXiv:2012.12877) and
+CRATE (Yu et al. 2023, arXiv:2306.01129)."""
+
+from dataclasses import replace
 
 from zoo.models.vit import ViTConfig
 
@@ -16,6 +19,7 @@ ABOUT = {
     "vit": "Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)",
     "deit": "DeiT without distillation (Touvron et al. 2021, arXiv:2012.12877)",
     "illama": "iLLaMA: a ViT of the parts of LLaMA's decoder (Wang et al. 2024, arXiv:2404.06773)",
+    "crate": "CRATE, without the norms around its patch embedding (Yu et al. 2023, arXiv:2306.01129)",
 }
 """Descriptions of the presets, by the beginning of their names."""
 
@@ -29,4 +33,5 @@ PRESETS: dict[str, ViTConfig] = {
     "deit_small": _deit(384, 6),
     "deit_base": _deit(768, 12),
     "illama_tiny": _illama(192, 3),
+    "crate_tiny": replace(_deit(384, 6), mixer="mssa", ffn="ista", placement="crate"),
 }

@@ -44,6 +44,8 @@ def share_kv_heads(model: nn.Module, kv_heads: int) -> Model:
                 continue  # such as a decoder's mixer, which is not that of the config
             if mixer.kv_heads % kv_heads:
                 raise ValueError(f"kv_heads must divide the {mixer.kv_heads} that the model has, got {kv_heads}")
+            if new.qkv.weight.shape == mixer.qkv.weight.shape:
+                continue  # a mixer that makes the means itself
             mixer.qkv.weight = nn.Parameter(_means(mixer, mixer.qkv.weight, kv_heads))
             if mixer.qkv.bias is not None:
                 mixer.qkv.bias = nn.Parameter(_means(mixer, mixer.qkv.bias, kv_heads))
