@@ -55,6 +55,8 @@ class Taylor(Narrow):
     and u = q k_j. order=1 is p(u) = 1 + u; it needs normalise, without which weights could be negative.
     """
 
+    reads = Narrow.reads | {"rotary"}
+
     def __init__(
         self,
         dim: int,
@@ -71,8 +73,6 @@ class Taylor(Narrow):
             raise ValueError("taylor: order=1 needs normalise=True, or weights may be negative")
         super().__init__(dim, heads, width)
         self.order, self.normalise = order, normalise
-
-    reads = Narrow.reads | {"rotary"}
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         query, key = (self.features(each, context) for each in (query, key))

@@ -1,4 +1,4 @@
-"""Mixers whose cost grows linearly with the number of tokens: softmax taken apart, keys or values reweighted, gates."""
+"""Attention without a score for each pair of tokens: softmax taken apart, sums reweighted or gated, landmarks."""
 
 from typing import Any, ClassVar
 
