@@ -29,7 +29,19 @@ HEAD_NORMS: dict[str, type[Norm] | None] = {"none": None, "layernorm": LayerNorm
 TEMPERATURES = ("none", "learned")
 
 
-class Softmax(Attention):
+class DotProduct(Attention):
+    """The base of softmax attention over all that a token may see: softmax(q k^T / sqrt(d) + bias) v."""
+
+    reads = Attention.reads | {"rotary", "bias"}
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        key, value, allowed = self.seen(key, value, context)
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        note_weights(self, context, query, key, allowed, context.bias)
+        return attend(query, key, value, allowed, context.bias)
+
+
+class Softmax(DotProduct):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
     qk_norm normalizes queries and keys per head: `none`, `layernorm` or `rmsnorm` (Dehghani et al. 2023,
@@ -43,8 +55,6 @@ class Softmax(Attention):
     2024, arXiv:2404.12224). null=True adds a learned key and value for each head, which every query sees, without
     position or norm (Mask-Align, Chen et al. 2020, arXiv:2012.07162).
     """
-
-    reads = Attention.reads | {"rotary", "bias"}
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Place, Site
-from zoo.mixers.attention import Softmax
+from zoo.mixers.attention import DotProduct
 from zoo.mixers.differential import first_share
 from zoo.mixers.scored import Pairs, Scored, softmax
 from zoo.norms import RMSNorm
@@ -91,7 +91,7 @@ class Selective(Scored):
         return softmax(pairs.masked(scores - hidden.to(scores.dtype)))
 
 
-class FixedPoint(Softmax):
+class FixedPoint(DotProduct):
     """Softmax attention whose result is its next query: Z <- softmax(Z k^T / sqrt(d)) v from Z = q (SELF-Transformer,
     Mathur et al. 2025, arXiv:2507.13569).
 
@@ -99,7 +99,7 @@ class FixedPoint(Softmax):
     steps; 0 means all. Queries are not normalized, for Z soon forgets them.
     """
 
-    reads = Softmax.reads - {"visible"}
+    reads = DotProduct.reads - {"visible"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, steps: int = 8, backward: int = 0) -> None:
         super().__init__(dim, heads)

@@ -1,5 +1,5 @@
-"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021, arXiv:2012.12877) and
-CRATE (Yu et al. 2023, arXiv:2306.01129)."""
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021, arXiv:2012.12877),
+iLLaMA (Wang et al. 2024, arXiv:2404.06773) and CRATE (Yu et al. 2023, arXiv:2306.01129)."""
 
 from dataclasses import replace
 
@@ -8,11 +8,6 @@ from zoo.models.vit import ViTConfig
 
 def _deit(dim: int, heads: int) -> ViTConfig:
     return ViTConfig(dim=dim, depth=12, heads=heads, position="learned", pool="token", class_token=True)
-
-
-def _illama(dim: int, heads: int) -> ViTConfig:
-    parts = {"mixer": "causal", "norm": "rmsnorm", "ffn": "swiglu", "position": "rope"}
-    return ViTConfig(dim=dim, depth=12, heads=heads, pool="token", class_token=True, **parts)
 
 
 ABOUT = {
@@ -32,6 +27,6 @@ PRESETS: dict[str, ViTConfig] = {
     "deit_tiny": _deit(192, 3),
     "deit_small": _deit(384, 6),
     "deit_base": _deit(768, 12),
-    "illama_tiny": _illama(192, 3),
+    "illama_tiny": replace(_deit(192, 3), mixer="causal", norm="rmsnorm", ffn="swiglu", position="rope"),
     "crate_tiny": replace(_deit(384, 6), mixer="mssa", ffn="ista", placement="crate"),
 }
