@@ -189,12 +189,17 @@ def test_a_stream_is_the_whole_recording(mixer, monkeypatch):
     assert relative(torch.cat(parts, 1), whole) < 1e-5
 
 
-@pytest.mark.parametrize("context", [MASKED, Context(grid=(30,), mask=REAL, visible=Chunks(4, 8))], ids=["all", "near"])
-@pytest.mark.parametrize("mixer", ["ssa", "mgk", "additive", "coda", "differential"])
+NEAR = Context(grid=(30,), mask=REAL, visible=Chunks(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "context"),
+    [("dint", MASKED), *((each, context) for each in STREAMED for context in (MASKED, NEAR))],
+)
 def test_some_queries_at_a_time_are_all_queries(mixer, context, monkeypatch):
     monkeypatch.setattr(scored, "LEAST_ROWS", 7)
     monkeypatch.setitem(scored.SCORES_AT_ONCE, "cpu", 1)
-    ours: Any = scattered(MIXERS[mixer](DIM, HEADS))
+    ours = scattered(make(MIXERS, mixer, DIM, HEADS))
     x = tokens(context)
     real = REAL[..., None]
     with torch.no_grad():

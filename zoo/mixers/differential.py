@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layer import ANYWHERE, Chunks, Context, Place
+from zoo.layer import ANYWHERE, Chunks, Context, Place, Site
 from zoo.mixers.scored import Pairs, Scored
 from zoo.norms import RMSNorm
 from zoo.tensors import zeroed
@@ -43,10 +43,9 @@ class Differential(Scored):
         return width // 2
 
     @classmethod
-    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Any]:
-        half = cls.head_width_of(dim, heads, **options)
-        sites = super().sites_of(dim, heads, **options)
-        return sites | {"value": sites["value"]._replace(width=2 * half), "inner": sites["inner"]._replace(width=dim)}
+    def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
+        width = 2 * cls.head_width_of(dim, heads, **options)
+        return super().sites_of(dim, heads, **options) | {"value": Site(width), "inner": Site(dim, heads)}
 
     @property
     def widths(self) -> list[int]:

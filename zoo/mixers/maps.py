@@ -17,10 +17,10 @@ class MultiToken(Scored):
     """Softmax attention with a convolution over the scores of neighbouring queries and keys, and one across heads
     behind the softmax (Multi-Token Attention, Golovneva et al. 2025, arXiv:2504.00927).
 
-    Each head has a kernel of `queries` x `keys` weights, centred on the score. `group` heads that follow each other mix
-    their weights; 0 means all. Both start as identities. The result of each head is RMS-normalized and multiplied by
-    0.2 + 0.6 exp(-0.3 index) by the index of the block. Scores of other tokens are needed, so memory grows with the
-    square of the number of tokens.
+    Each head has a kernel of `queries` x `keys` weights, centred on the score; that of the paper, a causal model, has
+    earlier queries alone. `group` heads that follow each other mix their weights; 0 means all. Both start as
+    identities. The result of each head is RMS-normalized and multiplied by 0.2 + 0.6 exp(-0.3 index) by the index of
+    the block. Scores of other queries are needed, so memory grows with the square of the number of tokens.
     """
 
     dimensions = (1,)
@@ -70,7 +70,8 @@ class Selective(Scored):
     after it, in all heads (Selective Attention, Leviathan et al. 2024, arXiv:2410.02703).
 
     L are the scaled scores. The order is line by line on an image. No token hides itself, and none hides the first.
-    Prefix tokens come last. Scores of other tokens are needed, so memory grows with the square of the number of tokens.
+    Prefix tokens come last. Scores of other queries are needed, so memory grows with the square of the number of
+    tokens.
     """
 
     reads = Scored.reads - {"visible"}
