@@ -12,6 +12,7 @@ from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
 from zoo.mixers.normalizers import Power
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,
@@ -19,6 +20,8 @@ MIXERS: dict[str, type[Layer]] = {
     "grouped": Grouped,
     "window": Window,
     "area": Area,
+    "moh": MixtureOfHeads,
+    "moa": MixtureOfAttention,
     "power": Power,
     "local": Local,
     "sla": SimplifiedLinear,
