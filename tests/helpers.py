@@ -29,6 +29,7 @@ MAPS = ((3, 4), (2, 3), (2, 2), (1, 2))  # of a memory
 ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
+SPECS += ("moh(shared=2)", "moh(how='leave_one_out')", "moa(top=8)", "moa(experts=4, top=2, head_dim=12)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
 SPECS += ("softmax(qk_norm='l2', kv_heads=1, log_n=True, temperature='learned', null=True)", "entmax(alpha=2.0)")
 SPECS += ("entmax(learned=True)", "rela(norm='layernorm', gate=False)", "rela(norm='none', scale='length')")

@@ -9,6 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.fusion import keep
+from zoo.kernels.routing import (
+    Routes,
+    apart,
+    balance_loss,
+    every_expert,
+    grouped,
+    logits_of,
+    route,
+    spread,
+    to_slots,
+)
 from zoo.layer import ANYWHERE, Context, Fold, Layer, Place, Site
 from zoo.tensors import gelu, linear, relu, silu
 from zoo.text import unknown
@@ -170,4 +181,92 @@ class ISTA(Layer):
 
 
 FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA}
+
+
+class Mixture(Layer):
+    """A sum of MLPs, the experts: `shared` ones for every token, and the `top` of `experts` others, which a router
+    chooses for it, times their probabilities p = softmax(R x) (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066).
+
+    The hidden width of an expert is ratio * dim; many narrow experts are ratio=1.0 with a higher top. gated=True makes
+    them activation(W1 x) * W2 x behind the first linear, with W1 and W2 stored as one matrix, as the paper does with
+    silu. bias=False omits the biases; that of the output is one for all experts. No token is dropped. In training the
+    layer adds a balance loss (see `zoo.kernels.routing.balance_loss`).
+    """
+
+    reads = frozenset({"mask"})
+
+    def __init__(
+        self,
+        dim: int,
+        place: Place = ANYWHERE,
+        *,
+        experts: int = 8,
+        top: int = 2,
+        shared: int = 0,
+        ratio: float = 4.0,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if top > experts:
+            raise ValueError(f"top must be at most the {experts} experts, got {top}")
+        hidden = hidden_width(dim, ratio)
+        self.experts, self.top, self.shared, self.gated = experts, top, shared, gated
+        self.activation = activation_of(activation)
+        self.router = linear(dim, experts, bias=False)
+        self.expand = linear(dim, (shared + experts) * hidden * (2 if gated else 1), bias)
+        self.out = linear((shared + experts) * hidden, dim, bias)
+        self.reports_loss = top < experts
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        routes = route(logits_of(self.router, x), self.top, context.mask)
+        if self.wants_loss(context):
+            self.add_loss(context, balance_loss(routes, context.mask))
+        if self.top == self.experts or every_expert(self.expand, self.out):
+            return self.by_all(x, routes)
+        return self.by_chosen(x, routes, context.mask)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What an expert's first linear gives, [..., expanded], as its hidden channels [..., hidden]."""
+        if not self.gated:
+            return self.activation(x)
+        gate, value = x.chunk(2, -1)
+        return self.activation(gate) * value
+
+    def by_all(self, x: Tensor, routes: Routes) -> Tensor:
+        """All experts on all tokens, those that were not chosen times 0."""
+        y = self.hidden(self.expand(x).unflatten(-1, (self.shared + self.experts, -1)))
+        gates = spread(routes.gates[..., None], routes.experts, self.experts)
+        gates = torch.cat([gates.new_ones(*gates.shape[:2], self.shared, 1), gates], 2)
+        return self.out((y * gates.to(y.dtype)).flatten(2))
+
+    def by_chosen(self, x: Tensor, routes: Routes, mask: Tensor | None) -> Tensor:
+        """Each expert on the tokens that chose it."""
+        number, bias = self.shared + self.experts, self.expand.bias
+        first = self.expand.weight.unflatten(0, (number, -1))
+        last = self.out.weight.unflatten(1, (number, -1)).movedim(1, 0)
+        shifts = None if bias is None else bias.unflatten(0, (number, -1))
+        found = grouped(routes.experts, self.experts, mask)
+        rows = x.flatten(0, 1)[found.slots // self.top]
+        rows = self.hidden(
+            apart(rows, first[self.shared :], None if shifts is None else shifts[self.shared :], found.sizes)
+        )
+        slots = to_slots(apart(rows, last[self.shared :], None, found.sizes), found, routes.experts.shape)
+        y = (slots * routes.gates[..., None].to(slots.dtype)).sum(2)
+        if not self.shared:
+            return y if self.out.bias is None else y + self.out.bias.to(y.dtype)
+        units, inputs = self.shared * first.shape[1], self.shared * last.shape[2]
+        always = F.linear(x, self.expand.weight[:units], None if bias is None else bias[:units])
+        always = self.hidden(always.unflatten(-1, (self.shared, -1))).flatten(2)
+        return y + F.linear(always, self.out.weight[:, :inputs], self.out.bias)
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return [self.expand, self.router]
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return [self.out]
+
+
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "moe": Mixture}
 """Each row is constructed as row(dim, place, *, options)."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -68,6 +69,13 @@ class Groups(NamedTuple):
         return (seen == self.number) | (own[:, None] == seen)
 
 
+class Losses:
+    """What layers add to the loss of a training step. An object, since FSDP2 copies the lists that a block is given."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+
 class Context(NamedTuple):
     """The context of tokens [B, N, D]. N = prefix + product(grid); masks are True on real tokens.
 
@@ -87,13 +95,14 @@ class Context(NamedTuple):
     visible: Chunks | Groups | None = None
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
     notes: dict[str, Tensor] | None = None  # what layers report, by `<module path>.<name>`; None if nobody asks
+    losses: Losses | None = None  # what layers add to the loss; None if nobody asks
 
     def moved(self, grid: tuple[int, ...], prefix: int = 0, mask: Tensor | None = None) -> "Context":
         """The Context of other tokens of the same samples, with the condition and the memory of this one; ValueError
         for a condition of single tokens on another number of them."""
         if self.cond is not None and self.cond.shape[1] != 1 and self.cond.shape[1] != prefix + math.prod(grid):
             raise ValueError(f"a condition of {self.cond.shape[1]} tokens does not fit the grid {grid}")
-        return Context(grid, prefix, mask, cond=self.cond, memory=self.memory, notes=self.notes)
+        return Context(grid, prefix, mask, cond=self.cond, memory=self.memory, notes=self.notes, losses=self.losses)
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -145,6 +154,8 @@ class Layer(nn.Module):
     - `bare`: whether a Block puts nothing around it,
     - `quadratic`: whether its memory in inference grows with the square of the number of tokens.
 
+    `reports_loss` says whether the layer adds to the loss in training; a layer may set it by its options.
+
     The class methods `reads_of`, `sites_of` and `head_width_of` take the options, for rows where they matter.
 
     `address` is the layer's path in its model, by which it finds its memory of a stream. A layer that changes over
@@ -156,6 +167,7 @@ class Layer(nn.Module):
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
     quadratic: ClassVar[bool] = False
+    reports_loss: bool = False
     address: str = ""
 
     @classmethod
@@ -196,6 +208,16 @@ class Layer(nn.Module):
         """Reports a value under `<address>.<name>`, if somebody asks."""
         if context.notes is not None and not _recomputing:
             context.notes[f"{self.address}.{name}"] = value
+
+    def wants_loss(self, context: Context) -> bool:
+        """Whether this forward is to `add_loss`: a training step that collects losses."""
+        return self.reports_loss and self.training and context.losses is not None and torch.is_grad_enabled()
+
+    def add_loss(self, context: Context, loss: Tensor) -> None:
+        """Adds a loss, which the task weighs by its `balance`. A checkpointed block adds it again when it runs again,
+        since both runs have to save the same tensors; nobody reads it then."""
+        if context.losses is not None:
+            context.losses.values.append(loss)
 
     def inputs(self) -> "list[nn.Linear] | str":
         """All the linears that read x, if nothing else does; or why an affine map cannot be folded into them."""

@@ -29,6 +29,7 @@ from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, 
 from zoo.mixers.maps import FixedPoint, MultiToken, Selective
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
 from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
 from zoo.mixers.static import Super
 
@@ -38,6 +39,8 @@ MIXERS: dict[str, type[Layer]] = {
     "grouped": Grouped,
     "window": Window,
     "area": Area,
+    "moh": MixtureOfHeads,
+    "moa": MixtureOfAttention,
     "power": Power,
     "entmax": Entmax,
     "topk": TopK,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import zoo
 from zoo.block import Block
 from zoo.config import Config, ModelConfig
-from zoo.layer import Context, Fold, Layer, second_run
+from zoo.layer import Context, Fold, Layer, Losses, second_run
 from zoo.positions import POSITIONS, Position
 from zoo.spec import make
 from zoo.tensors import compiling
@@ -68,11 +68,11 @@ class Model(nn.Module, Generic[Kind]):
     """A model of the zoo. A family derives from it and from Config; its Config describes inputs and outputs.
 
     `checkpointing` recomputes activations in the backward pass, to save memory. `notes` is what layers report into in
-    a forward, None if nobody asks (see `noting`). `fusion` is the report of
-    `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source, license, card,
-    figures and more) are those of the checkpoint that it was read from; set the first three to None, and `about` to {},
-    to save it without them. `loaded` says which of its weights are from there (see `zoo.weights.Loaded`), and `origin`
-    for which weights `about` holds.
+    a forward, `losses` what they add to the loss, both None if nobody asks (see `noting` and `adding_losses`). `fusion`
+    is the report of `zoo.fuse`, None if the model is not fused. `preset`, `preprocess`, `labels` and `about` (source,
+    license, card, figures and more) are those of the checkpoint that it was read from; set the first three to None, and
+    `about` to {}, to save it without them. `loaded` says which of its weights are from there (see
+    `zoo.weights.Loaded`), and `origin` for which weights `about` holds.
     """
 
     replaceable: tuple[str, ...] = ("head",)  # parts that may start untrained in fine-tuning
@@ -80,6 +80,7 @@ class Model(nn.Module, Generic[Kind]):
     config: Kind
     fusion: list[Fold] | None = None
     notes: dict[str, Tensor] | None = None
+    losses: list[Tensor] | None = None
     _checkpointing: bool = False
     # Facts from the model's checkpoint, which `zoo.save_model` keeps.
     preset: str | None = None
@@ -186,16 +187,24 @@ class Model(nn.Module, Generic[Kind]):
                 module.address = name
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
-        """The blocks one after the other. Layers write into `notes`, if it is not None."""
+        """The blocks one after the other. Layers write into `notes` and `losses`, if these are not None."""
         if self.notes is not None:
             context = context._replace(notes=self.notes)
-        return run(blocks, x, context, self.checkpointing and self.training)
+        checkpointing = self.checkpointing and self.training
+        if self.losses is None:
+            return run(blocks, x, context, checkpointing)
+        for block in blocks:
+            added = Losses()  # of each block: compiled blocks are compiled again for another number of losses
+            x = run((block,), x, context._replace(losses=added), checkpointing)
+            self.losses += added.values
+            added.values = []  # for what a checkpointed block adds when it runs again
+        return x
 
 
 @contextmanager
 def noting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While it lasts, the layers of the model, and of models that it contains, report into the dict: attention weights
-    as `<path of the layer>.weights`, losses as `<path of the layer>.loss`. Each forward overwrites what was there."""
+    as `<path of the layer>.weights`. Each forward overwrites what was there."""
     models = [(name, part) for name, part in model.named_modules() if isinstance(part, Model)]
     before, notes = [part.notes for _, part in models], dict[str, Tensor]()
     try:
@@ -208,6 +217,21 @@ def noting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for (_, part), earlier in zip(models, before, strict=True):
             part.notes = earlier
+
+
+@contextmanager
+def adding_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While it lasts, the layers of the model, and of models that it contains, add their losses to the list in forwards
+    with gradients."""
+    parts = [part for part in model.modules() if isinstance(part, Model)]
+    before, losses = [part.losses for part in parts], list[Tensor]()
+    try:
+        for part in parts:
+            part.losses = losses
+        yield losses
+    finally:
+        for part, earlier in zip(parts, before, strict=True):
+            part.losses = earlier
 
 
 def chosen_layers(layers: Sequence[int] | None, number: int, kind: str) -> list[int]:

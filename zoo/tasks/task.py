@@ -23,7 +23,7 @@ from zoo.data.loading import DataModule
 from zoo.data.sampling import global_seed, reseed
 from zoo.layer import advance, copied
 from zoo.models import create_model
-from zoo.models.base import Model
+from zoo.models.base import Model, adding_losses
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
 from zoo.tasks.intervals import Measured
@@ -73,6 +73,7 @@ class Task(Resumable):
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
         compile: compiles each block in training (torch.compile), at the start and again for new shapes of a batch.
+        balance: weight of the mean of the losses of the model's layers, such as those that balance experts; 0 for none.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
             seed_everything.
@@ -106,6 +107,7 @@ class Task(Resumable):
         average: float = 0.0,
         checkpointing: bool = False,
         compile: bool = False,
+        balance: float = 0.01,
         refresh: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -125,14 +127,10 @@ class Task(Resumable):
             other = f"use `zoo {trained}`" if trained else "no command trains it"
             raise ValueError(f"`zoo {self.command}` cannot train this model.backbone; {other}")
         self.preset: str | None = self.backbone.get("name", self.start and self.start.config["preset"])
-        self.checkpointing, self.compiled, self.decay = checkpointing, compile, average
-        for name, value, least in (
-            ("warmup", warmup, 0.0),
-            ("weight_decay", weight_decay, 0.0),
-            ("refresh", refresh, 0),
-        ):
-            if value < least:
-                raise ValueError(f"model.{name} must be >= {least}, got {value}")
+        self.checkpointing, self.compiled, self.decay, self.balance = checkpointing, compile, average, balance
+        least = {"warmup": warmup, "weight_decay": weight_decay, "balance": balance, "refresh": refresh}
+        if wrong := next((name for name, value in least.items() if value < 0), None):
+            raise ValueError(f"model.{wrong} must be >= 0, got {least[wrong]}")
         if not 0.0 < rate < math.inf or not 0.0 <= final_rate <= rate:
             raise ValueError(f"model.rate must be > 0 and model.final_rate from 0 to rate, got {rate} and {final_rate}")
         if not 0.0 < layer_decay <= 1.0:
@@ -186,6 +184,7 @@ class Task(Resumable):
     def complete(self) -> None:
         """Makes what depends on the model, here its averaged copy; called again if the data changed the model."""
         self.model.checkpointing = self.checkpointing
+        self.balanced = self.balance > 0 and any(getattr(part, "reports_loss", False) for part in self.model.modules())
         if self.decay:
             self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True, exclude_buffers=True)
             self.average.requires_grad_(False)
@@ -315,6 +314,22 @@ class Task(Resumable):
 
     def on_train_epoch_start(self) -> None:
         self.loss_sum, self.loss_number = torch.zeros((), device=self.device), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch, with that of the model's layers."""
+        if not self.balanced:
+            return self.loss_of(batch)
+        with adding_losses(self.model) as losses:
+            loss = self.loss_of(batch)
+        if losses:
+            mean = torch.stack(losses).mean()
+            self.log("train/balance", mean.detach())
+            loss = loss + self.balance * mean
+        return loss
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """The loss of a batch in training, which it logs as `train/loss` and checks."""
+        raise TypeError(f"{type(self).__name__} has no loss_of")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)

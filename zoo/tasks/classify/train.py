@@ -113,7 +113,7 @@ class Classify(Task):
     def labels(self) -> list[str]:
         return self.data.classes
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, batch.labels
         if self.mix is not None and len(images) % 2:

@@ -201,7 +201,7 @@ class Detect(Task):
         losses["alignment"] = self.alignment_weight * apart
         return losses | {"total": losses["total"] + losses["alignment"]}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         if len(batch.images) == 0:
             return self.nothing(batch)

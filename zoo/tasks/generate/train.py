@@ -177,7 +177,7 @@ class Generate(Task):
         """The labels that the model takes."""
         return batch.labels if self.config.classes else None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, self.labels_of(batch)
         config: Any = self.config

@@ -258,7 +258,7 @@ class Transcribe(Task):
         made = head(logits, targets).float()
         return rnnt_loss(made, targets.int(), lengths.int(), sizes.to(device).int(), blank, reduction="none")
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         kept, tokens = self.encoded(batch, "training")
         self.learned += len(tokens)
         if not tokens:
