@@ -180,9 +180,6 @@ class ISTA(Layer):
         return [] if self.inner is None else [keep(self, "inner", "the matrix behind it is in front of it, too")]
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA}
-
-
 class Mixture(Layer):
     """A sum of MLPs, the experts: `shared` ones for every token, and the `top` of `experts` others, which a router
     chooses for it, times their probabilities p = softmax(R x) (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066).
@@ -268,5 +265,5 @@ class Mixture(Layer):
         return [self.out]
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "moe": Mixture}
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA, "moe": Mixture}
 """Each row is constructed as row(dim, place, *, options)."""
