@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.text import counted, from_json, near, one_line, plain, reason, unknown
+from zoo.text import counted, from_json, listed, near, one_line, plain, reason, unknown
 
 
 def test_an_unknown_name_says_what_is_near_and_what_is_allowed():
@@ -35,3 +35,10 @@ def test_json_with_a_key_twice():
 def test_numbers_with_nouns():
     found = [counted(number, *noun) for noun in (["image"], ["batch", "batches"]) for number in (0, 1, 1234)]
     assert found == ["0 images", "1 image", "1,234 images", "0 batches", "1 batch", "1,234 batches"]
+
+
+def test_long_lists_are_cut():
+    names = [f"row{index}" for index in range(20)]
+    assert listed(names[:15]) == ", ".join(names[:15])
+    assert listed(names) == ", ".join(names[:14]) + " and 6 more"
+    assert listed([]) == ""

@@ -14,7 +14,7 @@ from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS
 from zoo.positions import POSITIONS
 from zoo.spec import check, parse
-from zoo.text import unknown
+from zoo.text import listed, unknown
 
 # The layer in each site, for branches that mix tokens and for feed-forward; block.py draws the sites.
 _PRE, _POST = {"before": "norm"}, {"total": "norm"}
@@ -195,7 +195,7 @@ def _check_pairs(block: BlockConfig) -> None:
         if name in ("mixer", "conv") and axes not in row.dimensions:
             works = "along time" if row.dimensions == (1,) else "on images"
             able = [other for other, each in table.items() if axes in each.dimensions]
-            raise ValueError(f"{name} '{spec}' works {works} only; choose another {name} ({', '.join(able)})")
+            raise ValueError(f"{name} '{spec}' works {works} only; choose another {name} ({listed(able)})")
         unread = sorted(needed - row.reads_of(**check(table, spec)))
         if parse(spec)[0] == "none" or not row.mixes or not unread:
             continue
@@ -211,5 +211,5 @@ def _check_pairs(block: BlockConfig) -> None:
         ]
         raise ValueError(
             f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; "
-            f"choose another {name} ({', '.join(able)}) or drop what sets it"
+            f"choose another {name} ({listed(able)}) or drop what sets it"
         )

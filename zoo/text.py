@@ -50,6 +50,14 @@ def near(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return difflib.get_close_matches(name, [*allowed], n=3, cutoff=cutoff)
 
 
+def listed(names: Iterable[str], most: int = 15) -> str:
+    """The names with commas; of more than `most`, the first of them and the number of the others."""
+    names = [*names]
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """A number and a noun in its singular or plural, by default with an s: 1 image, 2 images."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
