@@ -30,6 +30,12 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+SPECS += ("softmax(qk_norm='l2', kv_heads=1, log_n=True, temperature='learned', null=True)", "entmax(alpha=2.0)")
+SPECS += ("entmax(learned=True)", "rela(norm='layernorm', gate=False)", "rela(norm='none', scale='length')")
+SPECS += ("topk(k=5)", "sinkhorn(steps=5)", "causal(until=0.0)", "causal(until=0.0, normalized=True)")
+SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalise=True)", "soft(stride=2, normalise=False)")
+SPECS += ("random_features(kind='trigonometric')", "random_features(learned=False, kind='trigonometric')")
+SPECS += ("mgk(keys=3, shifted=True)", "mgk(hard=True)", "additive(score='concat')", "multi_token(queries=3, group=1)")
 SPECS += (
     "gqa(kv_heads=2, merge='weighted', groups='key_norm')",
     "head_embedding(how='multiply')",

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import yaml
+
+from zoo.text import one_line
+
 STEPS, COST = "steps", "multiply-adds"  # what is equal for all choices
 LONGEST = 200  # bytes of the name of a cell, of the 255 that a file system allows
 OWN = ("--seed_everything", "--trainer.max_epochs", "--trainer.default_root_dir", "--ckpt_path")  # set for each cell
@@ -48,8 +52,47 @@ class Result(NamedTuple):
     epochs: int
 
 
-def grid_of(given: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each field in words such as "mixer=softmax,sla"; commas in brackets or quotes do not separate."""
+def choices_of(
+    fields: Sequence[str], values: Mapping[str, Any], more: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Every row of the tables of some fields that the model of a config accepts, the config's own first; and a line for
+    each row that it refuses. `more` are options that replace values of the config."""
+    if not fields:
+        return {}, []
+    from zoo.choices import TABLES
+    from zoo.models import configure
+    from zoo.spec import parse
+    from zoo.text import unknown
+
+    model = values.get("model")
+    backbone = dict(model.get("backbone") or {}) if isinstance(model, dict) else {}
+    for word in more:
+        name, _, text = word.partition("=")
+        if name.startswith("--model.backbone."):
+            backbone[name.removeprefix("--model.backbone.")] = yaml.safe_load(text)
+    if "name" not in backbone:
+        raise ValueError("--choices needs a config with model.backbone.name")
+    name, grid, refused = backbone.pop("name"), dict[str, list[str]](), list[str]()
+    for field in fields:
+        if field not in TABLES:
+            raise ValueError(f"--choices: {unknown('field', field, TABLES)}")
+        own = getattr(configure(name, **backbone), field)
+        if not isinstance(own, str):
+            raise ValueError(f"--choices {field}: the blocks of {name} take {own} in turn; give --grid {field}=A,B")
+        rows = [own, *(row for row in TABLES[field] if row != parse(own)[0])]
+        grid[field] = []
+        for row in rows:
+            try:
+                configure(name, **backbone | {field: row})
+                grid[field].append(row)
+            except ValueError as error:
+                refused.append(one_line(f"{field} {row}: {error}"))
+    return grid, refused
+
+
+def grid_of(given: Sequence[str], before: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
+    """The values of each field in words such as "mixer=softmax,sla"; commas in brackets or quotes do not separate.
+    ValueError for a field that is in `before` too."""
     grid: dict[str, list[str]] = {}
     for word in given:
         field, equals, text = word.partition("=")
@@ -58,7 +101,7 @@ def grid_of(given: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"--grid {word}: write FIELD=VALUE,VALUE as in mixer=softmax,sla")
         if option(field) in OWN:
             raise ValueError(f"--grid {word}: {field} is set by the sweep itself")
-        if option(field) in map(option, grid) or len({*values}) < len(values):
+        if option(field) in map(option, [*grid, *(before or {})]) or len({*values}) < len(values):
             raise ValueError(f"--grid {word}: each field and each value can be given once")
         grid[field] = values
     return grid

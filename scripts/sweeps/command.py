@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from sweeps.cells import COST, OWN, Cell, Result, cells_of, grid_of, option, result_of, taken, train
+from sweeps.cells import COST, OWN, Cell, Result, cells_of, choices_of, grid_of, option, result_of, taken, train
 from sweeps.table import draw, markdown, table
 from zoo.aside import aside
 from zoo.text import one_line
@@ -30,11 +30,19 @@ def parser() -> argparse.ArgumentParser:
         epilog="example:\n  scripts/sweep configs/classify/vit_micro_digits.yaml --grid mixer=softmax,sla "
         "norm=layernorm,prepbn \\\n    --seeds 3 -- --trainer.max_epochs=10\n\nWhat follows -- is passed on to "
         "`zoo TASK fit`.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("config", type=Path, metavar="CONFIG", help="a config in a folder named after its task")
-    made.add_argument("--grid", nargs="+", required=True, metavar="FIELD=A,B", help="fields of the model, or options")
+    made.add_argument("--grid", nargs="+", default=[], metavar="FIELD=A,B", help="fields of the model, or options")
+    made.add_argument(
+        "--choices",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of the model, such as mixer, with every row that\n"
+        "it accepts, by its default options; that of the config\ncomes first",
+    )
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each combination (default: 3)")
     made.add_argument("--equal", choices=("steps", "both"), default="steps", help="both: also at equal multiply-adds")
     made.add_argument(
@@ -62,13 +70,18 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
     config, task = given.config.resolve(), given.config.resolve().parent.name
     if not config.is_file() or task not in ("classify", "detect", "generate", "transcribe"):
         raise ValueError(f"{given.config} is not a config in a folder named after its task, such as configs/classify")
-    grid = grid_of(given.grid)
+    values = values_of(config)
+    accepted, refused = choices_of(given.choices, values, more)
+    grid = accepted | grid_of(given.grid, accepted)
+    if not grid:
+        raise ValueError("give --grid FIELD=A,B or --choices FIELD")
+    for line in refused:
+        print(f"left out: {line}", file=sys.stderr)
     if not 1 <= given.seeds <= 1000:
         raise ValueError(f"--seeds must be from 1 to 1000, got {given.seeds}")
     own = {*map(option, grid), *OWN} - {"--trainer.max_epochs"}
     if doubled := [word for word in more if word.split("=")[0] in own]:
         raise ValueError(f"{doubled[0]} is set by the sweep itself")
-    values = values_of(config)
     epochs = epochs_of(config.name, values, more)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
     home = (given.output or Path("runs/sweeps", config.stem)).resolve()
@@ -89,7 +102,10 @@ def sweep(given: argparse.Namespace, more: list[str]) -> int:
         found |= same | results([*scaled], home)
     if not found:
         raise ValueError(failed[0] if failed else "no cell has a result")
-    words = ["scripts/sweep", str(given.config), "--grid", *given.grid, "--seeds", str(given.seeds)]
+    words = ["scripts/sweep", str(given.config)]
+    words += ["--choices", *given.choices] if given.choices else []
+    words += ["--grid", *given.grid] if given.grid else []
+    words += ["--seeds", str(given.seeds)]
     words += ["--equal", "both"] if given.equal == "both" else []
     write(home, found, config.stem, shlex.join([*words, *(["--", *more] if more else [])]))
     print((home / "README.md").read_text(encoding="utf-8"))

@@ -14,7 +14,9 @@ DIM, HEADS = 32, 2
 EXPLICIT = {
     "softmax": 2,
     "softmax(kv_heads=1, qk_norm='rmsnorm')": 2,
+    "softmax(null=True, log_n=True)": 2,
     "power": 2,
+    "relaxed": 2,
     "window(size=3)": 2,
     "area(areas=3)": 2,
     "relative": 1,
@@ -42,12 +44,14 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
     heads = getattr(layer, "kv_heads", HEADS)
     value = torch.eye(number).double()[None, :, None].expand(2, -1, heads, -1)
     width = layer.head_dim
+    if hasattr(layer, "conv"):  # area adds a convolution of the values
+        layer.conv.weight.data.zero_(), layer.conv.bias.data.zero_()
+    if getattr(layer, "null", None) is not None:
+        layer.null.data[1].zero_()
     parts = []
     for start in range(0, number, width):
         part = torch.zeros(2, number, heads, width, dtype=torch.double)
         part[..., : value[..., start : start + width].shape[-1]] = value[..., start : start + width]
-        if hasattr(layer, "conv"):  # area adds a convolution of the values
-            layer.conv.weight.data.zero_(), layer.conv.bias.data.zero_()
         parts.append(layer.mix(query, key, part, context))
     got = torch.cat(parts, -1)[..., :number].transpose(1, 2)
     weights = notes[".weights"]

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from zoo.mixers import MIXERS
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CONFIG = SCRIPTS.parent / "configs/classify/vit_micro_digits.yaml"
 SMALL = ["model.backbone.dim=24", "model.backbone.depth=1", "model.warmup=0", "data.batch=256", "data.workers=0"]
@@ -54,6 +56,24 @@ def test_grids(sweeps: dict[str, ModuleType]):
             cells.grid_of([own])
     nested = ["softmax(kv_heads=1, qk_norm='rmsnorm(eps=1e-5, affine=False)')", "[softmax,sla]", "'a,b'"]
     assert cells.grid_of([f"mixer={','.join(nested)}"]) == {"mixer": nested}
+
+
+def test_choices_are_the_rows_that_the_model_accepts(sweeps: dict[str, ModuleType]):
+    choices_of, mixers = sweeps["cells"].choices_of, {*MIXERS}
+    values = {"model": {"backbone": {"name": "vit_micro", "mixer": "sla(kernel=3)"}}}
+    grid, refused = choices_of(["mixer"], values, [])
+    assert grid["mixer"][0] == "sla(kernel=3)" and {*grid["mixer"][1:]} >= {"softmax", "dcnv4", "window"}
+    assert len(grid["mixer"]) + len(refused) == len(mixers) and "sla" not in grid["mixer"]
+    assert any(line.startswith("mixer relative: ") and "along time only" in line for line in refused)
+    grid, refused = choices_of(["mixer"], values, ["--model.backbone.class_token=true", "--model.backbone.pool=token"])
+    assert "window" not in grid["mixer"] and any(line.startswith("mixer window: ") for line in refused)
+    assert choices_of([], values, []) == ({}, [])
+    with pytest.raises(ValueError, match="unknown field 'mixr'"):
+        choices_of(["mixr"], values, [])
+    with pytest.raises(ValueError, match="needs a config with model.backbone.name"):
+        choices_of(["mixer"], {}, [])
+    with pytest.raises(ValueError, match="once"):
+        sweeps["cells"].grid_of(["mixer=softmax,sla"], {"mixer": ["softmax"]})
 
 
 def test_each_cell_has_its_own_folder(sweeps: dict[str, ModuleType]):
@@ -194,6 +214,7 @@ def sweep(output: Path, *words: str, more: list[str] = SMALL, **options: Any) ->
 @pytest.mark.parametrize(
     ("words", "more", "message"),
     [
+        ([], SMALL, "give --grid FIELD=A,B or --choices FIELD"),
         (["--grid", "mixer"], SMALL, "--grid mixer: write FIELD=VALUE"),
         (["--grid", "mixer=a,b", "--seeds=0"], SMALL, "--seeds must be from 1 to 1000"),
         (["--grid", "mixer=a,b"], ["model.backbone.mixer=sla"], "is set by the sweep itself"),

@@ -1,5 +1,6 @@
 """States within an epoch: a run that is killed loses a few steps and ends as one that was never killed."""
 
+import errno
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from killing import STATE, in_child, weights
 from training import BACKBONE, PLAIN_FLAGS, QUIET, difference, fit, refused, said, state
 from zoo.__main__ import main
 from zoo.data.loading import Batches
+from zoo.tasks.states import make_last
 from zoo.tasks.task import Task
 
 SHORT = [*PLAIN_FLAGS, "--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--model.average=0.9"]
@@ -80,6 +82,55 @@ def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path: Path):
     fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000018.ckpt", "--trainer.max_steps=-1")
     assert difference(weights(tmp_path), wanted) is None
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == names
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_resumed_from_an_earlier_state_and_killed_has_it_as_the_last(
+    links: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    flags = [*SHORT, "--trainer.limit_train_batches=6", "--save.every_n_train_steps=4", "--save.keep=3"]
+    fit(tmp_path, *flags)
+    early, later = tmp_path / "resume/step-000000008.ckpt", (tmp_path / STATE).read_bytes()
+    wanted = early.read_bytes()
+    assert state(tmp_path / STATE)["global_step"] == 12 and not early.samefile(tmp_path / STATE)
+    other = [*flags, "--model.rate=0.1"]
+    config = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, *other, "--data.seed=5", f"--ckpt_path={early}")
+    assert said(stop.value).startswith("--ckpt_path was written in the middle of an epoch with other batches")
+    # What is refused changes nothing.
+    assert (tmp_path / STATE).read_bytes() == later and (tmp_path / "config.yaml").read_text() == config
+    assert (tmp_path / "resume/step-000000012.ckpt").read_bytes() == later
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", kill_at(8))
+        if not links:
+            patch.setattr("zoo.tasks.states.os.link", no_links)
+        assert in_child(lambda: fit(tmp_path, *other, f"--ckpt_path={early}")) == -signal.SIGKILL
+    assert (tmp_path / STATE).read_bytes() == early.read_bytes() == wanted
+    names = sorted(path.name for path in (tmp_path / "resume").iterdir() if path != tmp_path / STATE)
+    assert names == ["last.json", "step-000000004.ckpt", "step-000000008.ckpt"]
+
+
+def no_links(*_: Any) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_full_disk_at_an_earlier_state_leaves_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    early, last = tmp_path / "step-000000008.ckpt", tmp_path / "last.ckpt"
+    early.write_text("early")
+    last.write_text("last")
+    with monkeypatch.context() as patch:
+        patch.setattr("zoo.tasks.states.os.link", no_links)
+        patch.setattr("zoo.tasks.states.shutil.copyfile", full)
+        with pytest.raises(OSError, match=r"last.ckpt: No space left on device; the previous one is untouched$"):
+            make_last(early, last)
+    assert last.read_text() == "last" and sorted(tmp_path.iterdir()) == [last, early]
+    for _ in range(2):  # the second time it is the same file
+        make_last(early, last)
+        assert last.samefile(early) and sorted(tmp_path.iterdir()) == [last, early]
 
 
 def test_minutes_ask_for_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -21,6 +21,7 @@ PATCHED = """
 import os, signal, sys
 import torch
 from zoo.__main__ import main
+from zoo.tasks.classify.train import Classify
 from zoo.tasks.task import Task
 
 torch.set_num_threads(1)
@@ -41,6 +42,15 @@ def note(self, outputs, batch, batch_idx):
             os.kill(os.getpid(), signal.SIGKILL)
 
 Task.on_train_batch_end = note
+arguments, seen = Classify.inputs_of, []
+
+def unreadable(self, batch):
+    # The first batch of those on which statistics are recomputed is empty on some ranks.
+    (images,) = arguments(self, batch)
+    seen.append(len(images))
+    return (images[:0] if len(seen) == 1 and str(self.global_rank) in os.environ.get("EMPTY", "") else images,)
+
+Classify.inputs_of = unreadable
 main(sys.argv[1:])
 """
 
@@ -71,14 +81,14 @@ TASKS = {
 }
 
 
-def train(case: str, folder: Path, *flags: str, ranks: int = 1, kill: str = "") -> tuple[int, str]:
+def train(case: str, folder: Path, *flags: str, ranks: int = 1, kill: str = "", empty: str = "") -> tuple[int, str]:
     """Trains with some processes; the exit status, and what they print until all end."""
     script = folder.with_name("patched.py")
     script.write_text(PATCHED)
     task = "transcribe" if case == "transducer" else case
     line = [sys.executable, script, task, "fit", *TASKS[case], *COMMON, f"--trainer.devices={ranks}", *flags]
     line.append(f"--trainer.default_root_dir={folder}")
-    environment = {**os.environ, "KILL": kill, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "KILL": kill, "EMPTY": empty, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
@@ -180,3 +190,15 @@ def test_sigterm_stops_both_ranks(tmp_path: Path):
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.stderr.count("zoo: stopped by SIGTERM") == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_statistics_are_recomputed_on_batches_that_no_rank_lacks(strategy: str, tmp_path: Path):
+    """An epoch has two batches on each rank; a rank that has fewer must not leave the other waiting."""
+    flags = [f"--trainer.strategy={strategy}", "--data.batch=128", "--model.refresh=3", "--trainer.max_epochs=1"]
+    for empty, number in (("none", 2), ("1", 1), ("0 1", 1)):
+        status, printed = train("classify", tmp_path / empty, *flags, ranks=2, empty=empty)
+        assert status == 0, printed[-3000:]
+        assert f"batch statistics recomputed on {number} batches" in printed
+    one, both = weights(tmp_path / "1"), weights(tmp_path / "0 1")
+    assert one.keys() == both.keys() and all(torch.equal(one[name], both[name]) for name in one)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 
 from training import BACKBONE, PLAIN_FLAGS, fit, state
+from zoo.data.images import Images
 from zoo.tasks.classify.train import Classify
 
 FLAGS = [
@@ -215,6 +216,85 @@ def test_the_warning_of_slurm_queues_the_job_again(
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+# Before training
+
+EARLY = {
+    "data": (Images, "find"),
+    "model": (Classify, "built"),
+    "optimizer": (Classify, "configure_optimizers"),
+    "first validation": (Classify, "validation_step"),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "resumed"),
+    [
+        (signal.SIGTERM, "data", False),
+        (signal.SIGUSR1, "data", True),
+        (signal.SIGUSR1, "model", False),
+        (signal.SIGTERM, "optimizer", True),
+        (signal.SIGINT, "first validation", False),
+        (signal.SIGUSR1, "first validation", False),
+    ],
+)
+def test_a_run_that_is_stopped_before_it_trains_ends_in_one_line(
+    number: int,
+    place: str,
+    resumed: bool,
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    folder, more = tmp_path / "run", list[str]()
+    if resumed:
+        stopped(monkeypatch, signal.SIGTERM, "training_step", 5, lambda: fit(folder, *FLAGS))
+        more = [f"--ckpt_path={folder}/resume/last.ckpt"]
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".owner"}
+    kind, name = EARLY[place]
+    plain, before = getattr(kind, name), signal.getsignal(number)
+
+    def struck(*arguments: Any, **options: Any) -> Any:
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:
+            pytest.fail("the code that was interrupted can swallow it")
+        return plain(*arguments, **options)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(kind, name, struck)
+        fit(folder, *FLAGS, *more)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    line = f"zoo: stopped by {signal.Signals(number).name}; nothing was written, so the same command starts it again"
+    assert [each for each in capsys.readouterr().err.splitlines() if "stopped" in each] == [line]
+    assert all(path.read_bytes() == content for path, content in files.items())
+    fit(folder, *FLAGS, *more)
+    found = weights(folder)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_the_warning_of_slurm_before_training_queues_the_job_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    scontrol(tmp_path / "bin", 0)
+    for name, value in ({"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | JOB).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lightning.fabric.plugins.environments.slurm._is_srun_used", lambda: True)
+    monkeypatch.setattr(Images, "find", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", *FLAGS)
+    assert stop.value.code == 128 + signal.SIGUSR1
+    assert "zoo: stopped by SIGUSR1; SLURM job 71 is queued again" in capsys.readouterr().err
+    assert (tmp_path / "bin/calls").read_text() == "requeue 71\n"
+
+
+def test_a_signal_after_training_does_not_spoil_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(Classify, "on_fit_end", lambda _: os.kill(os.getpid(), signal.SIGTERM), raising=False)
+    fit(tmp_path, *FLAGS)
+    assert state(tmp_path / "resume/last.ckpt")["global_step"] == 12
+
+
 # Two ranks
 
 PATCHED = """
@@ -222,14 +302,20 @@ import os, signal, sys
 from zoo.__main__ import main
 from zoo.tasks.classify.train import Classify
 
-plain = Classify.training_step
+def at(name, step):
+    plain = getattr(Classify, name)
 
-def struck(self, batch, batch_idx):
-    if str(self.global_rank) in os.environ["STRUCK"] and self.global_step == 9:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return plain(self, batch, batch_idx)
+    def struck(self, batch, batch_idx):
+        if str(self.global_rank) in os.environ["STRUCK"] and self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
 
-Classify.training_step = struck
+    setattr(Classify, name, struck)
+
+if "early" in os.environ["STRUCK"]:
+    at("validation_step", 0)
+else:
+    at("training_step", 9)
 main(sys.argv[1:])
 """
 
@@ -268,3 +354,11 @@ def test_ranks_stop_together(struck: str, whole_of_two: dict[str, torch.Tensor],
     found = weights(tmp_path / "run")
     assert found.keys() == whole_of_two.keys()
     assert all(torch.equal(found[name], whole_of_two[name]) for name in whole_of_two)
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_before_training(tmp_path: Path):
+    """In the first validation, where the other rank waits for the first."""
+    status, printed = on_two_ranks(tmp_path / "run", "early 0")
+    assert status == 128 + signal.SIGTERM and "Traceback" not in printed
+    assert printed.count("stopped by SIGTERM") == printed.count("zoo: ") == 1

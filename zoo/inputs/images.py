@@ -196,8 +196,13 @@ class ImagePreprocess(PixelPreprocess):
         image = resized(image, wanted, self.interpolation, self.resizer)
         if self.fit == "longest":
             return image
+        return centred(image, self.shape, self.corner, self.border)
+
+    @property
+    def border(self) -> int | tuple[int, ...]:
+        """The mean as a colour of PIL, that of what is beside an image."""
         fill = tuple(min(255, max(0, round(255 * value))) for value in self.mean)
-        return centred(image, self.shape, self.corner, fill if self.channels > 1 else fill[0])
+        return fill if self.channels > 1 else fill[0]
 
     def normalized(self, images: Sequence[Image]) -> Tensor:
         if self.fit != "longest":

@@ -9,12 +9,27 @@ from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
 from zoo.mixers.convolved import ConvProjection
 from zoo.mixers.deformable import DCNv4, DeformableCross
+from zoo.mixers.differential import Differential, Integral
+from zoo.mixers.features import DCTFeatures, HashedCodes, LogNormal, RandomFeatures, Taylor
 from zoo.mixers.heads import GroupedQuery, HeadEmbedding, Optimized, Shifted, Subspace, Symmetric
+from zoo.mixers.kernelized import (
+    Efficient,
+    Fourier,
+    Galerkin,
+    Latte,
+    NormAware,
+    RankAugmented,
+    Separable,
+    Soft,
+    SparseChannel,
+)
 from zoo.mixers.latent import Latent, Reduced, Relational
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
-from zoo.mixers.normalizers import Power
+from zoo.mixers.maps import FixedPoint, MultiToken, Selective
+from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
+from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
 from zoo.mixers.static import Super
 
 MIXERS: dict[str, type[Layer]] = {
@@ -24,6 +39,24 @@ MIXERS: dict[str, type[Layer]] = {
     "window": Window,
     "area": Area,
     "power": Power,
+    "entmax": Entmax,
+    "topk": TopK,
+    "nap": NAP,
+    "rela": ReLA,
+    "sinkhorn": Sinkhorn,
+    "relaxed": Relaxed,
+    "head_mask": HeadMask,
+    "causal": Causal,
+    "differential": Differential,
+    "dint": Integral,
+    "ssa": Tempered,
+    "mgk": Mixture,
+    "additive": Additive,
+    "coda": Signed,
+    "polar": Polar,
+    "multi_token": MultiToken,
+    "selective": Selective,
+    "fixed_point": FixedPoint,
     "symmetric": Symmetric,
     "mssa": Subspace,
     "gqa": GroupedQuery,
@@ -38,11 +71,25 @@ MIXERS: dict[str, type[Layer]] = {
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
+    "efficient": Efficient,
+    "latte": Latte,
+    "galerkin": Galerkin,
+    "fourier": Fourier,
+    "separable": Separable,
+    "rala": RankAugmented,
+    "nala": NormAware,
+    "lln": LogNormal,
+    "taylor": Taylor,
+    "random_features": RandomFeatures,
+    "dijiang": DCTFeatures,
+    "ecoformer": HashedCodes,
+    "soft": Soft,
     "dcnv4": DCNv4,
     "pool": Pool,
     "sepconv": SeparableConv,
     "dico": GatedConv,
     "channel": ChannelGroups,
+    "sparse_channel": SparseChannel,
     "identity": Identity,
 }
 

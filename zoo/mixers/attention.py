@@ -1,5 +1,6 @@
 """Softmax attention: over all tokens, inside windows, and a decoder's cross-attention."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,18 +14,47 @@ from zoo.norms import LayerNorm, Norm, RMSNorm
 from zoo.tensors import exporting, linear, shortfall
 from zoo.text import unknown
 
-HEAD_NORMS: dict[str, type[Norm] | None] = {"none": None, "layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+class Unit(Norm):
+    """x / |x| over the last dimension (QKNorm, Henry et al. 2020, arXiv:2010.04245)."""
+
+    def __init__(self, dim: int, place: Place = ANYWHERE) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
 
 
-class Softmax(Attention):
+HEAD_NORMS: dict[str, type[Norm] | None] = {"none": None, "layernorm": LayerNorm, "rmsnorm": RMSNorm, "l2": Unit}
+TEMPERATURES = ("none", "learned")
+
+
+class DotProduct(Attention):
+    """The base of softmax attention over all that a token may see: softmax(q k^T / sqrt(d) + bias) v."""
+
+    reads = Attention.reads | {"rotary", "bias"}
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        key, value, allowed = self.seen(key, value, context)
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        note_weights(self, context, query, key, allowed, context.bias)
+        return attend(query, key, value, allowed, context.bias)
+
+
+class Softmax(DotProduct):
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, arXiv:1706.03762).
 
     qk_norm normalizes queries and keys per head: `none`, `layernorm` or `rmsnorm` (Dehghani et al. 2023,
-    arXiv:2302.05442). kv_heads below `heads` shares keys and values between heads; 0 means `heads` (Shazeer 2019,
-    arXiv:1911.02150). head_dim=0 means dim / heads. bias=False omits the biases of both projections.
-    """
+    arXiv:2302.05442); `l2` makes them unit vectors, and a learned factor in place of 1 / sqrt(d) starts at
+    log2(n^2 - n) for the n tokens of the config, or 256 if it has no size (Henry et al. 2020, arXiv:2010.04245).
+    kv_heads below `heads` shares keys and values between heads; 0 means `heads` (Shazeer 2019, arXiv:1911.02150).
+    head_dim=0 means dim / heads. bias=False omits the biases of both projections.
 
-    reads = Attention.reads | {"rotary", "bias"}
+    log_n=True multiplies q k^T by log(n), for n real keys that the query sees (Chiang and Cholak 2022,
+    arXiv:2202.12172). temperature='learned' multiplies it by a factor for each head, which starts at 1 (Wang et al.
+    2024, arXiv:2404.12224). null=True adds a learned key and value for each head, which every query sees, without
+    position or norm (Mask-Align, Chen et al. 2020, arXiv:2012.07162).
+    """
 
     def __init__(
         self,
@@ -36,12 +66,25 @@ class Softmax(Attention):
         kv_heads: int = 0,
         head_dim: int = 0,
         bias: bool = True,
+        log_n: bool = False,
+        temperature: str = "none",
+        null: bool = False,
     ) -> None:
         super().__init__(dim, heads, head_dim, kv_heads, bias)
         if qk_norm not in HEAD_NORMS:
             raise ValueError(unknown("qk_norm", qk_norm, HEAD_NORMS))
+        if temperature not in TEMPERATURES:
+            raise ValueError(unknown("temperature", temperature, TEMPERATURES))
         if (norm := HEAD_NORMS[qk_norm]) is not None:
             self.query, self.key = norm(self.head_dim, place), norm(self.head_dim, place)
+        tokens = place.prefix + math.prod(place.grid) if place.grid else 256
+        start = math.log2(max(2, tokens * tokens - tokens))
+        self.scale = nn.Parameter(torch.tensor([start])) if qk_norm == "l2" else None
+        self.temperature = nn.Parameter(torch.ones(heads)) if temperature == "learned" else None
+        self.log_n = log_n
+        self.null = nn.Parameter(torch.empty(2, self.kv_heads, self.head_dim)) if null else None
+        if self.null is not None:
+            nn.init.trunc_normal_(self.null, std=0.02)
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, qk_norm: str = "none", **options: Any) -> dict[str, Site]:
@@ -51,8 +94,31 @@ class Softmax(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         key, value, allowed = self.seen(key, value, context)
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        note_weights(self, context, query, key, allowed, context.bias)
-        return attend(query, key, value, allowed, context.bias)
+        factor, bias = self.factor(key, allowed), context.bias
+        if factor is not None:
+            query = query * factor.to(query.dtype)
+        if self.null is not None:
+            key, value = (
+                torch.cat([each, null.to(each.dtype).expand(len(each), 1, -1, -1)], 1)
+                for each, null in zip((key, value), self.null, strict=True)
+            )
+            allowed = None if allowed is None else F.pad(allowed, (0, 1), value=True)
+            bias = None if bias is None else F.pad(bias, (0, 1))
+        note_weights(self, context, query, key, allowed, bias, beside=int(self.null is not None))
+        return attend(query, key, value, allowed, bias)
+
+    def factor(self, key: Tensor, allowed: Tensor | None) -> Tensor | None:
+        """What multiplies the scores beside 1 / sqrt(d), [1 or B, 1 or N, 1 or H, 1] in fp32; None for nothing."""
+        factors = []
+        if self.scale is not None:
+            factors.append(self.scale * self.head_dim**0.5)
+        if self.temperature is not None:
+            factors.append(self.temperature[:, None])
+        if self.log_n:
+            number = torch.full((1, 1), key.shape[1], device=key.device) if allowed is None else allowed.sum(-1)
+            logarithm = number.clamp(min=1).to(torch.promote_types(key.dtype, torch.float32)).log()
+            factors.append(logarithm.view(len(number), -1, 1, 1))
+        return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
 class Window(Projected):
@@ -115,9 +181,16 @@ def together(groups: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def note_weights(
-    layer: Layer, context: Context, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None = None
+    layer: Layer,
+    context: Context,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+    beside: int = 0,
 ) -> None:
-    """Reports the weights [B, H, N, M] of `attend`, if somebody asks. A query that sees no key has zeros."""
+    """Reports the weights [B, H, N, M] of `attend`, if somebody asks, without those of the last `beside` keys. A query
+    that sees no key has zeros."""
     if context.notes is None:
         return
     query, key = query.transpose(1, 2), key.transpose(1, 2).repeat_interleave(query.shape[2] // key.shape[2], 1)
@@ -126,7 +199,8 @@ def note_weights(
         scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~(mask[:, None, None] if mask.ndim == 2 else mask[:, None]), -torch.inf)
-    layer.note(context, "weights", scores.softmax(-1).nan_to_num(0.0).detach())
+    weights = scores.softmax(-1).nan_to_num(0.0).detach()
+    layer.note(context, "weights", weights[..., : weights.shape[-1] - beside])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:

@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Chunks, Context, Place
-from zoo.mixers.attention import Softmax
+from zoo.mixers.attention import DotProduct
 from zoo.mixers.local import depthwise
-from zoo.mixers.projected import Attention
 from zoo.norms import RMSNorm
 from zoo.spec import LARGEST
 from zoo.tensors import filtered, zeroed
 
 
-class ConvProjection(Softmax):
+class ConvProjection(DotProduct):
     """Softmax attention whose queries, keys and values are sums of depthwise convolutions of several widths, `kernels`,
     with learned weights that sum to one (ConvFormer for poses, Diaz-Arias and Shin 2023, arXiv:2304.02147).
 
@@ -36,7 +35,7 @@ class ConvProjection(Softmax):
         kernels: tuple[int, ...] = (3, 5, 7),
         of: str = "qkv",
     ) -> None:
-        Attention.__init__(self, dim, heads)
+        super().__init__(dim, heads)
         sizes = all(isinstance(each, int) and 1 <= each <= LARGEST["kernel"] for each in kernels)
         if not kernels or not sizes or len({each % 2 for each in kernels}) > 1:
             raise ValueError(f"kernels must be a tuple of odd widths, or one of even widths, got {kernels!r}")

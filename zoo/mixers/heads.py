@@ -7,39 +7,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Chunks, Context, Fold, Place
-from zoo.mixers.attention import Softmax
-from zoo.mixers.projected import Attention
+from zoo.mixers.attention import DotProduct
 from zoo.tensors import linear, zeroed
 from zoo.text import unknown
 
 
-class Symmetric(Softmax):
+class Symmetric(DotProduct):
     """softmax(k k^T / sqrt(d) + bias) v: keys are their own queries, so scores are symmetric (Key-Value Transformer,
     Borji 2023, arXiv:2305.19129). Positions that turn or bias the scores make them asymmetric."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
-        Attention.__init__(self, dim, heads, sources="kkv")
+        super().__init__(dim, heads, sources="kkv")
 
 
-class Subspace(Softmax):
+class Subspace(DotProduct):
     """softmax(u u^T / sqrt(d) + bias) u with one projection u of queries, keys and values: each head compresses the
     tokens in a subspace (MSSA of CRATE, Yu et al. 2023, arXiv:2306.01129). That projection has no bias."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
-        Attention.__init__(self, dim, heads, bias=False, sources="uuu")
+        super().__init__(dim, heads, bias=False, sources="uuu")
         self.out = linear(dim, dim)
 
 
-class Optimized(Softmax):
+class Optimized(DotProduct):
     """softmax(q k^T / sqrt(d) + bias) x: values are the tokens themselves, since the output linear can do what their
     projection does (Hosseini and Hosseini 2024, arXiv:2403.01643). key=False makes the keys the tokens, too (Efficient
     Attention there)."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, key: bool = True) -> None:
-        Attention.__init__(self, dim, heads, sources="qkx" if key else "qxx")
+        super().__init__(dim, heads, sources="qkx" if key else "qxx")
 
 
-class GroupedQuery(Softmax):
+class GroupedQuery(DotProduct):
     """Softmax attention whose `kv_heads` keys and values are each the mean of neighbouring heads (GQA, Ainslie et al.
     2023, arXiv:2305.13245).
 
@@ -66,7 +65,7 @@ class GroupedQuery(Softmax):
         merge: str = "mean",
         groups: str = "even",
     ) -> None:
-        Attention.__init__(self, dim, heads, kv_heads=kv_heads)
+        super().__init__(dim, heads, kv_heads=kv_heads)
         if merge not in self.MERGES:
             raise ValueError(unknown("merge", merge, self.MERGES))
         if groups not in self.GROUPS:
@@ -127,7 +126,7 @@ class GroupedQuery(Softmax):
         return [Fold("merge", "the projection"), *super().fold()]
 
 
-class Shifted(Softmax):
+class Shifted(DotProduct):
     """Softmax attention to keys a k_i + b k_(i-1) and values c v_i + d v_(i-1), with four learned numbers for each head
     (KV shifting, Xu et al. 2024, arXiv:2411.19574).
 
@@ -136,7 +135,7 @@ class Shifted(Softmax):
     """
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
-        Attention.__init__(self, dim, heads)
+        super().__init__(dim, heads)
         start = torch.empty(2, heads)
         nn.init.uniform_(start)
         self.shares = nn.Parameter(torch.stack([start, 1 - start]))  # of the token and the one before; key and value
@@ -160,7 +159,7 @@ class Shifted(Softmax):
         return F.pad(rows, (0, 0, 0, 0, context.prefix, 0))
 
 
-class HeadEmbedding(Softmax):
+class HeadEmbedding(DotProduct):
     """Softmax attention whose heads share one projection, of the width of a head, and differ by learned embeddings of
     queries, keys and values (MHE, Xue and Aletras 2023, arXiv:2310.07911).
 
@@ -170,7 +169,7 @@ class HeadEmbedding(Softmax):
     HOW = ("add", "multiply")
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, how: str = "add") -> None:
-        Attention.__init__(self, dim, heads)
+        super().__init__(dim, heads)
         if how not in self.HOW:
             raise ValueError(unknown("how", how, self.HOW))
         self.adds = how == "add"

@@ -28,7 +28,6 @@ class SimplifiedLinear(Projected):
         super().__init__(dim, heads)
         if kernel % 2 == 0:
             raise ValueError(f"sla: kernel must be odd, got {kernel}")
-        self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(self.head_dim, 1, *[kernel] * place.axes))
         self.bias = nn.Parameter(torch.zeros(self.head_dim))
         bound = 1 / math.sqrt(kernel**place.axes)
@@ -44,10 +43,15 @@ class SimplifiedLinear(Projected):
     def local(self, value: Tensor, context: Context) -> Tensor:
         """The depthwise convolution of the grid's values, zeros for the prefix: [B, N, H, d]."""
         weight, bias = self.weight.repeat(self.heads, *[1] * (self.weight.ndim - 1)), self.bias.repeat(self.heads)
-        near = filtered(value[:, context.prefix :].flatten(2), context.grid, weight, bias, self.kernel // 2)
-        if context.prefix:
-            near = F.pad(near, (0, 0, context.prefix, 0))
-        return near.unflatten(-1, (self.heads, -1))
+        return nearby(value, context, weight, bias)
+
+
+def nearby(value: Tensor, context: Context, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The depthwise convolution of the grid's values [B, N, H, e], zeros for the prefix: [B, N, H, e]."""
+    near = filtered(value[:, context.prefix :].flatten(2), context.grid, weight, bias, weight.shape[-1] // 2)
+    if context.prefix:
+        near = F.pad(near, (0, 0, context.prefix, 0))
+    return near.unflatten(-1, value.shape[2:])
 
 
 class LinFusion(Projected):

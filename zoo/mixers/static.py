@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Place
-from zoo.mixers.attention import Softmax
-from zoo.mixers.projected import Attention
+from zoo.mixers.attention import DotProduct
 from zoo.positions import lengths
 from zoo.tensors import zeroed
 
 
-class Super(Softmax):
+class Super(DotProduct):
     """softmax(q x^T / sqrt(d) + bias) A x: a learned matrix A between tokens makes the values, and keys are the tokens
     themselves (Super Attention, Hosseini and Hosseini 2024, arXiv:2403.01643).
 
@@ -21,10 +20,10 @@ class Super(Softmax):
     each axis. Prefix tokens keep their values.
     """
 
-    reads = Softmax.reads - {"visible"}
+    reads = DotProduct.reads - {"visible"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
-        Attention.__init__(self, dim, heads, sources="qxx")
+        super().__init__(dim, heads, sources="qxx")
         self.grid = place.grid or (16,) * place.axes
         self.between = nn.Parameter(torch.eye(math.prod(self.grid)))
 

@@ -48,6 +48,11 @@ class ClassifierConfig(Config):
         return self.classes
 
     @property
+    def tokens_read(self) -> int:
+        """How many tokens before the grid the head reads, the first ones; 0 if it reads only those of the grid."""
+        return 0
+
+    @property
     def pipeline_tag(self) -> str:
         return "image-classification" if self.classes else "image-feature-extraction"
 

@@ -63,6 +63,10 @@ class ViTConfig(ClassifierConfig, FlatConfig):
         """The number of tokens before the grid."""
         return self.class_token + (self.pool == "distilled") + self.registers
 
+    @property
+    def tokens_read(self) -> int:
+        return (self.pool in OF_TOKENS) + (self.pool == "distilled")
+
     def grid(self, stage: int) -> tuple[int, int]:
         side = -(-self.image // self.patch)
         return side, side
@@ -147,7 +151,7 @@ class ViT(Model[ViTConfig]):
             return grid_mean(x, context)[:, None]
         if self.config.pool == "token_and_mean":
             return torch.cat([x[:, 0], grid_mean(x, context)], -1)[:, None]
-        return x[:, : 1 + (self.config.pool == "distilled")]
+        return x[:, : self.config.tokens_read]
 
     def features(self, images: Tensor, layers: Sequence[int] | None = None, mask: Tensor | None = None) -> list[Tensor]:
         """The grid's tokens after the given blocks (all if None; -1 is the last), not normalized, as maps

@@ -24,7 +24,7 @@ from zoo.tasks.quiet import quiet
 from zoo.tasks.resuming import OtherModel, disconnected, restoring
 from zoo.tasks.run import Keep, Run
 from zoo.tasks.states import Saving, States
-from zoo.tasks.stopping import Stop, Stopped
+from zoo.tasks.stopping import Signals, Stop, Stopped
 
 VERBS = ("fit", "validate", "test")
 
@@ -34,6 +34,7 @@ class Command(LightningCLI):
 
     run: Run | None = None
     keep: Keep | None = None
+    signals: Signals | None = None
 
     def __init__(self, *arguments: Any, command: str, verbose: bool, **options: Any):
         self.command, self.verbose, self.changed = command, verbose, dict[str, str]()
@@ -44,6 +45,8 @@ class Command(LightningCLI):
             if self.run is not None:
                 self.drop_empty_logs()
                 self.run.close()
+            if self.signals is not None:
+                self.signals.close()
 
     def drop_empty_logs(self) -> None:
         """Removes the folders that the loggers made, where no training began that they could log."""
@@ -123,9 +126,10 @@ class Command(LightningCLI):
             check_path(Path(path))
         if not fit:
             return
+        self.signals = Signals()
         folder = given.trainer.default_root_dir or usual_folder(self.command, given.model.backbone.get("name"))
         self.run = Run(folder)
-        self.run.open(resumed=path is not None and self.run.state.parent.resolve() == Path(path).resolve().parent)
+        self.run.open(resumed=self.run.has(path))
         if path is not None and self.run.config.exists():
             self.compare(self.run.config)
 
@@ -152,7 +156,7 @@ class Command(LightningCLI):
         if not self.verbose:
             kwargs["enable_model_summary"] = False
         saving = self._get(self.config_init, "save", default=Saving())
-        if self.run is not None:
+        if self.run is not None and self.signals is not None:
             folder, (score, mode) = self.run.folder, self.model.score
             keep = self.keep = Keep(self.run, score, mode, self.recorded(), saving)
             if not self.verbose:
@@ -161,7 +165,7 @@ class Command(LightningCLI):
                 kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
             if settings.enable_checkpointing is not False and not settings.fast_dev_run:
                 kwargs["enable_checkpointing"] = True
-                extra += [keep, Stop(keep)]
+                extra += [keep, Stop(keep, self.signals)]
             if settings.logger is not False and not settings.fast_dev_run:
                 extra.append(LearningRateMonitor("step"))
             kwargs["default_root_dir"] = str(folder)
@@ -170,9 +174,14 @@ class Command(LightningCLI):
         kwargs["enable_progress_bar"] = self.verbose or self.run is not None
         kwargs["plugins"] = [*(settings.plugins or []), States(saving.keep)]
         try:
-            return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
+            trainer = super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *extra])
         except (TypeError, ModuleNotFoundError) as error:  # devices that cannot be, a package that is not installed
             raise ValueError(f"trainer: {error}") from error
+        if self.signals is not None:
+            trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's may wait for other ranks
+            launcher = trainer.strategy.launcher
+            self.signals.pass_on = None if launcher is None else launcher.kill
+        return trainer
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:

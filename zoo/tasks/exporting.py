@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +36,6 @@ def opset(text: str) -> int:
     if not text.isdecimal() or len(text) > 3 or not OLDEST <= int(text) <= NEWEST:
         raise argparse.ArgumentTypeError(f"must be an integer from {OLDEST} to {NEWEST}, got '{text}'")
     return int(text)
-
-
-def check_packages(command: str = "export", packages: Sequence[str] = PACKAGES, extra: str = "export") -> None:
-    """ValueError if one of the packages of an extra is missing; `command` is what the message says needs them."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[{extra}]"')
 
 
 def check_target(path: Path) -> None:

@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from zoo.weights import Checkpoint
 
 INK, GREY, CARD, TRACK, BAR = "#1f2933", "#7b8794", "#f1f3f5", "#d9dee3", "#2f6fb5"  # colours of the figure
+MAPS = "maps.png"
 NAME = "a checkpoint: a folder, a name in checkpoints/, or OWNER/NAME on the Hub"
 
 
@@ -67,6 +69,11 @@ def add_options(parser: Parser) -> None:
     parser.add_rare("--precision", metavar="P", choices=("32", "bf16"), default="32", help="32 (default) or bf16")
 
 
+def add_maps(parser: Parser) -> None:
+    """Adds --maps."""
+    parser.add_argument("--maps", action="store_true", help=f"also draw what the layers attend to, into {MAPS}")
+
+
 def add_device(parser: Parser) -> None:
     """Adds --device."""
     devices = ("cpu", "cuda", "auto")
@@ -88,6 +95,12 @@ def device_for(wanted: str) -> str:
     if wanted == "cuda" and not cuda:
         raise ValueError("--device cuda: no CUDA device found; use cpu or auto")
     return "cuda" if cuda and wanted != "cpu" else "cpu"
+
+
+def check_packages(command: str, packages: Sequence[str], extra: str) -> None:
+    """ValueError if one of the packages of an extra is missing; `command` is what the message says needs them."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f'{command} needs {", ".join(missing)}; run: pip install "zoo[{extra}]"')
 
 
 def load_for(command: str, name: str) -> Checkpoint:
@@ -158,21 +171,21 @@ def make_output(folder: Path) -> None:
         raise OSError(f"cannot write to {folder}: {reason(error)}") from error
 
 
-def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, drawn: Path | None = None) -> list[str]:
+def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, drawn: Sequence[Path] = ()) -> list[str]:
     """The files among the given paths, and those below the folders among them; each once.
 
     Args:
         given: files and folders; a file given directly is used whatever its name.
         extensions: suffixes of files in a folder, in lower case.
         kind: the name of such a file in an error.
-        drawn: a file that is omitted from folders, such as the image of an earlier run.
+        drawn: files that are omitted from folders, such as the images of an earlier run.
 
     Raises:
         ValueError: a path does not exist, or a folder has no such file.
     """
     from zoo.inputs.folders import files_below
 
-    omitted = None if drawn is None else os.path.realpath(drawn)
+    omitted = {os.path.realpath(path) for path in drawn}
     found: list[str] = []
     for path in given:
         path = os.path.expanduser(path)
@@ -183,7 +196,7 @@ def find_files(given: Sequence[str], extensions: tuple[str, ...], kind: str, dra
             continue
         listed, _ = files_below(path, lambda name: name.lower().endswith(extensions))
         inside = [os.path.join(folder, name) for folder, names in listed.items() for name in names]
-        inside = sorted(file for file in inside if omitted is None or os.path.realpath(file) != omitted)
+        inside = sorted(file for file in inside if os.path.realpath(file) not in omitted)
         if not inside:
             raise ValueError(f"no {kind} in folder '{path}' ({' '.join(extensions)})")
         found += inside
@@ -195,13 +208,13 @@ def write(
     names: Sequence[str],
     columns: Sequence[str],
     entries: Any,
-    draw: Callable[[], Figure] | None,
+    draws: Mapping[str, Callable[[], Figure]],
     rows: list[dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Writes the entries as JSON, these columns of the rows (by default, of the entries) as CSV, and an image; `names`
-    are the three file names.
+    """Writes the entries as JSON, these columns of the rows (by default, of the entries) as CSV, and figures; `names`
+    are the file names of the first two, `draws` gives each figure by its file name.
 
-    All are written aside and renamed into place. An image that cannot be drawn is reported, and the others are written.
+    All are written aside and renamed into place. A figure that cannot be drawn is reported, and the others are written.
 
     Returns:
         The names of the written files.
@@ -218,8 +231,7 @@ def write(
             with open(made[1], "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerows([columns, *([row.get(column) for column in columns] for row in rows or entries)])
-            if draw is None or not _drawn(draw, made[2]):
-                made.pop()
+            made += [folder / name for name, draw in draws.items() if _drawn(draw, folder / name)]
             for path in made:
                 os.replace(path, output / path.name)
             return [path.name for path in made]

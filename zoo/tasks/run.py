@@ -18,7 +18,7 @@ from zoo.layer import copied, unfinished
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import require
 from zoo.tasks.runs import NOTE, STATE
-from zoo.tasks.states import Saving, drop_later
+from zoo.tasks.states import Saving, drop_later, make_last
 from zoo.tasks.task import Task
 from zoo.weights import Figure, save_model
 
@@ -39,6 +39,10 @@ class Run:
         self.state, self.config = self.folder / STATE, self.folder / "config.yaml"
         self.begun = self.state.with_name(".begun")  # exists from the start of a run until its first state
         self._lock: FileLock | None = None
+
+    def has(self, state: str | os.PathLike[str] | None) -> bool:
+        """Whether a state is one of this run."""
+        return state is not None and Path(state).resolve().parent == self.state.parent.resolve()
 
     def open(self, resumed: bool) -> None:
         """Makes the folder and locks it until this process ends, however it ends.
@@ -173,13 +177,17 @@ class Keep(Checkpoint):
                 require(found, (0.0, "", 0, 0, 0, 0.0, 0.0, ""), name)
                 setattr(self, name, Score(*found))
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Records that training begins: the state is not refused, which it may be in `on_train_start`."""
         self.began, self.written, self.step = True, time.monotonic(), trainer.global_step
-        self.record(self.note(trainer, pl_module))
+        self.record(trainer.ckpt_path, self.note(trainer, pl_module))
 
     @rank_zero_only
-    def record(self, note: dict[str, Any]) -> None:
-        """Writes the run's config and its note, and drops the states of a future that it leaves."""
+    def record(self, state: str | os.PathLike[str] | None, note: dict[str, Any]) -> None:
+        """Writes the run's config and its note, and drops the states of a future that it leaves; the state that it is
+        resumed from becomes the last."""
+        if state is not None and self.run.has(state):
+            make_last(Path(state), self.run.state)
         drop_later(self.run.state.parent, self.step)
         replace(self.run.config, self.config)
         self.run.note(note)
@@ -218,6 +226,8 @@ class Keep(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if not self.began:
+            self.begin(trainer, pl_module)
         # The first batch of an epoch still runs: what came before it belongs to the epoch before.
         between = batch_idx and batch_idx % trainer.accumulate_grad_batches == 0
         if between and self.due(trainer, batch_idx):

@@ -132,19 +132,23 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _keep_by_step(state: Path, folder: Path, step: int, keep: int) -> None:
     """Gives a state its name by its step, too, and removes those that are too many."""
-    name = folder / f"step-{step:09}.ckpt"
-    name.unlink(missing_ok=True)
-    try:
-        os.link(state, name)
-    except OSError:  # a file system without links
-        copy = name.with_name(f".{name.name}.new")
-        try:
-            shutil.copyfile(state, copy)
-            os.replace(copy, name)
-        finally:
-            copy.unlink(missing_ok=True)
+    _give_name(state, folder / f"step-{step:09}.ckpt")
     for each in _by_step(folder)[:-keep]:
         each.unlink(missing_ok=True)
+
+
+def _give_name(state: Path, name: Path) -> None:
+    """Gives a state a further name; what had that name before is replaced at once or not at all."""
+    aside = name.with_name(f".{name.name}.new")
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(state, aside)
+        except OSError:  # a file system without links
+            shutil.copyfile(state, aside)
+        os.replace(aside, name)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -157,3 +161,17 @@ def drop_later(folder: Path, step: int) -> None:
     for each in _by_step(folder):
         if each.stem > f"step-{step:09}":
             each.unlink(missing_ok=True)
+
+
+def make_last(state: Path, last: Path) -> None:
+    """Makes the state that a run is resumed from the last one, so that the run resumes from it if it is killed again.
+
+    Raises:
+        OSError: it cannot be written; the last one is untouched.
+    """
+    if last.exists() and last.samefile(state):
+        return
+    try:
+        _give_name(state, last)
+    except OSError as error:
+        raise OSError(f"cannot write {last}: {reason(error)}; the previous one is untouched") from error

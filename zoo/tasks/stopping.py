@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from zoo.tasks.run import EVERY, Keep
 from zoo.tasks.task import Task
@@ -20,12 +22,48 @@ WARNING = getattr(signal, "SIGUSR1", None)  # SLURM sends it where sbatch has --
 SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, WARNING)))
 
 
-class Stopped(Exception):
-    """A run was stopped by the signal `number`; it can be resumed."""
+class Stopped(BaseException):
+    """A run was stopped by the signal `number`. It is no Exception, so that no code it interrupts swallows it."""
 
     def __init__(self, number: int, said: str):
         super().__init__(said)
         self.number = number
+
+
+class Signals:
+    """Receives SIGINT, SIGTERM and SIGUSR1 until it is closed.
+
+    Before training the first one raises `Stopped` at once, on the other ranks, too: there is nothing to save yet. Then
+    it is only noted. A second signal ends the process at once.
+
+    Attributes:
+        received: the signal that was received, or 0.
+        training: whether training began.
+        pass_on: sends a signal to the ranks that this process started.
+    """
+
+    def __init__(self) -> None:
+        self.received, self.training, self.process = 0, False, os.getpid()
+        self.pass_on: Callable[[int], object] | None = None
+        self.before: dict[int, Any] = {number: signal.signal(number, self.receive) for number in SIGNALS}
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a worker that has just been started
+            return
+        first, self.received = not self.received, number
+        if number != WARNING:
+            signal.signal(number, signal.SIG_DFL)
+        if self.training or not first:
+            return
+        if self.pass_on is not None:
+            self.pass_on(number)
+        again = queued_again(number) or "nothing was written, so the same command starts it again"
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; {again}")
+
+    def close(self) -> None:
+        """Gives the signals back to those that had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Stop(Checkpoint):
@@ -33,42 +71,25 @@ class Stop(Checkpoint):
 
     After SIGUSR1 a job of SLURM is queued again; with `--ckpt_path=last` in its command it then resumes.
 
-    A second signal ends the process at once. The state has the number of finished batches of the epoch, so that a
-    resumed run equals one that was never stopped. A run stopped during validation repeats the validation, except that
-    the validation after the last step is not stopped.
+    The state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
+    A run stopped during validation repeats the validation, except that the validation after the last step is not
+    stopped.
     """
 
-    def __init__(self, keep: Keep):
-        self.keep, self.received, self.before = keep, 0, dict[int, Any]()
+    def __init__(self, keep: Keep, signals: Signals):
+        self.keep, self.signals = keep, signals
         self.postponed = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
-        self.postponed = False
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if number != WARNING:
-            signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.restore()
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.restore()
+        self.signals.training = True
 
     def asked(self, trainer: lightning.Trainer, batch_idx: int) -> int:
         """The signal that any rank has received, or 0."""
         if trainer.world_size == 1:
-            return self.received
+            return self.signals.received
         if batch_idx % EVERY:
             return 0
-        received = torch.tensor(self.received, device=trainer.strategy.root_device)
+        received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
         return int(torch.as_tensor(trainer.strategy.reduce(received, reduce_op="max")))
 
     def on_train_batch_start(
@@ -126,10 +147,7 @@ class Stop(Checkpoint):
             f"stopped by {signal.Signals(number).name} in epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         )
         resume = f"resume with: zoo {pl_module.command} fit --ckpt_path={shlex.quote(str(self.keep.run.state))}"
-        job = slurm_job()
-        if number == WARNING and job and trainer.is_global_zero:
-            resume = requeue(job) or resume
-        raise Stopped(number, f"{place}; {resume}")
+        raise Stopped(number, f"{place}; {queued_again(number) or resume}")
 
 
 def slurm_job() -> str | None:
@@ -140,8 +158,12 @@ def slurm_job() -> str | None:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def requeue(job: str) -> str:
-    """Queues a SLURM job again and says so; empty if it cannot be."""
+def queued_again(number: int) -> str:
+    """After the warning of SLURM, the first rank queues its job again and says so; empty if it cannot, and after other
+    signals."""
+    job = slurm_job()
+    if number != WARNING or not job or getattr(rank_zero_only, "rank", 0) != 0:
+        return ""
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):

@@ -382,13 +382,17 @@ class Task(Resumable):
         self.finished_at = self.trainer.global_step
 
     def refresh_statistics(self) -> None:
-        """Recomputes batch statistics on `refresh` training batches of an epoch that training did not see."""
+        """Recomputes batch statistics on `refresh` training batches of an epoch that training did not see.
+
+        Batches without a readable sample on some rank are skipped on all: ranks exchange statistics.
+        """
         loader = self.data.train_dataloader()
         loader.batch_sampler.sampler.set_epoch(self.current_epoch + 1)
         precision = self.trainer.precision_plugin
         moved = (self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0) for batch in loader)
         inputs = (self.inputs_of(self.data.on_after_batch_transfer(batch, 0)) for batch in moved)
-        filled = (each for each in inputs if len(each[0]))
+        agreed = self.trainer.strategy.reduce_boolean_decision
+        filled = (each for each in inputs if agreed(len(each[0]) > 0))
         with precision.val_step_context():
             used = refresh_statistics(self.measured, itertools.islice(filled, self.refresh))
         rank_zero_info(f"batch statistics recomputed on {used} batches")

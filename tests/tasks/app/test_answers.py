@@ -18,8 +18,9 @@ from detecting import saved
 from generating import generator
 from zoo.__main__ import main
 from zoo.outputs.label_map import LabelMap
+from zoo.tasks import maps
 from zoo.tasks.app import classify, contributions, detect, generate, sides, transcribe
-from zoo.tasks.app.shelf import KEPT, Shelf
+from zoo.tasks.app.shelf import KEPT, Shelf, Took
 from zoo.tasks.predicting import load
 from zoo.tasks.transcribe.listener import Listener, recorded
 from zoo.weights import load_checkpoint
@@ -46,11 +47,11 @@ def digit(tmp_path: Path) -> str:
 def test_classes_are_those_of_predict(fused: bool, shelf: Shelf, digit: str):
     first, second = classify.ask(shelf, digit, DIGITS, fused, True)
     wanted = load_checkpoint(DIGITS)(digit)[: classify.TOP]
-    for best, milliseconds, _ in (first, second):
+    for best, took, _ in (first, second):
         assert [each["label"] for each in best] == [each.label for each in wanted]
         probabilities = torch.tensor([each["probability"] for each in best])
         assert (probabilities - torch.tensor([each.probability for each in wanted])).abs().max() < 1e-5
-        assert milliseconds > 0
+        assert took.milliseconds > 0 and took.calls > 1
     assert first[2] is None and second[2] is not None and second[2].mode == "RGB"
     assert len([*classify.ask(shelf, digit, DIGITS, fused, False)]) == 1
 
@@ -86,7 +87,12 @@ def test_text_is_that_of_predict(shelf: Shelf, tmp_path: Path):
     path = voice(tmp_path / "tone.wav", 1.5, 22050)
     *_, heard = transcribe.ask(shelf, path, SPEECH, False)
     assert heard.text == load_checkpoint(SPEECH)(path) != ""
-    assert abs(heard.seconds - 1.5) < 1e-3 and heard.milliseconds > 0
+    assert (
+        abs(heard.seconds - 1.5) < 1e-3
+        and heard.took is not None
+        and heard.took.milliseconds > 0
+        and heard.took.parts == 1
+    )
     assert " ".join(word["text"] for word in heard.words) == heard.text
     assert transcribe.placed(heard.words).count("<li>") == len(heard.words)
 
@@ -97,12 +103,13 @@ def test_long_sound_comes_part_by_part(shelf: Shelf, tmp_path: Path, monkeypatch
     assert len(found) > 3
     for before, after in zip(found, found[1:], strict=False):
         assert after.text.startswith(before.text) and after.seconds > before.seconds
+        assert before.took is not None and after.took is not None and after.took.parts == before.took.parts + 1
 
 
 def test_silence_has_no_words(shelf: Shelf, tmp_path: Path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     (heard,) = transcribe.ask(shelf, str(tmp_path / "silent.wav"), SPEECH, False)
-    assert heard == transcribe.Heard("", [], 1.0, 0.0)
+    assert heard == transcribe.Heard("", [], 1.0, None)
 
 
 def test_a_streaming_model_gives_word_by_word_what_stream_prints(shelf: Shelf, tmp_path: Path):
@@ -138,15 +145,48 @@ def test_a_model_that_does_not_stream_says_so(shelf: Shelf, tmp_path: Path):
 def test_a_grid_is_that_of_sample(shelf: Shelf, tmp_path: Path):
     name, seen = generator(tmp_path / "model"), list[tuple[int, int]]()
     given = {"classes": "3,8", "each": 2, "steps": 3, "guidance": 2.0, "seed": 5}
-    image, number, milliseconds, words = generate.ask(shelf, name, False, **given, watch=lambda *at: seen.append(at))
+    image, number, took, words = generate.ask(shelf, name, False, **given, watch=lambda *at: seen.append(at))
     options = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     main(["generate", "sample", name, "--output", str(tmp_path), *options])
     assert (np.asarray(image) == np.asarray(Image.open(tmp_path / "grid.png"))).all()
-    assert number == 4 and milliseconds > 0 and seen == [(1, 3), (2, 3), (3, 3)] and "evaluation" in words
+    assert (
+        number == 4
+        and took.milliseconds > 0
+        and took.calls == 1
+        and seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+        and "evaluation" in words
+    )
     with pytest.raises(ValueError, match="at most 256 images at once, and 320 were asked for"):
         generate.ask(shelf, name, False, "", 32, 1, 1.0, 0, lambda *_: None)
     with pytest.raises(ValueError, match="unknown class '12'"):
         generate.ask(shelf, name, False, "12", 1, 1, 1.0, 0, lambda *_: None)
+
+
+def test_what_is_drawn_can_be_cancelled(shelf: Shelf, tmp_path: Path):
+    name, seen, asked = generator(tmp_path / "model"), list[int](), generate.Asked()
+
+    def report(done: int, _: int) -> None:
+        seen.append(done)
+        if done == 2:
+            asked.cancel()
+
+    asked.begin()
+    for watch in (asked.watch(report), asked.watch(report)):  # the second one waits for the first
+        with pytest.raises(generate.Cancelled):
+            generate.ask(shelf, name, False, "", 1, 9, 1.0, 0, watch)
+    with pytest.raises(generate.Cancelled):  # a handler that comes late
+        generate.ask(shelf, name, False, "", 1, 9, 1.0, 0, asked.watch(report))
+    assert seen == [0, 1, 2]
+    asked.begin()
+    generate.ask(shelf, name, False, "3", 1, 1, 1.0, 0, asked.watch(report))
+    assert seen == [0, 1, 2, 0, 1]
+
+
+def test_a_generator_made_for_one_step_starts_at_one(shelf: Shelf, tmp_path: Path):
+    usual, one = generator(tmp_path / "usual"), generator(tmp_path / "one", until=True)
+    assert [generate.starting(shelf, one, steps) for steps in (generate.USUAL, 7, None, 1)] == [1, 1, 1, 1]
+    assert [generate.starting(shelf, usual, steps) for steps in (1, 7, None)] == [generate.USUAL, None, None]
+    assert [generate.starting(shelf, name, 1) for name in (DIGITS, "nowhere", "")] == [None, None, None]
 
 
 # Maps
@@ -173,7 +213,7 @@ def test_a_map_has_the_falls_of_the_log_odds():
 def test_a_map_of_few_pixels_and_of_one_class():
     found = contributions.contributions(lambda images: torch.stack([*images]).flatten(1)[:, :1], torch.ones(1, 2, 3), 0)
     assert found.shape == (2, 3) and not found.any()
-    drawn = contributions.drawn(torch.tensor([[1.0, -1.0]]), Image.new("L", (2, 1), 128))
+    drawn = maps.drawn(torch.tensor([[1.0, -1.0]]), Image.new("L", (2, 1), 128))
     left, right = drawn.getpixel((0, 0)), drawn.getpixel((drawn.width - 1, 0))
     assert isinstance(left, tuple) and isinstance(right, tuple) and left[0] > left[2] and right[2] > right[0]
 
@@ -218,10 +258,11 @@ def test_a_number_that_is_not_allowed_is_refused():
 
 def test_notes_are_escaped():
     assert sides.note("<a>", "", "b") == '<p class="note">&lt;a&gt;\N{NO-BREAK SPACE}· b</p>'
-    assert [sides.timing(*each) for each in ((1.234, False), (12.34, True), (1234.5, False))] == [
-        "1.23 ms",
-        "12.3 ms, fused",
-        "1,234 ms",
+    tooks = (Took(1.234, 5), False), (Took(12.34), True), (Took(1000.0, 3) + Took(234.5, 2), False)
+    assert [sides.timing(*each) for each in tooks] == [
+        "1.23 ms (fastest of 5 calls)",
+        "12.3 ms, fused (one call)",
+        "1,234 ms (2 parts, fastest of 2 calls each)",
     ]
 
 
@@ -277,5 +318,6 @@ def test_a_short_answer_is_repeated_and_one_question_is_asked_at_a_time():
     for each in threads:
         each.join()
     assert most == [1] and calls == [20]
-    answer, milliseconds = shelf.timed(ask, repeat=False)
-    assert answer == 7 and calls == [21] and 2 <= milliseconds < 2000
+    assert shelf.timed(ask)[1].calls == 5 and calls == [25]
+    answer, took = shelf.timed(ask, repeat=False)
+    assert answer == 7 and calls == [26] and 2 <= took.milliseconds < 2000 and took.calls == 1

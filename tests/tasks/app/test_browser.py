@@ -190,7 +190,7 @@ def test_the_threshold_chooses_the_boxes_of_python(user: User, tmp_path: Path):
         user.run(f"{setter}.call({number}, {threshold}), {number}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         user.run(f"{number}.dispatchEvent(new Event('change', {{bubbles: true}})), {number}.blur()")
         wanted = sum(each >= threshold for each in scores)
-        told = "(document.querySelector('#detect_1 .note')?.innerText.match(/ ms(.*)/)?.[1] ?? '')"
+        told = "(document.querySelector('#detect_1 .note')?.innerText.match(/ calls?\\)(.*)/)?.[1] ?? '')"
         user.wait(f"[...{told}.matchAll(/\\d+(?= )/g)].reduce((sum, each) => sum + Number(each), 0) == {wanted}")
     assert 0 < wanted < sum(each >= 0.3 for each in scores)
     assert user.run("document.querySelectorAll('#detect_1 img, #detect_2 img').length") == 2
@@ -279,6 +279,31 @@ def test_two_generators_draw_the_grids_of_python(user: User):
     user.told("generate", 2, ONE_STEP, "80 images", "meanflow, 50 evaluations an image")
     sizes = "[...document.querySelectorAll('#generate_1 img, #generate_2 img')].map((each) => each.naturalHeight)"
     user.wait(f"{sizes}.length == 2 && {sizes}.every((each) => each > 300)")
+
+
+def test_what_is_drawn_can_be_cancelled(user: User):
+    user.choose_checkpoint(DRAWN)
+    user.wait("!!document.querySelector('#generate_button')?.offsetParent")
+    user.choose_checkpoint(ONE_STEP, "Compare with")
+    user.wait("!!document.querySelector('#generate_2')?.offsetParent")
+    for steps, button in (("250", "cancel"), ("1", "button")):
+        typed(user, "#generate_steps", steps)
+        user.run("document.querySelector('#generate_button').click()")
+        if button == "cancel":
+            user.wait("/[0-9]\\/500 steps/.test(document.body.innerText)")
+            user.run("document.querySelector('#generate_cancel').click()")
+        for side, name in ((1, DRAWN), (2, ONE_STEP)):
+            user.told("generate", side, name, "cancelled" if button == "cancel" else "80 images")
+
+
+def test_a_generator_made_for_one_step_starts_at_one(user: User):
+    steps = "document.querySelector('#generate_steps input[type=number]')?.value"
+    for name, wanted in ((DRAWN, "50"), (ONE_STEP, "1"), (DIGITS, ""), (DRAWN, "50"), (DIGITS, ""), (ONE_STEP, "1")):
+        user.choose_checkpoint(name)
+        shown = f"{steps} == '{wanted}'" if wanted else "!!document.querySelector('#classify_input')?.offsetParent"
+        user.wait(shown)
+    user.run("document.querySelector('#generate_button').click()")
+    user.told("generate", 1, ONE_STEP, "80 images", "meanflow, 1 evaluation an image")
 
 
 @pytest.mark.parametrize("name", ["text.png", "empty.png", "moving.gif", "one.png", "thin.png", "large.png"])

@@ -10,18 +10,18 @@ import pytest
 
 from training import refused
 from zoo import quick
-from zoo.tasks import exporting
+from zoo.tasks import predicting
 from zoo.tasks.app import command
 from zoo.tasks.app.shelf import Shelf
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "gradio" else SimpleNamespace())
+    monkeypatch.setattr(predicting, "find_spec", lambda name: None if name == "gradio" else SimpleNamespace())
     assert refused("app") == 'zoo app needs gradio; run: pip install "zoo[app]"'
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(predicting, "find_spec", lambda name: SimpleNamespace())
     assert refused("app", "nowhere").startswith("checkpoint 'nowhere' not found")
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "config.json").write_text("{}")

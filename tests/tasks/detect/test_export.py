@@ -20,7 +20,7 @@ from training import refused
 from zoo.__main__ import main
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.outputs.label_map import LabelMap
-from zoo.tasks import exporting
+from zoo.tasks import predicting
 from zoo.tasks.detect.export import MEANING, inputs, meaning, paired
 from zoo.weights import load_checkpoint, save_model
 
@@ -75,7 +75,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(output: str, 
 
 
 def test_a_missing_package_is_named(model: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(predicting, "find_spec", lambda name: None if name == "onnxscript" else object())
     assert refused("detect", "export", model) == 'export needs onnxscript; run: pip install "zoo[export]"'
 
 

@@ -23,7 +23,7 @@ from zoo.inputs.audio import AudioPreprocess
 from zoo.inputs.boxes import BoxPreprocess
 from zoo.inputs.images import ImagePreprocess
 from zoo.outputs.tokens import Characters
-from zoo.tasks import exporting
+from zoo.tasks import predicting
 from zoo.tasks.page.document import LARGEST
 from zoo.weights import load_checkpoint, save_model
 
@@ -115,7 +115,7 @@ def test_what_is_refused(runtime: str, tmp_path: Path, monkeypatch: pytest.Monke
     name = str(save_model(heard, tmp_path / "rnnt", preprocess=AudioPreprocess(), labels=Characters(["a", "b"])))
     wanted = f"zoo page: {name} is a transducer, which is not yet supported, only CTC"
     assert refused("page", name, "-o", "other.html") == wanted
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnx" else SimpleNamespace())
+    monkeypatch.setattr(predicting, "find_spec", lambda name: None if name == "onnx" else SimpleNamespace())
     wanted = 'zoo page needs onnx; run: pip install "zoo[export]"'
     assert refused("page", "vit_micro.digits", "-o", "other.html") == wanted
     assert not Path("other.html").exists()

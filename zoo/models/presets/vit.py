@@ -1,5 +1,5 @@
-"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021, arXiv:2012.12877) and
-CRATE (Yu et al. 2023, arXiv:2306.01129)."""
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021, arXiv:2012.12877),
+iLLaMA (Wang et al. 2024, arXiv:2404.06773) and CRATE (Yu et al. 2023, arXiv:2306.01129)."""
 
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ def _deit(dim: int, heads: int) -> ViTConfig:
 ABOUT = {
     "vit": "Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)",
     "deit": "DeiT without distillation (Touvron et al. 2021, arXiv:2012.12877)",
+    "illama": "iLLaMA: a ViT of the parts of LLaMA's decoder (Wang et al. 2024, arXiv:2404.06773)",
     "crate": "CRATE, without the norms around its patch embedding (Yu et al. 2023, arXiv:2306.01129)",
 }
 """Descriptions of the presets, by the beginning of their names."""
@@ -26,5 +27,6 @@ PRESETS: dict[str, ViTConfig] = {
     "deit_tiny": _deit(192, 3),
     "deit_small": _deit(384, 6),
     "deit_base": _deit(768, 12),
+    "illama_tiny": replace(_deit(192, 3), mixer="causal", norm="rmsnorm", ffn="swiglu", position="rope"),
     "crate_tiny": replace(_deit(384, 6), mixer="mssa", ffn="ista", placement="crate"),
 }

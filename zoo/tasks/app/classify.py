@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.shelf import Shelf, Took
 from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, note, timing, unchanged
 
 if TYPE_CHECKING:
@@ -17,32 +17,33 @@ MEANING = "Red parts support the first class, blue parts oppose it: hiding them 
 
 def ask(
     shelf: Shelf, path: str, name: str, fused: bool, mapped: bool
-) -> Iterator[tuple[list[dict[str, Any]], float, Image | None]]:
-    """The most probable classes of an image, as `zoo classify predict` writes them, and the milliseconds; first without
-    the map, then with it if it is asked for."""
-    from zoo.tasks.app.contributions import contributions, drawn
+) -> Iterator[tuple[list[dict[str, Any]], Took, Image | None]]:
+    """The most probable classes of an image, as `zoo classify predict` writes them, and how long that took; first
+    without the map, then with it if it is asked for."""
+    from zoo.tasks.app.contributions import contributions
     from zoo.tasks.classify.answers import classifier
+    from zoo.tasks.maps import drawn, seen
 
     answer = classifier(shelf.take("classify", name, fused), TOP, device=shelf.device)
     image = answer.preprocess.read(path)
     prepared = answer.preprocess(image)
-    (best,), milliseconds = shelf.timed(lambda: answer([prepared]))
+    (best,), took = shelf.timed(lambda: answer([prepared]))
     if isinstance(best, Exception):
         raise best
-    yield best, milliseconds, None
+    yield best, took, None
     if mapped:
         index = best[0]["index"]
         values, _ = shelf.timed(lambda: contributions(answer.logits, prepared, index), repeat=False)
-        yield best, milliseconds, drawn(values, answer.preprocess.cut(image))
+        yield best, took, drawn(values, seen(answer.preprocess, image))
 
 
 def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     """The widgets, and what they do."""
 
     def handle(path: str, name: str, fused: bool, mapped: bool) -> Iterator[tuple[Any, ...]]:
-        for best, milliseconds, image in ask(shelf, path, name, fused, mapped):
+        for best, took, image in ask(shelf, path, name, fused, mapped):
             confidences = {each["label"]: each["probability"] for each in best}
-            yield note(name, timing(milliseconds, fused)), confidences, gr.Image(image, visible=mapped)
+            yield note(name, timing(took, fused)), confidences, gr.Image(image, visible=mapped)
 
     with gr.Row():
         with gr.Column(scale=2):

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from threading import Event
 
 from zoo import quick
-from zoo.tasks import exporting
 from zoo.tasks import predicting as files
 from zoo.tasks.predicting import Parser, count
 from zoo.text import reason
@@ -51,7 +50,7 @@ def port(text: str) -> int:
 def main(arguments: list[str]) -> None:
     """Runs the app until Ctrl-C or SIGTERM. ValueError or OSError if it cannot start."""
     given = parser().parse_intermixed_args(arguments)
-    exporting.check_packages("zoo app", ("gradio",), "app")
+    files.check_packages("zoo app", ("gradio",), "app")
     chosen = port_at(given.host, given.port)
     from zoo.tasks.app.shelf import Shelf
 

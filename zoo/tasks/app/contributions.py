@@ -1,21 +1,15 @@
-"""Which parts of an image support a class: they are hidden, and the change of the log odds is shown in colours."""
+"""Which parts of an image support a class: they are hidden, and the change of the log odds is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 CELLS = 8  # of the map along a side; what is hidden at once is two cells wide
 BATCH = 27  # images at once
-SIDE = 320  # least pixels along the longer side of a drawn map
-FOR, AGAINST = (209, 73, 91), (47, 111, 181)  # colours
 
 
 def contributions(logits: Callable[[Sequence[Tensor]], Tensor], image: Tensor, index: int) -> Tensor:
@@ -55,19 +49,3 @@ def log_odds(logits: Tensor, index: int) -> Tensor:
     """log p / (1 - p) of a class [B] from logits [B, classes]; its logit where there is no other class."""
     others = torch.cat([logits[:, :index], logits[:, index + 1 :]], 1)
     return logits[:, index] - (others.logsumexp(1) if others.shape[1] else 0.0)
-
-
-def drawn(values: Tensor, image: Image) -> Image:
-    """A map [rows, columns] over the image that it belongs to: red supports the class, blue opposes it."""
-    from PIL import Image as images
-
-    scale = max(1, -(-SIDE // max(image.size)))
-    large = image.convert("RGB").resize((image.width * scale, image.height * scale), images.Resampling.NEAREST)
-    strength = values / values.abs().max().clamp(min=1e-6)
-    fine = F.interpolate(strength[None, None], (large.height, large.width), mode="bicubic").clamp(-1, 1)[0, 0]
-    pixels = torch.frombuffer(bytearray(large.tobytes()), dtype=torch.uint8).view(large.height, large.width, 3)
-    colour = torch.where(fine[..., None] > 0, torch.tensor(FOR), torch.tensor(AGAINST))
-    grey = pixels.float().mean(-1, keepdim=True)
-    share = 0.75 * fine.abs()[..., None]
-    mixed = grey * (1 - share) + colour * share
-    return images.fromarray(mixed.round().to(torch.uint8).numpy())

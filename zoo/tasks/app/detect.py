@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.shelf import Shelf, Took
 from zoo.tasks.app.sides import BUTTONS, Side, answered, asked, between, fault, note, timing, unchanged
 
 if TYPE_CHECKING:
@@ -15,17 +15,17 @@ THRESHOLD, TOP = 0.3, 100  # as in `zoo detect predict`
 SIDE, LINES = 1600, 36  # pixels of the longer side of what is shown, and the lines of text that fit into it
 
 
-def ask(shelf: Shelf, path: str, name: str, fused: bool) -> tuple[list[dict[str, Any]], float, Any]:
-    """The objects of an image with any score, as `zoo detect predict` writes them, the milliseconds, and the names of
+def ask(shelf: Shelf, path: str, name: str, fused: bool) -> tuple[list[dict[str, Any]], Took, Any]:
+    """The objects of an image with any score, as `zoo detect predict` writes them, how long that took, and the names of
     the model's categories."""
     from zoo.tasks.detect.answers import detector
 
     answer = detector(shelf.take("detect", name, fused), 0.0, TOP, device=shelf.device)
     parts = [*answer.preprocess.parts(answer.preprocess.read(path))]
-    (objects,), milliseconds = shelf.timed(lambda: answer(parts))
+    (objects,), took = shelf.timed(lambda: answer(parts))
     if isinstance(objects, Exception):
         raise objects
-    return objects, milliseconds, answer.labels
+    return objects, took, answer.labels
 
 
 def above(objects: list[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
@@ -52,17 +52,17 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     from zoo.tasks.detect.answers import summary
 
     def handle(path: str, name: str, fused: bool, threshold: float | None) -> Iterator[tuple[Any, ...]]:
-        objects, milliseconds, labels = ask(shelf, path, name, fused)
-        known = path, name, fused, objects, milliseconds, labels
+        objects, took, labels = ask(shelf, path, name, fused)
+        known = path, name, fused, objects, took, labels
         yield *shown(known, threshold), known
 
     def shown(known: tuple[Any, ...] | None, threshold: float | None) -> tuple[Any, Any]:
         if known is None:
             return gr.skip(), gr.skip()
-        path, name, fused, objects, milliseconds, labels = known
+        path, name, fused, objects, took, labels = known
         try:
             kept = above(objects, between(threshold, "threshold", 0, 1))
-            return note(name, timing(milliseconds, fused), summary(kept)), drawn(path, kept, labels)
+            return note(name, timing(took, fused), summary(kept)), drawn(path, kept, labels)
         except Exception as error:  # as in `answered`
             return fault(error, path), None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 KEPT = 6  # models in memory
 TRIES, ENOUGH = 5, 0.3  # a short answer is repeated, so often or for so many seconds
+
+
+@dataclass(frozen=True)
+class Took:
+    """The milliseconds of an answer in so many parts, each the least of so many calls at least."""
+
+    milliseconds: float = 0.0
+    calls: int = 1
+    parts: int = 1
+
+    def __add__(self, other: Took) -> Took:
+        calls = min(self.calls, other.calls)
+        return Took(self.milliseconds + other.milliseconds, calls, self.parts + other.parts)
 
 
 class Shelf:
@@ -65,8 +79,8 @@ class Shelf:
                     self._kept.popitem(last=False)
             return found
 
-    def timed(self, ask: Callable[[], Answer], repeat: bool = True) -> tuple[Answer, float]:
-        """An answer, and its milliseconds. A short one is asked for again, and the least time counts: the first call of
+    def timed(self, ask: Callable[[], Answer], repeat: bool = True) -> tuple[Answer, Took]:
+        """An answer, and how long it took. A short one is asked for again, and the least time counts: the first call of
         a model takes longer."""
         with self._asking:
             times: list[float] = []
@@ -75,4 +89,4 @@ class Shelf:
                 answer = ask()
                 times.append(time.perf_counter() - start)
                 if not repeat or len(times) == TRIES or sum(times) > ENOUGH:
-                    return answer, 1000 * min(times)
+                    return answer, Took(1000 * min(times), len(times))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.tasks.app.shelf import Took
 from zoo.tasks.predicting import message
 
 NOTHING = "nothing"  # the name on the second side where it is not used
@@ -41,10 +42,12 @@ def fault(error: Exception, path: str = "") -> str:
     return f'<p class="fault" role="alert">{html.escape(message(error, path))}</p>'
 
 
-def timing(milliseconds: float, fused: bool) -> str:
-    """How long an answer took."""
-    digits = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
-    return f"{milliseconds:,.{digits}f} ms{', fused' * fused}"
+def timing(took: Took, fused: bool) -> str:
+    """How long an answer took, and how that was measured."""
+    digits = 2 if took.milliseconds < 10 else 1 if took.milliseconds < 100 else 0
+    calls = "one call" if took.calls == 1 else f"fastest of {took.calls} calls"
+    how = calls if took.parts == 1 else f"{took.parts} parts, {calls} each"
+    return f"{took.milliseconds:,.{digits}f} ms{', fused' * fused} ({how})"
 
 
 def answered(ask: Callable[..., Rows], blanks: Sequence[Any]) -> Callable[..., Rows]:

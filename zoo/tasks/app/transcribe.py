@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.inputs.audio.features import LONGEST
 from zoo.tasks import predicting as files
-from zoo.tasks.app.shelf import Shelf
+from zoo.tasks.app.shelf import Shelf, Took
 from zoo.tasks.app.sides import Side, answered, asked, fault, note, timing, unchanged
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Heard:
     """What was recognised so far: text, words with times (none from a streaming model or a transducer), the seconds of
-    sound, and the milliseconds that the model took."""
+    sound, and how long the model took; None if it heard only silence."""
 
     text: str
     words: list[dict[str, Any]]
     seconds: float
-    milliseconds: float
+    took: Took | None
 
 
 def ask(shelf: Shelf, path: str, name: str, fused: bool) -> Iterator[Heard]:
@@ -42,16 +42,16 @@ def ask(shelf: Shelf, path: str, name: str, fused: bool) -> Iterator[Heard]:
     decode = transcripts.decoder(argparse.Namespace(decode="greedy", name=name), model, tokenizer)
     transcribe = transcripts.Transcriber(model, preprocess, tokenizer, decode, "32")
     parts: list[transcripts.Part] = []
-    spent = 0.0
+    took: Took | None = None
     for part in transcripts.parts_of(path, transcribe, LONGEST):
         if part.features is not None:
-            tried, milliseconds = shelf.timed(partial(fresh, part, transcribe))
-            spent, part = spent + milliseconds, tried
+            part, more = shelf.timed(partial(fresh, part, transcribe))
+            took = more if took is None else took + more
         if part.error is not None:
             raise part.error
         parts.append(part)
         found = transcripts.together(parts, decode is not None)
-        yield Heard(found["text"], found["words"] or [], found["seconds"], spent)
+        yield Heard(found["text"], found["words"] or [], found["seconds"], took)
 
 
 def fresh(part: Any, transcribe: Any) -> Any:
@@ -74,7 +74,7 @@ class Stream:
         except ValueError as error:
             raise ValueError(f"{name} cannot stream: {error}") from None
         self.shelf, self.rate, self.asked = shelf, rate, (name, fused)
-        self.heard = Heard("", [], 0.0, 0.0)
+        self.heard = Heard("", [], 0.0, None)
 
     def push(self, samples: Tensor) -> Heard:
         """The result so far, after the next samples [n]."""
@@ -85,10 +85,10 @@ class Stream:
         return self._add(self.listener.finish, 0)
 
     def _add(self, call: Callable[[], str], samples: int) -> Heard:
-        said, milliseconds = self.shelf.timed(call, repeat=False)
+        said, took = self.shelf.timed(call, repeat=False)
         before = self.heard
-        seconds = before.seconds + samples / self.rate
-        self.heard = Heard(before.text + said, [], seconds, before.milliseconds + milliseconds)
+        took = took if before.took is None else before.took + took
+        self.heard = Heard(before.text + said, [], before.seconds + samples / self.rate, took)
         return self.heard
 
 
@@ -129,7 +129,7 @@ def panel(gr: Any, shelf: Shelf, sides: list[Side]) -> None:
     """The widgets, and what they do."""
 
     def row(heard: Heard, name: str, fused: bool) -> tuple[Any, ...]:
-        took = timing(heard.milliseconds, fused) if heard.milliseconds else "silence"
+        took = "silence" if heard.took is None else timing(heard.took, fused)
         told = note(name, took, f"{heard.seconds:.1f} s of sound", "" if heard.text else "no words")
         return told, heard.text, placed(heard.words)
 

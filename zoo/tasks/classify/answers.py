@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,39 +114,58 @@ def predict(
     return entries, shown
 
 
-def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Image]]) -> Figure:
-    """The images in a grid, each with its label and probability above, and its file name and other guesses below."""
-    columns = min(6, math.ceil(math.sqrt(len(shown))))
+def draw(
+    entries: list[dict[str, Any]],
+    shown: list[tuple[dict[str, Any], Image]],
+    wide: float = 1.0,
+    under: Sequence[str] = (),
+    about: str = "",
+) -> Figure:
+    """The images in a grid, each with its label and probability above, and its file name and other guesses below.
+
+    Args:
+        entries: those of predictions.json.
+        shown: the entries and images that are drawn.
+        wide: the width of a place for an image over its height.
+        under: a text for each image, in place of the other guesses.
+        about: a text below all.
+    """
+    columns = min(int(6 / wide), math.ceil(math.sqrt(len(shown) / wide)))
     side, gap, between = (2.1 if columns > 1 else 3.6), 0.28, 0.7  # inches; `between` holds the texts
     failed = sum("error" in entry for entry in entries)
     more = len(entries) - failed - len(shown)
     notes = [f"and {more} more in predictions.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
 
-    width = gap + columns * (side + gap)
-    height = gap + math.ceil(len(shown) / columns) * (side + between) + 0.3 * bool(notes)
+    width = gap + columns * (wide * side + gap)
+    last = [*textwrap.wrap(about, int(13 * width)), *["; ".join(notes)] * bool(notes)]
+    height = gap + math.ceil(len(shown) / columns) * (side + between) + 0.3 * bool(last) + 0.17 * len(last[1:])
     figure = Figure((width, height), dpi=120, facecolor="white")
     for number, (entry, image) in enumerate(shown):
-        left = gap + number % columns * (side + gap)
+        left = gap + number % columns * (wide * side + gap)
         bottom = height - gap / 2 - 0.3 - side - number // columns * (side + between)
-        axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+        axes = figure.add_axes((left / width, bottom / height, wide * side / width, side / height))
         axes.set(xticks=[], yticks=[], facecolor=CARD)
         axes.spines[:].set_visible(False)
         axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
-        (x, y), half = image.size, max(image.size)
+        x, y = image.size
+        tall = max(x / wide, y)
         axes.add_patch(Rectangle((-0.5, -0.5), x, y, fill=False, edgecolor=GREY, lw=0.5, clip_on=False))
-        axes.set(xlim=((x - half - 1) / 2, (x + half - 1) / 2), ylim=((y + half - 1) / 2, (y - half - 1) / 2))
+        axes.set(xlim=((x - wide * tall - 1) / 2, (x + wide * tall - 1) / 2))
+        axes.set(ylim=((y + tall - 1) / 2, (y - tall - 1) / 2))
         for share, colour in ((1.0, TRACK), (entry["probability"], BAR)):
             axes.add_patch(
                 Rectangle((0, -0.03), share, 0.03, transform=axes.transAxes, clip_on=False, color=colour, lw=0)
             )
         style: dict[str, Any] = {"pad": 5, "fontsize": 9, "color": INK, "parse_math": False}
-        axes.set_title(short(entry["label"], int(9 * side)), loc="left", fontweight="bold", **style)
+        axes.set_title(short(entry["label"], int(9 * wide * side)), loc="left", fontweight="bold", **style)
         axes.set_title(f"{entry['probability']:.1%}", loc="right", **style)
         style = {"va": "top", "fontsize": 7, "color": GREY, "parse_math": False}
         lines = [short(os.path.basename(entry["path"]), 32, 8)]
-        if entry["probability"] < SURE and (others := entry["top"][1:3]):
+        if under:
+            lines.append(under[number])
+        elif entry["probability"] < SURE and (others := entry["top"][1:3]):
             guesses = (f"{short(other['label'], 11)} ({other['probability']:.1%})" for other in others)
             lines.append(f"or {', '.join(guesses)}")
         axes.text(0, -0.06, "\n".join(lines), transform=axes.transAxes, **style)
-    figure.text(0.5, 0.14 / height, "; ".join(notes), ha="center", fontsize=9, color=GREY)
+    figure.text(0.5, 0.1 / height, "\n".join(last), ha="center", va="bottom", fontsize=9, color=GREY)
     return figure

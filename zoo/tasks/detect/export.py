@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     """Exports as given by the arguments. ValueError or OSError, and no file, if that is not possible."""
     given = parser().parse_args(arguments)
     output = Path(given.output).expanduser()
-    exporting.check_packages()
+    files.check_packages("export", exporting.PACKAGES, "export")
     exporting.check_target(output)
     from dataclasses import replace
 

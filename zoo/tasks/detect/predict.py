@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> None:
     if not shown:
         raise files.nothing_done(output, entries, kind)
     coco, rows = answers.to_coco(entries, answer.labels), answers.table(entries)
-    written = files.write(output, FILES, COLUMNS, coco, lambda: answers.draw(entries, shown, answer.labels), rows)
+    draws = {FILES[2]: lambda: answers.draw(entries, shown, answer.labels)}
+    written = files.write(output, FILES[:2], COLUMNS, coco, draws, rows)
     done = [path.name for path, entry in zip(targets, of_videos, strict=True) if answers.answered(entry)]
     files.finish(output, written + done, entries, kind)
 
@@ -73,7 +74,7 @@ def find(given: list[str], output: Path) -> tuple[list[str], list[str]]:
     from zoo.inputs.videos import EXTENSIONS as VIDEOS
     from zoo.inputs.videos import is_video
 
-    paths = files.find_files(given, EXTENSIONS + VIDEOS, "image or video", output / FILES[2])
+    paths = files.find_files(given, EXTENSIONS + VIDEOS, "image or video", [output / FILES[2]])
     named, home = {os.path.realpath(os.path.expanduser(path)) for path in given}, os.path.realpath(output)
     images, videos = [], []
     for path in paths:

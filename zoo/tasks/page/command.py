@@ -64,7 +64,7 @@ def page_of(name: str, shown: str, options: Options) -> bytes:
         ValueError: the model cannot have a page, a package is missing, or the page would be too large.
         OSError: onnxruntime-web cannot be read or downloaded.
     """
-    exporting.check_packages("zoo page")
+    files.check_packages("zoo page", exporting.PACKAGES, "export")
     from zoo.tasks.page.document import document
     from zoo.tasks.page.runtime import WEBGPU_NAMES, read_runtime
 

@@ -1,7 +1,10 @@
 """`zoo transcribe predict`: transcribes audio files to lines, JSON, CSV and an image."""
 
+from __future__ import annotations
+
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ def parser() -> Parser:
     made.add_argument("name", metavar="NAME", help=files.NAME)
     made.add_argument("paths", metavar="PATH", nargs="+", help="an audio file, or a folder to search for audio files")
     files.add_options(made)
+    files.add_maps(made)
     searches = ("greedy", "beam", "flashlight")
     decode = "greedy (default), beam or flashlight"
     made.add_argument("--decode", metavar="SEARCH", choices=searches, default="greedy", help=decode)
@@ -46,11 +50,14 @@ def main(arguments: list[str]) -> None:
     given = parser().parse_intermixed_args(arguments)
     _check_options(given)
     from zoo.inputs.audio import EXTENSIONS
-    from zoo.tasks.transcribe import transcripts
+    from zoo.tasks.maps import check_weights
+    from zoo.tasks.transcribe import maps, transcripts
 
     output, device = Path(given.output).expanduser(), files.device_for(given.device)
     paths = files.find_files(given.paths, EXTENSIONS, "audio file")
     model, preprocess, tokenizer = files.load_recogniser(given.name)
+    if given.maps:
+        check_weights(model, given.name)
     decode = transcripts.decoder(given, model, tokenizer)
     files.make_output(output)  # before the work, so that a bad name fails early
 
@@ -59,11 +66,12 @@ def main(arguments: list[str]) -> None:
     if not any("text" in entry for entry in entries):
         raise files.nothing_done(output, entries, "file")
 
-    def draw() -> "Figure":
-        return transcripts.draw(entries, transcripts.shown(entries, preprocess))
-
-    whole = any("error" not in entry for entry in entries)
-    files.finish(output, files.write(output, FILES, COLUMNS, entries, draw if whole else None), entries, "file")
+    draws: dict[str, Callable[[], Figure]] = {}
+    if any("error" not in entry for entry in entries):
+        draws[FILES[2]] = lambda: transcripts.draw(entries, transcripts.shown(entries, preprocess))
+        if given.maps:
+            draws[files.MAPS] = lambda: maps.draw(entries, transcribe)
+    files.finish(output, files.write(output, FILES[:2], COLUMNS, entries, draws), entries, "file")
 
 
 def _check_options(given: argparse.Namespace) -> None:

@@ -212,9 +212,11 @@ def _batches(parts: Sequence[Part], most: float) -> Iterator[list[Part]]:
         yield batch
 
 
-def shown(entries: Sequence[dict[str, Any]], preprocess: AudioPreprocess) -> list[tuple[dict[str, Any], Tensor]]:
-    """The first entries without an error, and the features [T, mels] of their first seconds."""
-    found = [entry for entry in entries if "error" not in entry][:SHOWN]
+def shown(
+    entries: Sequence[dict[str, Any]], preprocess: AudioPreprocess, most: int = SHOWN
+) -> list[tuple[dict[str, Any], Tensor]]:
+    """The first entries without an error, at most so many, and the features [T, mels] of their first seconds."""
+    found = [entry for entry in entries if "error" not in entry][:most]
     return [(entry, preprocess(read_audio(entry["path"], preprocess.rate, seconds=VIEW))) for entry in found]
 
 
@@ -225,7 +227,7 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor
     notes = [f"and {more} more in transcripts.json"] * bool(more) + [f"{failed} had an error"] * bool(failed)
 
     width, edge, sound, between, line = 11.0, 0.3, 0.9, 0.75, 0.17  # inches; `between` holds name and seconds
-    spans = [min(VIEW, max(0.05, entry["seconds"])) for entry, _ in shown]
+    spans = [span_of(entry) for entry, _ in shown]
     labels = [_labels(entry, span, (width - 2 * edge) / span) for (entry, _), span in zip(shown, spans, strict=True)]
     lanes = [1 + max(lane for *_, lane in placed) for placed in labels]
     height = edge * bool(notes) + sum(between + sound + line * number for number in lanes)
@@ -246,11 +248,26 @@ def draw(entries: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Tensor
                 axes.plot([start, end], [1.03, 1.03], color=BAR, lw=3, solid_capstyle="butt", **over)
         style: dict[str, Any] = {"fontsize": 8, "parse_math": False, "color": GREY, "va": "bottom"}
         y = (bottom + sound + line * number + 0.12) / height
-        lasts = f"the first {VIEW:g} s of " * (entry["seconds"] > VIEW) + f"{entry['seconds']:.1f} s"
         figure.text(edge / width, y, short(os.path.basename(entry["path"]), 80, 12), **style)
-        figure.text(1 - edge / width, y, lasts, ha="right", **style)
+        figure.text(1 - edge / width, y, lasts(entry), ha="right", **style)
     figure.text(0.5, 0.12 / height, "; ".join(notes), ha="center", fontsize=9, color=GREY)
     return figure
+
+
+def span_of(entry: dict[str, Any]) -> float:
+    """The seconds of a file that are drawn."""
+    return min(VIEW, max(0.05, entry["seconds"]))
+
+
+def lasts(entry: dict[str, Any]) -> str:
+    """How long a file is, and how much of it is drawn."""
+    return f"the first {VIEW:g} s of " * (entry["seconds"] > VIEW) + f"{entry['seconds']:.1f} s"
+
+
+def ticks_of(span: float, most: int) -> list[float]:
+    """At most so many steps of round numbers of seconds from 0 to the span."""
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0) if span <= most * step)
+    return [step * tick for tick in range(int(span / step + 1e-6) + 1)]
 
 
 def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float) -> None:
@@ -259,8 +276,7 @@ def _draw_sound(axes: Axes, bands: np.ndarray, seconds: float) -> None:
     axes.imshow(bands, cmap=COLOURS, vmin=low, vmax=max(high, low + 1e-6), extent=extent, origin="lower", aspect="auto")
     axes.spines[:].set_visible(False)
     axes.set(yticks=[], ylim=(0, 1), xlim=(0, seconds))
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if seconds <= 10 * step)
-    ticks = [step * tick for tick in range(int(seconds / step + 1e-6) + 1)]
+    ticks = ticks_of(seconds, 10)
     axes.set_xticks(ticks, [f"{tick:g} s" for tick in ticks])
     axes.tick_params(labelsize=7, labelcolor=GREY, color=GREY, length=2, pad=2)
 
