@@ -47,9 +47,9 @@ class GroupedQuery(DotProduct):
     merge='weighted' multiplies each head by a learned weight before the mean (WGQA, Chinnakonduru and Mohapatra 2024,
     arXiv:2407.10855).
 
-    groups says which queries read which keys. `even`: each key head has as many queries as others. `key_norm`: in each
-    sample, heads with long keys have more queries, in proportion to how much longer the keys of all real tokens are,
-    together, than those of the shortest head, which mostly has none (KDGQA, Khan et al. 2024, arXiv:2408.08454).
+    groups says which queries read which keys. `even`: all key heads have the same number of queries. `key_norm`: in
+    each sample, a head's number of queries is in proportion to the norm of its keys, of all real tokens, minus the
+    smallest such norm, so that one head mostly has none (KDGQA, Khan et al. 2024, arXiv:2408.08454).
     """
 
     MERGES = ("mean", "weighted")
