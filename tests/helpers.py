@@ -30,6 +30,8 @@ ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
+SPECS += ("shaw(span=3, on='qk', values=True)", "irpe(method='cross', on='qkv')", "irpe(method='euclidean', on='qk')")
+SPECS += ("cope(positions=4, causal=True)",)
 
 
 def rehash(folder: Path) -> None:

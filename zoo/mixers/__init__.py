@@ -7,6 +7,7 @@ options).
 from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.contextual import IRPE, CoCA, CoPE, Disentangled, Shaw, ThresholdRelative
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
@@ -20,6 +21,12 @@ MIXERS: dict[str, type[Layer]] = {
     "window": Window,
     "area": Area,
     "power": Power,
+    "shaw": Shaw,
+    "irpe": IRPE,
+    "disentangled": Disentangled,
+    "cope": CoPE,
+    "coca": CoCA,
+    "tra": ThresholdRelative,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,
