@@ -31,7 +31,8 @@ SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_di
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(scales=6.0)", "linfusion(lift=False)")
 SPECS += ("shaw(span=3, on='qk', values=True)", "irpe(method='cross', on='qkv')", "irpe(method='euclidean', on='qk')")
-SPECS += ("cope(positions=4, causal=True)",)
+SPECS += ("cope(positions=4, causal=True)", "shared_scores(residual=True)")
+SPECS += ("blend(of=('softmax', 'shaw(span=3)'), weights='learned')", "blend(weights='input')")
 
 
 def rehash(folder: Path) -> None:

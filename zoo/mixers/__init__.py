@@ -7,6 +7,7 @@ options).
 from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.compose import Blend, SharedScores
 from zoo.mixers.contextual import IRPE, CoCA, CoPE, Disentangled, Shaw, ThresholdRelative
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
@@ -27,6 +28,8 @@ MIXERS: dict[str, type[Layer]] = {
     "cope": CoPE,
     "coca": CoCA,
     "tra": ThresholdRelative,
+    "shared_scores": SharedScores,
+    "blend": Blend,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,

@@ -219,7 +219,7 @@ class IRPE(Offsets):
 
 
 class CoPE(Unturned):
-    """softmax((q_i . (k_j + e[p_ij]) / sqrt(d)), where the position p_ij of a key is counted from the query: the sum
+    """softmax(q_i . (k_j + e[p_ij]) / sqrt(d)), where the position p_ij of a key is counted from the query: the sum
     over the tokens m from j to i of sigmoid(q_i . k_m / sqrt(d)) (CoPE, Golovneva et al. 2024, arXiv:2405.18719).
 
     Positions are clipped to `positions` - 1, and e is interpolated between integers. The paper is causal, as is
