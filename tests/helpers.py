@@ -44,6 +44,9 @@ SPECS += (
 )
 SPECS += ("relational(relational_heads=1, relations=3, symmetric=True)", "conv_projection(kernels=(2, 2), of='qk')")
 SPECS += ("conv_projection(kernels=(1, 3), of='kv')", "relative(conv=3)")
+SPECS += ("shaw(span=3, on='qk', values=True)", "irpe(method='cross', on='qkv')", "irpe(method='euclidean', on='qk')")
+SPECS += ("cope(positions=4, causal=True)", "shared_scores(residual=True)")
+SPECS += ("blend(of=('softmax', 'shaw(span=3)'), weights='learned')", "blend(weights='input')")
 
 
 def rehash(folder: Path) -> None:

@@ -145,7 +145,10 @@ def test_a_decoder_that_adds_code_keeps_its_norm():
 
 # Where no affine map folds into a branch: behind it, and in front of it.
 NO_OUTPUTS = {"mixer-identity", "mixer-pool", "conv-depthwise-batchnorm", "conv-depthwise-layernorm"}
-NO_INPUTS = NO_OUTPUTS | {"mixer-dcnv4(weights='softmax', local=3, centre=True, bias=False)", "mixer-linfusion"}
+NO_OUTPUTS |= {"mixer-blend(of=('softmax', 'shaw(span=3)'), weights='learned')", "mixer-blend(weights='input')"}
+NO_OUTPUTS |= {"ffn-chunked"}
+NO_INPUTS = NO_OUTPUTS - {each for each in NO_OUTPUTS if "blend" in each}
+NO_INPUTS |= {"mixer-dcnv4(weights='softmax', local=3, centre=True, bias=False)", "mixer-linfusion"}
 NO_INPUTS |= {"ffn-ista", "mixer-super", "mixer-optimized", "mixer-optimized(key=False)"}
 NO_INPUTS |= {"mixer-conv_projection(kernels=(2, 2), of='qk')"}
 NO_OUTPUTS |= {"ffn-ista", "mixer-sagan"}

@@ -191,12 +191,12 @@ def _check_pairs(block: BlockConfig) -> None:
         if name in ("mixer", "conv", "cross") and name not in words:
             continue
         spec, table = getattr(block, name), TABLES[name]
-        row, axes = table[parse(spec)[0]], block.place.axes
-        if name in ("mixer", "conv") and axes not in row.dimensions:
-            works = "along time" if row.dimensions == (1,) else "on images"
+        row, axes, options = table[parse(spec)[0]], block.place.axes, check(table, spec)
+        if name in ("mixer", "conv") and axes not in (kinds := row.dimensions_of(**options)):
+            works = "along time" if kinds == (1,) else "on images"
             able = [other for other, each in table.items() if axes in each.dimensions]
             raise ValueError(f"{name} '{spec}' works {works} only; choose another {name} ({listed(able)})")
-        unread = sorted(needed - row.reads_of(**check(table, spec)))
+        unread = sorted(needed - row.reads_of(**options))
         if parse(spec)[0] == "none" or not row.mixes or not unread:
             continue
         if writes & {"rotary", "bias"} & set(unread):

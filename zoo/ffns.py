@@ -265,5 +265,46 @@ class Mixture(Layer):
         return [self.out]
 
 
+class Chunked(Layer):
+    """W2 activation(W1 x) of each of `parts` chunks of the channels by itself, so weights and cost are a `parts`-th of
+    an MLP's (the chunk-level network of EfficientASR, Wang et al. 2024, arXiv:2404.19214). The hidden width of a chunk
+    is ratio times its own."""
+
+    def __init__(
+        self, dim: int, place: Place = ANYWHERE, *, parts: int = 2, ratio: float = 4.0, activation: str = "gelu"
+    ) -> None:
+        super().__init__()
+        hidden = self.hidden_of(dim, parts, ratio)
+        self.activation = activation_of(activation)
+        self.expands = nn.ModuleList(linear(dim // parts, hidden) for _ in range(parts))
+        self.outs = nn.ModuleList(linear(hidden, dim // parts) for _ in range(parts))
+        self.inner: Layer | None = None
+
+    @staticmethod
+    def hidden_of(dim: int, parts: int, ratio: float) -> int:
+        """The hidden width of a chunk."""
+        if dim % parts:
+            raise ValueError(f"parts must divide dim {dim}, got {parts}")
+        return hidden_width(dim // parts, ratio)
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, parts: int = 2, ratio: float = 4.0, **options: Any) -> dict[str, Site]:
+        return {"inner": Site(parts * cls.hidden_of(dim, parts, ratio))}
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        number = len(self.outs)
+        wide = [expand(part) for expand, part in zip(self.expands, x.chunk(number, -1), strict=True)]
+        y = self.activation(torch.cat(wide, -1))
+        y = y if self.inner is None else self.inner(y, context)
+        return torch.cat([out(part) for out, part in zip(self.outs, y.chunk(number, -1), strict=True)], -1)
+
+    def inputs(self) -> list[nn.Linear] | str:
+        return "its linears read chunks of the channels"
+
+    def outputs(self) -> list[nn.Linear] | str:
+        return "its linears give chunks of the channels"
+
+
 FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA, "moe": Mixture}
+FFNS |= {"chunked": Chunked}
 """Each row is constructed as row(dim, place, *, options)."""

@@ -96,13 +96,23 @@ class Context(NamedTuple):
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
     notes: dict[str, Tensor] | None = None  # what layers report, by `<module path>.<name>`; None if nobody asks
     losses: Losses | None = None  # what layers add to the loss; None if nobody asks
+    carry: dict[str, Tensor] | None = None  # what blocks leave for later ones, by `<name>.<index of the block>`
 
     def moved(self, grid: tuple[int, ...], prefix: int = 0, mask: Tensor | None = None) -> "Context":
-        """The Context of other tokens of the same samples, with the condition and the memory of this one; ValueError
-        for a condition of single tokens on another number of them."""
+        """The Context of other tokens of the same samples, with the condition and the memory of this one; blocks have
+        left nothing in it. ValueError for a condition of single tokens on another number of them."""
         if self.cond is not None and self.cond.shape[1] != 1 and self.cond.shape[1] != prefix + math.prod(grid):
             raise ValueError(f"a condition of {self.cond.shape[1]} tokens does not fit the grid {grid}")
-        return Context(grid, prefix, mask, cond=self.cond, memory=self.memory, notes=self.notes, losses=self.losses)
+        return Context(
+            grid,
+            prefix,
+            mask,
+            cond=self.cond,
+            memory=self.memory,
+            notes=self.notes,
+            losses=self.losses,
+            carry=None if self.carry is None else {},
+        )
 
     @property
     def grid_mask(self) -> Tensor | None:
@@ -156,7 +166,8 @@ class Layer(nn.Module):
 
     `reports_loss` says whether the layer adds to the loss in training; a layer may set it by its options.
 
-    The class methods `reads_of`, `sites_of` and `head_width_of` take the options, for rows where they matter.
+    The class methods `reads_of`, `dimensions_of`, `sites_of` and `head_width_of` take the options, for rows where they
+    matter.
 
     `address` is the layer's path in its model, by which it finds its memory of a stream. A layer that changes over
     training has a method `advance(progress)` and a property `finished`, true once it has reached its final form.
@@ -174,6 +185,11 @@ class Layer(nn.Module):
     def reads_of(cls, **options: Any) -> frozenset[str]:
         """The fields of the Context that the layer honours with these options."""
         return cls.reads
+
+    @classmethod
+    def dimensions_of(cls, **options: Any) -> tuple[int, ...]:
+        """The numbers of axes that its grid may have with these options."""
+        return cls.dimensions
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:

@@ -348,8 +348,10 @@ def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
             *textwrap.wrap(" ".join(paragraph.split()), width() - 2, initial_indent="  ", subsequent_indent="  "),
             "",
         ]
-    options = ", ".join(f"{option}={default!r}" for option, default in row["options"].items())
-    pairs = [("options", options or "none")]
+    options = []
+    for option, default in row["options"].items():
+        options.append(f"{option}={tuple(default) if isinstance(default, list) else default!r}")
+    pairs = [("options", ", ".join(options) or "none")]
     pairs += [("paper", f"https://arxiv.org/abs/{paper}") for paper in row["papers"]]
     if "axes" in row:
         pairs.append(
@@ -365,7 +367,7 @@ def choice_page(kind: str, name: str, row: Mapping[str, Any]) -> str:
     if "folds" in row:
         pairs.append(("zoo.fuse", row["folds"]))
     field = kind.split()[0]
-    call = name + (f"({options.split(', ')[0]})" if options else "")
+    call = name + (f"({options[0]})" if options else "")
     models = [each for each, model in facts()["models"].items() if any_name(model["fields"].get(field, ""), name)]
     if models:
         pairs.append(("used by", cut(", ".join(models), 200)))

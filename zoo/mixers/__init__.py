@@ -7,6 +7,8 @@ options).
 from zoo.layer import Layer
 from zoo.mixers.area import Area
 from zoo.mixers.attention import Cross, Softmax, Window
+from zoo.mixers.compose import Blend, SharedScores
+from zoo.mixers.contextual import IRPE, CoCA, CoPE, Disentangled, Shaw, ThresholdRelative
 from zoo.mixers.convolved import ConvProjection
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.differential import Differential, Integral
@@ -71,6 +73,14 @@ MIXERS: dict[str, type[Layer]] = {
     "mla": Latent,
     "relational": Relational,
     "conv_projection": ConvProjection,
+    "shaw": Shaw,
+    "irpe": IRPE,
+    "disentangled": Disentangled,
+    "cope": CoPE,
+    "coca": CoCA,
+    "tra": ThresholdRelative,
+    "shared_scores": SharedScores,
+    "blend": Blend,
     "local": Local,
     "sla": SimplifiedLinear,
     "linfusion": LinFusion,

@@ -187,9 +187,13 @@ class Model(nn.Module, Generic[Kind]):
                 module.address = name
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
-        """The blocks one after the other. Layers write into `notes` and `losses`, if these are not None."""
+        """The blocks one after the other. Layers write into `notes` and `losses`, if these are not None. What blocks
+        leave for later ones lasts for this call; a family that runs some of them at a time gives the Context a `carry`.
+        """
         if self.notes is not None:
             context = context._replace(notes=self.notes)
+        if context.carry is None:
+            context = context._replace(carry={})
         checkpointing = self.checkpointing and self.training
         if self.losses is None:
             return run(blocks, x, context, checkpointing)

@@ -336,7 +336,7 @@ class Conformer(Model[ConformerConfig]):
             if not known or self.training or bool((lengths < features.shape[1]).any()):
                 mask = mask_of(lengths, features.shape[1])
         x, mask = self.stem(features, mask)
-        context = self.position.place(Context(grid=(x.shape[1],), mask=mask))
+        context = self.position.place(Context(grid=(x.shape[1],), mask=mask, carry={}))
         return self.start(x, context), context._replace(visible=self.chunks(visible))
 
     def chunks(self, visible: Chunks | None) -> Chunks | None:
@@ -434,7 +434,7 @@ class Conformer(Model[ConformerConfig]):
         """
         x, mask = self.stem(features, mask, cache)
         context = self.position.place(Context(grid=(visible.left + x.shape[1],)))
-        context = context._replace(grid=(x.shape[1],), mask=mask, visible=visible, cache=cache)
+        context = context._replace(grid=(x.shape[1],), mask=mask, visible=visible, cache=cache, carry={})
         x = self.start(x, context)
         for block in self.blocks:
             x = block(x, context)

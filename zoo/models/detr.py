@@ -121,7 +121,7 @@ class DETR(Model[DETRConfig]):
         """The predictions after each decoder block, [layers, B, Q, ...]; in eval mode only the last ones."""
         number = self.config.queries
         code = self.query(torch.arange(number, device=memory.tokens.device))[None].to(memory.tokens.dtype)
-        context = Context(grid=(number,), code=code, memory=memory)
+        context = Context(grid=(number,), code=code, memory=memory, carry={})
         x = torch.zeros_like(code).expand(memory.tokens.shape[0], -1, -1)
         found = []
         for index, block in enumerate(self.decoder):

@@ -156,7 +156,7 @@ class Branch(nn.Module):
     ) -> tuple[Tensor, Context]:
         """The tokens before the first block and their Context, from the image and what the branch before saw."""
         tokens, grid, real = self.stem(x, mask)
-        context = self.position.place(Context(grid=grid, mask=real, cond=cond))
+        context = self.position.place(Context(grid=grid, mask=real, cond=cond, carry={}))
         tokens = self.position(tokens, context)
         if self.up is not None:
             assert before is not None

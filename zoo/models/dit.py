@@ -168,7 +168,7 @@ class DiT(Conditioned, Model[DiTConfig]):
     def embed(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
         """Tokens [B, N, dim] with positions, and the Context of the first block, without the condition."""
         tokens, grid, mask = self.stem(x, mask)
-        context = self.position.place(Context(grid=grid, mask=mask))
+        context = self.position.place(Context(grid=grid, mask=mask, carry={}))
         return self.position(tokens, context), context
 
     def join(self, tokens: Tensor, context: Context, vectors: Tensor | None) -> tuple[Tensor, Context]:

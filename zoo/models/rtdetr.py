@@ -287,7 +287,7 @@ class RTDETR(Model[RTDETRConfig]):
             boxes = torch.where(mask[..., None], boxes, 0.5)
         found: list[Predicted] = []
         steps: list[Boxes] = []
-        last = Boxes(boxes)
+        last, carry = Boxes(boxes), dict[str, Tensor]()
         for number, block in enumerate(self.decoder):
             fixed = last.boxes.detach()
             context = Context(
@@ -296,6 +296,7 @@ class RTDETR(Model[RTDETRConfig]):
                 code=self.boxes.coded(self.query_code(fixed.to(x.dtype))),
                 memory=memory._replace(reference=fixed),
                 visible=visible,
+                carry=carry,
             )
             x = self.run((block,), x, context)
             last = self.boxes(number, x, last)

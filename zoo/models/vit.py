@@ -124,7 +124,7 @@ class ViT(Model[ViTConfig]):
             x = torch.cat([self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], prefix), mask], 1)
-        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask))
+        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask, carry={}))
         x = self.position(x, context)
         return x if self.first_norm is None else self.first_norm(x, context), context
 
