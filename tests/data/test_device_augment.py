@@ -1,5 +1,6 @@
 """Augmentation of uint8 batches: the operations of timm on single images, the same choices, trainings."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
 
-from training import fit, state
+from training import classifier, fit, state, trainer
 from zoo.data.device_augment import OPERATIONS, DeviceAugment, _moved
 from zoo.data.images import Batch, Images, Pixels
 from zoo.inputs.images import ImagePreprocess
@@ -129,7 +130,7 @@ def test_the_same_rectangles_are_erased():
 def plans(data: Images, number: int) -> list[list[tuple[str, float]]]:
     data.items("train")
     assert data.finish is not None
-    return data.finish.plan([(0, index) for index in range(number)], (16, 16))[0]
+    return data.finish.plan([(0, index) for index in range(number)], (16, 16)).steps
 
 
 def test_choices_are_as_often_as_timms():
@@ -156,6 +157,30 @@ def test_an_image_does_not_depend_on_its_batch():
     together = data.on_after_batch_transfer(dataset.__getitems__(keys), 0).images
     alone = [data.on_after_batch_transfer(dataset.__getitems__([key]), 0).images for key in keys]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_workers_draw_what_the_device_does(precision: str, monkeypatch: pytest.MonkeyPatch):
+    """And it arrives as it was drawn: Lightning rounds the floats of a batch."""
+    plain, plan, own = DeviceAugment.__call__, DeviceAugment.plan, os.getpid()
+    found: dict[int, list[Tensor]] = {0: [], 1: []}
+    for workers, images in found.items():
+        data = Images(**PLAIN | {"randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.5}, jitter=0.3, augment="device")
+        data.workers = workers
+
+        def noted(finish: DeviceAugment, pixels: Pixels, images: list[Tensor] = images) -> Tensor:
+            images.append(plain(finish, pixels))
+            return images[-1]
+
+        def drawn(*given: Any, workers: int = workers) -> Any:
+            assert (os.getpid() == own) == (workers == 0)
+            return plan(*given)
+
+        monkeypatch.setattr(DeviceAugment, "__call__", noted)
+        monkeypatch.setattr(DeviceAugment, "plan", drawn)
+        trainer(1, 3, precision=precision).fit(classifier(), datamodule=data)
+    assert len(found[0]) == 3 and all(each.dtype == torch.float32 for each in found[0])
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
 
 
 def test_outside_is_the_fill_and_a_move_by_nothing_changes_nothing():
@@ -198,7 +223,12 @@ def test_grey_images_stay_as_bright_as_they_are():
 
 def test_a_batch_of_unreadable_images_is_empty():
     finish = DeviceAugment([], 0.5, ImagePreprocess(size=16), 0)
-    empty = Pixels(torch.empty(0, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), (), ("a.png",))
+    empty = Pixels(
+        torch.empty(0, 3, 16, 16, dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.int64),
+        finish.plan((), (16, 16)),
+        ("a.png",),
+    )
     assert finish(empty).shape == (0, 3, 16, 16)
 
 

@@ -23,13 +23,28 @@ Step = tuple[str, float]  # an operation and its strength
 Fill = tuple[int, ...]
 
 
+class Plan:
+    """What is done to the images of a batch.
+
+    Lightning and the loader do not look into a class of its own, so numbers stay as they are drawn.
+
+    Args:
+        steps: those of each image.
+        boxes: the rectangle of each image that is erased, top, left, bottom and right; None for none.
+        seed: of the noise in the rectangles.
+    """
+
+    def __init__(self, steps: list[list[Step]], boxes: list[tuple[int, ...] | None], seed: int):
+        self.steps, self.boxes, self.seed = steps, boxes, seed
+
+
 class DeviceAugment:
     """RandAugment, jitter, normalisation and erasing of uint8 batches, on the device that they are on.
 
-    Operations, strengths and rectangles are drawn by timm from seed, epoch and index alone. Rectangles are those of
-    `training_transform`; operations have its distribution, but are other draws. Results differ from Pillow's by
-    rounding, at the borders of rotated, sheared and shifted images, and, with bicubic interpolation, near sharp edges,
-    because PyTorch's kernel is another. The noise of erased rectangles is a function of the batch.
+    Operations, strengths and rectangles are drawn by timm, in the workers, from seed, epoch and index alone. Rectangles
+    are those of `training_transform`; operations have its distribution, but are other draws. Results differ from
+    Pillow's by rounding, at the borders of rotated, sheared and shifted images, and, with bicubic interpolation, near
+    sharp edges, because PyTorch's kernel is another. The noise of erased rectangles is a function of the batch.
 
     Args:
         transforms: timm's RandAugment or AutoAugment, and torchvision's ColorJitter; the second part of
@@ -71,22 +86,19 @@ class DeviceAugment:
             return self._finished(pixels)
 
     def _finished(self, pixels: "Pixels") -> Tensor:
-        plans, boxes = self.plan(pixels.keys, (pixels.images.shape[2], pixels.images.shape[3]))
-        images = self.augmented(pixels.images, plans)
+        plan = pixels.plan
+        images = self.augmented(pixels.images, plan.steps)
         if self.preprocess.channels == 1 and images.shape[1] == 3:
             images = _grey(images)
         batch = self.preprocess.scaled(images)
-        if any(box is not None for box in boxes):
-            seed = hashed(self.seed, *(number for key in pixels.keys for number in key))
-            self.erased(batch, boxes, torch.Generator(batch.device).manual_seed(seed))
+        if any(box is not None for box in plan.boxes):
+            self.erased(batch, plan.boxes, torch.Generator(batch.device).manual_seed(plan.seed))
         return batch
 
-    def plan(
-        self, keys: Sequence[tuple[int, int]], sides: tuple[int, int]
-    ) -> tuple[list[list[Step]], list[tuple[int, ...] | None]]:
-        """The steps of each image, and the rectangle that is erased: top, left, bottom and right."""
+    def plan(self, keys: Sequence[tuple[int, int]], sides: tuple[int, int]) -> Plan:
+        """What is done to the images of these epochs and indices, of this height and width."""
         plans, boxes = [], []
-        with kept_generators():
+        with _full_precision(torch.device("cpu")), kept_generators():
             for epoch, index in keys:
                 reseed(self.seed, epoch, index, 2)
                 plans.append([])
@@ -97,7 +109,7 @@ class DeviceAugment:
                     reseed(self.seed, epoch, index, 1)  # as on single images
                     self.erase(box)
                 boxes.append(box.found)
-        return plans, boxes
+        return Plan(plans, boxes, hashed(self.seed, *(number for key in keys for number in key)))
 
     def augmented(self, images: Tensor, plans: Sequence[Sequence[Step]]) -> Tensor:
         """Images uint8 [B, 3, height, width] after their steps: the first step of all images, then the second, ..."""

@@ -18,7 +18,7 @@ from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statisti
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from zoo.data.device_augment import DeviceAugment
+    from zoo.data.device_augment import DeviceAugment, Plan
 
 
 class Batch(NamedTuple):
@@ -37,13 +37,13 @@ class Batch(NamedTuple):
 class Pixels(NamedTuple):
     """Images of one training step before `DeviceAugment`.
 
-    `images` is uint8 [B, channels, height, width], `labels` int64 [B]. `keys` are their epochs and indices. `skipped`
-    as in `Batch`.
+    `images` is uint8 [B, channels, height, width], `labels` int64 [B]. `plan` is what is to be done to the images.
+    `skipped` as in `Batch`.
     """
 
     images: Tensor
     labels: Tensor
-    keys: tuple[tuple[int, int], ...]
+    plan: "Plan"
     skipped: tuple[str, ...]
 
 
@@ -109,11 +109,17 @@ class ImageDataset(Dataset[Batch]):
 
 
 class PixelDataset(ImageDataset):
-    """A source's images, cut and not normalised, for `DeviceAugment`; several keys make `Pixels`."""
+    """A source's images, cut and not normalised, with a plan for `finish`; several keys make `Pixels`."""
+
+    def __init__(self, source: Source, transform: Callable[["Image"], "Image"], finish: "DeviceAugment"):
+        super().__init__(source, transform, finish.preprocess, seed=finish.seed)
+        self.finish = finish
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Pixels:
-        images, read, skipped = self.cut(keys)
-        return Pixels(self.preprocess.stacked(images), self.labels(read), read, skipped)
+        cut, read, skipped = self.cut(keys)
+        images = self.preprocess.stacked(cut)
+        plan = self.finish.plan(read, (images.shape[2], images.shape[3]))
+        return Pixels(images, self.labels(read), plan, skipped)
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -299,7 +305,7 @@ class Images(DataModule):
             from zoo.data.device_augment import device_transform
 
             cut, self.finish = device_transform(self)
-            return PixelDataset(source, cut, self.preprocess, seed=self.seed)
+            return PixelDataset(source, cut, self.finish)
         transform, erase = training_transform(self)
         return ImageDataset(source, transform, self.preprocess, erase, self.seed)
 

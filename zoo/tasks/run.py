@@ -150,6 +150,8 @@ class Keep(Checkpoint):
     model with the best score, once every layer has its final form (while prepbn still blends, no model is the best).
 
     A state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
+    Training waits for checkpoints, and not for states: a checkpoint's probe and cost run the model under settings of
+    the whole process (kernels of attention, hooks of all modules, the random state).
 
     Attributes:
         best: the best score so far; None before the first.
