@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zoo.tensors import compiling
 
@@ -79,8 +80,8 @@ def spread(values: Tensor, experts: Tensor, number: int) -> Tensor:
 
 def every_expert(*layers: nn.Linear) -> bool:
     """Whether linears of all experts are applied to all tokens, so that no size depends on a value: in a compiled or
-    exported program, and where quantization has replaced their weights."""
-    return compiling() or any(callable(layer.weight) for layer in layers)
+    exported program, where quantization has replaced their weights, and for tensors that have only a shape."""
+    return compiling() or any(callable(layer.weight) or isinstance(layer.weight, FakeTensor) for layer in layers)
 
 
 def grouped(experts: Tensor, number: int, mask: Tensor | None = None) -> Grouped:
