@@ -17,13 +17,13 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--model.backbone.mixer=slaa", "--model.backbone.mixer: unknown mixer 'slaa'; did you mean sla?"),
+        ("--model.backbone.mixer=slaa", "--model.backbone.mixer: unknown mixer 'slaa'; did you mean sla"),
         ("--model.backbone.mixer slaa", "unknown mixer 'slaa'"),
         ("--model.backbone.mixer=[softmax,slaa]", "unknown mixer 'slaa'"),
         ("--model.backbone.norm=prepbn(untl=0.5)", "unknown option of prepbn 'untl'; did you mean until?"),
         ("--model.backbone.conv_norm=batchnrom", "unknown norm 'batchnrom'; did you mean batchnorm?"),
         ("--model.backbone.head=transducr", "unknown head 'transducr'; did you mean transducer?"),
-        ("--model.backbone.mixer=qqqq", "'qqqq'; choose from: softmax, window, area, sla, "),
+        ("--model.backbone.mixer=qqqq", "'qqqq'; choose from: softmax, window, area, "),
         ("--model.backbone.name=vit_tinny", "unknown model 'vit_tinny'; did you mean vit_tiny"),
         ("--model.backbone.name=vit_tiny --model.backbone.depht=3", "unknown field of vit_tiny 'depht'"),
         ("--model.backbone.name=vit_tiny --model.backbone.anything=3", "'anything'; choose from: dim, depth, heads, "),

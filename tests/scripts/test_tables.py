@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.mixers import MIXERS
 from zoo.models import FAMILIES, PRESETS
 from zoo.models.base import count_parameters
 
@@ -56,8 +57,12 @@ def test_every_field_and_preset_is_explained(facts: dict[str, Any]):
 
 def test_costs_and_folds_are_those_of_the_mathematics(facts: dict[str, Any]):
     costs = {name: row["cost"] for name, row in facts["tables"]["mixer"]["rows"].items()}
-    quadratic = {"softmax", "relative", "grouped", "area"}
-    assert {name for name, cost in costs.items() if cost == "quadratic"} == quadratic
+    linear = {"window", "local", "sla", "linfusion", "dcnv4", "pool", "sepconv", "dico", "channel", "identity"}
+    linear |= {"efficient", "latte", "galerkin", "fourier", "separable", "sparse_channel", "rala", "nala", "lln"}
+    linear |= {"taylor", "random_features", "dijiang", "ecoformer"}
+    assert {name for name, cost in costs.items() if cost == "linear"} == linear
+    quadratic = {name for name, cost in costs.items() if cost == "quadratic, memory too"}
+    assert quadratic == {name for name, row in MIXERS.items() if row.quadratic} > {"selective", "soft"}
     norms = {name: row["folds"] for name, row in facts["tables"]["norm"]["rows"].items()}
     assert {name for name, said in norms.items() if said.startswith("folds")} == {"batchnorm", "repbn", "prepbn"}
 

@@ -121,10 +121,12 @@ def bisected_threshold(z: Tensor, power: float | Tensor) -> Tensor:
 
 
 class NAP(Scored):
-    """gain (s_j - mean) / sqrt(variance + 1e-6) + shift in place of softmax, with mean and variance of a query's scores
-    and one gain and shift for each head, which start at 1 and 0 (normalized attention pooling, Richter and Wattenhofer
-    2020, arXiv:2005.09561). Weights may be negative, and grow with the number of keys; the paper has LayerNorm before
-    the output linear."""
+    """gain (s_j - mean) / sqrt(variance + 1e-6) + shift in place of softmax, with the mean and variance of a query's
+    scores (normalized attention pooling, Richter and Wattenhofer 2020, arXiv:2005.09561).
+
+    Each head learns its gain and its shift, which start at 1 and 0. Weights may be negative, and do not shrink with the
+    number of keys; the paper has LayerNorm before the output linear, as placement='sub' does.
+    """
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)
@@ -265,8 +267,8 @@ class HeadMask(Scored):
 
 
 class Relaxed(Scored):
-    """Softmax attention that in training gives a share `rate` of each query's weight to all n keys that it sees alike:
-    (1 - rate) softmax(s) + rate / n (relaxed attention, Lohrenz et al. 2022, arXiv:2209.09735)."""
+    """Softmax attention whose weights in training are (1 - rate) softmax(s) + rate / n, for the n keys that the query
+    sees (relaxed attention, Lohrenz et al. 2022, arXiv:2209.09735)."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rate: float = 0.1) -> None:
         super().__init__(dim, heads)
@@ -283,15 +285,14 @@ class Relaxed(Scored):
 
 
 class Causal(Scored):
-    """softmax(q k^T / sqrt(d) + bias) * (blend + (1 - blend) C), where C is 1 for a token itself and those before it,
-    line by line on an image, and 0 for later ones: attention that becomes causal over training (iLLaMA, Wang et al.
-    2024, arXiv:2404.06773).
+    """softmax(q k^T / sqrt(d) + bias) * mask, where the mask becomes causal over training, line by line on an image
+    (iLLaMA, Wang et al. 2024, arXiv:2404.06773).
 
-    Prefix tokens see all tokens, and no other token sees them, as if they came last. The blend falls linearly from 1 to
-    0 until the share `until` of training; until=0 is causal from the start. `zoo.advance` sets it, and it never rises
-    again. As published, the mask comes after softmax: weights do not sum to 1, and later tokens still count in the sum
-    inside softmax. normalized=True divides by the sum of what the mask leaves, so that in the end no token depends on
-    later ones.
+    The mask is 1 for a token itself and those before it, and `blend` for later ones. Prefix tokens see all tokens, and
+    no other token sees them, as if they came last. The blend falls linearly from 1 to 0 until the share `until` of
+    training; until=0 is causal from the start. `zoo.advance` sets it, and it never rises again. As published, the mask
+    comes after softmax: weights do not sum to 1, and later tokens still count in the sum inside softmax.
+    normalized=True divides by the sum of what the mask leaves, so that in the end no token depends on later ones.
     """
 
     blend: Tensor

@@ -91,18 +91,23 @@ class Scored(Attention):
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
         rows = number if self.quadratic or compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
-        parts, noted = [], []
+        noted, y = [], None
         for start in range(0, number, rows):
             stop = min(start + rows, number)
             seen = self.allowance(allowed, number, key, context, slice(start, stop))
             pairs = Pairs(start, key.shape[2] - new, seen, context)
             weights = self.weights(self.scores(query[:, :, start:stop], key, pairs), pairs)
-            parts.append(self.collect(weights, value, pairs))
+            part = self.collect(weights, value, pairs)
+            if y is None:  # once for all: small tensors that stay between large ones would keep glibc from reusing those
+                y = part if rows >= number else part.new_empty(*part.shape[:2], number, part.shape[3])
+            if y is not part:
+                y[:, :, start:stop] = part
             if context.notes is not None:
                 noted.append(weights.detach())
         if noted:
             self.note(context, "weights", torch.cat(noted, 2))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
+        assert y is not None
+        return y.transpose(1, 2)
 
     def allowance(
         self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
