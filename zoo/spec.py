@@ -73,7 +73,7 @@ def check(table: Mapping[str, type], spec: str, offered: Iterable[str] | None = 
 
 
 def _check_value(name: str, option: str, value: Any, default: Any, several: bool) -> None:
-    if isinstance(default, tuple):
+    if several and isinstance(default, tuple):
         default = default[0]
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):

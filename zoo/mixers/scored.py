@@ -90,12 +90,11 @@ class Scored(Attention):
         key, value, allowed = self.seen(key, value, context)
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
-        allowed = self.allowance(allowed, number, key, context)
         rows = number if self.quadratic or compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
         noted, y = [], None
         for start in range(0, number, rows):
             stop = min(start + rows, number)
-            seen = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, start:stop]
+            seen = self.allowance(allowed, number, key, context, slice(start, stop))
             pairs = Pairs(start, key.shape[2] - new, seen, context)
             weights = self.weights(self.scores(query[:, :, start:stop], key, pairs), pairs)
             part = self.collect(weights, value, pairs)
@@ -110,15 +109,18 @@ class Scored(Attention):
         assert y is not None
         return y.transpose(1, 2)
 
-    def allowance(self, allowed: Tensor | None, number: int, key: Tensor, context: Context) -> Tensor | None:
-        """Which keys the queries see, [1 or B, 1, 1 or N, M], from what `seen` gives; None for all."""
-        if allowed is not None and allowed.ndim == 2:
-            allowed = allowed[:, None]
+    def allowance(
+        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
+    ) -> Tensor | None:
+        """Which keys some rows of the queries see, [1 or B, 1, 1 or n, M], from what `seen` gives for all of them;
+        None for all."""
+        if allowed is not None:
+            allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
         if self.causal:
             keys = key.shape[2]
             places = torch.arange(keys, device=key.device)
             places = places.where(places >= context.prefix, keys)
-            earlier = (places[keys - number :, None] >= places)[None]
+            earlier = (places[keys - number :][rows, None] >= places)[None]
             allowed = earlier if allowed is None else allowed & earlier
         return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
