@@ -98,7 +98,7 @@ class Scored(Attention):
             pairs = Pairs(start, key.shape[2] - new, seen, context)
             weights = self.weights(self.scores(query[:, :, start:stop], key, pairs), pairs)
             part = self.collect(weights, value, pairs)
-            if y is None:  # once for all: small tensors that stay between large ones would keep glibc from reusing those
+            if y is None:  # once for all: small tensors between large ones would keep glibc from reusing those
                 y = part if rows >= number else part.new_empty(*part.shape[:2], number, part.shape[3])
             if y is not part:
                 y[:, :, start:stop] = part
