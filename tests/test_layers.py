@@ -21,10 +21,11 @@ from helpers import (
     tokens_for,
 )
 from zoo import create_model
-from zoo.layer import Context, Layer, advance
+from zoo.layer import Context, Layer, Place, advance, undecayed
+from zoo.mixers import MIXERS
 from zoo.norms import Affine
 from zoo.positions import Position
-from zoo.spec import parse
+from zoo.spec import make, parse
 from zoo.tensors import filtered
 
 GRIDS = {1: (11,), 2: (5, 7)}
@@ -285,6 +286,16 @@ def test_what_a_row_fills_is_what_it_declares(name, axes):
         setattr(layer, site, norm)
         assert relative(layer(x, context), before) > 1e-3, site
         setattr(layer, site, None)
+
+
+def test_weight_decay_leaves_alone_what_a_layer_declares():
+    names = [name for name, row in MIXERS.items() if row.undecayed]
+    assert {"polar", "super", "kv_shift"} <= {*names}
+    for name in names:
+        spec = {"gqa": "gqa(merge='weighted')"}.get(name, name)
+        axes = max(MIXERS[name].dimensions)
+        layer = make(MIXERS, spec, DIM, HEADS, Place(axes, (4, 6)[:axes]))
+        assert undecayed(layer) == {*layer.undecayed}, name
 
 
 def test_no_name_shadows_a_module_attribute():

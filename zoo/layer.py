@@ -162,7 +162,9 @@ class Layer(nn.Module):
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
     - `bare`: whether a Block puts nothing around it,
-    - `quadratic`: whether its memory in inference grows with the square of the number of tokens.
+    - `quadratic`: whether its memory in inference grows with the square of the number of tokens,
+    - `undecayed`: the parameters of more than one dimension that weight decay would pull from where they start, such as
+      an identity, towards zero.
 
     `reports_loss` says whether the layer adds to the loss in training; a layer may set it by its options.
 
@@ -178,6 +180,7 @@ class Layer(nn.Module):
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
     quadratic: ClassVar[bool] = False
+    undecayed: ClassVar[tuple[str, ...]] = ()
     reports_loss: bool = False
     address: str = ""
 
@@ -251,6 +254,13 @@ def advance(model: nn.Module, progress: float) -> None:
     for module in model.modules():
         if callable(step := getattr(module, "advance", None)):
             step(progress)
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """The parameters of the layers that weight decay leaves alone by declaration."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Layer))
+    names = {f"{name}.{each}".lstrip(".") for name, layer in layers for each in layer.undecayed}
+    return names & {name for name, _ in model.named_parameters()}
 
 
 def unfinished(model: nn.Module) -> list[str]:

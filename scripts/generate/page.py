@@ -51,8 +51,8 @@ Not every mixer works in every model. The column "reads" lists what it can take 
 registers), `rotary` (the position encoding `rope`), `bias` (a bias on attention scores), `code` (an encoding added to
 queries and keys), `visible` (chunks of streaming models), `memory` (of a decoder). A model that sets one of these
 refuses a mixer that does not read it. "any" means that a row treats each token by itself. "axes" is 1 for sequences
-and 2 for images. "cost" is how time grows with the number of tokens, and
-memory in inference, if it says so.
+and 2 for images. "cost" is how time grows with the number of tokens;
+"memory too" means that memory in inference grows in the same way.
 """
 PRESETS = """## Presets
 

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELD",
         help="fields of the model, such as mixer, with every row that\n"
-        "it accepts, by its default options; that of the config\ncomes first",
+        "it accepts, with its default options; that of the config\ncomes first",
     )
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each combination (default: 3)")
     made.add_argument("--equal", choices=("steps", "both"), default="steps", help="both: also at equal multiply-adds")

@@ -101,6 +101,18 @@ def test_every_family_has_maps(name, choices):
     assert all(torch.allclose(weights.sum(-1).max(), torch.ones(()), atol=1e-4) for weights in maps.values())
 
 
+def test_maps_leave_a_model_as_it_is():
+    """Running statistics stay, and dropout and dropped paths are off, even if the model is in training."""
+    model = randomise(zoo.create_model("vit_micro", norm="prepbn", depth=2, classes=3, dropout=0.5)).train()
+    model.head.eval()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    images = torch.randn(2, 3, 32, 32)
+    first, second = (zoo.maps(model, images) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert model.training and model.blocks[0].training and not model.head.training
+
+
 def test_a_model_without_explicit_weights_is_refused():
     model = zoo.create_model("vit_micro", mixer="sla", classes=3)
     with pytest.raises(ValueError, match="no layer of this model has explicit attention weights"):

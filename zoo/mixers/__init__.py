@@ -28,12 +28,12 @@ from zoo.mixers.kernelized import (
 from zoo.mixers.latent import Latent, Reduced, Relational
 from zoo.mixers.linear import ChannelGroups, LinFusion, SimplifiedLinear
 from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, SeparableConv, SwishConvolution
-from zoo.mixers.maps import FixedPoint, MultiToken, Selective
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
 from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
 from zoo.mixers.static import Super
+from zoo.mixers.whole import FixedPoint, MultiToken, Selective
 
 MIXERS: dict[str, type[Layer]] = {
     "softmax": Softmax,

@@ -107,6 +107,8 @@ class RandomFeatures(Projected):
     is at least a hundredth of |phi(q)| |mean phi(k)|.
     """
 
+    undecayed = ("spread",)
+
     KINDS = ("positive", "trigonometric")
     reads = Projected.reads | {"rotary"}
     directions: Tensor

@@ -52,6 +52,8 @@ class GroupedQuery(DotProduct):
     smallest such norm, so that one head mostly has none (KDGQA, Khan et al. 2024, arXiv:2408.08454).
     """
 
+    undecayed = ("shares",)
+
     MERGES = ("mean", "weighted")
     GROUPS = ("even", "key_norm")
 
@@ -133,6 +135,8 @@ class Shifted(DotProduct):
     The token i - 1 is the frame before, or the left neighbour in an image. Where there is none, and for prefix tokens,
     zeros take its place. a and c start at random in 0..1, with a + b = c + d = 1.
     """
+
+    undecayed = ("shares",)
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)

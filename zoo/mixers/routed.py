@@ -35,8 +35,8 @@ class MixtureOfHeads(Softmax):
 
     The weights of S shared heads are S a softmax(W_s x), those of the chosen ones top b softmax(W_r x) over themselves
     alone, with (a, b) = 2 softmax(W_h x); all are 1 where the router has no preference. top=0 chooses three quarters of
-    the heads that are not shared. All heads are computed. Fewer than all others add a balance loss in training (see
-    `zoo.kernels.routing.balance_loss`), from which alone the router learns to choose with top=1.
+    the heads that are not shared, and one of two. All heads are computed. Fewer than all others add a balance loss in
+    training (see `zoo.kernels.routing.balance_loss`), from which alone the router learns to choose with top=1.
 
     how='leave_one_out' is a mixture of h experts, each of which lacks one of the h heads: head i is weighed by
     h / (h - 1) (1 - g_i), with g = softmax(W x) (MAE, Peng et al. 2020, arXiv:2005.06537, who compute g once for a
@@ -63,7 +63,7 @@ class MixtureOfHeads(Softmax):
         if shared > heads or top > heads - shared:
             raise ValueError(f"shared and top must be at most the {heads} heads together, got {shared} and {top}")
         self.how, self.shared, self.others = how, shared, heads - shared
-        self.top = top or (3 * self.others + 2) // 4
+        self.top = top or min((3 * self.others + 2) // 4, max(1, self.others - 1))
         if how == "leave_one_out":
             self.shared, self.others, self.top = 0, heads, heads
         # A softmax over one head has no say.

@@ -179,6 +179,8 @@ class Polar(Scored):
     Rotary positions add the phase of the difference of positions, which the paper learns per head.
     """
 
+    undecayed = ("slope",)
+
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)
         if self.head_dim % 2:

@@ -20,6 +20,8 @@ class Super(DotProduct):
     each axis. Prefix tokens keep their values.
     """
 
+    undecayed = ("between",)
+
     reads = DotProduct.reads - {"visible"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:

@@ -10,11 +10,13 @@ from zoo.models.base import noting
 
 
 def maps(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, Tensor]:
-    """The attention weights of every layer that has explicit ones, from one forward without gradients.
+    """The attention weights of every layer that has explicit ones, from one forward in eval mode without
+    gradients.
 
     Weights have the shape [B, heads, queries, keys], prefix tokens first, and their keys are the paths of the layers in
     the model. Rows sum to one where the mixer's weights do. Rows of padded queries mean nothing. Those of `grouped`
-    are between groups of frames. A mixer without weights, such as linear attention, gives none.
+    are between groups of frames. Those of `moa` are of each token's chosen
+    experts, the most probable first. A mixer without weights, such as linear attention, gives none.
 
     Args:
         model: a model of the zoo.
@@ -23,8 +25,13 @@ def maps(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: no layer of the model has explicit weights.
     """
-    with noting(model) as notes, torch.no_grad():
-        model(*inputs, **named)
+    training = [part for part in model.modules() if part.training]
+    try:
+        with noting(model.eval()) as notes, torch.no_grad():
+            model(*inputs, **named)
+    finally:
+        for part in training:
+            part.training = True
     end = ".weights"
     found = {name.removesuffix(end): value for name, value in notes.items() if name.endswith(end)}
     if not found:
@@ -42,7 +49,7 @@ def rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
         residual: the share of the residual connection.
 
     Returns:
-        [B, N, N], whose rows sum to one.
+        [B, N, N], whose rows sum to one; with residual=0 zeros for a token without weights.
     """
     if not weights or any(
         each.shape[-2:] != weights[0].shape[-2:] or each.shape[-1] != each.shape[-2] for each in weights
@@ -57,4 +64,4 @@ def rollout(weights: Sequence[Tensor], residual: float = 0.5) -> Tensor:
         mean = each.abs().mean(1)
         mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
         product = (residual * same + (1 - residual) * mean) @ product
-    return product / product.sum(-1, keepdim=True)
+    return product / product.sum(-1, keepdim=True).clamp(min=1e-12)

@@ -21,7 +21,7 @@ from zoo.block import Block
 from zoo.config import Config
 from zoo.data.loading import DataModule
 from zoo.data.sampling import global_seed, reseed
-from zoo.layer import advance, copied
+from zoo.layer import advance, copied, undecayed
 from zoo.models import create_model
 from zoo.models.base import Model, adding_losses
 from zoo.norms import has_batch_statistics, refresh_statistics
@@ -262,7 +262,7 @@ class Task(Resumable):
 
     def groups(self) -> list[dict[str, Any]]:
         """The parameters by weight decay and share `lr_scale` of the learning rate."""
-        excluded = self.model.no_weight_decay()
+        excluded = self.model.no_weight_decay() | undecayed(self.model)
         if self.layer_decay < 1.0:
             groups = param_groups_layer_decay(
                 self.model, self.weight_decay, no_weight_decay_list=excluded, layer_decay=self.layer_decay

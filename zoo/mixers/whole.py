@@ -23,6 +23,8 @@ class MultiToken(Scored):
     the block. Scores of other queries are needed, so memory grows with the square of the number of tokens.
     """
 
+    undecayed = ("kernel", "across")
+
     dimensions = (1,)
     reads = Scored.reads - {"prefix", "visible"}
     quadratic = True
