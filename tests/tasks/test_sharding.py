@@ -79,13 +79,15 @@ TASKS = {
         *["--model.backbone.queries=12", "--data.dataset=shapes", "--data.size=64"],
     ],
 }
+TASKS["experts"] = [*TASKS["classify"], "--model.backbone.mixer=moa", "--model.backbone.ffn=moe", "--model.balance=1"]
+OTHERS = {"transducer": "transcribe", "experts": "classify"}
 
 
 def train(case: str, folder: Path, *flags: str, ranks: int = 1, kill: str = "", empty: str = "") -> tuple[int, str]:
     """Trains with some processes; the exit status, and what they print until all end."""
     script = folder.with_name("patched.py")
     script.write_text(PATCHED)
-    task = "transcribe" if case == "transducer" else case
+    task = OTHERS.get(case, case)
     line = [sys.executable, script, task, "fit", *TASKS[case], *COMMON, f"--trainer.devices={ranks}", *flags]
     line.append(f"--trainer.default_root_dir={folder}")
     environment = {**os.environ, "KILL": kill, "EMPTY": empty, "OMP_NUM_THREADS": "1"}
@@ -136,6 +138,7 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
         ("classify", "fsdp2", "--model.checkpointing=true"),
         ("transcribe", "ddp", "--model.checkpointing=true"),
         ("generate", "fsdp2", "--model.checkpointing=true"),
+        ("experts", "fsdp2", "--model.checkpointing=true"),
     ],
 )
 def test_compiled_blocks_and_recomputed_activations(case: str, strategy: str, option: str, tmp_path: Path):
