@@ -34,7 +34,7 @@ SPECS += ("dcnv4(weights='softmax', local=3, centre=True, bias=False)", "dcnv4(s
 SPECS += ("softmax(qk_norm='l2', kv_heads=1, log_n=True, temperature='learned', null=True)", "entmax(alpha=2.0)")
 SPECS += ("entmax(learned=True)", "rela(norm='layernorm', gate=False)", "rela(norm='none', scale='length')")
 SPECS += ("topk(k=5)", "sinkhorn(steps=5)", "causal(until=0.0)", "causal(until=0.0, normalized=True)")
-SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalise=True)", "soft(stride=2, normalise=False)")
+SPECS += ("rala(weighted=False, gate=False)", "taylor(order=1, normalize=True)", "soft(stride=2, normalize=False)")
 SPECS += ("random_features(kind='trigonometric')", "random_features(learned=False, kind='trigonometric')")
 SPECS += ("mgk(keys=3, shifted=True)", "mgk(hard=True)", "additive(score='concat')", "multi_token(queries=3, group=1)")
 SPECS += (

@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +86,17 @@ def fingerprint(module: nn.Module) -> dict[str, int]:
         return zlib.crc32((plain.float() if x.is_floating_point() else plain).numpy().data)
 
     return {name: checksum(each) for name, each in module.state_dict().items()}
+
+
+def single(x: Tensor) -> Tensor:
+    """x in at least single precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unmixed(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without mixed precision on the device of x: what is computed in it has the dtypes of its inputs."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

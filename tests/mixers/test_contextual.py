@@ -284,7 +284,8 @@ WRONG = {
     "shaw(on='q')": "unknown on 'q'; did you mean qk? choose from: k, qk",
     "irpe(on='v')": "unknown on 'v'; choose from: k, qk, qkv",
     "irpe(method='quant')": "unknown method 'quant'; choose from: product, cross, euclidean",
-    "irpe(ratio=0.4)": "ratio must be >= 0.5, got 0.4",
+    "irpe(ratio=0.4)": "ratio must be from 0.5 to 32, got 0.4",
+    "irpe(ratio=100000.0)": "ratio must be from 0.5 to 32, got 100000.0",
     "cope(positions=1)": "positions must be >= 2, got 1",
 }
 

@@ -135,6 +135,18 @@ def test_means_fold_into_the_projection(options):
     assert {fold.layer: fold.into for fold in fused.fusion}["blocks.0.steps.0.branch.merge"] == "the projection"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantized_projection_is_merged_before():
+    def quantized(module):
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+
+    model = zoo.create_model("vit_micro", mixer="gqa(kv_heads=2)", depth=1, dim=DIM, heads=HEADS, classes=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="^gqa: a quantized projection .*; fuse the model before quantizing it$"):
+        quantized(model)(images)
+    assert relative(quantized(fuse(model))(images), model(images)) < 0.1
+
+
 def test_the_weights_of_softmax_load_and_are_merged_as_share_kv_heads_does():
     choices = {"depth": 2, "dim": 48, "heads": 4, "classes": 3}
     whole = prepared(zoo.create_model("vit_micro", **choices))
@@ -384,6 +396,7 @@ def test_crate_tiny_has_the_size_of_the_paper():
         "gqa(groups='odd')": "'odd'",
         "head_embedding(how='join')": "'join'",
         "mla(rotary=5)": "rotary must be even, got 5",
+        "mla(rank=65)": "rank must be at most 64 at dim 32, got 65",
         "mla(rank=0)": "rank of 'mla' must be finite and >= 1",
         "sagan(reduction=0)": "reduction of 'sagan' must be finite and >= 1",
         "relational(relational_heads=5)": "relational_heads must be at most the 4 heads, got 5",

@@ -178,6 +178,16 @@ def test_nala_is_its_formula(spec, axes, rotary):
     compare(spec, formula, axes, rotary)
 
 
+@pytest.mark.parametrize("power", [2.0, 3.0])
+def test_queries_of_zeros_have_finite_gradients_in_nala(power):
+    ours = MIXERS["nala"](DIM, HEADS, power=power)
+    x = torch.randn(1, 30, DIM, requires_grad=True)
+    torch.nn.init.zeros_(ours.qkv.weight[:DIM])
+    ours(x, GRID).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert all(each.grad.isfinite().all() for each in ours.parameters())
+
+
 def test_lln_is_its_formula():
     def formula(sample):
         a, b = 0.14855178144710912, -0.35487039130661086
@@ -191,12 +201,12 @@ def test_lln_is_its_formula():
 
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize(
-    "spec", ["taylor(width=8)", "taylor", "taylor(width=8, normalise=True)", "taylor(order=1, normalise=True)"]
+    "spec", ["taylor(width=8)", "taylor", "taylor(width=8, normalize=True)", "taylor(order=1, normalize=True)"]
 )
 def test_taylor_is_its_formula(spec, rotary):
     def formula(sample):
         query, key = sample.query, sample.key
-        if sample.layer.normalise:
+        if sample.layer.normalize:
             centred = [each - each.mean(-1, keepdim=True) for each in (query, key)]
             query, key = (each / each.norm(dim=-1).amax(0)[:, None] for each in centred)
             products = pairs(sample.turned(query), sample.turned(key))
@@ -290,9 +300,9 @@ def test_ecoformer_is_its_formula(spec):
 
 
 @pytest.mark.parametrize("axes", [1, 2])
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("stride", [2, 4])
-def test_soft_is_its_formula(stride, normalise, axes):
+def test_soft_is_its_formula(stride, normalize, axes):
     """With so many steps of Newton's method that the inverse is exact, and its gradient too."""
 
     def gaussian(one, other):
@@ -309,13 +319,13 @@ def test_soft_is_its_formula(stride, normalise, axes):
         marks = F.gelu(F.layer_norm(marks, marks.shape[-1:], weight, bias))
         between, aside = gaussian(marks, marks), gaussian(query, marks)
         inverse = torch.linalg.inv(between + 0.01 * torch.eye(len(between[0])).double())
-        if normalise:
+        if normalize:
             total = between.sum(-1)
             inverse = inverse / (total[:, :, None] * total[:, None]).sqrt()
         y = sample.mixed(aside @ inverse @ aside.transpose(1, 2))
         return y + sample.near(layer.local.weight.repeat_interleave(DIM // HEADS, 0))
 
-    compare(f"soft(stride={stride}, steps=60, normalise={normalise})", formula, axes, tolerance=1e-9)
+    compare(f"soft(stride={stride}, steps=60, normalize={normalize})", formula, axes, tolerance=1e-9)
 
 
 def test_the_inverse_of_soft_takes_steps_of_newton_and_does_not_diverge():
@@ -329,6 +339,16 @@ def test_the_inverse_of_soft_takes_steps_of_newton_and_does_not_diverge():
     check(ours.inverse(matrix), wanted)
     same = torch.ones(1, 1, 200, 200)  # landmarks that are all the same
     assert MIXERS["soft"](DIM, HEADS).inverse(same).abs().max() < 100
+
+
+def test_the_kernels_of_soft_are_exact_in_mixed_precision():
+    ours, parts = MIXERS["soft"](DIM, HEADS, stride=2), []
+    sums = ours.through
+    ours.through = lambda *given: parts.append((given, sums(*given))) or parts[-1][1]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(torch.randn(3, 30, DIM), GRID)
+    given, got = parts[0]
+    check(got, sums(*given))
 
 
 def test_exponents_of_any_size():
@@ -359,18 +379,24 @@ def test_means_hold_in_half_precision(kind, shape):
     ("spec", "said"),
     [
         ("taylor(order=3)", "order must be 1 or 2, got 3"),
-        ("taylor(order=1)", "order=1 needs normalise=True"),
+        ("taylor(order=1)", "order=1 needs normalize=True"),
         ("random_features(kind='cosine')", "unknown kind 'cosine'.*positive, trigonometric"),
         ("rala(kernel=4)", "kernel must be odd, got 4"),
         ("nala(kernel=4)", "kernel must be odd, got 4"),
-        ("nala(power=0.5)", "power must be >= 1, got 0.5"),
+        ("nala(power=1.9)", "power must be >= 2, got 1.9"),
         ("soft(kernel=2)", "kernel must be odd, got 2"),
         ("latte(latents=0)", "latents of 'latte' must be finite and >= 1"),
+        ("latte(latents=66)", "latents must be at most 65, as there are few tokens, got 66"),
     ],
 )
 def test_wrong_options_are_named(spec, said):
     with pytest.raises(ValueError, match=said):
-        make(MIXERS, spec, DIM, HEADS, Place(2))
+        make(MIXERS, spec, DIM, HEADS, Place(2, (8, 8), 1))
+
+
+@pytest.mark.parametrize("grid", [(), (2, 2), (8, 8)])
+def test_32_latents_suit_any_number_of_tokens(grid):
+    assert make(MIXERS, "latte", DIM, HEADS, Place(2, grid)).head_dim == 32
 
 
 @pytest.mark.parametrize("name", ["latte", "taylor"])

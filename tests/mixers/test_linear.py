@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from test_parity import DIM, GRID, HEADS, check, scattered, tokens
 from zoo.mixers import MIXERS
@@ -33,3 +34,13 @@ def test_linfusion_does_not_change_with_the_number_of_tokens():
     x = tokens()
     twice = torch.cat([x, x], 1)
     check(ours(twice, GRID._replace(grid=(10, 6)))[:, :30], ours(x, GRID), tolerance=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_linfusion_refuses_a_quantized_projection():
+    ours = MIXERS["linfusion"](DIM, HEADS).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(ours, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(
+        ValueError, match="^linfusion: a quantized projection cannot be split; do not quantize its qkv$"
+    ):
+        quantized(tokens().float(), GRID)

@@ -14,7 +14,7 @@ from helpers import randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import advance, create_model
 from zoo.layer import Chunks, Context, Place, unfinished
-from zoo.mixers import MIXERS, scored
+from zoo.mixers import MIXERS, normalizers, scored
 from zoo.mixers.normalizers import entmax
 from zoo.mixers.scored import Scored
 from zoo.spec import make
@@ -170,6 +170,29 @@ def test_sinkhorn_scales_queries_and_keys_in_turn(steps, context, few_rows):
         sums = torch.einsum("hnm,mhe->nhe", weights, value[b, real])
         mixed.append(torch.zeros_like(value[b]).index_put((torch.arange(len(value[b]))[real],), sums))
     compare(ours, x, context, ours.out(torch.stack(mixed).flatten(2)))
+
+
+def test_sinkhorn_adds_a_bias_to_some_queries_at_a_time(few_rows, monkeypatch):
+    ours, sizes = build("sinkhorn"), []
+    biased = scored.Scored.biased
+
+    def noted(scores, pairs):
+        sizes.append(pairs.context.bias.shape)
+        return biased(scores, pairs)
+
+    monkeypatch.setattr(ours, "biased", noted)
+    with torch.no_grad():
+        ours(tokens(), GRID._replace(bias=BIAS))
+    assert len(sizes) > 2 and set(sizes) == {BIAS.shape}  # in no chunk that of the batch
+
+
+def test_topk_takes_weights_in_the_precision_of_softmax(monkeypatch):
+    """As in mixed precision on CUDA, where softmax of half precision is single."""
+    monkeypatch.setattr(normalizers, "softmax", lambda scores: scores.float().softmax(-1))
+    scores = torch.randn(1, HEADS, 5, 9, dtype=torch.bfloat16)
+    got = build("topk(k=3)").weights(scores, scored.Pairs(0, 0, None, GRID))
+    assert got.dtype == scores.dtype and ((got > 0).sum(-1) == 3).all()
+    check(got.double().sum(-1), torch.ones(1, HEADS, 5).double(), tolerance=1e-2)
 
 
 def test_relaxed_attention_relaxes_in_training_alone():

@@ -211,6 +211,7 @@ def test_some_queries_at_a_time_are_all_queries(mixer, context, monkeypatch):
     ("spec", "heads", "message"),
     [
         ("additive(score='dot')", HEADS, "unknown score 'dot'; choose from: mlp, concat, general"),
+        ("additive(score='general', width=8)", HEADS, "takes no width, got width=8"),
         ("additive", 5, "heads must divide dim 32, got 5"),
         ("mgk(keys=0)", HEADS, "option keys of 'mgk' must be finite and >= 1, got 0"),
         ("polar", 32, "dim / heads must be even, got 1"),

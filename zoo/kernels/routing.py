@@ -1,7 +1,6 @@
 """Routing of tokens to experts without a capacity: the experts that each token chooses, the products of each expert
 with its own tokens, and the losses that keep a router healthy."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zoo.tensors import compiling
+from zoo.tensors import compiling, single, unmixed
 
 
 class Routes(NamedTuple):
@@ -30,11 +29,9 @@ class Grouped(NamedTuple):
 def logits_of(router: nn.Linear, x: Tensor) -> Tensor:
     """The logits [B, N, E] of tokens, computed in the dtype of the router's weights even in mixed precision, since a
     rounded logit may choose another expert (Fedus et al. 2021, arXiv:2101.03961). They are at least fp32."""
-    device = x.device.type
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
+    with unmixed(x):
         logits = router(x if callable(router.weight) else x.to(router.weight.dtype))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return single(logits)
 
 
 def route(logits: Tensor, top: int, mask: Tensor | None = None) -> Routes:

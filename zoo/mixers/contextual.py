@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Chunks, Context, Place, Site
 from zoo.mixers.scored import Pairs, Scored
+from zoo.tensors import single
 from zoo.text import unknown
+
+UNTURNED = Scored.reads - {"rotary"}  # of attention that has positions of its own
 
 
 def vectors(*shape: int) -> nn.Parameter:
     """Learned vectors, truncated normal with standard deviation 0.02."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
-
-
-def precise(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def coordinates(places: Tensor, context: Context) -> list[Tensor]:
@@ -36,16 +34,7 @@ def on_grid(queries: Tensor, keys: Tensor, context: Context) -> Tensor:
     return (queries >= context.prefix)[:, None] & (keys >= context.prefix)
 
 
-class Unturned(Scored):
-    """Attention that has positions of its own and does not read rotary ones."""
-
-    reads = Scored.reads - {"rotary"}
-
-    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        return x
-
-
-class Offsets(Unturned):
+class Offsets(Scored):
     """The base of scores with learned vectors of the offset from a key to its query.
 
     (q_i . k_j + sum_t q_i . a_t[b_t(i - j)] + sum_t k_j . c_t[b_t(i - j)]) * scale, and if values have vectors too,
@@ -58,6 +47,8 @@ class Offsets(Unturned):
         on: which of queries (letter k, for the vectors stand beside keys), keys (q) and values (v) have vectors.
         apart: whether each head has its own.
     """
+
+    reads = UNTURNED
 
     def __init__(self, dim: int, heads: int, tables: int, buckets: int, on: str, apart: bool = False) -> None:
         super().__init__(dim, heads)
@@ -98,7 +89,7 @@ class Offsets(Unturned):
         y = weights @ value
         if self.on_values is None:
             return y
-        finer = precise(weights)
+        finer = single(weights)
         for table, place in zip(self.on_values, self.places(pairs, weights), strict=True):
             empty = finer.new_zeros(*weights.shape[:-1], self.buckets + 1)
             shares = empty.scatter_add(-1, place.expand(weights.shape), finer)
@@ -174,10 +165,10 @@ class IRPE(Offsets):
     distance (iRPE in contextual mode, Wu et al. 2021, arXiv:2107.14222).
 
     An offset x along an axis is in bucket g(x) = x if |x| <= a, else sign(x) min(round(a + a ln(|x| / a) / ln 8), 2 a),
-    rounded down to integers, with a = `ratio`. method: `product` has a vector for every pair of buckets of row and
-    column, `cross` sums one of the row and one of the column, `euclidean` has one for g of the rounded distance. on:
-    `k`, `qk` adds k_j times other vectors, `qkv` adds vectors to the values, too. Heads share them. Pairs with a prefix
-    token have vectors of their own.
+    rounded down to integers, with a = `ratio`, from 0.5 to 32. method: `product` has a vector for every pair of buckets
+    of row and column, `cross` sums one of the row and one of the column, `euclidean` has one for g of the rounded
+    distance. on: `k`, `qk` adds k_j times other vectors, `qkv` adds vectors to the values, too. Heads share them. Pairs
+    with a prefix token have vectors of their own.
     """
 
     def __init__(
@@ -194,8 +185,8 @@ class IRPE(Offsets):
             raise ValueError(unknown("method", method, METHODS))
         if on not in ON:
             raise ValueError(unknown("on", on, ON))
-        if ratio < 0.5:
-            raise ValueError(f"ratio must be >= 0.5, got {ratio}")
+        if not 0.5 <= ratio <= 32:
+            raise ValueError(f"ratio must be from 0.5 to 32, got {ratio}")
         self.method, self.ratio, self.most = method, ratio, int(2 * ratio)
         side = 2 * self.most + 1
         buckets = {"product": side**place.axes, "cross": side, "euclidean": self.most + 1}
@@ -218,7 +209,7 @@ class IRPE(Offsets):
         return [buckets[0] * (2 * self.most + 1) + buckets[1]]
 
 
-class CoPE(Unturned):
+class CoPE(Scored):
     """softmax(q_i . (k_j + e[p_ij]) / sqrt(d)), where the position p_ij of a key is counted from the query: the sum
     over the tokens m from j to i of sigmoid(q_i . k_m / sqrt(d)) (CoPE, Golovneva et al. 2024, arXiv:2405.18719).
 
@@ -226,6 +217,8 @@ class CoPE(Unturned):
     causal=True, line by line on images; else keys behind the query are counted, too, and have an e of their own.
     Masked tokens are not counted. Pairs with a prefix token have no position.
     """
+
+    reads = UNTURNED
 
     def __init__(
         self, dim: int, heads: int, place: Place = ANYWHERE, *, positions: int = 64, causal: bool = False
@@ -242,7 +235,7 @@ class CoPE(Unturned):
         queries, keys = pairs.places(scores)
         inside = on_grid(queries, keys, pairs.context)
         counted = inside if pairs.allowed is None else inside & pairs.allowed
-        gates = precise(scores).sigmoid().masked_fill(~counted, 0.0)
+        gates = single(scores).sigmoid().masked_fill(~counted, 0.0)
         totals = gates.cumsum(-1)
         own = queries[:, None].expand(*scores.shape[:-1], 1)
         position, first = totals.gather(-1, own) - totals + gates, 0
@@ -308,13 +301,13 @@ class CoCA(Scored):
         return self.biased((query * self.head_dim**-0.5) @ key.transpose(-1, -2), pairs)
 
 
-class ThresholdRelative(Unturned):
+class ThresholdRelative(Scored):
     """Causal attention to keys of positive score alone, s_ij + c_ij log sigmoid(w . x_i), with s_ij = q_i . k_j /
     sqrt(d) of normalized q and k, and c_ij the number of such keys from j to i (TRA, Opper et al. 2025,
     arXiv:2503.23174). Line by line on images. A query without such a key gets zeros. w is a further channel of the
     queries of each head."""
 
-    reads = Unturned.reads - {"bias"}
+    reads = UNTURNED - {"bias"}
     causal = True
 
     @classmethod
@@ -342,10 +335,10 @@ class ThresholdRelative(Unturned):
         if pairs.allowed is not None:
             kept = kept & pairs.allowed
         # In the order in which tokens see each other, prefix tokens are the last.
-        ordered = precise(kept).roll(-pairs.context.prefix, -1)
+        ordered = single(kept).roll(-pairs.context.prefix, -1)
         count = ordered.flip(-1).cumsum(-1).flip(-1).roll(pairs.context.prefix, -1)
-        decay = F.logsigmoid(precise(query[..., -1:])) * count
-        return (precise(scores) + decay).to(scores.dtype).masked_fill(~kept, -torch.inf)
+        decay = F.logsigmoid(single(query[..., -1:])) * count
+        return (single(scores) + decay).to(scores.dtype).masked_fill(~kept, -torch.inf)
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         none = (scores == -torch.inf).all(-1, keepdim=True)

@@ -50,9 +50,9 @@ class Taylor(Narrow):
     """sum_j p(q k_j / sqrt(width)) v_j / sum_j p(q k_j / sqrt(width)) with p(u) = 1 + u + u^2 / 2 in place of the
     exponential (Based, Arora et al. 2024, arXiv:2402.18668; FAST, Gerami et al. 2024, arXiv:2402.07901).
 
-    p is the product of the features [1, x, x x^T / sqrt(2)], so `width`, that of queries and keys, is small. normalise
+    p is the product of the features [1, x, x x^T / sqrt(2)], so `width`, that of queries and keys, is small. normalize
     is FAST's form: queries, and keys, are centred over their channels and divided by the largest length in the head,
-    and u = q k_j. order=1 is p(u) = 1 + u; it needs normalise, without which weights could be negative.
+    and u = q k_j. order=1 is p(u) = 1 + u; it needs normalize, without which weights could be negative.
     """
 
     reads = Narrow.reads | {"rotary"}
@@ -65,14 +65,14 @@ class Taylor(Narrow):
         *,
         order: int = 2,
         width: int = 16,
-        normalise: bool = False,
+        normalize: bool = False,
     ) -> None:
         if order > 2:
             raise ValueError(f"taylor: order must be 1 or 2, got {order}")
-        if order == 1 and not normalise:
-            raise ValueError("taylor: order=1 needs normalise=True, or weights may be negative")
+        if order == 1 and not normalize:
+            raise ValueError("taylor: order=1 needs normalize=True, or weights may be negative")
         super().__init__(dim, heads, width)
-        self.order, self.normalise = order, normalise
+        self.order, self.normalize = order, normalize
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         query, key = (self.features(each, context) for each in (query, key))
@@ -80,7 +80,7 @@ class Taylor(Narrow):
 
     def features(self, x: Tensor, context: Context) -> Tensor:
         """[B, N, H, width] -> [B, N, H, 1 + width + width^2], without the squares for order 1."""
-        if self.normalise:
+        if self.normalize:
             values = x.to(torch.promote_types(x.dtype, torch.float32))
             values = values - values.mean(-1, keepdim=True)
             largest = zeroed(values.norm(dim=-1, keepdim=True), context.mask).amax(1, keepdim=True)

@@ -31,8 +31,8 @@ class Subspace(DotProduct):
 
 class Optimized(DotProduct):
     """softmax(q k^T / sqrt(d) + bias) x: values are the tokens themselves, since the output linear can do what their
-    projection does (Hosseini and Hosseini 2024, arXiv:2403.01643). key=False makes the keys the tokens, too (Efficient
-    Attention there)."""
+    projection does (Hosseini and Hosseini 2024, arXiv:2403.01643). key=False uses the tokens as keys as well
+    (Efficient Attention there)."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, key: bool = True) -> None:
         super().__init__(dim, heads, sources="qkx" if key else "qxx")
@@ -94,6 +94,8 @@ class GroupedQuery(DotProduct):
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         if self.merged:
             return super().project(x, context)
+        if callable(self.qkv.weight):
+            raise ValueError("gqa: a quantized projection cannot be merged; fuse the model before quantizing it")
         weight, bias, split = self.merge(self.qkv.weight), self.merge(self.qkv.bias), sum(self.widths[:2])
         coded = x if context.code is None else x + context.code
         q, k = F.linear(coded, weight[:split], bias[:split]).split(self.widths[:2], -1)

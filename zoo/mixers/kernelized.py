@@ -1,5 +1,6 @@
 """Attention without a score for each pair of tokens: softmax taken apart, sums reweighted or gated, landmarks."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from zoo.mixers.local import depthwise
 from zoo.mixers.projected import Projected, rotate
 from zoo.norms import LayerNorm
 from zoo.spec import options_of
-from zoo.tensors import linear, relu, shortfall, silu, to_map, to_tokens, zeroed
+from zoo.tensors import linear, relu, shortfall, silu, to_map, to_tokens, unmixed, zeroed
 
 
 class Efficient(Projected):
@@ -49,11 +50,15 @@ class Narrow(Projected):
 
 class Latte(Narrow):
     """softmax(q) (softmax(k)^T v), the first softmax over latents, the second over the tokens (Latte, Dolga et al.
-    2024, arXiv:2402.17512). A head has `latents` latents: the width of its queries and keys."""
+    2024, arXiv:2402.17512). A head has `latents` latents: the width of its queries and keys. More than 32 must be at
+    most the number of tokens."""
 
     narrow = "latents"
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, latents: int = 32) -> None:
+        most = max(32, math.prod(place.grid) + place.prefix)
+        if place.grid and latents > most:
+            raise ValueError(f"latte: latents must be at most {most}, as there are few tokens, got {latents}")
         super().__init__(dim, heads, latents)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
@@ -223,8 +228,8 @@ class NormAware(Gated):
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, power: float = 3.0, kernel: int = 5) -> None:
         super().__init__(dim, heads, place, kernel)
-        if power < 1:
-            raise ValueError(f"nala: power must be >= 1, got {power}")
+        if power < 2:  # p of a query of zeros would be below 1, and its gradient infinite
+            raise ValueError(f"nala: power must be >= 2, got {power}")
         self.power = power
         self.mixed_norm = nn.LayerNorm(dim)
 
@@ -261,11 +266,12 @@ class Soft(Projected):
     are the keys too, and landmarks l (SOFT, Lu et al. 2021, arXiv:2110.11945; Lu et al. 2022, arXiv:2207.03341).
 
     Landmarks are gelu(LayerNorm(conv(q))) with a convolution of `stride` x `stride` tokens, or of `stride` along time,
-    at that stride. Queries are divided by d^(1/4). The inverse, of G(l, l) with 0.01 on its diagonal, takes `steps` of
-    Newton's method, and its gradient is that of an inverse. normalise=True divides it on both sides by the square roots
-    of the row sums of G(l, l), as in the later paper. The depthwise filter, `kernel` tokens wide, is shared by the
-    channels of a head; prefix tokens are neither filtered nor part of landmarks. The number of landmarks grows with
-    that of tokens, so memory is quadratic, over stride^2 (stride along time).
+    at that stride. Queries are divided by d^(1/4). The inverse, of G(l, l) with 0.01 on its diagonal, is approximated
+    by `steps` of Newton's method; close landmarks need more. Its gradient is that of an inverse. normalize=True
+    divides it on both sides by the square roots of the row sums of G(l, l), as in the later paper. The depthwise
+    filter, `kernel` tokens wide, is shared by the channels of a head; prefix tokens are neither filtered nor part of
+    landmarks. The number of landmarks grows with that of tokens, so memory is quadratic, over stride^2 (stride along
+    time). Kernels and inverse are computed in at least single precision, in mixed precision too.
     """
 
     quadratic = True
@@ -279,21 +285,25 @@ class Soft(Projected):
         stride: int = 4,
         steps: int = 20,
         kernel: int = 3,
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> None:
         super().__init__(dim, heads, sources="kkv")
-        self.stride, self.steps, self.normalise = stride, steps, normalise
+        self.stride, self.steps, self.normalize = stride, steps, normalize
         conv, width = nn.Conv1d if place.axes == 1 else nn.Conv2d, self.head_dim
         self.landmark = conv(width, width, stride, stride, bias=False)
         self.landmark_norm = nn.LayerNorm(width)
         self.local = depthwise(heads, kernel, place.axes, bias=False)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        mask, value = context.mask, zeroed(value, context.mask)
-        same = self.query is None and self.key is None
-        wide, root = torch.promote_types(query.dtype, torch.float32), self.head_dim**-0.25
-        marks, real = self.landmarks(zeroed(query, mask) * root, context)
-        marks = marks.to(wide)  # [B, H, m, d]
+        value, root = zeroed(value, context.mask), self.head_dim**-0.25
+        marks, real = self.landmarks(zeroed(query, context.mask) * root, context)
+        with unmixed(query):
+            mixed = self.through(marks.to(torch.promote_types(query.dtype, torch.float32)), real, query, key, value)
+        return mixed + nearby(value, context, self.local.weight.repeat_interleave(self.value_dim, 0), None)
+
+    def through(self, marks: Tensor, real: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The sum over the landmarks [B, H, m, d], in their dtype; given in that of the values [B, N, H, e]."""
+        same, wide, root = self.query is None and self.key is None, marks.dtype, self.head_dim**-0.25
         near_query = self.gaussian(query, marks, root)
         near_key = near_query if same else self.gaussian(key, marks, root)
         between = self.kernel(marks, marks)
@@ -302,12 +312,11 @@ class Soft(Projected):
             outside = torch.eye(marks.shape[2], dtype=torch.bool, device=marks.device)
             between = torch.where((real[:, None] & real[:, :, None])[:, None], between, outside.to(wide))
         inverse = self.inverse(between)
-        if self.normalise:
+        if self.normalize:
             root_sum = between.sum(-1, keepdim=True).rsqrt()
             inverse = root_sum * inverse * root_sum.transpose(-1, -2)
         summed = near_key.transpose(-1, -2) @ value.transpose(1, 2).to(wide)
-        mixed = (near_query @ (inverse @ summed)).transpose(1, 2).to(value.dtype)
-        return mixed + nearby(value, context, self.local.weight.repeat_interleave(self.value_dim, 0), None)
+        return (near_query @ (inverse @ summed)).transpose(1, 2).to(value.dtype)
 
     def landmarks(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """The landmarks [B, H, m, d] of x [B, N, H, d], and which of them have real tokens, [B, m]; None for all."""
@@ -332,8 +341,8 @@ class Soft(Projected):
         return ((one @ other.transpose(-1, -2)) - 0.5 * squares).clamp(max=0.0).exp()
 
     def inverse(self, matrix: Tensor) -> Tensor:
-        """The inverse of positive matrices [B, H, m, m] with 0.01 on their diagonals, by Newton's method. Only its last
-        step has a gradient, which is that of an inverse."""
+        """Nearly the inverse of positive matrices [B, H, m, m] with 0.01 on their diagonals, by Newton's method. Only
+        its last step has a gradient, which is that of an inverse."""
         start = 1.8 / matrix.detach().sum(-1).amax(-1).square()
         matrix = matrix + 0.01 * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         fixed = matrix.detach()

@@ -38,9 +38,6 @@ class Reduced(Scored):
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         return self.biased(query @ key.transpose(-1, -2), pairs)
 
-    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        return x
-
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.gain * super().forward(x, context)
 
@@ -53,7 +50,7 @@ class Reduced(Scored):
 
 class Latent(Scored):
     """Softmax attention whose keys and values are projected from a normalized latent of `rank` channels (MLA of
-    DeepSeek-V2, 2024, arXiv:2405.04434).
+    DeepSeek-V2, 2024, arXiv:2405.04434). A rank above 64 must be at most dim.
 
     Queries and keys have `rotary` further channels for the position, which alone are turned by rotary angles; keys have
     them in common in all heads. No linear has a bias. As in DeepSeek-V2-Lite, queries have no latent of their own.
@@ -63,6 +60,8 @@ class Latent(Scored):
         Headed.__init__(self)
         if rotary % 2:
             raise ValueError(f"rotary must be even, got {rotary}")
+        if rank > max(64, dim):
+            raise ValueError(f"mla: rank must be at most {max(64, dim)} at dim {dim}, got {rank}")
         self.heads = self.kv_heads = heads
         self.value_dim, self.head_dim, self.rank = Scored.head_width_of(dim, heads), rotary, rank
         self.key_dim = self.value_dim + rotary

@@ -76,6 +76,8 @@ class LinFusion(Projected):
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         if self.lifts is None:
             return super().project(x, context)
+        if callable(self.qkv.weight):
+            raise ValueError("linfusion: a quantized projection cannot be split; do not quantize its qkv")
         coded = x if context.code is None else x + context.code
         sources = *(coded + lift(coded) for lift in self.lifts), x
         weights = self.qkv.weight.split(self.widths)

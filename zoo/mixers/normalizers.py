@@ -1,4 +1,4 @@
-"""Attention whose scores become weights by another way than softmax."""
+"""Attention whose scores become weights by something other than softmax."""
 
 import math
 from typing import Any
@@ -7,18 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Place
+from zoo.mixers.projected import rotate
 from zoo.mixers.scored import Pairs, Scored, softmax
 from zoo.norms import LayerNorm, Norm, RMSNorm
-from zoo.tensors import compiling
+from zoo.tensors import compiling, single
 from zoo.text import unknown
 
 OUTPUT_NORMS: dict[str, type[Norm] | None] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "none": None}
 SCALES = ("none", "length")
-
-
-def single(x: Tensor) -> Tensor:
-    """x in at least single precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Power(Scored):
@@ -203,10 +199,17 @@ class Sinkhorn(Scored):
         self.steps = steps
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        bias = self.potentials(query, key, context).expand(-1, -1, query.shape[1], -1)
-        if context.bias is not None:
-            bias = bias + context.bias
-        return super().mix(query, key, value, context._replace(bias=bias))
+        potentials = self.potentials(query, key, context).permute(0, 3, 1, 2)
+        return super().mix(query, torch.cat([key, potentials.to(key.dtype)], -1), value, context)
+
+    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        width = self.head_dim
+        return torch.cat([rotate(x[..., :width], rotary), x[..., width:]], -1)
+
+    def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
+        """Scores plus the potentials, which are the last channel of the keys."""
+        scores = super().scores(query, key[..., :-1], pairs)
+        return scores + key[..., None, :, -1].to(scores.dtype)
 
     def potentials(self, query: Tensor, key: Tensor, context: Context) -> Tensor:
         """The logarithms v of what scales the keys, [B, H, 1, M]; some queries at a time in inference."""
@@ -221,7 +224,7 @@ class Sinkhorn(Scored):
             for start in range(0, number, rows):
                 pairs = Pairs(start, 0, allowed, context)
                 part = slice(start, min(start + rows, number))
-                logarithms = (pairs.masked(self.scores(query[:, :, part], key, pairs)) + potential).log_softmax(-1)
+                logarithms = (pairs.masked(super().scores(query[:, :, part], key, pairs)) + potential).log_softmax(-1)
                 if unreal is not None:
                     left_out = unreal[:, None, part, None] | unreal[:, None, None]
                     logarithms = logarithms.masked_fill(left_out, -1e30)
@@ -243,7 +246,8 @@ class TopK(Scored):
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         scores = pairs.masked(scores)
         largest, places = scores.topk(min(self.k, scores.shape[-1]), -1, sorted=False)
-        return torch.zeros_like(scores).scatter(-1, places, softmax(largest))
+        weights = softmax(largest)  # in mixed precision of another dtype than the scores
+        return weights.new_zeros(scores.shape).scatter(-1, places, weights).to(scores.dtype)
 
 
 class HeadMask(Scored):

@@ -66,7 +66,7 @@ class MixtureOfHeads(Softmax):
         self.top = top or min((3 * self.others + 2) // 4, max(1, self.others - 1))
         if how == "leave_one_out":
             self.shared, self.others, self.top = 0, heads, heads
-        # A softmax over one head has no say.
+        # A softmax over one head is always 1.
         self.rows = [self.shared, self.others, 2 if self.shared and self.others else 0]
         self.rows = [rows if rows > 1 else 0 for rows in self.rows]
         self.router = linear(dim, sum(self.rows), bias=False)

@@ -74,8 +74,8 @@ class Scored(Attention):
         return weights @ value
 
     def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        """Queries or keys [B, N, H, d] with rotary positions."""
-        return rotate(x, rotary)
+        """Queries or keys [B, N, H, d] with rotary positions, if the class reads them."""
+        return rotate(x, rotary) if "rotary" in type(self).reads else x
 
     @staticmethod
     def biased(scores: Tensor, pairs: Pairs) -> Tensor:

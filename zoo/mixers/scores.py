@@ -109,8 +109,9 @@ class Additive(Scored):
     Mahmood 2025, arXiv:2502.17206; Luong et al. 2015, arXiv:1508.04025).
 
     score is `mlp`: w . relu(W_q x_i + W_k x_j + b) with `width` hidden units in each head; `concat`: the same with
-    tanh; or `general`: x_i^T W x_j / sqrt(d) with the d channels of a head. Values have the channels of a head.
-    Rotary positions are refused, for these scores would not depend on differences of positions alone.
+    tanh; or `general`: x_i^T W x_j / sqrt(d) with the d channels of a head, which takes no width. Values have the
+    channels of a head. Rotary positions are refused, for these scores would not depend on differences of positions
+    alone.
     """
 
     reads = Scored.reads - {"rotary"}
@@ -118,6 +119,8 @@ class Additive(Scored):
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, score: str = "mlp", width: int = 16) -> None:
         if score not in SCORES:
             raise ValueError(unknown("score", score, SCORES))
+        if score == "general" and width != 16:
+            raise ValueError(f"score='general' has no hidden units and takes no width, got width={width}")
         own, values = self.head_width_of(dim, heads, score=score, width=width), super().head_width_of(dim, heads)
         super().__init__(dim, heads, head_dim=own, value_dim=values, sources="xkv" if score == "general" else "qkv")
         self.activation = ACTIVATIONS.get(score)
@@ -134,9 +137,6 @@ class Additive(Scored):
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:
         values = super().head_width_of(dim, heads)
         return super().sites_of(dim, heads, **options) | {"value": Site(values), "inner": Site(dim, heads)}
-
-    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        return x
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         if self.activation is None:
@@ -158,9 +158,6 @@ class Signed(Scored):
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)
-
-    def turned(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        return x
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         kind = torch.promote_types(query.dtype, torch.float32)

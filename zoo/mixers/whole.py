@@ -17,8 +17,8 @@ class MultiToken(Scored):
     """Softmax attention with a convolution over the scores of neighbouring queries and keys, and one across heads
     behind the softmax (Multi-Token Attention, Golovneva et al. 2025, arXiv:2504.00927).
 
-    Each head has a kernel of `queries` x `keys` weights, centred on the score; that of the paper, a causal model, has
-    earlier queries alone. `group` heads that follow each other mix their weights; 0 means all. Both start as
+    Each head has a kernel of `queries` x `keys` weights, centred on the score; that of the paper, a causal model,
+    covers only earlier queries. `group` heads that follow each other mix their weights; 0 means all. Both start as
     identities. The result of each head is RMS-normalized and multiplied by 0.2 + 0.6 exp(-0.3 index) by the index of
     the block. Scores of other queries are needed, so memory grows with the square of the number of tokens.
     """
