@@ -48,7 +48,7 @@ from zoo.channels import CHANNELS
 from zoo.choices import FEED_FORWARD, BlockConfig, Filling
 from zoo.ffns import FFNS
 from zoo.fusion import fold_last, fold_residual, keep
-from zoo.layer import Context, Fold, Layer, Site
+from zoo.layer import Context, Fold, Layer, Site, joined
 from zoo.mixers import CONVS, CROSSES, MIXERS
 from zoo.modulations import MODULATIONS
 from zoo.norms import NORMS, Affine, HeadScale, Norm
@@ -69,19 +69,10 @@ class Parallel(Layer):
         return y
 
     def inputs(self) -> list[nn.Linear] | str:
-        return _joined([branch.inputs() for branch in self.branches])  # pyright: ignore[reportCallIssue]
+        return joined(branch.inputs() for branch in self.branches)  # pyright: ignore[reportCallIssue]
 
     def outputs(self) -> list[nn.Linear] | str:
-        return _joined([branch.outputs() for branch in self.branches])  # pyright: ignore[reportCallIssue]
-
-
-def _joined(parts: list[list[nn.Linear] | str]) -> list[nn.Linear] | str:
-    layers: list[nn.Linear] = []
-    for part in parts:
-        if isinstance(part, str):
-            return part
-        layers += part
-    return layers
+        return joined(branch.outputs() for branch in self.branches)  # pyright: ignore[reportCallIssue]
 
 
 class Residual(Layer):

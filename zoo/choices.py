@@ -101,8 +101,8 @@ class BlockConfig:
     writes: frozenset[str] = frozenset({"mask"})  # the fields of the Context that the model and its position set
 
     def __post_init__(self) -> None:
-        # Blocks that differ in their index alone are checked once.
-        _check(replace(self, place=replace(self.place, index=0)) if self.place.index else self)
+        # Blocks that differ in their index and order alone are checked once.
+        _check(replace(self, place=replace(self.place, index=0, order=0)) if self.place.index else self)
 
     @property
     def head_width(self) -> int:

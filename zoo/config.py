@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from zoo.layer import Place
 from zoo.modulations import MODULATIONS
 from zoo.positions import POSITIONS
 from zoo.spec import Choice, names_of, parse
-from zoo.text import unknown
+from zoo.text import readable, unknown
 
 CHOICES = ("mixer", "cross", "conv", "conv_norm", "ffn", "norm", "placement", "channel", "modulation")
 
@@ -53,13 +53,6 @@ def _renamed(choice: Any) -> Any:
     if not isinstance(choice, str):
         return choice
     return choice.replace("qk_norm=True", "qk_norm='layernorm'").replace("qk_norm=False", "qk_norm='none'")
-
-
-def readable(value: Any, between: str = ", ") -> str:
-    """A field's value in readable form: stages are separated by commas, choices in turn by slashes."""
-    if isinstance(value, tuple):
-        return between.join(readable(each, " / ") for each in value) or "none"
-    return str(value) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +282,10 @@ class ModelConfig(Config):
         """The number of tokens before the grid of a stage."""
         return self.prefix
 
+    def part(self, stage: int, index: int) -> int:
+        """The part of a stage that a block is in: the blocks of a part see the same tokens."""
+        return 0
+
     def path(self, stage: int, index: int) -> str:
         """Where a block is in the model, as its weights are named."""
         return f"blocks.{self.place(stage, index).index}"
@@ -347,10 +344,11 @@ class ModelConfig(Config):
         modulation = MODULATIONS.get(parse(chosen["modulation"])[0])
         writes |= set() if modulation is None else modulation.reads
         writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
+        alike = [(self.part(stage, each), parse(self.chosen("mixer", stage, each))[0]) for each in range(index + 1)]
         return BlockConfig(
             dim=self.stages[stage].dim,
             heads=self.stages[stage].heads,
-            place=self.place(stage, index),
+            place=replace(self.place(stage, index), order=alike[:-1].count(alike[-1])),
             layout=self.layouts[min(stage, len(self.layouts) - 1)],
             position=position,
             dropout=self.dropout,

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -69,11 +69,33 @@ class Groups(NamedTuple):
         return (seen == self.number) | (own[:, None] == seen)
 
 
+# What layers write into is an object each time: FSDP2 copies the lists and dicts that a block is given.
+
+
 class Losses:
-    """What layers add to the loss of a training step. An object, since FSDP2 copies the lists that a block is given."""
+    """What layers add to the loss of a training step."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
+
+
+class Notes:
+    """What layers report, by `<module path>.<name>`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+
+class Carry:
+    """What blocks leave for later ones on the same tokens, by name.
+
+    A block finds `values` and writes into `left`, which `Model.run` gives to the next one. `values` do not change, so
+    that a checkpointed block finds the same when it runs again.
+    """
+
+    def __init__(self, values: dict[str, Tensor] | None = None) -> None:
+        self.values: dict[str, Tensor] = {} if values is None else values
+        self.left: dict[str, Tensor] = {}
 
 
 class Context(NamedTuple):
@@ -94,9 +116,9 @@ class Context(NamedTuple):
     memory: Memory | None = None
     visible: Chunks | Groups | None = None
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
-    notes: dict[str, Tensor] | None = None  # what layers report, by `<module path>.<name>`; None if nobody asks
+    notes: Notes | None = None  # what layers report; None if nobody asks
     losses: Losses | None = None  # what layers add to the loss; None if nobody asks
-    carry: dict[str, Tensor] | None = None  # what blocks leave for later ones, by `<name>.<index of the block>`
+    carry: Carry | None = None  # what blocks leave for later ones
 
     def moved(self, grid: tuple[int, ...], prefix: int = 0, mask: Tensor | None = None) -> "Context":
         """The Context of other tokens of the same samples, with the condition and the memory of this one; blocks have
@@ -111,7 +133,7 @@ class Context(NamedTuple):
             memory=self.memory,
             notes=self.notes,
             losses=self.losses,
-            carry=None if self.carry is None else {},
+            carry=None if self.carry is None else Carry(),
         )
 
     @property
@@ -129,6 +151,7 @@ class Place:
     prefix: int = 0
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
+    order: int = 0  # of the block, from 0, among those that have its mixer and see the same tokens
     levels: int = 1  # grids of the memory that cross-attention reads
     branch: int = 0  # of the layout's `branches`; a modulation behind the last block has branch = branches
     branches: int = 1
@@ -162,11 +185,11 @@ class Layer(nn.Module):
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
     - `bare`: whether a Block puts nothing around it,
-    - `quadratic`: whether its memory in inference grows with the square of the number of tokens,
     - `undecayed`: the parameters of more than one dimension that weight decay would pull from where they start, such as
       an identity, towards zero.
 
-    `reports_loss` says whether the layer adds to the loss in training; a layer may set it by its options.
+    Two more a layer may set by its options: `quadratic` says whether its memory in inference grows with the square of
+    the number of tokens, `reports_loss` whether it adds to the loss in training.
 
     The class methods `reads_of`, `dimensions_of`, `sites_of` and `head_width_of` take the options, for rows where they
     matter.
@@ -179,8 +202,8 @@ class Layer(nn.Module):
     dimensions: ClassVar[tuple[int, ...]] = (1, 2)
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
-    quadratic: ClassVar[bool] = False
     undecayed: ClassVar[tuple[str, ...]] = ()
+    quadratic: bool = False
     reports_loss: bool = False
     address: str = ""
 
@@ -226,7 +249,7 @@ class Layer(nn.Module):
     def note(self, context: Context, name: str, value: Tensor) -> None:
         """Reports a value under `<address>.<name>`, if somebody asks."""
         if context.notes is not None and not _recomputing:
-            context.notes[f"{self.address}.{name}"] = value
+            context.notes.values[f"{self.address}.{name}"] = value
 
     def wants_loss(self, context: Context) -> bool:
         """Whether this forward is to `add_loss`: a training step that collects losses."""
@@ -245,6 +268,16 @@ class Layer(nn.Module):
     def outputs(self) -> "list[nn.Linear] | str":
         """The linears whose sum is the result; or why an affine map cannot be folded into them."""
         return f"{type(self).__name__} has no output linear"
+
+
+def joined(parts: "Iterable[list[nn.Linear] | str]") -> "list[nn.Linear] | str":
+    """All linears of the parts, or the first reason why a part has none."""
+    layers: list[nn.Linear] = []
+    for part in parts:
+        if isinstance(part, str):
+            return part
+        layers += part
+    return layers
 
 
 def advance(model: nn.Module, progress: float) -> None:

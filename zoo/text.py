@@ -18,6 +18,13 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def readable(value: Any, between: str = ", ") -> str:
+    """A field's value in readable form: stages are separated by commas, choices in turn by slashes."""
+    if isinstance(value, tuple):
+        return between.join(readable(each, " / ") for each in value) or "none"
+    return str(value) or "none"
+
+
 def reason(error: object) -> str:
     """Why something failed, in one line: for an error of the operating system only the reason, without the path."""
     return one_line(getattr(error, "strerror", None) or error)

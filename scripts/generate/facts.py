@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.__main__ import TASKS, TRAINING, target
 from zoo.channels import CHANNELS
 from zoo.choices import PAPERS, PLACEMENTS
-from zoo.config import Config, field_names, readable
+from zoo.config import Config, field_names
 from zoo.ffns import FFNS
 from zoo.heads import HEADS, SPEECH_HEADS
 from zoo.layer import Context, Layer, Place, advance
@@ -30,6 +30,7 @@ from zoo.positions import POSITIONS
 from zoo.spec import options_of
 from zoo.stems import REDUCTIONS, STEMS, SUBSAMPLINGS
 from zoo.tasks import cli
+from zoo.text import readable
 
 DIM, HEADS_OF = 32, 2
 # Each kind of choice: its description, its table, and the arguments of a row before its place.

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from helpers import position, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model, fuse
-from zoo.layer import Context, Place
+from zoo.layer import Carry, Context, Place
 from zoo.mixers import MIXERS
 from zoo.mixers.compose import Blend, SharedScores
 from zoo.models.base import noting
@@ -45,6 +48,9 @@ def test_learned_weights_start_equal():
     assert torch.equal(ours.shares.softmax(0), torch.full((3,), 1 / 3))
 
 
+QUADRATIC = (("power", "softmax"), ("selective", "softmax"))  # and whether memory grows so, as with one of its mixers
+
+
 def test_a_blend_reads_what_all_its_mixers_read():
     assert Blend.reads == Blend.reads_of() == MIXERS["softmax"].reads & MIXERS["sepconv"].reads
     both = Blend.reads_of(of=("softmax", "power"))
@@ -52,6 +58,7 @@ def test_a_blend_reads_what_all_its_mixers_read():
     assert "rotary" not in Blend.reads_of(of=("softmax", "shaw"))
     assert Blend.reads_of(of=("softmax", "power"), weights="input") == both - {"visible"}
     assert Blend.dimensions_of(of=("softmax", "relative")) == (1,) and Blend.dimensions_of() == (1, 2)
+    assert [make(MIXERS, f"blend(of={of})", DIM, HEADS).quadratic for of in QUADRATIC] == [False, True]
     assert Blend.head_width_of(48, 4, of=("softmax(head_dim=6)", "softmax(head_dim=6, kv_heads=1)")) == 6
 
 
@@ -217,22 +224,20 @@ FAMILIES = {
     "conformer_s": (SPEECH | {"depth": 2}, lambda: (torch.randn(1, 60, 16), torch.tensor([60]))),
     "squeezeformer_s": (SPEECH | {"depth": 8}, lambda: (torch.randn(1, 60, 16), torch.tensor([60]))),
     "detr_r50": ({"dim": 32, "depth": 2, "encoder_depth": 2, "heads": 2, "queries": 9}, lambda: (images(),)),
-    "rtdetr_micro": ({"decoder_mixer": "shared_scores(first=1)"}, lambda: (images(),)),
-    "dit_micro": ({"class_block": 1, "class_tokens": 1}, lambda: (torch.randn(1, 1, 8, 8), torch.rand(1))),
+    "rtdetr_micro": ({"decoder_mixer": "shared_scores"}, lambda: (images(),)),
+    "dit_micro": ({"depth": 4, "class_block": 1, "class_tokens": 1}, lambda: (torch.randn(1, 1, 8, 8), torch.rand(1))),
     "dimr_xl_2r": (
         DIFFUSION | {"dim": (32, 16), "depth": (5, 3), "heads": (2, 2)},
         lambda: (torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([1])),
     ),
     "dico_micro": ({}, lambda: (torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([1]))),
 }
-PATTERN_OF = {"squeezeformer_s": "shared_scores(first=3)"}  # where the tokens change, a block computes
-PATTERN_OF |= {"dit_micro": "shared_scores(first=1)", "dimr_xl_2r": "shared_scores(every=5)"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_carries_weights(family):
     choices, inputs = FAMILIES[family]
-    model = create_model(family, mixer=PATTERN_OF.get(family, "shared_scores"), **choices).eval()
+    model = create_model(family, mixer="shared_scores", **choices).eval()
     reusing = [layer for layer in model.modules() if isinstance(layer, SharedScores) and not layer.computes]
     assert reusing, "some block reuses weights, and raises an error if it finds none"
     with torch.no_grad():
@@ -256,19 +261,91 @@ def test_fused_and_compiled_models_share_weights():
         assert (got - wanted).abs().max() <= 1e-10 * max(1.0, wanted.abs().max())
 
 
-def test_a_block_with_nothing_to_reuse_says_so():
-    layer = make(MIXERS, "shared_scores", DIM, HEADS, Place(2, index=1))
-    with pytest.raises(ValueError, match="^shared_scores: block 1 has no attention weights to reuse: [^\n]+$"):
+def computing(model: Any) -> list[bool]:
+    return [layer.computes for layer in model.modules() if isinstance(layer, SharedScores)]
+
+
+def test_blocks_are_counted_where_they_see_the_same_tokens():
+    """Where tokens change, and where other mixers come between, so that every block finds weights to reuse."""
+    turns = create_model("vit_micro", mixer=("softmax", "shared_scores"), dim=32, depth=8, heads=2, classes=3)
+    assert computing(turns) == [True, False, True, False]
+    both = ("shared_scores(every=9)", "shared_scores(every=3)")
+    assert computing(create_model("vit_micro", mixer=both, dim=32, depth=5, heads=2)) == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    speech = create_model("squeezeformer_xs", mixer="shared_scores", depth=8, reduce=3, heads=2, dim=32)
+    assert computing(speech) == [True, False, True, True, False, True, False, False]  # the last is at the first rate
+    tokens: Any = {"depth": 4, "class_block": 1, "class_tokens": 1}
+    assert computing(create_model("dit_micro", mixer="shared_scores", **tokens)) == [True, True, False, True]
+    for model, inputs in ((turns, (torch.randn(1, 3, 32, 32),)), (speech, (torch.randn(1, 90, 80), None))):
+        with torch.no_grad():
+            model.eval()(*inputs)
+
+
+def test_a_block_alone_has_nothing_to_reuse():
+    layer = make(MIXERS, "shared_scores", DIM, HEADS, Place(2, index=1, order=1))
+    with pytest.raises(ValueError, match="^shared_scores: no attention weights to reuse; [^\n]+$"):
         layer(torch.randn(1, 30, DIM), Context(grid=(5, 6)))
-    model = vit("shared_scores(first=1)", depth=2)  # block 0 computes for itself
-    model(torch.randn(1, 3, 32, 32, dtype=torch.double))
-    turns = create_model("vit_micro", mixer=("sla", "shared_scores"), dim=32, depth=2, heads=2, classes=3)
-    with pytest.raises(ValueError, match="block 1 has no attention weights to reuse"):
-        turns(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
+@pytest.mark.parametrize("spec", ["shared_scores(every=3)", "shared_scores(every=2, residual=True)"])
+def test_many_blocks_are_compiled_a_few_times(spec):
+    """As training compiles them, one by one and checkpointed: the number of programs does not grow with that of blocks,
+    and gradients are those of blocks that are not compiled."""
+    torch._dynamo.reset()
+    model = vit(spec, depth=12).train()
+    plain = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        results = []
+        for each in (model, plain):
+            each.zero_grad()
+            y = each(images)
+            y.square().sum().backward()
+            results.append([y, *(parameter.grad for parameter in each.parameters())])
+        for got, wanted in zip(*results, strict=True):
+            assert (got - wanted).abs().max() <= 1e-10 * max(1.0, wanted.abs().max())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_blocks_share_weights_and_report(checkpointing, tmp_path):
+    """FSDP2 copies the lists and dicts that a block is given."""
+    model = vit("shared_scores(residual=True)").train()
+    model.checkpointing = checkpointing
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    wanted = model(images)
+    wanted.square().sum().backward()
+    slopes = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with noting(model) as notes:
+            got = model(images)
+        got.square().sum().backward()
+        grads = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    finally:
+        distributed.destroy_process_group()
+    assert relative(got, wanted) < 1e-12
+    assert all(relative(mine, other) < 1e-10 for mine, other in zip(grads, slopes, strict=True))
+    assert sorted(notes) == [f"blocks.{index}.steps.0.branch.weights" for index in range(4)]
 
 
 def test_other_tokens_find_nothing():
     """Weights are of certain tokens: those of another grid do not see them."""
-    context = Context(grid=(5, 6), carry={"weights.0": torch.ones(1)})
-    assert context.moved((3, 3)).carry == {} and Context(grid=(5, 6)).moved((3, 3)).carry is None
+    context = Context(grid=(5, 6), carry=Carry({"weights": torch.ones(1)}))
+    moved = context.moved((3, 3)).carry
+    assert moved is not None and not moved.values and Context(grid=(5, 6)).moved((3, 3)).carry is None
     assert position("rope", DIM, 8, (5, 6)).place(context).carry is context.carry

@@ -11,7 +11,7 @@ from helpers import position, prepared, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo.ffns import FFNS
 from zoo.fusion import fuse
-from zoo.layer import Context, Place
+from zoo.layer import Context, Notes, Place
 from zoo.mixers import MIXERS
 from zoo.norms import BatchNorm
 from zoo.spec import make
@@ -323,9 +323,9 @@ def test_relational_heads_collect_relations_and_symbols(relational, relations, s
     check(ours(x, context), wanted, (x, ours.library, ours.relate))
     with torch.no_grad():
         check(ours(x, context), wanted)
-    notes = {}
+    notes = Notes()
     ours(x, context._replace(notes=notes))
-    assert (notes[".weights"] - shares).abs().max() < 1e-12
+    assert (notes.values[".weights"] - shares).abs().max() < 1e-12
 
 
 def test_relations_are_not_turned():

@@ -6,7 +6,7 @@ from torch.nn.functional import one_hot
 
 import zoo
 from helpers import randomise
-from zoo.layer import Context, Memory
+from zoo.layer import Context, Memory, Notes
 from zoo.mixers import CROSSES, MIXERS
 from zoo.spec import make
 
@@ -38,7 +38,7 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
         real = torch.ones(grid, dtype=torch.bool)
         real[..., 3 if axes == 2 else 9 :] = False
         mask = torch.stack([real.flatten(), torch.ones(number, dtype=torch.bool)])
-    notes = {}
+    notes = Notes()
     context = Context(grid, mask=mask, notes=notes)
     query, key, _ = layer.project(torch.randn(2, number, DIM).double(), context)
     heads = getattr(layer, "kv_heads", HEADS)
@@ -54,7 +54,7 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
         part[..., : value[..., start : start + width].shape[-1]] = value[..., start : start + width]
         parts.append(layer.mix(query, key, part, context))
     got = torch.cat(parts, -1)[..., :number].transpose(1, 2)
-    weights = notes[".weights"]
+    weights = notes.values[".weights"]
     rows = torch.ones(2, number, dtype=torch.bool) if mask is None else mask
     assert (got - weights).abs().amax((1, 3))[rows].max() < 1e-12
     assert weights.shape[:3] == (2, HEADS, number)
@@ -62,12 +62,12 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
 
 def test_weights_of_cross_attention():
     layer = randomise(make(CROSSES, "softmax", DIM, HEADS)).double().eval()
-    notes = {}
+    notes = Notes()
     memory = Memory(torch.randn(2, 7, DIM).double(), torch.tensor([[True] * 5 + [False] * 2, [True] * 7]))
     x = torch.randn(2, 3, DIM).double()
     y = layer(x, Context((3,), memory=memory, notes=notes))
     values = layer.values(memory.tokens).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-    wanted = layer.out((notes[".weights"] @ values).transpose(1, 2).flatten(2))
+    wanted = layer.out((notes.values[".weights"] @ values).transpose(1, 2).flatten(2))
     assert (y - wanted).abs().max() < 1e-12
 
 

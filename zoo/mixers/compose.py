@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import zoo.mixers
 from zoo.channels import grid_mean
-from zoo.layer import ANYWHERE, Chunks, Context, Layer, Place, Site
+from zoo.layer import ANYWHERE, Chunks, Context, Layer, Place, Site, joined
 from zoo.mixers.scored import Pairs, Scored
 from zoo.spec import check, make, parse
 from zoo.tensors import linear
@@ -88,6 +88,7 @@ class Blend(Layer):
         self.reads = self.reads_of(of=of, weights=weights)  # pyright: ignore[reportAttributeAccessIssue]
         self.head_dim = self.head_width_of(dim, heads, of=of)
         self.mixers = nn.ModuleList(make(zoo.mixers.MIXERS, spec, dim, heads, place, field="of") for spec in of)
+        self.quadratic = any(mixer.quadratic for mixer in self.mixers)
         self.weights = weights
         self.shares = nn.Parameter(torch.zeros(len(of))) if weights == "learned" else None
         self.squeeze = self.gate = None
@@ -111,32 +112,24 @@ class Blend(Layer):
         return y
 
     def inputs(self) -> list[nn.Linear] | str:
-        layers = [] if self.squeeze is None else [self.squeeze]  # the mean of an affine map is the map of the mean
-        return joined([mixer.inputs() for mixer in self.mixers], layers)  # pyright: ignore[reportCallIssue]
+        own = [] if self.squeeze is None else [self.squeeze]  # the mean of an affine map is the map of the mean
+        return joined([own, *(mixer.inputs() for mixer in self.mixers)])  # pyright: ignore[reportCallIssue]
 
     def outputs(self) -> list[nn.Linear] | str:
         if self.weights != "sum":
             return "the results of its mixers are weighted"
-        return joined([mixer.outputs() for mixer in self.mixers], [])  # pyright: ignore[reportCallIssue]
-
-
-def joined(parts: list[list[nn.Linear] | str], layers: list[nn.Linear]) -> list[nn.Linear] | str:
-    """All linears of the parts after those given, or the first reason why there are none."""
-    for part in parts:
-        if isinstance(part, str):
-            return part
-        layers = layers + part
-    return layers
+        return joined(mixer.outputs() for mixer in self.mixers)  # pyright: ignore[reportCallIssue]
 
 
 class SharedScores(Scored):
     """Softmax attention in every `every`-th block; the others have values alone and reuse its weights (ARMHuBERT, Jang
     et al. 2023, arXiv:2305.11685; EchoAtt, Rajabzadeh et al. 2024, arXiv:2409.14595).
 
-    The blocks before `first` compute their own weights; blocks `first`, `first` + `every` and so on do, too. Others use
-    those of the last block that did. residual=True adds, before the softmax, the scores of the last block that computed
-    some (EfficientASR, Wang et al. 2024, arXiv:2404.19214). The weights have to be kept for later blocks, so memory is
-    quadratic in the number of tokens.
+    Blocks are counted from 0 among those that have this mixer and see the same tokens: from 0 again where a model
+    changes its tokens, as where the frame rate is halved. The blocks up to `first` compute their own weights; blocks
+    `first` + `every` and so on do, too. Others use those of the last block that did. residual=True adds, before the
+    softmax, the scores of the last block that computed some (EfficientASR, Wang et al. 2024, arXiv:2404.19214). The
+    weights have to be kept for later blocks, so memory is quadratic in the number of tokens.
     """
 
     quadratic = True
@@ -156,22 +149,20 @@ class SharedScores(Scored):
         first: int = 0,
         residual: bool = False,
     ) -> None:
-        self.computes = place.index <= first or (place.index - first) % every == 0
+        self.computes = place.order <= first or (place.order - first) % every == 0
         super().__init__(dim, heads, sources="qkv" if self.computes else "xxv")
-        self.index, self.residual = place.index, residual
+        self.residual = residual
 
-    def last(self, what: str, context: Context) -> Tensor | None:
+    @staticmethod
+    def last(what: str, context: Context) -> Tensor | None:
         """What the last block before this one that computed weights left."""
-        carry = {} if context.carry is None else context.carry
-        for index in reversed(range(self.index)):
-            if (name := f"{what}.{index}") in carry:
-                return carry[name]
-        return None
+        return None if context.carry is None else context.carry.values.get(what)
 
-    def leave(self, what: str, value: Tensor, context: Context) -> None:
+    @staticmethod
+    def leave(what: str, value: Tensor, context: Context) -> None:
         """Keeps a value for later blocks."""
         if context.carry is not None:
-            context.carry[f"{what}.{self.index}"] = value
+            context.carry.left[what] = value
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
@@ -191,8 +182,7 @@ class SharedScores(Scored):
             return super().mix(query, key, value, context)
         if (weights := self.last("weights", context)) is None:
             raise ValueError(
-                f"shared_scores: block {self.index} has no attention weights to reuse: no block before it on the same "
-                "tokens computed some; choose every or first so that one does"
+                "shared_scores: no attention weights to reuse; run the blocks before this one first, by Model.run"
             )
         if context.cache is not None:
             value = self.extended(self.recall(context, "value"), value)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import zoo
 from zoo.block import Block
 from zoo.config import Config, ModelConfig
-from zoo.layer import Context, Fold, Layer, Losses, second_run
+from zoo.layer import Carry, Context, Fold, Layer, Losses, Notes, second_run
 from zoo.positions import POSITIONS, Position
 from zoo.spec import make
 from zoo.tensors import compiling
@@ -79,7 +79,7 @@ class Model(nn.Module, Generic[Kind]):
 
     config: Kind
     fusion: list[Fold] | None = None
-    notes: dict[str, Tensor] | None = None
+    notes: Notes | None = None
     losses: list[Tensor] | None = None
     _checkpointing: bool = False
     # Facts from the model's checkpoint, which `zoo.save_model` keeps.
@@ -192,16 +192,18 @@ class Model(nn.Module, Generic[Kind]):
         """
         if self.notes is not None:
             context = context._replace(notes=self.notes)
-        if context.carry is None:
-            context = context._replace(carry={})
+        carry = Carry() if context.carry is None else context.carry
         checkpointing = self.checkpointing and self.training
-        if self.losses is None:
-            return run(blocks, x, context, checkpointing)
         for block in blocks:
-            added = Losses()  # of each block: compiled blocks are compiled again for another number of losses
-            x = run((block,), x, context._replace(losses=added), checkpointing)
-            self.losses += added.values
-            added.values = []  # for what a checkpointed block adds when it runs again
+            # Of each block: compiled blocks are compiled again for another number of losses.
+            added = None if self.losses is None else Losses()
+            own = Carry(carry.values)
+            x = run((block,), x, context._replace(losses=added, carry=own), checkpointing)
+            carry.values = {**carry.values, **own.left}
+            own.left = {}  # a checkpointed block keeps its Context, and these tensors keep that block
+            if self.losses is not None and added is not None:
+                self.losses += added.values
+                added.values = []  # for what a checkpointed block adds when it runs again
         return x
 
 
@@ -210,14 +212,14 @@ def noting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While it lasts, the layers of the model, and of models that it contains, report into the dict: attention weights
     as `<path of the layer>.weights`. Each forward overwrites what was there."""
     models = [(name, part) for name, part in model.named_modules() if isinstance(part, Model)]
-    before, notes = [part.notes for _, part in models], dict[str, Tensor]()
+    before, notes = [part.notes for _, part in models], Notes()
     try:
         for name, module in model.named_modules():
             if isinstance(module, Layer):
                 module.address = name
         for _, part in models:
             part.notes = notes
-        yield notes
+        yield notes.values
     finally:
         for (_, part), earlier in zip(models, before, strict=True):
             part.notes = earlier

@@ -14,7 +14,7 @@ from zoo.choices import BlockConfig
 from zoo.config import Config, FlatConfig, Size
 from zoo.fusion import keep
 from zoo.heads import SPEECH_HEADS
-from zoo.layer import Chunks, Context, Fold, Layer, halved
+from zoo.layer import Carry, Chunks, Context, Fold, Layer, halved
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.rates import Reduce, Strided
 from zoo.models.streaming import Stream
@@ -132,6 +132,9 @@ class ConformerConfig(FlatConfig):
     def at(self, index: int) -> BlockConfig:
         """The block of an index in the whole model."""
         return self.block(*self.stage_of(index))
+
+    def part(self, stage: int, index: int) -> int:
+        return int(self.unet and self.reduced <= index < self.depth - 1)
 
     def stage_of(self, index: int) -> tuple[int, int]:
         """The stage of a block, and its index there."""
@@ -336,7 +339,7 @@ class Conformer(Model[ConformerConfig]):
             if not known or self.training or bool((lengths < features.shape[1]).any()):
                 mask = mask_of(lengths, features.shape[1])
         x, mask = self.stem(features, mask)
-        context = self.position.place(Context(grid=(x.shape[1],), mask=mask, carry={}))
+        context = self.position.place(Context(grid=(x.shape[1],), mask=mask, carry=Carry()))
         return self.start(x, context), context._replace(visible=self.chunks(visible))
 
     def chunks(self, visible: Chunks | None) -> Chunks | None:
@@ -434,11 +437,8 @@ class Conformer(Model[ConformerConfig]):
         """
         x, mask = self.stem(features, mask, cache)
         context = self.position.place(Context(grid=(visible.left + x.shape[1],)))
-        context = context._replace(grid=(x.shape[1],), mask=mask, visible=visible, cache=cache, carry={})
-        x = self.start(x, context)
-        for block in self.blocks:
-            x = block(x, context)
-        return self.logits(x)
+        context = context._replace(grid=(x.shape[1],), mask=mask, visible=visible, cache=cache, carry=Carry())
+        return self.logits(self.run(self.blocks, self.start(x, context), context))
 
     def stream(self, batch: int = 1, visible: Chunks | None = None) -> Stream:
         """Takes features in pieces of any size and gives logits as soon as a chunk is complete."""

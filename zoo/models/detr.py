@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layer import Context, Memory
+from zoo.layer import Carry, Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import MLP, DetectorConfig, Noised, Predicted, Trained, padded, wide, xavier
 from zoo.models.trunk import Trunk
@@ -121,7 +121,7 @@ class DETR(Model[DETRConfig]):
         """The predictions after each decoder block, [layers, B, Q, ...]; in eval mode only the last ones."""
         number = self.config.queries
         code = self.query(torch.arange(number, device=memory.tokens.device))[None].to(memory.tokens.dtype)
-        context = Context(grid=(number,), code=code, memory=memory, carry={})
+        context = Context(grid=(number,), code=code, memory=memory, carry=Carry())
         x = torch.zeros_like(code).expand(memory.tokens.shape[0], -1, -1)
         found = []
         for index, block in enumerate(self.decoder):

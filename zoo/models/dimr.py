@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import Size
-from zoo.layer import Context
+from zoo.layer import Carry, Context
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.diffusion import DiffusionConfig, Embeddings, joined, last_modulation, preceded
 from zoo.modulations import MODULATIONS, Modulation, TimeDependent
@@ -156,7 +156,7 @@ class Branch(nn.Module):
     ) -> tuple[Tensor, Context]:
         """The tokens before the first block and their Context, from the image and what the branch before saw."""
         tokens, grid, real = self.stem(x, mask)
-        context = self.position.place(Context(grid=grid, mask=real, cond=cond, carry={}))
+        context = self.position.place(Context(grid=grid, mask=real, cond=cond, carry=Carry()))
         tokens = self.position(tokens, context)
         if self.up is not None:
             assert before is not None

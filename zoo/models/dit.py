@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import FlatConfig, Size
-from zoo.layer import Context, Memory
+from zoo.layer import Carry, Context, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.decoupled import DecoupledHead
 from zoo.models.diffusion import (
@@ -87,6 +87,9 @@ class DiTConfig(DiffusionConfig, FlatConfig):
 
     def prefix_of(self, stage: int) -> int:
         return 0 if stage else self.prefix
+
+    def part(self, stage: int, index: int) -> int:
+        return int(not stage and index >= self.class_block)
 
     def path(self, stage: int, index: int) -> str:
         return f"head.blocks.{index}" if stage else f"blocks.{index}"
@@ -168,7 +171,7 @@ class DiT(Conditioned, Model[DiTConfig]):
     def embed(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Context]:
         """Tokens [B, N, dim] with positions, and the Context of the first block, without the condition."""
         tokens, grid, mask = self.stem(x, mask)
-        context = self.position.place(Context(grid=grid, mask=mask, carry={}))
+        context = self.position.place(Context(grid=grid, mask=mask, carry=Carry()))
         return self.position(tokens, context), context
 
     def join(self, tokens: Tensor, context: Context, vectors: Tensor | None) -> tuple[Tensor, Context]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.channels import CHANNELS
 from zoo.config import Size
 from zoo.kernels import suppressed
-from zoo.layer import Context, Groups, Memory
+from zoo.layer import Carry, Context, Groups, Memory
 from zoo.models.base import Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.models.detection import (
     MLP,
@@ -287,7 +287,7 @@ class RTDETR(Model[RTDETRConfig]):
             boxes = torch.where(mask[..., None], boxes, 0.5)
         found: list[Predicted] = []
         steps: list[Boxes] = []
-        last, carry = Boxes(boxes), dict[str, Tensor]()
+        last, carry = Boxes(boxes), Carry()
         for number, block in enumerate(self.decoder):
             fixed = last.boxes.detach()
             context = Context(

@@ -11,7 +11,7 @@ from zoo.channels import grid_mean
 from zoo.config import FlatConfig
 from zoo.fusion import fold_in, keep, not_affine
 from zoo.heads.images import AttentionPool
-from zoo.layer import Context, Fold
+from zoo.layer import Carry, Context, Fold
 from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
@@ -124,7 +124,7 @@ class ViT(Model[ViTConfig]):
             x = torch.cat([self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], prefix), mask], 1)
-        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask, carry={}))
+        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask, carry=Carry()))
         x = self.position(x, context)
         return x if self.first_norm is None else self.first_norm(x, context), context
 
