@@ -180,7 +180,7 @@ class ISTA(Layer):
         return [] if self.inner is None else [keep(self, "inner", "the matrix behind it is in front of it, too")]
 
 
-class Mixture(Layer):
+class MixtureOfExperts(Layer):
     """A sum of MLPs, the experts: `shared` ones for every token, and the `top` of `experts` others, which a router
     chooses for it, times their probabilities p = softmax(R x) (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066).
 
@@ -305,6 +305,6 @@ class Chunked(Layer):
         return "its linears give chunks of the channels"
 
 
-FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA, "moe": Mixture}
+FFNS: dict[str, type[Layer]] = {"mlp": MLP, "swiglu": SwiGLU, "geglu": GEGLU, "ista": ISTA, "moe": MixtureOfExperts}
 FFNS |= {"chunked": Chunked}
 """Each row is constructed as row(dim, place, *, options)."""

@@ -62,16 +62,24 @@ def choices_of(
     from zoo.choices import TABLES
     from zoo.models import configure
     from zoo.spec import parse
+    from zoo.tensors import shapes_alone
     from zoo.text import unknown
 
     model = values.get("model")
     backbone = dict(model.get("backbone") or {}) if isinstance(model, dict) else {}
     for word in more:
-        name, _, text = word.partition("=")
+        name, equals, text = word.partition("=")
+        if name == "--model.backbone" or name.startswith("--model.backbone.") and not equals:
+            raise ValueError(f"{word}: write the fields of the model one by one, as --model.backbone.FIELD=VALUE")
         if name.startswith("--model.backbone."):
-            backbone[name.removeprefix("--model.backbone.")] = yaml.safe_load(text)
-    if "name" not in backbone:
+            try:
+                backbone[name.removeprefix("--model.backbone.")] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise ValueError(f"{word}: cannot read the value") from None
+    if not isinstance(backbone.get("name"), str):
         raise ValueError("--choices needs a config with model.backbone.name")
+    if len({*fields}) < len(fields):
+        raise ValueError(f"--choices {' '.join(fields)}: each field can be given once")
     name, grid, refused = backbone.pop("name"), dict[str, list[str]](), list[str]()
     for field in fields:
         if field not in TABLES:
@@ -83,7 +91,8 @@ def choices_of(
         grid[field] = []
         for row in rows:
             try:
-                configure(name, **backbone | {field: row})
+                with shapes_alone():  # some rows refuse a model only when it is built
+                    configure(name, **backbone | {field: row}).build()
                 grid[field].append(row)
             except ValueError as error:
                 refused.append(one_line(f"{field} {row}: {error}"))

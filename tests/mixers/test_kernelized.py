@@ -383,7 +383,7 @@ def test_means_hold_in_half_precision(kind, shape):
         ("random_features(kind='cosine')", "unknown kind 'cosine'.*positive, trigonometric"),
         ("rala(kernel=4)", "kernel must be odd, got 4"),
         ("nala(kernel=4)", "kernel must be odd, got 4"),
-        ("nala(power=1.9)", "power must be >= 2, got 1.9"),
+        ("nala(power=1.9)", "power must be from 2 to 5, got 1.9"),
         ("soft(kernel=2)", "kernel must be odd, got 2"),
         ("latte(latents=0)", "latents of 'latte' must be finite and >= 1"),
         ("latte(latents=66)", "latents must be at most 65, as there are few tokens, got 66"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import position
+from helpers import position, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context
@@ -161,3 +161,14 @@ def test_wrong_options_are_one_line(mixer, heads, message):
     with pytest.raises(ValueError, match="mixer") as error:
         create_model("vit_micro", mixer=mixer, dim=32, depth=1, heads=heads)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("choices", [{"mixer": "moa"}, {"mixer": "moh"}, {"ffn": "moe"}], ids=str)
+def test_experts_are_exported_for_any_batch(choices):
+    model = randomise(create_model("vit_micro", dim=32, depth=1, heads=4, classes=3, **choices)).eval()
+    batch = {0: torch.export.Dim("batch", max=64)}
+    program = torch.export.export(model, (torch.randn(2, 3, 16, 16),), dynamic_shapes=(batch,), strict=False)
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        assert relative(program.module()(images), model(images)) < 1e-5

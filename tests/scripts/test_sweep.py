@@ -67,6 +67,18 @@ def test_choices_are_the_rows_that_the_model_accepts(sweeps: dict[str, ModuleTyp
     assert any(line.startswith("mixer relative: ") and "along time only" in line for line in refused)
     grid, refused = choices_of(["mixer"], values, ["--model.backbone.class_token=true", "--model.backbone.pool=token"])
     assert "window" not in grid["mixer"] and any(line.startswith("mixer window: ") for line in refused)
+    _, refused = choices_of(["mixer"], values, ["--model.backbone.heads=1"])
+    assert any(line.startswith("mixer moh: ") and "at least 2 heads" in line for line in refused)
+    for words, message in (
+        (["--model.backbone.mixer={"], "cannot read the value"),
+        (["--model.backbone.name="], "needs a config with model.backbone.name"),
+        (["--model.backbone=5"], "one by one"),
+        (["--model.backbone", "{name: vit_micro}"], "one by one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choices_of(["mixer"], values, words)
+    with pytest.raises(ValueError, match="each field can be given once"):
+        choices_of(["mixer", "mixer"], values, [])
     assert choices_of([], values, []) == ({}, [])
     with pytest.raises(ValueError, match="unknown field 'mixr'"):
         choices_of(["mixr"], values, [])

@@ -31,7 +31,7 @@ from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, 
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
-from zoo.mixers.scores import Additive, Mixture, Polar, Signed, Tempered
+from zoo.mixers.scores import Additive, GaussianKeys, Polar, Signed, Tempered
 from zoo.mixers.static import Super
 from zoo.mixers.whole import FixedPoint, MultiToken, Selective
 
@@ -55,7 +55,7 @@ MIXERS: dict[str, type[Layer]] = {
     "differential": Differential,
     "dint": Integral,
     "ssa": Tempered,
-    "mgk": Mixture,
+    "mgk": GaussianKeys,
     "additive": Additive,
     "coda": Signed,
     "polar": Polar,

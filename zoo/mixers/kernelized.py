@@ -228,8 +228,9 @@ class NormAware(Gated):
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, power: float = 3.0, kernel: int = 5) -> None:
         super().__init__(dim, heads, place, kernel)
-        if power < 2:  # p of a query of zeros would be below 1, and its gradient infinite
-            raise ValueError(f"nala: power must be >= 2, got {power}")
+        # Below 2, p of a query of zeros is below 1, and its gradient infinite; high powers overflow in half precision.
+        if not 2 <= power <= 5:
+            raise ValueError(f"nala: power must be from 2 to 5, got {power}")
         self.power = power
         self.mixed_norm = nn.LayerNorm(dim)
 

@@ -158,7 +158,8 @@ class MixtureOfAttention(Attention):
         width = self.widths[0]
         if found is None:
             every = self.projected(x, 0, width).unflatten(-1, (self.heads, self.head_dim))
-            return every.take_along_dim(routes.experts[..., None], 2).flatten(2)
+            chosen = routes.experts[..., None].expand(-1, -1, -1, self.head_dim)
+            return every.gather(2, chosen).flatten(2)
         weights, bias = self.qkv.weight[:width].unflatten(0, (self.heads, -1)), self.qkv.bias
         biases = None if bias is None else bias[:width].unflatten(0, (self.heads, -1))
         rows = x.flatten(0, 1)[found.slots // self.top]

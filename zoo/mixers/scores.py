@@ -50,7 +50,7 @@ class Tempered(Scored):
         return super().scores(query * factor, key, pairs)
 
 
-class Mixture(Scored):
+class GaussianKeys(Scored):
     """Weights proportional to sum_m exp(p_m - |q_i - k_jm|^2 / (2 sqrt(d))) with several keys per token, a mixture of
     Gaussians (Transformer-MGK, Nguyen et al. 2021, arXiv:2110.08678).
 
