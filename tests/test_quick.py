@@ -213,7 +213,7 @@ def test_a_checkpoint_is_described_by_name_and_folder(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["info", "slaa"], "checkpoints/slaa); did you mean `zoo info sla`?"),
+        (["info", "slaa"], "checkpoints/slaa); did you mean `zoo info sla`"),
         (["info", "vit_tinny"], "`zoo info vit_tiny`"),
         (["info", "vit_micro.digit"], "`zoo info vit_micro.digits`"),
         (["info", "mixer"], "`zoo list mixers` lists the mixers"),
