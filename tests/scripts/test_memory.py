@@ -21,7 +21,7 @@ from benchmarks.peak import main
 
 for mixer in sys.argv[2:]:
     print(mixer)
-    main(mixer, "64", "1", "float32", "1", *sys.argv[1].split(","))
+    main(mixer, "64", "2", "float32", "1", *sys.argv[1].split(","))
 """
 QUADRATIC = [name for name in ON_PICTURES if MIXERS[name].quadratic]
 LINEAR = [name for name in ON_PICTURES if name not in QUADRATIC]
@@ -43,11 +43,12 @@ def growth(mixers: list[str], sides: tuple[int, ...]) -> dict[str, tuple[float, 
 
 
 @linux
-def test_peak_memory_of_every_mixer_grows_linearly_with_tokens():
-    """From 784 to 12,544 tokens, softmax included. A matrix of all pairs of tokens would take 630 MiB in one head."""
-    for mixer, (early, late, most) in growth(LINEAR, SIDES).items():
+@pytest.mark.parametrize("part", range(8))
+def test_peak_memory_of_every_mixer_grows_linearly_with_tokens(part: int):
+    """From 784 to 12,544 tokens, softmax included. A matrix of all pairs of tokens would take 1.2 GiB in two heads."""
+    for mixer, (early, late, most) in growth(LINEAR[part::8], SIDES).items():
         assert 0 < late < 1.4 * early + 1e-3, (mixer, early, late)
-        assert most < 100, (mixer, most)
+        assert most < 200, (mixer, most)
 
 
 @linux
