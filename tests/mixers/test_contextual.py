@@ -12,7 +12,7 @@ from transformers import DebertaV2Config, Wav2Vec2BertConfig
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
-from helpers import position, randomise, rectangle, relative
+from helpers import position, rectangle
 from test_parity import DIM, GRID, HEADS, check, copied, scattered, tokens
 from zoo import create_model
 from zoo.layer import Context, Place
@@ -264,20 +264,6 @@ def test_some_queries_at_a_time_give_the_same(spec, axes, monkeypatch):
     wanted = layer(x, context)
     with torch.no_grad():
         check(layer(x, context), wanted)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_stream_is_the_whole_recording(spec):
-    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": spec, "position": "rope" if spec == "coca" else "none", "chunk": 4, "left": 8}
-    model: Any = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    randomise(model).eval()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
 
 
 WRONG = {

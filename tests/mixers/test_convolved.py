@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
-from zoo import create_model
 from zoo.layer import Chunks, Context, Place
 from zoo.mixers import MIXERS
 from zoo.spec import make
@@ -113,27 +111,6 @@ def test_relative_attention_of_convolved_projections(window):
         y = depthwise(ours.qkv(x), ours.filter.weight, ours.filter.bias, context, context.visible is not None)
         wanted = ours.out(ours.mix(*map(heads_of, y.chunk(3, -1)), context).flatten(2))
         compared(ours(x, context), wanted, context, x)
-
-
-STREAMS = ["symmetric", "mssa", "gqa", "kv_shift", "head_embedding", "optimized", "sagan", "mla(rotary=8)"]
-STREAMS += ["relational", "relational(symmetric=True)", "conv_projection", "conv_projection(kernels=(1, 3), of='kv')"]
-STREAMS += ["conv_projection(kernels=(2, 4), of='qk')", "relative(conv=5)"]
-
-
-@pytest.mark.parametrize("left", [8, 0])
-@pytest.mark.parametrize("mixer", STREAMS)
-def test_a_stream_is_the_whole_recording(mixer, left):
-    turned = mixer not in ("sagan", "relative(conv=5)")
-    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": mixer, "position": "rope" if turned else "none", "chunk": 4, "left": left}
-    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    randomise(model).eval()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from helpers import randomise, relative
+from helpers import relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import advance, create_model
 from zoo.layer import Chunks, Context, Place, unfinished
@@ -356,24 +356,6 @@ def test_the_factor_of_unit_vectors_starts_from_the_number_of_tokens():
 
 def build_start(place: Place) -> float:
     return MIXERS["softmax"](DIM, HEADS, place, qk_norm="l2").scale.item()  # pyright: ignore
-
-
-STREAMS = ("entmax", "topk(k=3)", "nap", "relaxed", "rela(norm='none', gate=False, scale='length')")
-STREAMS += ("causal(until=0.0)", "causal(until=0.0, normalized=True)")
-
-
-@pytest.mark.parametrize("spec", [*STREAMS, *SOFTMAX[-2:]])
-def test_a_stream_is_the_whole_recording(spec):
-    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": spec.replace(", head_dim=12", ""), "position": "none", "chunk": 4, "left": 8}
-    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    randomise(model).eval()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
 
 
 WRONG = {

@@ -130,20 +130,6 @@ def test_moa_turns_queries_and_keys():
     check(ours(x, context), theirs(x, context), (x,))
 
 
-@pytest.mark.parametrize("mixer", ["moh", "moa(experts=4, top=2)"])
-def test_a_stream_is_the_whole_recording(mixer):
-    choices = {"dim": 32, "depth": 2, "heads": 4, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": mixer, "position": "none", "chunk": 4, "left": 8}
-    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    scattered(model).float()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    check(torch.cat(parts, 1), whole, tolerance=1e-4)
-
-
 @pytest.mark.parametrize(
     ("mixer", "heads", "message"),
     [

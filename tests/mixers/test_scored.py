@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 
-from helpers import position, randomise, relative
+from helpers import position, randomise
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context
 from zoo.mixers import scored
 from zoo.mixers.attention import Softmax
-from zoo.mixers.normalizers import Power
 from zoo.mixers.projected import Projected
 from zoo.mixers.scored import Scored
 from zoo.models.base import noting
@@ -55,20 +54,6 @@ def test_the_frame_is_softmax_attention(name, gradients, few_rows):
     if context.mask is not None:
         got, wanted = got * context.mask[..., None], wanted * context.mask[..., None]
     check(got, wanted, (x,) if gradients else ())
-
-
-def test_a_stream_is_the_whole_recording(few_rows):
-    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": "power", "position": "none", "chunk": 4, "left": 8}
-    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    randomise(model).eval()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
-    assert any(isinstance(layer, Power) for layer in model.modules())
 
 
 def test_causal_tokens_see_those_before_them(few_rows):

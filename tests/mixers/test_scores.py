@@ -1,4 +1,4 @@
-"""Other scores than the scaled product, each written out pair by pair; what they become in special cases; streams."""
+"""Other scores than the scaled product, each written out pair by pair; what they become in special cases."""
 
 import math
 from typing import Any
@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import position, randomise, relative
+from helpers import position
 from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, scattered, tokens
-from zoo import create_model
 from zoo.layer import Chunks, Context
 from zoo.mixers import MIXERS, scored
 from zoo.spec import make
@@ -170,31 +169,13 @@ def test_tokens_of_zeros_have_finite_gradients_in_polar():
     assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
 
 
-STREAMED = ["differential", "ssa", "mgk", "mgk(keys=3, shifted=True)", "additive", "coda", "polar"]
-
-
-@pytest.mark.parametrize("mixer", STREAMED)
-def test_a_stream_is_the_whole_recording(mixer, monkeypatch):
-    monkeypatch.setattr(scored, "LEAST_ROWS", 3)
-    monkeypatch.setitem(scored.SCORES_AT_ONCE, "cpu", 1)
-    choices = {"dim": 32, "depth": 2, "heads": 2, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm"}
-    choices |= {"mixer": mixer, "position": "none", "chunk": 4, "left": 8}
-    model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
-    randomise(model).eval()
-    features = torch.randn(1, 99, 16)
-    with torch.inference_mode():
-        whole, _ = model(features, torch.tensor([99]))
-        stream = model.stream()
-        parts = [stream.push(part) for part in features.split(16, 1)] + [stream.finish()]
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
-
-
+CHUNKED = ["differential", "ssa", "mgk", "mgk(keys=3, shifted=True)", "additive", "coda", "polar"]
 NEAR = Context(grid=(30,), mask=REAL, visible=Chunks(4, 8))
 
 
 @pytest.mark.parametrize(
     ("mixer", "context"),
-    [("dint", MASKED), *((each, context) for each in STREAMED for context in (MASKED, NEAR))],
+    [("dint", MASKED), *((each, context) for each in CHUNKED for context in (MASKED, NEAR))],
 )
 def test_some_queries_at_a_time_are_all_queries(mixer, context, monkeypatch):
     monkeypatch.setattr(scored, "LEAST_ROWS", 7)

@@ -53,7 +53,8 @@ class Softmax(DotProduct):
     log_n=True multiplies q k^T by log(n), for n real keys that the query sees (Chiang and Cholak 2022,
     arXiv:2202.12172). temperature='learned' multiplies it by a factor for each head, which starts at 1 (Wang et al.
     2024, arXiv:2404.12224). null=True adds a learned key and value for each head, which every query sees, without
-    position or norm (Mask-Align, Chen et al. 2020, arXiv:2012.07162).
+    position or norm (Mask-Align, Chen et al. 2020, arXiv:2012.07162). Rotary positions are then refused, for a turned
+    query would see that key according to its own place.
     """
 
     def __init__(
@@ -85,6 +86,10 @@ class Softmax(DotProduct):
         self.null = nn.Parameter(torch.empty(2, self.kv_heads, self.head_dim)) if null else None
         if self.null is not None:
             nn.init.trunc_normal_(self.null, std=0.02)
+
+    @classmethod
+    def reads_of(cls, *, null: bool = False, **options: Any) -> frozenset[str]:
+        return cls.reads - {"rotary"} if null else cls.reads
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, *, qk_norm: str = "none", **options: Any) -> dict[str, Site]:
