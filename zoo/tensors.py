@@ -104,6 +104,20 @@ def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
 
 
+def real_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of x [B, N, ...] over the real tokens, in at least single precision: [B, 1, ...]; 0 if none is real."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if mask is None:
+        return x.mean(1, keepdim=True, dtype=wide)
+    number = mask.sum(1).clamp(min=1).to(wide).view(-1, *[1] * (x.ndim - 1))
+    return zeroed(x, mask).sum(1, keepdim=True, dtype=wide) / number
+
+
+def elu1(x: Tensor) -> Tensor:
+    """elu(x) + 1, which is positive."""
+    return F.relu(x) + x.clamp(max=0).exp()
+
+
 def shortfall(size: int, divisor: int) -> int:
     """The padding from a size to the next multiple of divisor, -size % divisor.
 

@@ -275,14 +275,8 @@ class CoCA(Scored):
         return [self.heads * self.head_dim, self.heads * self.head_dim // 2, self.heads * self.value_dim]
 
     def split(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, v))
-        k = k.unflatten(-1, (self.heads, -1))
-        if self.query is not None:
-            q = self.query(q, context)
-        if self.key is not None:
-            k = self.key(k, context)
-        if self.value is not None:
-            v = self.value(v, context)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        q, k, v = self.at_sites(q, k, v, context)
         first, second = q.chunk(2, -1)
         return first.square() + second.square(), F.relu(k), v
 

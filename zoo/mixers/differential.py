@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.layer import ANYWHERE, Chunks, Context, Place, Site
 from zoo.mixers.scored import Pairs, Scored
 from zoo.norms import RMSNorm
-from zoo.tensors import zeroed
+from zoo.tensors import real_mean
 
 
 def first_share(place: Place) -> float:
@@ -100,10 +100,5 @@ class Integral(Differential):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         first, second = Scored.mix(self, query, key, value, context).unflatten(2, (-1, 2)).unbind(3)
-        kind = torch.promote_types(first.dtype, torch.float32)
-        whole = zeroed(first, context.mask).sum(1, keepdim=True, dtype=kind)
-        if context.mask is None:
-            whole = whole / first.shape[1]
-        else:
-            whole = whole / context.mask.sum(1).clamp(min=1)[:, None, None, None]
+        whole = real_mean(first, context.mask)
         return self.normalized(first - self.share(first) * (second - whole.to(first.dtype)), context)

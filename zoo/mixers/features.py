@@ -11,7 +11,7 @@ from zoo.kernels import exponential_attention, linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.kernelized import Narrow
 from zoo.mixers.projected import Projected, rotate
-from zoo.tensors import zeroed
+from zoo.tensors import real_mean, zeroed
 from zoo.text import unknown
 
 SLOPE, OFFSET = 0.14855178144710912, -0.35487039130661086  # of the log-variance of LLN's weights
@@ -40,9 +40,8 @@ class LogNormal(Projected):
     @staticmethod
     def deviation(x: Tensor, mask: Tensor | None) -> Tensor:
         """The standard deviation of x [B, N, H, d] over real tokens and channels: [B, 1, H, 1]."""
-        number = x.shape[1] if mask is None else mask.sum(1).clamp(min=1).to(x.dtype)[:, None, None, None]
-        mean = zeroed(x, mask).sum((1, 3), keepdim=True) / (number * x.shape[3])
-        variance = zeroed((x - mean).square(), mask).sum((1, 3), keepdim=True) / (number * x.shape[3])
+        mean = real_mean(x, mask).mean(3, keepdim=True)
+        variance = real_mean((x - mean).square(), mask).mean(3, keepdim=True)
         return variance.sqrt().clamp(min=1e-6)
 
 
@@ -225,17 +224,9 @@ class HashedCodes(Projected):
         x, anchors = F.normalize(x.to(wide), dim=-1), self.anchors.to(wide)
         inner = (x.transpose(1, 2) @ anchors.transpose(1, 2)).transpose(1, 2)
         far = x.square().sum(-1, keepdim=True) + anchors.square().sum(-1) - 2 * inner  # [B, N, H, anchors]
-        scale = self.mean(far, mask).mean(-1, keepdim=True).clamp(min=1e-6)
+        scale = real_mean(far, mask).mean(-1, keepdim=True).clamp(min=1e-6)
         near = (far / (-2 * scale)).exp()
-        near = near - self.mean(near, mask)
+        near = near - real_mean(near, mask)
         bits = (near.transpose(1, 2) @ self.planes.to(wide).transpose(1, 2)).transpose(1, 2)
         clipped = bits.clamp(-1.0, 1.0)
         return clipped + (torch.where(bits >= 0, 1.0, -1.0) - clipped).detach()
-
-    @staticmethod
-    def mean(x: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of x [B, N, ...] over the real tokens: [B, 1, ...]."""
-        if mask is None:
-            return x.mean(1, keepdim=True)
-        number = mask.sum(1).clamp(min=1).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return zeroed(x, mask).sum(1, keepdim=True) / number

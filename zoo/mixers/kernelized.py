@@ -14,7 +14,7 @@ from zoo.mixers.local import depthwise
 from zoo.mixers.projected import Projected, rotate
 from zoo.norms import LayerNorm
 from zoo.spec import options_of
-from zoo.tensors import linear, relu, shortfall, silu, to_map, to_tokens, unmixed, zeroed
+from zoo.tensors import elu1, linear, real_mean, relu, shortfall, silu, to_map, to_tokens, unmixed, zeroed
 
 
 class Efficient(Projected):
@@ -195,7 +195,7 @@ class RankAugmented(Gated):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         mask, value = context.mask, zeroed(value, context.mask)
-        query, key = (F.relu(each) + each.clamp(max=0).exp() for each in (query, key))  # elu + 1
+        query, key = elu1(query), elu1(key)
         if self.weighted:
             key = key * self.importance(query, key, mask).to(key.dtype)
         turned = None
@@ -206,12 +206,7 @@ class RankAugmented(Gated):
     def importance(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         """exp(s - max(s)) of the scores s of the keys against the mean query: [B, N, H, 1]."""
         wide = torch.promote_types(query.dtype, torch.float32)
-        if mask is None:
-            mean = query.mean(1, keepdim=True, dtype=wide)
-        else:
-            number = mask.sum(1).clamp(min=1).to(wide)[:, None, None, None]
-            mean = zeroed(query, mask).sum(1, keepdim=True, dtype=wide) / number
-        scores = (key * (mean * self.head_dim**-0.5)).sum(-1, keepdim=True, dtype=wide)
+        scores = (key * (real_mean(query, mask) * self.head_dim**-0.5)).sum(-1, keepdim=True, dtype=wide)
         if mask is not None:
             scores = scores.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, :, None, None], -torch.inf)
         return (scores - scores.detach().amax(1, keepdim=True)).exp()

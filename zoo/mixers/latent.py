@@ -94,13 +94,7 @@ class Latent(Scored):
             q, k, v = self.raised(x, context)
         else:
             (q, k, _), (_, _, v) = self.raised(x + context.code, context), self.raised(x, context)
-        if self.query is not None:
-            q = self.query(q, context)
-        if self.key is not None:
-            k = self.key(k, context)
-        if self.value is not None:
-            v = self.value(v, context)
-        return q, k, v
+        return self.at_sites(q, k, v, context)
 
     def raised(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the same tokens, by head."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.kernels import linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.projected import Projected, rotate
-from zoo.tensors import filtered, linear, relu, zeroed
+from zoo.tensors import elu1, filtered, linear, relu, zeroed
 
 
 class SimplifiedLinear(Projected):
@@ -86,7 +86,7 @@ class LinFusion(Projected):
         return self.split(query, key, value, context)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        query, key = (F.relu(each) + each.clamp(max=0).exp() for each in (query, key))  # elu + 1
+        query, key = elu1(query), elu1(key)
         return linear_attention(query, key, zeroed(value, context.mask), context.mask)
 
     def inputs(self) -> list[nn.Linear] | str:

@@ -115,9 +115,12 @@ class Projected(Headed):
         return q, k, v
 
     def split(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, N, width] by head, [B, N, H, d], each normalized if its site is filled."""
+        """Queries, keys and values [B, N, width] by head, [B, N, H, d], as `at_sites` gives them."""
         q, k = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
-        v = v.unflatten(-1, (-1, self.value_dim))
+        return self.at_sites(q, k, v.unflatten(-1, (-1, self.value_dim)), context)
+
+    def at_sites(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, each normalized if its site is filled."""
         if self.query is not None:
             q = self.query(q, context)
         if self.key is not None:

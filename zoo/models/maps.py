@@ -10,13 +10,12 @@ from zoo.models.base import noting
 
 
 def maps(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, Tensor]:
-    """The attention weights of every layer that has explicit ones, from one forward in eval mode without
-    gradients.
+    """The attention weights of every layer that has explicit ones, from one forward in eval mode without gradients.
 
     Weights have the shape [B, heads, queries, keys], prefix tokens first, and their keys are the paths of the layers in
     the model. Rows sum to one where the mixer's weights do. Rows of padded queries mean nothing. Those of `grouped`
-    are between groups of frames. Those of `moa` are of each token's chosen
-    experts, the most probable first. A mixer without weights, such as linear attention, gives none.
+    are between groups of frames, those of `moa` are of each token's chosen experts, the most probable first, and `dint`
+    has two maps for each head. A mixer without weights, such as linear attention, gives none.
 
     Args:
         model: a model of the zoo.
