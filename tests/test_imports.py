@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,15 +81,20 @@ def test_importing_all_models_loads_nothing_heavy():
 
 @pytest.mark.slow
 def test_importing_zoo_costs_little_over_torch():
-    """CPU times in one process, which other work slows alike; the least of five. The models are imported, too."""
+    """CPU times in one process, which other work slows alike; the least of five. The models are imported, too.
+
+    The first process compiles what is not compiled yet, as an installation does.
+    """
     code = (
         "import time; start = time.process_time(); import torch; torch_done = time.process_time(); import zoo; "
         "zoo.create_model; zoo.fuse; print(torch_done - start, time.process_time() - torch_done)"
     )
     line = [sys.executable, "-c", code]
-    runs = [subprocess.run(line, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
-    theirs, ours = (min(map(float, times)) for times in zip(*runs, strict=True))
-    assert ours / theirs <= 0.15, runs
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    kept: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": environment}
+    runs = [subprocess.run(line, **kept).stdout.split() for _ in range(6)]
+    theirs, ours = (min(map(float, times)) for times in zip(*runs[1:], strict=True))
+    assert ours / theirs <= 0.1, runs
 
 
 CHECKPOINTS = {

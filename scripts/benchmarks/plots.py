@@ -1,5 +1,6 @@
 """Plots of the tables."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import Row
 
 MARKERS = "osD^vP*X<>"
+LEGEND = 30  # entries in one column of a legend
 
 
 def size_axis(axes: Axes, sizes: Sequence[float], label: str) -> None:
@@ -25,18 +27,20 @@ def brief(number: float) -> str:
 
 def by_tokens(rows: Sequence[Row], title: str, path: Path) -> None:
     """Time against tokens, a line a mixer."""
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(str(row["mixer"]), []).append((float(row["tokens"]), float(row["ms"])))
     ranked = sorted(lines.items(), key=lambda item: -item[1][-1][1])
+    columns = math.ceil(len(ranked) / LEGEND)
+    figure = Figure(figsize=(6.5 + 2 * columns, 6.0), layout="constrained")
+    axes = figure.add_subplot()
     for number, (name, points) in enumerate(ranked):
-        axes.plot(*zip(*points, strict=True), marker=MARKERS[number % 10], label=name, color=f"C{number % 10}")
+        marker = MARKERS[(number // 10 + number) % 10]
+        axes.plot(*zip(*points, strict=True), marker=marker, label=name, color=f"C{number % 10}")
     size_axis(axes, sorted({float(row["tokens"]) for row in rows}), "tokens")
     axes.set_ylabel("CPU time of one layer, ms")
     axes.set_title(title, fontsize=8)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, ncols=columns, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
