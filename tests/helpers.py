@@ -27,6 +27,7 @@ from zoo.weights.files import record
 DIM, HEADS = 32, 2
 MAPS = ((3, 4), (2, 3), (2, 2), (1, 2))  # of a memory
 ON_PICTURES = [name for name, row in MIXERS.items() if 2 in row.dimensions]
+BOTH_WAYS = [name for name in ON_PICTURES if not MIXERS[name].causal]  # in any model
 SPECS = ("softmax(qk_norm='layernorm')", "softmax(kv_heads=1)", "softmax(head_dim=12)", "dcnv4(kernel=5, scale=0.5)")
 SPECS += ("relative(window=4)", "local(window=3, tokens=2)")
 SPECS += ("moh(shared=2)", "moh(how='leave_one_out')", "moa(top=8)", "moa(experts=4, top=2, head_dim=12)")

@@ -65,7 +65,7 @@ def test_a_plan_says_what_fills_which_site(choices, entry, stream, outer, inner)
 def test_rows_are_told_their_place():
     config = configure("caformer_s18")
     place = config.block(2, 4).place
-    assert place == Place(axes=2, grid=(14, 14), prefix=0, index=3 + 3 + 4, depth=18, order=4)
+    assert place == Place(axes=2, grid=(14, 14), prefix=0, index=3 + 3 + 4, depth=18, order=4, last=False)
     assert configure("deit_tiny").block(0, 11).place == Place(2, (14, 14), 1, 11, 12, order=11)
     assert configure("efficient_conformer_s").at(9).place == Place(1, (256,), 0, 9, 15, order=4)
 

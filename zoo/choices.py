@@ -101,8 +101,9 @@ class BlockConfig:
     writes: frozenset[str] = frozenset({"mask"})  # the fields of the Context that the model and its position set
 
     def __post_init__(self) -> None:
-        # Blocks that differ in their index and order alone are checked once.
-        _check(replace(self, place=replace(self.place, index=0, order=0)) if self.place.index else self)
+        # Blocks that differ in where they stand alone are checked once.
+        first = replace(self.place, index=0, order=0, last=True)
+        _check(self if self.place == first else replace(self, place=first))
 
     @property
     def head_width(self) -> int:
@@ -183,10 +184,11 @@ def _check_pairs(block: BlockConfig) -> None:
                     f"{name} '{getattr(block, name)}' takes statistics over samples that modulation "
                     f"'{block.modulation}' treats differently; choose another {name} ({able})"
                 )
-    tokens = writes & {"prefix", "mask", "visible"}
-    needs = {"mixer": writes - {"cond", "memory"}, "conv": tokens, "cross": tokens - {"visible"} | writes & {"code"}}
-    needs |= {"channel": tokens, "position": tokens, "norm": writes & {"visible"}}
-    needs |= {"conv_norm": writes & {"visible"}} if "conv" in words else {}
+    seen = writes & {"visible", "order"}
+    tokens = writes & {"prefix", "mask"} | seen
+    needs = {"mixer": writes - {"cond", "memory"}, "conv": tokens, "cross": tokens - seen | writes & {"code"}}
+    needs |= {"channel": tokens, "position": tokens, "norm": seen}
+    needs |= {"conv_norm": seen} if "conv" in words else {}
     for name, needed in needs.items():
         if name in ("mixer", "conv", "cross") and name not in words:
             continue
@@ -196,18 +198,28 @@ def _check_pairs(block: BlockConfig) -> None:
             works = "along time" if kinds == (1,) else "on images"
             able = [other for other, each in table.items() if axes in each.dimensions]
             raise ValueError(f"{name} '{spec}' works {works} only; choose another {name} ({listed(able)})")
+        if name == "mixer" and row.causal_of(**options) and "order" not in writes:
+            able = [other for other, each in table.items() if axes in each.dimensions and not each.causal]
+            raise ValueError(
+                f"mixer '{spec}' is for models in which no token sees a later one, which a ViT is with causal=True; "
+                f"choose another mixer ({listed(able)})"
+            )
         unread = sorted(needed - row.reads_of(**options))
         if parse(spec)[0] == "none" or not row.mixes or not unread:
             continue
         if writes & {"rotary", "bias"} & set(unread):
             source = f"position '{block.position}'"
+        elif unread == ["order"]:
+            source = "causal=True"
         else:
             source = "this model" + (", which has prefix tokens," if "prefix" in unread else "")
             source += ", which works in chunks," if "visible" in unread else ""
         able = [
             other
             for other, each in table.items()
-            if (needed <= each.reads or not each.mixes or other == "none") and axes in each.dimensions
+            if (needed <= each.reads or not each.mixes or other == "none")
+            and axes in each.dimensions
+            and ("order" in writes or not each.causal)
         ]
         raise ValueError(
             f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; "

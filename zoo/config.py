@@ -344,11 +344,14 @@ class ModelConfig(Config):
         modulation = MODULATIONS.get(parse(chosen["modulation"])[0])
         writes |= set() if modulation is None else modulation.reads
         writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
-        alike = [(self.part(stage, each), parse(self.chosen("mixer", stage, each))[0]) for each in range(index + 1)]
+        number = max(self.stages[stage].depth, index + 1)
+        alike = [(self.part(stage, each), parse(self.chosen("mixer", stage, each))[0]) for each in range(number)]
+        own = alike[index]
+        order, last = alike[:index].count(own), own not in alike[index + 1 :]
         return BlockConfig(
             dim=self.stages[stage].dim,
             heads=self.stages[stage].heads,
-            place=replace(self.place(stage, index), order=alike[:-1].count(alike[-1])),
+            place=replace(self.place(stage, index), order=order, last=last),
             layout=self.layouts[min(stage, len(self.layouts) - 1)],
             position=position,
             dropout=self.dropout,

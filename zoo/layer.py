@@ -69,6 +69,19 @@ class Groups(NamedTuple):
         return (seen == self.number) | (own[:, None] == seen)
 
 
+class Order(NamedTuple):
+    """Each token sees itself and those before it, line by line on an image. Prefix tokens see all tokens, and no other
+    token sees them, as if they came last."""
+
+    prefix: int = 0
+
+    def allow(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether the queries [N] see the keys [M], both given by their places: [N, M]."""
+        last = torch.iinfo(keys.dtype).max
+        queries, keys = (places.masked_fill(places < self.prefix, last) for places in (queries, keys))
+        return queries[:, None] >= keys
+
+
 # What layers write into is an object each time: FSDP2 copies the lists and dicts that a block is given.
 
 
@@ -115,6 +128,7 @@ class Context(NamedTuple):
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None
     visible: Chunks | Groups | None = None
+    order: Order | None = None  # in a causal model
     cache: dict[str, Tensor] | None = None  # the memory of a stream, by `<module path>.<slot>`; layers write into it
     notes: Notes | None = None  # what layers report; None if nobody asks
     losses: Losses | None = None  # what layers add to the loss; None if nobody asks
@@ -152,6 +166,7 @@ class Place:
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
     order: int = 0  # of the block, from 0, among those that have its mixer and see the same tokens
+    last: bool = True  # of those
     levels: int = 1  # grids of the memory that cross-attention reads
     branch: int = 0  # of the layout's `branches`; a modulation behind the last block has branch = branches
     branches: int = 1
@@ -185,14 +200,15 @@ class Layer(nn.Module):
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
     - `bare`: whether a Block puts nothing around it,
+    - `causal`: whether it is for models alone in which no token sees a later one,
     - `undecayed`: the parameters of more than one dimension that weight decay would pull from where they start, such as
       an identity, towards zero.
 
     Two more a layer may set by its options: `quadratic` says whether its memory in inference grows with the square of
     the number of tokens, `reports_loss` whether it adds to the loss in training.
 
-    The class methods `reads_of`, `dimensions_of`, `sites_of` and `head_width_of` take the options, for rows where they
-    matter.
+    The class methods `reads_of`, `causal_of`, `dimensions_of`, `sites_of` and `head_width_of` take the options, for
+    rows where they matter.
 
     `address` is the layer's path in its model, by which it finds its memory of a stream. A layer that changes over
     training has a method `advance(progress)` and a property `finished`, true once it has reached its final form.
@@ -202,6 +218,7 @@ class Layer(nn.Module):
     dimensions: ClassVar[tuple[int, ...]] = (1, 2)
     mixes: ClassVar[bool] = False
     bare: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
     undecayed: ClassVar[tuple[str, ...]] = ()
     quadratic: bool = False
     reports_loss: bool = False
@@ -211,6 +228,11 @@ class Layer(nn.Module):
     def reads_of(cls, **options: Any) -> frozenset[str]:
         """The fields of the Context that the layer honours with these options."""
         return cls.reads
+
+    @classmethod
+    def causal_of(cls, **options: Any) -> bool:
+        """Whether it is for causal models alone with these options."""
+        return cls.causal
 
     @classmethod
     def dimensions_of(cls, **options: Any) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ def test_a_blend_reads_what_all_its_mixers_read():
     both = Blend.reads_of(of=("softmax", "power"))
     assert both == MIXERS["softmax"].reads and {"rotary", "visible", "prefix", "code"} <= both
     assert "rotary" not in Blend.reads_of(of=("softmax", "shaw"))
-    assert Blend.reads_of(of=("softmax", "power"), weights="input") == both - {"visible"}
+    assert Blend.reads_of(of=("softmax", "power"), weights="input") == both - {"visible", "order"}
     assert Blend.dimensions_of(of=("softmax", "relative")) == (1,) and Blend.dimensions_of() == (1, 2)
     assert [make(MIXERS, f"blend(of={of})", DIM, HEADS).quadratic for of in QUADRATIC] == [False, True]
     assert Blend.head_width_of(48, 4, of=("softmax(head_dim=6)", "softmax(head_dim=6, kv_heads=1)")) == 6

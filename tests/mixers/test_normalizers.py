@@ -258,13 +258,14 @@ def test_normalized_causal_attention_ends_as_masked_scores():
 
 
 def test_the_blend_of_causal_is_kept_and_never_rises():
-    model = create_model("vit_micro", mixer="causal(until=0.8)", dim=32, depth=1, heads=2, classes=3).eval()
-    assert unfinished(model) and not unfinished(create_model("vit_micro", mixer="causal(until=0.0)"))
+    choices: dict[str, Any] = {"causal": True, "dim": 32, "depth": 1, "heads": 2, "classes": 3}
+    model = create_model("vit_micro", mixer="causal(until=0.8)", **choices).eval()
+    assert unfinished(model) and not unfinished(create_model("vit_micro", mixer="causal(until=0.0)", **choices))
     for progress, share in ((0.2, 0.75), (0.1, 0.75), (0.6, 0.25)):
         advance(model, progress)
         (layer,) = (each for each in model.modules() if isinstance(each, MIXERS["causal"]))
         assert layer.share == pytest.approx(share) and layer.blend.item() == pytest.approx(share)
-    again = create_model("vit_micro", mixer="causal(until=0.8)", dim=32, depth=1, heads=2, classes=3).eval()
+    again = create_model("vit_micro", mixer="causal(until=0.8)", **choices).eval()
     images = torch.randn(1, 3, 32, 32)
     assert not torch.equal(again(images), model(images))
     again.load_state_dict(model.state_dict())

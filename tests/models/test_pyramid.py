@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from helpers import ON_PICTURES, longest_size, randomise, relative
+from helpers import BOTH_WAYS, longest_size, randomise, relative
 from zoo.choices import PLACEMENTS
 from zoo.fusion import fuse
 from zoo.layer import Context, advance
@@ -30,7 +30,7 @@ SIZES = {
     "pvt_sla_tiny": 10.99,
 }
 CHOICES = [
-    *({"mixer": mixer} for mixer in [*ON_PICTURES, "dcnv4(weights='softmax', local=3, centre=True)"]),
+    *({"mixer": mixer} for mixer in [*BOTH_WAYS, "dcnv4(weights='softmax', local=3, centre=True)"]),
     *({"norm": norm} for norm in zoo.NORMS),
     *({"channel": channel} for channel in zoo.CHANNELS),
     *({"position": position} for position in zoo.POSITIONS),

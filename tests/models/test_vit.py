@@ -27,6 +27,7 @@ CHOICES = {
     "pool": ["mean", "token", "norm_after_mean", "distilled", "token_and_mean", "attention"],
     "first_norm": [False, True],
     "registers": [0, 2],
+    "causal": [False, True],
     "layer_scale": [None, 0.1],
     "conv": ["glu", "swish(kernel=5)", "depthwise"],
     "conv_norm": ["batchnorm", *representatives(zoo.NORMS)],
@@ -44,16 +45,27 @@ def choices_of(row: dict) -> dict:
     return TINY | row | tokens
 
 
+def causally(mixer: str) -> dict:
+    """The mixer in a model that accepts it."""
+    return {"mixer": mixer, "causal": zoo.MIXERS[mixer].causal}
+
+
 def reasons(row: dict) -> set[str]:
     """Words of every rule that two choices break, from what rows declare; none where they go together."""
     mixer, layout = zoo.MIXERS[row.get("mixer", "softmax")], row.get("layout", ("mixer", "ffn"))
     conv = parse(row.get("conv", "glu"))[0]
     branches = [mixer, *([CONVS[conv]] if "conv" in layout else [])]
+    gates = [zoo.CHANNELS[row.get("channel", "none")], zoo.POSITIONS[row.get("position", "sincos")]]
+    mixing_tokens = [each for each in [*branches, *gates] if each.mixes and each is not NoChannel]
     found = set()
     if row.get("registers", 0) > 0 or row.get("pool") in ("token", "distilled", "token_and_mean"):
-        gates = [zoo.CHANNELS[row.get("channel", "none")], zoo.POSITIONS[row.get("position", "sincos")]]
-        if any(each.mixes and "prefix" not in each.reads for each in [*branches, *gates] if each is not NoChannel):
-            found.add("prefix")
+        found |= {"prefix" for each in mixing_tokens if "prefix" not in each.reads}
+    if row.get("causal"):
+        norms = [row.get("norm", "layernorm"), *([row.get("conv_norm", "batchnorm")] if "conv" in layout else [])]
+        norms = [each for each in (zoo.NORMS[parse(norm)[0]] for norm in norms) if each.mixes]
+        found |= {"order" for each in [*mixing_tokens, *norms] if "order" not in each.reads_of()}
+    elif mixer.causal:
+        found.add("no token sees a later one")
     found |= {unread for unread in zoo.POSITIONS[row.get("position", "sincos")].writes if unread not in mixer.reads}
     ignored = conv != "glu" or row.get("conv_norm", "batchnorm") != "batchnorm"
     if ignored and ("conv" not in layout or (conv == "depthwise" and row.get("conv_norm", "batchnorm") != "batchnorm")):
@@ -130,7 +142,7 @@ def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
 @pytest.mark.parametrize("mixer", ON_PICTURES)
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (7, 90), (1, 1)])
 def test_any_picture_size(mixer, size):
-    model = randomise(zoo.create_model("vit_micro", **(TINY | {"mixer": mixer, "channels": 1}))).eval()
+    model = randomise(zoo.create_model("vit_micro", **(TINY | causally(mixer) | {"channels": 1}))).eval()
     images = torch.randn(2, 1, *size)
     logits = model(images)
     assert logits.shape == (2, 5) and logits.isfinite().all()
@@ -284,7 +296,8 @@ def test_export_of_a_whole_model_takes_any_batch(choices):
 
 @pytest.mark.parametrize("mixer", ON_PICTURES)
 def test_an_empty_batch(mixer):
-    model = zoo.create_model("vit_micro", **(TINY | {"mixer": mixer, "norm": "prepbn", "channel": "ela"}))
+    choices = causally(mixer) | {"norm": "prepbn"}
+    model = zoo.create_model("vit_micro", **(TINY | choices | ({} if choices["causal"] else {"channel": "ela"})))
     for training in (True, False):
         assert model.train(training)(torch.zeros(0, 3, 24, 20)).shape == (0, 5)
     assert all(buffer.isfinite().all() for buffer in model.buffers())

@@ -33,6 +33,7 @@ from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
 from zoo.mixers.scores import Additive, GaussianKeys, Polar, Signed, Tempered
 from zoo.mixers.static import Super
+from zoo.mixers.tape import Tape
 from zoo.mixers.whole import FixedPoint, MultiToken, Selective
 
 MIXERS: dict[str, type[Layer]] = {
@@ -79,6 +80,7 @@ MIXERS: dict[str, type[Layer]] = {
     "cope": CoPE,
     "coca": CoCA,
     "tra": ThresholdRelative,
+    "tape": Tape,
     "shared_scores": SharedScores,
     "blend": Blend,
     "local": Local,

@@ -51,8 +51,12 @@ class Blend(Layer):
     @classmethod
     def reads_of(cls, *, of: str | tuple[str, ...] = OF, weights: str = "sum", **options: Any) -> frozenset[str]:
         found = [row.reads_of(**given) for row, given in parts_of(of) if row.mixes]
-        whole = {"visible"} if weights == "input" else set()  # the mean sees all tokens
+        whole = {"visible", "order"} if weights == "input" else set()  # the mean sees all tokens
         return frozenset.intersection(*found) - whole
+
+    @classmethod
+    def causal_of(cls, *, of: str | tuple[str, ...] = OF, **options: Any) -> bool:
+        return any(row.causal_of(**given) for row, given in parts_of(of))
 
     @classmethod
     def dimensions_of(cls, *, of: str | tuple[str, ...] = OF, **options: Any) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ class CoPE(Scored):
     over the tokens m from j to i of sigmoid(q_i . k_m / sqrt(d)) (CoPE, Golovneva et al. 2024, arXiv:2405.18719).
 
     Positions are clipped to `positions` - 1, and e is interpolated between integers. The paper is causal, as is
-    causal=True, line by line on images; else keys behind the query are counted, too, and have an e of their own.
+    causal=True, for causal models alone; else keys behind the query are counted, too, and have an e of their own.
     Masked tokens are not counted. Pairs with a prefix token have no position.
     """
 
@@ -228,6 +228,14 @@ class CoPE(Scored):
             raise ValueError(f"positions must be >= 2, got {positions}")
         self.causal, self.positions = causal, positions  # pyright: ignore[reportAttributeAccessIssue]
         self.table = vectors(positions if causal else 2 * positions, self.head_dim)
+
+    @classmethod
+    def causal_of(cls, *, causal: bool = False, **options: Any) -> bool:
+        return causal
+
+    @classmethod
+    def reads_of(cls, *, causal: bool = False, **options: Any) -> frozenset[str]:
+        return cls.reads - {"visible"} if causal else cls.reads
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         query = query * query.shape[-1] ** -0.5
@@ -301,7 +309,7 @@ class ThresholdRelative(Scored):
     arXiv:2503.23174). Line by line on images. A query without such a key gets zeros. w is a further channel of the
     queries of each head."""
 
-    reads = UNTURNED - {"bias"}
+    reads = UNTURNED - {"bias", "visible"}
     causal = True
 
     @classmethod

@@ -26,6 +26,11 @@ class ConvProjection(DotProduct):
     projections: RMSNorm(x + filter(x)). In an image they run along its rows.
     """
 
+    @classmethod
+    def reads_of(cls, *, kernels: tuple[int, ...] = (3, 5, 7), **options: Any) -> frozenset[str]:
+        around = any(each % 2 for each in kernels if isinstance(each, int))
+        return cls.reads - {"order"} if around else cls.reads
+
     def __init__(
         self,
         dim: int,
@@ -36,7 +41,7 @@ class ConvProjection(DotProduct):
         of: str = "qkv",
     ) -> None:
         super().__init__(dim, heads)
-        sizes = all(isinstance(each, int) and 1 <= each <= LARGEST["kernel"] for each in kernels)
+        sizes = all(type(each) is int and 1 <= each <= LARGEST["kernel"] for each in kernels)
         if not kernels or not sizes or len({each % 2 for each in kernels}) > 1:
             raise ValueError(f"kernels must be a tuple of odd widths, or one of even widths, got {kernels!r}")
         if not of or list(of) != [letter for letter in "qkv" if letter in of]:

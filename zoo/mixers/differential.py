@@ -89,7 +89,7 @@ class Integral(Differential):
     weights are A1 and A2 of each head. A stream is refused, for its mean would change with every chunk.
     """
 
-    reads = Differential.reads - {"visible"}
+    reads = Differential.reads - {"visible", "order"}
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         return Scored.weights(self, scores, pairs)

@@ -78,7 +78,8 @@ class GroupedQuery(DotProduct):
 
     @classmethod
     def reads_of(cls, *, groups: str = "even", **options: Any) -> frozenset[str]:
-        return cls.reads - {"visible"} if groups == "key_norm" else cls.reads  # norms are those of all tokens
+        whole = {"visible", "order"} if groups == "key_norm" else set()  # norms are those of all tokens
+        return cls.reads - whole
 
     def merge(self, rows: Tensor) -> Tensor:
         """The rows of the projection, or its biases, with those of keys and values merged to `kv_heads` heads."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layer import ANYWHERE, Context, Place
+from zoo.layer import ANYWHERE, Context, Order, Place
 from zoo.mixers.projected import rotate
 from zoo.mixers.scored import Pairs, Scored, softmax
 from zoo.norms import LayerNorm, Norm, RMSNorm
@@ -187,10 +187,10 @@ class Sinkhorn(Scored):
     doubly stochastic map (Sinkformer, Sander et al. 2021, arXiv:2110.11773).
 
     steps counts both kinds of scaling. It is odd, since queries come first and last; steps=1 is softmax. Padded queries
-    do not count in the sums of keys. Later queries do, so there are no chunks along time.
+    do not count in the sums of keys. Later queries do, so there are no chunks along time and no causal models.
     """
 
-    reads = Scored.reads - {"visible"}
+    reads = Scored.reads - {"visible", "order"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, steps: int = 3) -> None:
         super().__init__(dim, heads)
@@ -299,6 +299,8 @@ class Causal(Scored):
     normalized=True divides by the sum of what the mask leaves, so that in the end no token depends on later ones.
     """
 
+    reads = Scored.reads - {"visible"}
+    causal = True
     blend: Tensor
 
     def __init__(
@@ -325,10 +327,13 @@ class Causal(Scored):
             self.share = min(self.share, max(0.0, (self.until - progress) / self.until))
             self.blend.fill_(self.share)
 
+    def allowance(
+        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
+    ) -> Tensor | None:
+        return super().allowance(allowed, number, key, context._replace(order=None), rows)
+
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
-        prefix, last = pairs.context.prefix, scores.shape[-1]
-        queries, keys = (place.where(place >= prefix, last) for place in pairs.places(scores))
-        earlier = queries[:, None] >= keys
+        earlier = Order(pairs.context.prefix).allow(*pairs.places(scores))
         if self.normalized:  # the mask goes into softmax as its logarithm, finite for rows of later tokens alone
             lowered = single(self.blend).log().clamp(min=torch.finfo(scores.dtype).min / 2)
             return super().weights(scores + torch.where(earlier, 0.0, lowered).to(scores.dtype), pairs)

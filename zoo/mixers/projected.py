@@ -151,10 +151,10 @@ class Projected(Headed):
 
 
 class Attention(Projected):
-    """The base of attention over all that a token may see: all tokens, or its chunk and some before it (`visible`),
-    or in a stream the stored keys and the new ones. A subclass defines `mix`."""
+    """The base of attention over all that a token may see: all tokens, or those that `visible` and `order` allow, or in
+    a stream the stored keys and the new ones. A subclass defines `mix`."""
 
-    reads = Projected.reads | {"visible"}
+    reads = Projected.reads | {"visible", "order"}
 
     def state(self, batch: int, visible: Chunks, like: Tensor) -> dict[str, Tensor]:
         key = like.new_zeros(batch, visible.left, self.kv_heads, self.head_dim)
@@ -165,13 +165,16 @@ class Attention(Projected):
     def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values after those stored in the stream, and which of them each query may see:
         None for all, [B, M], or [1 or B, N, M]. New ones are stored."""
-        number, mask, visible = key.shape[1], context.mask, context.visible
-        if visible is None:
+        mask, rules = context.mask, [rule for rule in (context.visible, context.order) if rule is not None]
+        if not rules:
             return key, value, mask
         if context.cache is None:
-            places = torch.arange(number, device=key.device)
-            allowed = visible.allow(places, places)[None]
-            return key, value, allowed if mask is None else allowed & mask[:, None]
+            places = torch.arange(key.shape[1], device=key.device)
+            allowed = None if mask is None else mask[:, None]
+            for rule in rules:
+                pairs = rule.allow(places, places)[None]
+                allowed = pairs if allowed is None else pairs & allowed
+            return key, value, allowed
         if mask is None:
             mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
         key, value, mask = (

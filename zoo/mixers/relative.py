@@ -108,7 +108,7 @@ class Relative(Attention):
     """
 
     dimensions = (1,)
-    reads = Attention.reads - {"prefix"}
+    reads = Attention.reads - {"prefix", "order"}
 
     @classmethod
     def reads_of(cls, *, window: int = 0, **options: Any) -> frozenset[str]:
@@ -214,7 +214,7 @@ class Local(Attention):
     Fast Conformer, Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length."""
 
     dimensions = (1,)
-    reads = (Attention.reads | {"rotary"}) - {"visible"}
+    reads = (Attention.reads | {"rotary"}) - {"visible", "order"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, window: int = 128, tokens: int = 0) -> None:
         super().__init__(dim, heads)

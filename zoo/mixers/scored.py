@@ -1,11 +1,11 @@
 """The frame of attention with explicit weights: scores, weights, sums of values, for some queries at a time."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.layer import Context
+from zoo.layer import Context, Order
 from zoo.mixers.projected import Attention, rotate
 from zoo.tensors import compiling, overwritable
 
@@ -52,14 +52,11 @@ class Scored(Attention):
     A subclass overrides `scores`, from queries and keys, `weights`, from scores, or `collect`, from weights and values.
     In inference they see some queries at a time and all keys, so that memory grows linearly with the number of tokens.
     In training, and in a compiled or exported program, they see all queries at once; always so with `quadratic`, for
-    weights that depend on other queries. A query that sees no key is treated as if it saw all of them.
-
-    `causal`: whether a token sees only itself and those before it, line by line on an image. Prefix tokens then see all
-    tokens, and no other token sees them, as if they came last.
+    weights that depend on other queries. A query that sees no key is treated as if it saw all of them. A `causal` class
+    keeps the Order without being asked.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
-    causal: ClassVar[bool] = False
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         """query [B, H, n, d] and key [B, H, M, d] -> [B, H, n, M]."""
@@ -87,7 +84,8 @@ class Scored(Attention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number, new = query.shape[1], key.shape[1]
-        key, value, allowed = self.seen(key, value, context)
+        context = context._replace(order=Order(context.prefix)) if self.causal else context
+        key, value, allowed = self.seen(key, value, context._replace(order=None))  # which some queries at a time keep
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
         rows = number if self.quadratic or compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
@@ -116,11 +114,9 @@ class Scored(Attention):
         None for all."""
         if allowed is not None:
             allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
-        if self.causal:
-            keys = key.shape[2]
-            places = torch.arange(keys, device=key.device)
-            places = places.where(places >= context.prefix, keys)
-            earlier = (places[keys - number :][rows, None] >= places)[None]
+        if context.order is not None:
+            places = torch.arange(key.shape[2], device=key.device)
+            earlier = context.order.allow(places[-number:][rows], places)[None]
             allowed = earlier if allowed is None else allowed & earlier
         return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 

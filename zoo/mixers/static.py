@@ -22,7 +22,7 @@ class Super(DotProduct):
 
     undecayed = ("between",)
 
-    reads = DotProduct.reads - {"visible"}
+    reads = DotProduct.reads - {"visible", "order"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads, sources="qxx")

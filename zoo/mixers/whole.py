@@ -26,7 +26,7 @@ class MultiToken(Scored):
     undecayed = ("kernel", "across")
 
     dimensions = (1,)
-    reads = Scored.reads - {"prefix", "visible"}
+    reads = Scored.reads - {"prefix", "visible", "order"}
     quadratic = True
 
     def __init__(

@@ -129,7 +129,7 @@ class DetectorConfig(ModelConfig):
     def block(self, stage: int = 0, index: int = 0) -> BlockConfig:
         if stage == 0:
             return super().block(stage, index)
-        place = replace(self.place(stage, index), axes=1, levels=self.levels, order=index)
+        place = replace(self.place(stage, index), axes=1, levels=self.levels, order=index, last=index == self.depth - 1)
         try:
             return BlockConfig(
                 dim=self.dim,

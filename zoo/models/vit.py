@@ -11,7 +11,7 @@ from zoo.channels import grid_mean
 from zoo.config import FlatConfig
 from zoo.fusion import fold_in, keep, not_affine
 from zoo.heads.images import AttentionPool
-from zoo.layer import Carry, Context, Fold
+from zoo.layer import Carry, Context, Fold, Order
 from zoo.models.base import ClassifierConfig, Model, chosen_layers, drop_rates, make_block, make_position
 from zoo.norms import NORMS, Norm
 from zoo.spec import make
@@ -35,6 +35,8 @@ class ViTConfig(ClassifierConfig, FlatConfig):
             Oquab et al. 2023, arXiv:2304.07193); `attention`, what a learned query gives that attends to the
             normalized grid tokens, then a feed-forward layer (SigLIP, Zhai et al. 2023, arXiv:2303.15343).
         class_token: whether a class token comes before the grid; pools of a token need it.
+        causal: whether each token sees only itself and the patches before it, line by line. Prefix tokens see all
+            tokens, and no patch sees them.
         first_norm: whether the tokens are normalized before the first block, and patches have no bias (CLIP, Radford et
             al. 2021, arXiv:2103.00020).
         registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
@@ -47,6 +49,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
     class_token: bool = False
     first_norm: bool = False
     registers: int = 0
+    causal: bool = False
 
     def check_sizes(self) -> None:
         if min(self.image, self.patch, self.channels) < 1 or min(self.classes, self.registers) < 0:
@@ -62,6 +65,10 @@ class ViTConfig(ClassifierConfig, FlatConfig):
     def prefix(self) -> int:
         """The number of tokens before the grid."""
         return self.class_token + (self.pool == "distilled") + self.registers
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return super().writes | ({"order"} if self.causal else set())
 
     @property
     def tokens_read(self) -> int:
@@ -124,7 +131,9 @@ class ViT(Model[ViTConfig]):
             x = torch.cat([self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], prefix), mask], 1)
-        context = self.position.place(Context(grid=grid, prefix=prefix, mask=mask, carry=Carry()))
+        order = Order(prefix) if self.config.causal else None
+        context = Context(grid=grid, prefix=prefix, mask=mask, order=order, carry=Carry())
+        context = self.position.place(context)
         x = self.position(x, context)
         return x if self.first_norm is None else self.first_norm(x, context), context
 

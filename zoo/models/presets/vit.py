@@ -27,6 +27,6 @@ PRESETS: dict[str, ViTConfig] = {
     "deit_tiny": _deit(192, 3),
     "deit_small": _deit(384, 6),
     "deit_base": _deit(768, 12),
-    "illama_tiny": replace(_deit(192, 3), mixer="causal", norm="rmsnorm", ffn="swiglu", position="rope"),
+    "illama_tiny": replace(_deit(192, 3), causal=True, mixer="causal", norm="rmsnorm", ffn="swiglu", position="rope"),
     "crate_tiny": replace(_deit(384, 6), mixer="mssa", ffn="ista", placement="crate"),
 }
