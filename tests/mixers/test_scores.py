@@ -10,8 +10,8 @@ from torch import Tensor
 
 from helpers import position
 from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, scattered, tokens
-from zoo.layer import Chunks, Context
-from zoo.mixers import MIXERS, scored
+from zoo.layer import Chunks, Context, Memory
+from zoo.mixers import CROSSES, MIXERS, scored
 from zoo.spec import make
 
 WIDTH = DIM // HEADS
@@ -117,6 +117,28 @@ def test_additive_is_a_network_of_both_tokens(context, score, width):
     compare(ours, x, context, seen(scores, context).softmax(-1), value)
 
 
+@pytest.mark.parametrize(("score", "width"), [("mlp", 16), ("concat", 5)])
+def test_additive_cross_attention_is_a_network_of_a_query_and_a_token_of_the_memory(score, width):
+    """Pair by pair. The second sample has seven tokens, the third none: it is finite."""
+    ours: Any = scattered(make(CROSSES, f"additive(score='{score}', width={width})", DIM, HEADS))
+    beside = Context(grid=(11,))
+    x, code, there, there_code = tokens(), tokens(batch=1), tokens(beside), tokens(beside)
+    real = torch.arange(11) < torch.tensor([11, 7, 0])[:, None]
+    got = ours(x, GRID._replace(memory=Memory(there, real, there_code), code=code))
+    act = torch.relu if score == "mlp" else torch.tanh
+    queries, keys = ours.queries(x + code), ours.keys(there + there_code)
+    for sample, number in enumerate([11, 7]):
+        heads = []
+        for head, units in enumerate(ours.units):
+            own = slice(head * width, (head + 1) * width)
+            pairs = [[act(q + k) @ units for k in keys[sample, :number, own]] for q in queries[sample, :, own]]
+            weights = torch.stack([torch.stack(row) for row in pairs]).softmax(-1)
+            values = ours.values(there[sample, :number])
+            heads.append(weights @ values[:, head * WIDTH : (head + 1) * WIDTH])
+        check(got[sample], ours.out(torch.cat(heads, -1)), (x, code, there, there_code, ours.units))
+    assert got.isfinite().all()
+
+
 @every_context
 def test_general_scores_are_bilinear_forms_of_the_tokens(context):
     ours: Any = scattered(MIXERS["additive"](DIM, HEADS, score="general"))
@@ -201,3 +223,8 @@ def test_some_queries_at_a_time_are_all_queries(mixer, context, monkeypatch):
 def test_wrong_options_are_refused(spec, heads, message):
     with pytest.raises(ValueError, match=message):
         make(MIXERS, spec, DIM, heads)
+
+
+def test_cross_attention_has_no_bilinear_score():
+    with pytest.raises(ValueError, match="unknown score 'general'; choose from: mlp, concat"):
+        make(CROSSES, "additive(score='general')", DIM, HEADS)

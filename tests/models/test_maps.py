@@ -60,8 +60,9 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
     assert weights.shape[:3] == (2, HEADS, number)
 
 
-def test_weights_of_cross_attention():
-    layer = randomise(make(CROSSES, "softmax", DIM, HEADS)).double().eval()
+@pytest.mark.parametrize("spec", ["softmax", "additive", "additive(score='mlp', width=5)"])
+def test_weights_of_cross_attention(spec):
+    layer = randomise(make(CROSSES, spec, DIM, HEADS)).double().eval()
     notes = Notes()
     memory = Memory(torch.randn(2, 7, DIM).double(), torch.tensor([[True] * 5 + [False] * 2, [True] * 7]))
     x = torch.randn(2, 3, DIM).double()

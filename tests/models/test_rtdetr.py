@@ -357,6 +357,7 @@ TURNED = [
     {"cross": "deformable(weights='raw')"},
 ]
 TURNED += [{"neck_channel": "eca"}, {"neck_norm": "prepbn"}, {"cross": "softmax"}, {"position": "none"}]
+TURNED += [{"cross": "additive"}]
 TURNED += [{"cross": "deformable(points=(3, 6, 3), project=False, gated=True)"}]
 TURNED += [{"encoder_dim": 48}]
 TURNED += [{"encoder_depth": 2, "mixer": ("sla", "softmax")}]

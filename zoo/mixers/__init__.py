@@ -31,7 +31,7 @@ from zoo.mixers.local import Convolution, Depthwise, GatedConv, Identity, Pool, 
 from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, Relaxed, Sinkhorn, TopK
 from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
-from zoo.mixers.scores import Additive, GaussianKeys, Polar, Signed, Tempered
+from zoo.mixers.scores import Additive, AdditiveCross, GaussianKeys, Polar, Signed, Tempered
 from zoo.mixers.static import Super
 from zoo.mixers.tape import Tape
 from zoo.mixers.whole import FixedPoint, MultiToken, Selective
@@ -108,6 +108,6 @@ MIXERS: dict[str, type[Layer]] = {
     "identity": Identity,
 }
 
-CROSSES: dict[str, type[Layer]] = {"softmax": Cross, "deformable": DeformableCross}
+CROSSES: dict[str, type[Layer]] = {"softmax": Cross, "additive": AdditiveCross, "deformable": DeformableCross}
 
 CONVS: dict[str, type[Layer]] = {"glu": Convolution, "swish": SwishConvolution, "depthwise": Depthwise}

@@ -248,7 +248,7 @@ class Cross(Headed):
         memory = context.memory
         if memory is None:
             raise ValueError("cross-attention needs a memory in the Context")
-        heads = (-1, self.head_dim)
+        heads = (self.heads, -1)
         q = self.queries(x if context.code is None else x + context.code).unflatten(-1, heads)
         k = self.keys(memory.tokens if memory.code is None else memory.tokens + memory.code).unflatten(-1, heads)
         v = self.values(memory.tokens).unflatten(-1, heads)
@@ -259,9 +259,13 @@ class Cross(Headed):
             k = self.key(k, beside)
         if self.value is not None:
             v = self.value(v, beside)
-        note_weights(self, context, q, k, memory.mask)
-        y = attend(q, k, v, memory.mask).flatten(2)
+        y = self.attend(q, k, v, memory.mask, context).flatten(2)
         return self.out(y if self.inner is None else self.inner(y, context))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: Context) -> Tensor:
+        """query [B, N, H, d], key [B, M, H, d], value [B, M, H, e] and a mask [B, M] -> [B, N, H, e]."""
+        note_weights(self, context, query, key, mask)
+        return attend(query, key, value, mask)
 
     def inputs(self) -> list[nn.Linear] | str:
         return [self.queries]

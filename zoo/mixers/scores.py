@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Chunks, Context, Place, Site
+from zoo.mixers.attention import Cross
 from zoo.mixers.projected import rotate
 from zoo.mixers.scored import Pairs, Scored
-from zoo.tensors import relu
+from zoo.tensors import linear, relu
 from zoo.text import unknown
 
 
@@ -141,11 +142,46 @@ class Additive(Scored):
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         if self.activation is None:
             return super().scores(query, key, pairs)
-        scores = 0.0
-        for unit, weight in enumerate(self.units[..., None, None].unbind(1)):
-            scores = scores + weight * self.activation(query[..., unit, None] + key[..., None, :, unit])
-        assert isinstance(scores, Tensor)
-        return self.biased(scores, pairs)
+        return self.biased(networked(query, key, self.units, self.activation), pairs)
+
+
+class AdditiveCross(Cross):
+    """softmax of w . act(W_q x_i + W_k m_j + b) over the tokens m_j of a decoder's memory (Luong et al. 2015,
+    arXiv:1508.04025), with `width` hidden units in each head. act is relu for score='mlp' and tanh for `concat`."""
+
+    def __init__(
+        self, dim: int, heads: int, place: Place = ANYWHERE, *, score: str = "concat", width: int = 16
+    ) -> None:
+        if score not in ACTIVATIONS:
+            raise ValueError(unknown("score", score, ACTIVATIONS))
+        super().__init__(dim, heads, place)
+        self.queries, self.keys = (linear(dim, heads * width) for _ in range(2))
+        self.activation = ACTIVATIONS[score]
+        self.units = nn.Parameter(torch.zeros(heads, width))
+        nn.init.normal_(self.units, std=width**-0.5)
+
+    @classmethod
+    def sites_of(cls, dim: int, heads: int, *, width: int = 16, **options: Any) -> dict[str, Site]:
+        return super().sites_of(dim, heads) | dict.fromkeys(("query", "key"), Site(width))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: Context) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        scores = networked(query, key, self.units, self.activation)
+        if mask is not None:
+            allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None]
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        weights = scores.softmax(-1)
+        self.note(context, "weights", weights.detach())
+        return (weights @ value).transpose(1, 2)
+
+
+def networked(query: Tensor, key: Tensor, units: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """sum_u w_u act(q_iu + k_ju) of query [B, H, n, U], key [B, H, M, U] and units w [H, U]: [B, H, n, M]."""
+    scores = 0.0
+    for unit, weight in enumerate(units[..., None, None].unbind(1)):
+        scores = scores + weight * activation(query[..., unit, None] + key[..., None, :, unit])
+    assert isinstance(scores, Tensor)
+    return scores
 
 
 class Signed(Scored):
