@@ -239,3 +239,12 @@ def test_a_bias_can_be_left_away():
     assert norm.bias is None and norm.weight is not None
     with pytest.raises(ValueError, match="groups must divide 6 channels, got 4"):
         make(NORMS, "groupnorm(groups=4)", 6)
+
+
+@pytest.mark.parametrize("name", ["rmsnorm", "rmsnorm(affine=False)", "rmsnorm(bias=True)", "crmsnorm"])
+def test_tokens_in_bf16_are_normalized_in_the_precision_of_the_weights(name):
+    """In mixed precision, of which PyTorch would warn."""
+    norm = randomise(make(NORMS, name, 6))
+    x = torch.randn(2, 5, 6).bfloat16()
+    y, wanted = norm(x, CONTEXT), norm(x.float(), CONTEXT)
+    assert relative(y.float(), wanted) < (0.01 if y.dtype == torch.bfloat16 else 1e-6)

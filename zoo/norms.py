@@ -89,7 +89,8 @@ class RMSNorm(Norm):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        y = F.rms_norm(x, self.shape, self.weight, self.eps)
+        same = x if self.weight is None else x.to(torch.promote_types(x.dtype, self.weight.dtype))  # else PyTorch warns
+        y = F.rms_norm(same, self.shape, self.weight, self.eps)
         return y if self.bias is None else (y + self.bias).to(y.dtype)
 
 

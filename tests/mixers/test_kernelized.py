@@ -379,6 +379,8 @@ def test_means_hold_in_half_precision(kind, shape):
     ("spec", "said"),
     [
         ("taylor(order=3)", "order must be 1 or 2, got 3"),
+        ("taylor(width=129)", "width must be at most 128, as there are width.2 features, got 129"),
+        ("soft(stride=65)", "option stride of 'soft' must be <= 64, got 65"),
         ("taylor(order=1)", "order=1 needs normalize=True"),
         ("random_features(kind='cosine')", "unknown kind 'cosine'.*positive, trigonometric"),
         ("rala(kernel=4)", "kernel must be odd, got 4"),

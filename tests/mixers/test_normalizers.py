@@ -371,6 +371,7 @@ WRONG = {
     "head_mask(rate=1.0)": "rate must be below 1, got 1.0",
     "relaxed(rate=1.5)": "rate must be at most 1, got 1.5",
     "causal(until=1.5)": "until must be at most 1, got 1.5",
+    "topk(k=33)": "k must be at most 32, as there are few tokens, got 33",
     "softmax(qk_norm='l1')": "unknown qk_norm 'l1'",
     "softmax(temperature='high')": "unknown temperature 'high'",
 }
@@ -379,5 +380,5 @@ WRONG = {
 @pytest.mark.parametrize("spec", WRONG)
 def test_wrong_options_are_refused(spec):
     with pytest.raises(ValueError, match=WRONG[spec].replace("(", r"\(")) as error:
-        make(MIXERS, spec, DIM, HEADS)
+        make(MIXERS, spec, DIM, HEADS, Place(grid=(4, 6)))
     assert "\n" not in str(error.value)

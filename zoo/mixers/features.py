@@ -70,6 +70,8 @@ class Taylor(Narrow):
             raise ValueError(f"taylor: order must be 1 or 2, got {order}")
         if order == 1 and not normalize:
             raise ValueError("taylor: order=1 needs normalize=True, or weights may be negative")
+        if order == 2 and width > 128:
+            raise ValueError(f"taylor: width must be at most 128, as there are width^2 features, got {width}")
         super().__init__(dim, heads, width)
         self.order, self.normalize = order, normalize
 

@@ -237,10 +237,14 @@ class Sinkhorn(Scored):
 
 class TopK(Scored):
     """softmax over the k largest scores of each query; other keys get no weight. k of at least the number of keys is
-    softmax attention (Gupta et al. 2021, arXiv:2106.06899; in trained models AxFormer and IceFormer)."""
+    softmax attention (Gupta et al. 2021, arXiv:2106.06899; in trained models AxFormer and IceFormer). More than 32 must
+    be at most the number of tokens at the config's own size."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, k: int = 32) -> None:
         super().__init__(dim, heads)
+        most = max(32, math.prod(place.grid) + place.prefix)
+        if place.grid and k > most:
+            raise ValueError(f"k must be at most {most}, as there are few tokens, got {k}")
         self.k = k
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
