@@ -213,7 +213,8 @@ def _check_pairs(block: BlockConfig) -> None:
             source = "causal=True"
         else:
             source = "this model" + (", which has prefix tokens," if "prefix" in unread else "")
-            source += ", which works in chunks," if "visible" in unread else ""
+            if "visible" in unread:
+                source += ", which denoises groups of queries," if "memory" in writes else ", which works in chunks,"
         able = [
             other
             for other, each in table.items()

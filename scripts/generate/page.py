@@ -1,5 +1,6 @@
 """configs/README.md: tables of results, choices and presets."""
 
+import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -8,8 +9,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from sweeps.table import estimate
+
 from generate import checkpoints
 
+# The comparisons of configs/results that have a column in the table of a choice, and the column's name.
+COMPARED = {"mixer": {"vit_micro_digits_mixers": "digits", "conformer_micro_fsdd_mixers": "spoken digits"}}
 COLUMNS = ("dim", "depth", "heads", "mixer", "head")  # those that a family has
 INTRODUCTION = """# Recipes, choices and presets
 
@@ -49,7 +54,8 @@ takes minutes; with `dynamic=False`, each size on its own, it is quicker.
 
 Not every mixer works in every model. The column "reads" lists what it can take into account: `prefix` (class token and
 registers), `rotary` (the position encoding `rope`), `bias` (a bias on attention scores), `code` (an encoding added to
-queries and keys), `visible` (chunks of streaming models), `memory` (of a decoder). A model that sets one of these
+queries and keys), `visible` (chunks of streaming models), `order` (a ViT with `causal=True`), `memory` (of a decoder).
+A model that sets one of these
 refuses a mixer that does not read it. "any" means that a row treats each token by itself. "axes" is 1 for sequences
 and 2 for images. "cost" is how time grows with the number of tokens;
 "memory too" means that memory in inference grows in the same way.
@@ -68,7 +74,7 @@ def page(facts: Mapping[str, Any], root: Path) -> str:
     for text, published in ((RECIPES, True), (STARTS, False)):
         chosen = [each for each in recipes if not each["measured"] and each["published"] is published]
         parts += [text, recipe_table(chosen)]
-    parts += [CHOICES, *(choices(kind, each) for kind, each in facts["tables"].items())]
+    parts += [CHOICES, *(choices(kind, each, compared(kind, root)) for kind, each in facts["tables"].items())]
     return "\n".join([*parts, PRESETS, *presets(facts)])
 
 
@@ -120,12 +126,28 @@ def checkpoint_table(root: Path) -> str:
 # Choices
 
 
-def choices(kind: str, found: Mapping[str, Any]) -> str:
+def compared(kind: str, root: Path) -> dict[str, dict[str, str]]:
+    """The scores of the rows of a table, by the names of the columns, from comparisons of this choice alone."""
+    columns: dict[str, dict[str, str]] = {}
+    for folder, column in COMPARED.get(kind, {}).items():
+        path = root / "configs" / "results" / folder / "results.csv"
+        if not path.exists():
+            continue
+        scores: dict[str, list[float]] = {}
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                scores.setdefault(row[kind].partition("(")[0], []).append(float(row["value"]))
+        linked = f"[{column}](results/{folder}/README.md)"
+        columns[linked] = {name: f"{estimate(values):.3f}" for name, values in scores.items()}
+    return columns
+
+
+def choices(kind: str, found: Mapping[str, Any], scores: Mapping[str, Mapping[str, str]]) -> str:
     rows = found["rows"]
     layers = all("axes" in row for row in rows.values())
     costs = any("cost" in row for row in rows.values())
     header = [kind, "what it computes", "options", "paper"]
-    header += ["reads", "axes"] * layers + ["cost"] * costs
+    header += ["reads", "axes"] * layers + ["cost"] * costs + [*scores]
     lines = []
     for name, row in rows.items():
         options = ", ".join(f"`{option}={default!r}`" for option, default in row["options"].items())
@@ -135,7 +157,8 @@ def choices(kind: str, found: Mapping[str, Any]) -> str:
                 ", ".join(row["reads"]) or "mask only" if row["mixes"] else "any",
                 ", ".join(map(str, row["axes"])),
             ]
-        lines.append([*line, row["cost"]] if costs else line)
+        line += [row["cost"]] if costs else []
+        lines.append([*line, *(column.get(name, "") for column in scores.values())])
     return f"### {kind}: {found['about']}\n\n{table(header, lines)}"
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sweeps.cells import COST, STEPS, Cell, Result
 
 Found = Mapping[Cell, Result]
+FEW = 12  # rows that a panel can name beside its points
 TITLES = {STEPS: "at equal steps", COST: "at equal multiply-adds"}
 
 
@@ -20,7 +21,10 @@ class Estimate(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if math.isnan(self.half) else f" ± {self.half:.4f}")
+        return format(self, ".4f")
+
+    def __format__(self, spec: str) -> str:
+        return format(self.mean, spec) + ("" if math.isnan(self.half) else f" ± {format(self.half, spec)}")
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -98,17 +102,30 @@ def table(found: Found) -> str:
 
 
 def draw(found: Found, title: str, path: Path) -> None:
-    """The means over multiply-adds with their intervals, a panel for each comparison."""
+    """The means with their intervals, a panel for each comparison: over multiply-adds, or for more than `FEW` rows
+    below each other, from the smallest to the largest."""
     from matplotlib.figure import Figure
 
-    shown = [equal for equal in TITLES if rows_of(found, equal)]
-    figure = Figure(figsize=(6.4 * len(shown), 4.4), dpi=120, layout="constrained")
-    for axes, equal in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for row in rows_of(found, equal):
-            label = ", ".join(value for _, value in row.choices)
-            half = 0.0 if math.isnan(row.value.half) else row.value.half
-            axes.errorbar(row.result.multiply_adds / 1e6, row.value.mean, half, fmt="o", capsize=4, label=label)
-        axes.set(xlabel="million multiply-adds for one input", ylabel=next(iter(found.values())).metric)
+    shown = {equal: rows for equal in TITLES if (rows := rows_of(found, equal))}
+    many, metric = max(map(len, shown.values())) > FEW, next(iter(found.values())).metric
+    height = 1.2 + 0.19 * max(map(len, shown.values())) if many else 4.4
+    figure = Figure(figsize=(6.4 * len(shown), height), dpi=120, layout="constrained")
+    for axes, (equal, rows) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        labels = [", ".join(value for _, value in row.choices) for row in rows]
+        halves = [0.0 if math.isnan(row.value.half) else row.value.half for row in rows]
+        if many:
+            order = sorted(range(len(rows)), key=lambda at: rows[at].value.mean)
+            for place, at in enumerate(order):
+                axes.errorbar(
+                    rows[at].value.mean, place, xerr=halves[at], fmt="o", ms=4, capsize=2, color=f"C{at == 0:d}"
+                )
+            axes.axvline(rows[0].value.mean, color="C1", lw=0.8, label=f"{labels[0]}, the first")
+            axes.set_yticks(range(len(rows)), [labels[at] for at in order], fontsize=7)
+            axes.set(xlabel=metric, ylim=(-1, len(rows)))
+        else:
+            for row, half, label in zip(rows, halves, labels, strict=True):
+                axes.errorbar(row.result.multiply_adds / 1e6, row.value.mean, half, fmt="o", capsize=4, label=label)
+            axes.set(xlabel="million multiply-adds for one input", ylabel=metric)
         axes.set_title(f"{title} {TITLES[equal]}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
