@@ -1,4 +1,4 @@
-"""Every mixer in a detector and a diffusion model: it runs and learns, or it is refused for a reason that it declares."""
+"""Every mixer in a detector and a diffusion model: it learns, or it is refused for a reason that it declares."""
 
 from typing import Any
 
