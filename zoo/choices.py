@@ -201,8 +201,8 @@ def _check_pairs(block: BlockConfig) -> None:
         if name == "mixer" and row.causal_of(**options) and "order" not in writes:
             able = [other for other, each in table.items() if axes in each.dimensions and not each.causal]
             raise ValueError(
-                f"mixer '{spec}' is for models in which no token sees a later one, which a ViT is with causal=True; "
-                f"choose another mixer ({listed(able)})"
+                f"mixer '{spec}' needs a causal model; set causal=True, which a ViT has, or choose another mixer "
+                f"({listed(able)})"
             )
         unread = sorted(needed - row.reads_of(**options))
         if parse(spec)[0] == "none" or not row.mixes or not unread:
@@ -218,11 +218,11 @@ def _check_pairs(block: BlockConfig) -> None:
         able = [
             other
             for other, each in table.items()
-            if (needed <= each.reads or not each.mixes or other == "none")
+            if (needed <= each.reads_of() or not each.mixes or other == "none")
             and axes in each.dimensions
             and ("order" in writes or not each.causal)
         ]
+        other = f"choose another {name} ({listed(able)}) or " if able else ""
         raise ValueError(
-            f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; "
-            f"choose another {name} ({listed(able)}) or drop what sets it"
+            f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; {other}drop what sets it"
         )

@@ -166,7 +166,7 @@ class Place:
     index: int = 0  # of the block, from 0, among the `depth` blocks of the model
     depth: int = 1
     order: int = 0  # of the block, from 0, among those that have its mixer and see the same tokens
-    last: bool = True  # of those
+    last: bool = True  # whether it is the last of those
     levels: int = 1  # grids of the memory that cross-attention reads
     branch: int = 0  # of the layout's `branches`; a modulation behind the last block has branch = branches
     branches: int = 1
@@ -200,7 +200,7 @@ class Layer(nn.Module):
     - `mixes`: whether one token's output depends on other tokens,
     - `dimensions`: the numbers of axes that its grid may have,
     - `bare`: whether a Block puts nothing around it,
-    - `causal`: whether it is for models alone in which no token sees a later one,
+    - `causal`: whether only causal models may use it,
     - `undecayed`: the parameters of more than one dimension that weight decay would pull from where they start, such as
       an identity, towards zero.
 
@@ -231,7 +231,7 @@ class Layer(nn.Module):
 
     @classmethod
     def causal_of(cls, **options: Any) -> bool:
-        """Whether it is for causal models alone with these options."""
+        """Whether only causal models may use it with these options."""
         return cls.causal
 
     @classmethod

@@ -84,7 +84,7 @@ def row_facts(kind: str, row: type, arguments: tuple[int, ...]) -> dict[str, Any
             found["doc"] += f"\n\n{shared}"
     if not issubclass(row, Layer):
         return found
-    found |= {"reads": sorted(row.reads - {"mask"}), "mixes": row.mixes, "axes": list(row.dimensions)}
+    found |= {"reads": sorted(row.reads_of() - {"mask"}), "mixes": row.mixes, "axes": list(row.dimensions)}
     if kind in ("mixer", "cross", "conv", "ffn", "norm"):
         found["folds"] = folds(row(*arguments, *([] if kind == "ffn" else [place_of(row, 64)])))
     if kind == "mixer":

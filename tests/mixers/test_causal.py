@@ -89,7 +89,7 @@ def test_rows_that_do_not_keep_the_order_are_refused(spec):
     ids=["vit", "conformer", "streaming", "dit"],
 )
 def test_causal_rows_are_refused_where_tokens_see_later_ones(spec, name, fields):
-    with pytest.raises(ValueError, match=r"^mixer '.*' (is for models in which no token sees a later one|does not)"):
+    with pytest.raises(ValueError, match=r"^mixer '.*' (needs a causal model; set causal=True|does not read visible)"):
         zoo.create_model(name, **fields, mixer=spec, position="none")
 
 

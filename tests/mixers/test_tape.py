@@ -41,14 +41,14 @@ def written_out(model: Any, images: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("bhipl,bhijplm,bhjpm->bhij", q, relations, k) / math.sqrt(16)
         weights = scores.softmax(-1)
         y = (weights @ v).transpose(1, 2).flatten(2)
-        if layer.up is not None:
-            collected = torch.einsum("bhij,bhjplr->bihplr", weights, states)
-            change = torch.zeros_like(collected)
-            for column in range(2):
-                rows = collected[..., column].flatten(2)  # [B, N, heads * pairs * rows]
-                hidden = layer.gate(y) * (rows @ layer.down.weight.T)
-                change[..., column] = (hidden @ layer.up.weight.T).unflatten(-1, (2, PAIRS, 2))
-            states = states + change.transpose(1, 2)
+        if layer.share is not None:
+            states = states.transpose(1, 2)  # [B, N, H, P, 2, 2]
+            share = layer.share[:, None, None, None]
+            states = states + share * torch.einsum("bhij,bjhplr->bihplr", weights, states)
+            gate = torch.nn.functional.silu(y @ layer.gate.weight.T)
+            hidden = torch.einsum("uh,bihplr->biuplr", layer.down.weight, states) * gate[..., None, None, None]
+            states = states + torch.einsum("hu,biuplr->bihplr", layer.up.weight, hidden)
+            states = states.transpose(1, 2)
         x = ffn(x + layer.out(y), context)
     return x
 
@@ -78,10 +78,12 @@ def test_a_new_one_is_softmax_with_rotary_positions():
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
     assert relative(model(images), plain(images)) > 1e-3
     for block in model.blocks[:-1]:
-        torch.nn.init.zeros_(block.steps[0].branch.up.weight)
+        torch.nn.init.zeros_(block.steps[0].branch.share)
+        torch.nn.init.zeros_(block.steps[0].branch.down.weight)
     assert relative(model(images), plain(images)) < 1e-12
     fresh = create_model("vit_micro", **SIZES, mixer="tape", position="rope")
-    assert not any(bool(each.steps[0].branch.up.weight.any()) for each in fresh.blocks[:-1])
+    layers = [block.steps[0].branch for block in fresh.blocks[:-1]]
+    assert not any(bool(each.any()) for layer in layers for each in (layer.share, layer.down.weight))
 
 
 def test_an_orthogonal_matrix_behind_all_states_changes_nothing(monkeypatch):
@@ -108,7 +110,13 @@ def test_without_positions_states_are_identities_at_first():
 def test_all_blocks_but_the_last_change_the_states():
     model = vit(("tape", "softmax"), depth=5)
     layers = [block.steps[0].branch for block in model.blocks]
-    assert [isinstance(layer, Tape) and layer.up is not None for layer in layers] == [True, False, True, False, False]
+    assert [isinstance(layer, Tape) and layer.share is not None for layer in layers] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_block_alone_needs_those_before_it():
@@ -120,3 +128,34 @@ def test_a_block_alone_needs_those_before_it():
 def test_heads_of_an_odd_width_are_refused():
     with pytest.raises(ValueError, match="must be even, got 5"):
         create_model("vit_micro", **(SIZES | {"dim": 10}), mixer="tape", position="none")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "layout"),
+    [
+        ("tape", ("mixer", "ffn", "mixer", "ffn")),
+        ("blend(of=('tape', 'tape(rank=4)'))", ("mixer", "ffn")),
+        (("tape", "blend(of=('tape', 'softmax'))"), ("mixer", "ffn")),
+    ],
+    ids=["twice", "blend", "turns"],
+)
+def test_every_change_of_the_states_counts(mixer, layout):
+    model = vit(mixer, layout=layout, depth=4)
+    model(torch.randn(2, 3, 32, 32, dtype=torch.double)).square().sum().backward()
+    assert not [name for name, each in model.named_parameters() if each.grad is None]
+
+
+def test_an_image_gives_the_same_beside_a_larger_one():
+    model = vit("tape", class_token=True, pool="token").eval()
+    image = torch.randn(1, 3, 16, 24, dtype=torch.double)
+    both, mask = torch.randn(2, 3, 32, 32, dtype=torch.double), torch.zeros(2, 32, 32, dtype=torch.bool)
+    both[0, :, :16, :24], mask[0, :16, :24], mask[1] = image[0], True, True
+    with torch.no_grad():
+        assert relative(model(both, mask)[:1], model(image)) < 1e-12
+
+
+def test_mixed_precision_is_near_single_precision():
+    model, images = vit("tape").float(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(images)
+    assert relative(mixed.float(), model(images)) < 0.05

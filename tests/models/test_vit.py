@@ -65,7 +65,7 @@ def reasons(row: dict) -> set[str]:
         norms = [each for each in (zoo.NORMS[parse(norm)[0]] for norm in norms) if each.mixes]
         found |= {"order" for each in [*mixing_tokens, *norms] if "order" not in each.reads_of()}
     elif mixer.causal:
-        found.add("no token sees a later one")
+        found.add("needs a causal model")
     found |= {unread for unread in zoo.POSITIONS[row.get("position", "sincos")].writes if unread not in mixer.reads}
     ignored = conv != "glu" or row.get("conv_norm", "batchnorm") != "batchnorm"
     if ignored and ("conv" not in layout or (conv == "depthwise" and row.get("conv_norm", "batchnorm") != "batchnorm")):
@@ -283,6 +283,8 @@ def test_list_models():
         {"position": "learned", "class_token": True, "pool": "distilled", "registers": 1},
         {"position": "learned_rope(reference=4)", "pool": "attention", "first_norm": True, "registers": 1},
         {"position": "rope(centred=True)", "class_token": True, "pool": "token_and_mean"},
+        {"position": "rope", "mixer": "tape", "causal": True},
+        {"position": "none", "mixer": "softmax(null=True, log_n=True)"},
     ],
 )
 def test_export_of_a_whole_model_takes_any_batch(choices):

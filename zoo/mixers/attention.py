@@ -104,7 +104,7 @@ class Softmax(DotProduct):
             query = query * factor.to(query.dtype)
         if self.null is not None:
             key, value = (
-                torch.cat([each, null.to(each.dtype).expand(len(each), 1, -1, -1)], 1)
+                torch.cat([each, null.to(each.dtype).expand(each.shape[0], 1, -1, -1)], 1)
                 for each, null in zip((key, value), self.null, strict=True)
             )
             allowed = None if allowed is None else F.pad(allowed, (0, 1), value=True)
@@ -122,7 +122,7 @@ class Softmax(DotProduct):
         if self.log_n:
             number = torch.full((1, 1), key.shape[1], device=key.device) if allowed is None else allowed.sum(-1)
             logarithm = number.clamp(min=1).to(torch.promote_types(key.dtype, torch.float32)).log()
-            factors.append(logarithm.view(len(number), -1, 1, 1))
+            factors.append(logarithm.view(number.shape[0], -1, 1, 1))
         return math.prod(factors[1:], start=factors[0]) if factors else None
 
 

@@ -132,8 +132,9 @@ class SharedScores(Scored):
     Blocks are counted from 0 among those that have this mixer and see the same tokens: from 0 again where a model
     changes its tokens, as where the frame rate is halved. The blocks up to `first` compute their own weights; blocks
     `first` + `every` and so on do, too. Others use those of the last block that did. residual=True adds, before the
-    softmax, the scores of the last block that computed some (EfficientASR, Wang et al. 2024, arXiv:2404.19214). The
-    weights have to be kept for later blocks, so memory is quadratic in the number of tokens.
+    softmax, the scores of the last block that computed some (EfficientASR, Wang et al. 2024, arXiv:2404.19214, without
+    its diagonal attention). The weights have to be kept for later blocks, so memory is quadratic in the number of
+    tokens.
     """
 
     quadratic = True

@@ -213,8 +213,8 @@ class CoPE(Scored):
     """softmax(q_i . (k_j + e[p_ij]) / sqrt(d)), where the position p_ij of a key is counted from the query: the sum
     over the tokens m from j to i of sigmoid(q_i . k_m / sqrt(d)) (CoPE, Golovneva et al. 2024, arXiv:2405.18719).
 
-    Positions are clipped to `positions` - 1, and e is interpolated between integers. The paper is causal, as is
-    causal=True, for causal models alone; else keys behind the query are counted, too, and have an e of their own.
+    Positions are clipped to `positions` - 1, and e is interpolated between integers. causal=True is the paper's form
+    and needs a ViT with causal=True; else keys behind the query are counted, too, and have an e of their own.
     Masked tokens are not counted. Pairs with a prefix token have no position.
     """
 
@@ -306,8 +306,8 @@ class CoCA(Scored):
 class ThresholdRelative(Scored):
     """Causal attention to keys of positive score alone, s_ij + c_ij log sigmoid(w . x_i), with s_ij = q_i . k_j /
     sqrt(d) of normalized q and k, and c_ij the number of such keys from j to i (TRA, Opper et al. 2025,
-    arXiv:2503.23174). Line by line on images. A query without such a key gets zeros. w is a further channel of the
-    queries of each head."""
+    arXiv:2503.23174). Line by line on images. It needs a ViT with causal=True. A query without such a key gets zeros. w
+    is a further channel of the queries of each head."""
 
     reads = UNTURNED - {"bias", "visible"}
     causal = True

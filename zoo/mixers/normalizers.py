@@ -237,13 +237,13 @@ class Sinkhorn(Scored):
 
 class TopK(Scored):
     """softmax over the k largest scores of each query; other keys get no weight. k of at least the number of keys is
-    softmax attention (Gupta et al. 2021, arXiv:2106.06899; in trained models AxFormer and IceFormer). More than 32 must
-    be at most the number of tokens at the config's own size."""
+    softmax attention (Gupta et al. 2021, arXiv:2106.06899; in trained models AxFormer and IceFormer). On images k must
+    be at most the number of tokens at the config's size, or 32."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, k: int = 32) -> None:
         super().__init__(dim, heads)
         most = max(32, math.prod(place.grid) + place.prefix)
-        if place.grid and k > most:
+        if place.axes == 2 and place.grid and k > most:
             raise ValueError(f"k must be at most {most}, as there are few tokens, got {k}")
         self.k = k
 
@@ -294,7 +294,7 @@ class Relaxed(Scored):
 
 class Causal(Scored):
     """softmax(q k^T / sqrt(d) + bias) * mask, where the mask becomes causal over training, line by line on an image
-    (iLLaMA, Wang et al. 2024, arXiv:2404.06773).
+    (iLLaMA, Wang et al. 2024, arXiv:2404.06773). It needs a ViT with causal=True.
 
     The mask is 1 for a token itself and those before it, and `blend` for later ones. Prefix tokens see all tokens, and
     no other token sees them, as if they came last. The blend falls linearly from 1 to 0 until the share `until` of
@@ -334,6 +334,7 @@ class Causal(Scored):
     def allowance(
         self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
     ) -> Tensor | None:
+        # The order is applied to the weights.
         return super().allowance(allowed, number, key, context._replace(order=None), rows)
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:

@@ -147,7 +147,8 @@ class Additive(Scored):
 
 class AdditiveCross(Cross):
     """softmax of w . act(W_q x_i + W_k m_j + b) over the tokens m_j of a decoder's memory (Luong et al. 2015,
-    arXiv:1508.04025), with `width` hidden units in each head. act is relu for score='mlp' and tanh for `concat`."""
+    arXiv:1508.04025), with `width` hidden units in each head: act is tanh for score='concat', relu for score='mlp'.
+    Memory grows with queries times tokens of the memory, in training times `width`."""
 
     def __init__(
         self, dim: int, heads: int, place: Place = ANYWHERE, *, score: str = "concat", width: int = 16

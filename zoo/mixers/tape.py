@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Place
@@ -15,10 +16,11 @@ class Tape(Scored):
     each block changes for the next one (TAPE, Zhu et al. 2025, arXiv:2501.00712).
 
     The first block starts with the rotations of rotary positions, or identities without them, so a new model is
-    softmax attention with those positions. A block leaves e_i + W2 (g_i * W1 sum_j w_ij e_j): W1 and W2 mix heads,
-    pairs and the rows of states, with `rank` hidden units, and g_i = W z_i + b depends on what the token has collected.
-    Columns are not mixed, so an orthogonal matrix that turns all states changes no score. W2 starts at zero. The last
-    block with this mixer changes nothing. A stream is refused.
+    softmax attention with those positions. A block changes states in two steps: e_i + s sum_j w_ij e_j with its weights
+    w and a number s for each head, then e_i + W2 (silu(W z_i) * W1 e_i). W1 and W2 mix heads, with `rank` hidden units,
+    and are the same for all pairs. s and W1 start at zero. The paper computes W z_i from the result of the feed-forward
+    layer; here z_i is what the token has collected in all heads. An orthogonal matrix that turns all states from the
+    right changes no score. The last block with this mixer changes nothing. Streaming is not supported.
     """
 
     reads = Scored.reads - {"visible"}
@@ -30,14 +32,15 @@ class Tape(Scored):
             raise ValueError(f"the width of a head, dim {dim} / heads {heads}, must be even, got {width}")
         return width
 
-    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rank: int = 16) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rank: int = 64) -> None:
         super().__init__(dim, heads)
         self.first = place.order == 0
-        self.down = self.up = self.gate = None
+        self.share = None
         if not place.last:
-            self.down, self.up = linear(dim, rank, bias=False), linear(rank, dim, bias=False)
-            self.gate = linear(dim, rank)
-            nn.init.zeros_(self.up.weight)
+            self.share = nn.Parameter(torch.zeros(heads))
+            self.gate = linear(dim, rank, bias=False)
+            self.down, self.up = linear(heads, rank, bias=False), linear(rank, heads, bias=False)
+            nn.init.zeros_(self.down.weight)
 
     def start(self, query: Tensor, context: Context) -> Tensor:
         """The states [1 or B, N, 1, d / 2, 2, 2] of the first block."""
@@ -50,12 +53,14 @@ class Tape(Scored):
         return states if states.ndim == 6 else states[None]
 
     def states(self, query: Tensor, context: Context) -> Tensor:
-        """The states [B, N, H, d / 2, 2, 2] that the block before left, or those of the first block."""
-        if self.first:
-            return self.start(query, context).expand(len(query), -1, self.heads, -1, -1, -1)
-        if context.carry is None or (found := context.carry.values.get("tape")) is None:
+        """The states [B, N, H, d / 2, 2, 2] that the last layer of this kind left, or those of the first block."""
+        carry = context.carry
+        found = None if carry is None else carry.left.get("tape", carry.values.get("tape"))
+        if found is not None:
+            return found
+        if not self.first:
             raise ValueError("tape: no positions to read; run the blocks before this one first, by Model.run")
-        return found
+        return self.start(query, context).expand(query.shape[0], -1, self.heads, -1, -1, -1)
 
     @staticmethod
     def turned_by(states: Tensor, x: Tensor) -> Tensor:
@@ -67,13 +72,18 @@ class Tape(Scored):
         states = self.states(query, context)
         query, key = self.turned_by(states, query), self.turned_by(states, key)
         context = context._replace(rotary=None)
-        if self.down is None or self.up is None or self.gate is None:
+        if self.share is None:
             return super().mix(query, key, value, context)
         value = torch.cat([value, states.flatten(3).to(value.dtype)], -1)
         y, gathered = super().mix(query, key, value, context).split((self.value_dim, 2 * self.head_dim), -1)
-        gathered = gathered.unflatten(-1, (-1, 2, 2)).movedim(-1, 2).flatten(3)  # [B, N, column, H * d]
-        change = self.up(self.gate(y.flatten(2))[:, :, None] * self.down(gathered))
-        change = change.unflatten(-1, (self.heads, -1, 2)).movedim(2, -1)
         if context.carry is not None:
-            context.carry.left["tape"] = states + change
+            context.carry.left["tape"] = self.changed(states, gathered, y.flatten(2))
         return y
+
+    def changed(self, states: Tensor, gathered: Tensor, collected: Tensor) -> Tensor:
+        """The states for the next block, from sum_j w_ij e_j [B, N, H, 2 d] and what tokens collected [B, N, H d]."""
+        assert self.share is not None
+        states = states + (self.share[:, None] * gathered).unflatten(-1, states.shape[3:])
+        gate = F.silu(self.gate(collected))[:, :, None]
+        mixing = (gate * self.up.weight) @ self.down.weight  # of heads, for each token: [B, N, H, H]
+        return states + (mixing @ states.flatten(3)).unflatten(-1, states.shape[3:])

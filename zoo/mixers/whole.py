@@ -72,8 +72,8 @@ class Selective(Scored):
     after it, in all heads (Selective Attention, Leviathan et al. 2024, arXiv:2410.02703).
 
     L are the scaled scores. The order is line by line on an image. No token hides itself, and none hides the first.
-    Prefix tokens come last. Scores of other queries are needed, so memory grows with the square of the number of
-    tokens.
+    Prefix tokens come last. It needs a ViT with causal=True. Scores of other queries are needed, so memory grows with
+    the square of the number of tokens.
     """
 
     reads = Scored.reads - {"visible"}

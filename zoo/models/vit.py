@@ -36,7 +36,7 @@ class ViTConfig(ClassifierConfig, FlatConfig):
             normalized grid tokens, then a feed-forward layer (SigLIP, Zhai et al. 2023, arXiv:2303.15343).
         class_token: whether a class token comes before the grid; pools of a token need it.
         causal: whether each token sees only itself and the patches before it, line by line. Prefix tokens see all
-            tokens, and no patch sees them.
+            tokens, and no patch sees them. The mixer `causal` reaches this in the course of training.
         first_norm: whether the tokens are normalized before the first block, and patches have no bias (CLIP, Radford et
             al. 2021, arXiv:2103.00020).
         registers: further learned tokens before the grid (Darcet et al. 2024, arXiv:2309.16588).
