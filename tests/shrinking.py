@@ -8,7 +8,7 @@ import torch
 import zoo
 from helpers import randomise
 from zoo.models import PRESETS
-from zoo.models.conformer import ConformerConfig
+from zoo.models.conformer_config import ConformerConfig
 from zoo.models.detection import DetectorConfig
 from zoo.models.dimr import DiMRConfig
 from zoo.models.dit import DiTConfig

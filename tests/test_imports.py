@@ -19,7 +19,7 @@ ROOT = Path(zoo.__file__).parent
 # Each line may import from itself and the lines above it.
 LAYERS = [
     ["aside", "spec", "tensors", "text"],
-    ["quick"],
+    ["quick", "usage"],
     ["spelling"],
     ["layer", "cache", "schedules"],
     ["kernels", "norms"],

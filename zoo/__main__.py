@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import zoo
-from zoo import quick, spelling
+from zoo import quick, spelling, usage
 from zoo.text import one_line, unknown
 
 # The task, the data and the other verbs of each command; imported when needed.
@@ -150,11 +150,11 @@ def run_task(task: str, verb: str, arguments: list[str]) -> None:
     if verb in others:
         return target(others[verb])(arguments)
     if verb in ("-h", "--help"):
-        return print(quick.task_help(task))
+        return print(usage.task_help(task))
     if verb not in TRAINING:
         stop("verb", verb, [*TRAINING, *others], f"zoo {task} VERB ...")
     if {"-h", "--help"} & {*arguments}:
-        return print(quick.verb_help(task, verb))
+        return print(usage.verb_help(task, verb))
     spelling.check_files(task, verb, arguments)
     if "torch" not in sys.modules:  # else everything is fast, and rows may have been added to the tables
         spelling.check(task, verb, arguments)

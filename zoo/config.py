@@ -346,8 +346,7 @@ class ModelConfig(Config):
         writes |= POSITIONS[parse(position)[0]].writes if parse(position)[0] in POSITIONS else set()
         number = max(self.stages[stage].depth, index + 1)
         alike = [(self.part(stage, each), parse(self.chosen("mixer", stage, each))[0]) for each in range(number)]
-        own = alike[index]
-        order, last = alike[:index].count(own), own not in alike[index + 1 :]
+        order, last = alike[:index].count(alike[index]), alike[index] not in alike[index + 1 :]
         return BlockConfig(
             dim=self.stages[stage].dim,
             heads=self.stages[stage].heads,

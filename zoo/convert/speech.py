@@ -14,7 +14,8 @@ from zoo.convert.source import Source
 from zoo.convert.timm.parts import spelled, with_width
 from zoo.ffns import FFNS
 from zoo.inputs.audio import AudioPreprocess
-from zoo.models.conformer import CONFORMER, SQUEEZEFORMER, Conformer, ConformerConfig
+from zoo.models.conformer import Conformer
+from zoo.models.conformer_config import CONFORMER, SQUEEZEFORMER, ConformerConfig
 from zoo.outputs.tokens import Tokenizer
 from zoo.spec import options_of
 from zoo.stems import SUBSAMPLINGS

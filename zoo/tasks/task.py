@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from zoo.models import create_model
 from zoo.models.base import Model, adding_losses
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
+from zoo.tasks.faults import Faults
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import Resumable, restore_optimizers
 from zoo.tasks.sharding import FSDP2, gathered
@@ -48,7 +47,7 @@ class NotFinite(ValueError):
     """The loss or the weights are NaN or infinite."""
 
 
-class Task(Resumable):
+class Task(Faults, Resumable):
     """A model in training, with the options that all tasks share.
 
     `command` is the task's name on the command line, as in `zoo classify`; `score` is the metric that is monitored,
@@ -89,7 +88,6 @@ class Task(Resumable):
     score: ClassVar[tuple[str, str]]
     use: ClassVar[str] = "predict"
     files: ClassVar[str] = "FILES"
-    faulty: ClassVar[tuple[str, ...]] = ()
     batching: ClassVar[str] = "data.batch"
     unit: ClassVar[tuple[str, str]] = ("images/s", "img/s")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
@@ -145,7 +143,6 @@ class Task(Resumable):
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
         self.warmup, self.final_rate, self.refresh = warmup, final_rate, refresh
         self.seed = global_seed() if seed is None else seed
-        self.faults, self.warned = Counter[tuple[str, str]](), set[str]()
         self.loss_sum, self.loss_number = torch.zeros(()), 0
         self.total, self.finished_at = 0, -1
         self.undivided: tuple[nn.Module, ...] = ()  # a copy of a model that is divided over ranks, hidden in a tuple
@@ -424,29 +421,6 @@ class Task(Resumable):
     def labels(self) -> Any:
         """The labels that a checkpoint stores for the model's outputs."""
         raise TypeError(f"{type(self).__name__} has no labels")
-
-    def note(self, faults: Iterable[str], kind: str, stage: str) -> None:
-        """Warns about each fault once, and counts them all; kind is one of `faulty`."""
-        faults = list(faults)
-        if faults:
-            self.faults[stage, kind] += len(faults)
-        for fault in sorted(set(faults) - self.warned):
-            warnings.warn(fault, stacklevel=2)
-        self.warned |= set(faults)
-
-    def report(self, stage: str) -> None:
-        """Prints how many faults of each kind a stage had, over all ranks."""
-        place = f"{stage} of epoch {self.current_epoch}"
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            place = "test" if self.trainer.testing else "validation"
-        for kind in self.faulty:
-            total = self.all_gather(torch.tensor(self.faults.pop((stage, kind), 0), device=self.device))
-            if number := int(torch.as_tensor(total).sum()):
-                rank_zero_warn(f"{kind} {self.fate(kind, stage)} the {place}: {number}")
-
-    def fate(self, kind: str, stage: str) -> str:
-        """What was done with faulty samples, as printed by `report`."""
-        return "skipped in"
 
     def no_loss(self) -> Tensor:
         """A loss of 0 that depends on every parameter that is not divided, for a batch without samples."""

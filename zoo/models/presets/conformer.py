@@ -3,7 +3,7 @@ Conformer (Burchi and Vielzeuf 2021, arXiv:2109.01163) and Fast Conformer (Rekes
 
 from typing import Any
 
-from zoo.models.conformer import SQUEEZEFORMER, ConformerConfig
+from zoo.models.conformer_config import SQUEEZEFORMER, ConformerConfig
 
 
 def _conformer(dim: int, depth: int, heads: int, **fields: Any) -> ConformerConfig:
