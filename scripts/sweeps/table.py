@@ -21,9 +21,10 @@ class Estimate(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        return format(self, ".4f")
+        return format(self)
 
     def __format__(self, spec: str) -> str:
+        spec = spec or ".4f"
         return format(self.mean, spec) + ("" if math.isnan(self.half) else f" ± {format(self.half, spec)}")
 
 
