@@ -71,3 +71,11 @@ def test_too_many_or_too_large_samples(model, tmp_path, monkeypatch):
     monkeypatch.setattr("zoo.tasks.generate.images.sample", full)
     found = refused(*arguments, "--size=6x4", "--each=2")
     assert found == "not enough memory for 2 samples of 6x4 at once; lower the batch or the size"
+
+
+@pytest.mark.parametrize(("until", "sampler", "steps"), [(False, "heun", 50), (True, "meanflow", 1)])
+def test_steps_by_default_are_those_that_fit_the_model(until, sampler, steps, tmp_path):
+    name, output = generator(tmp_path / "model", until=until), tmp_path / "out"
+    main(["generate", "sample", name, "--classes=3", "--each=1", "--device=cpu", "--output", str(output)])
+    record = json.loads((output / "samples.json").read_text())
+    assert (record["sampler"], record["steps"]) == (sampler, steps)

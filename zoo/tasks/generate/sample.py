@@ -40,9 +40,10 @@ def parser() -> Parser:
 
 
 def add_options(made: Parser, steps: int) -> None:
-    """Adds the options of a sampler, so many steps by default, and --device."""
+    """Adds the options of a sampler, so many steps by default if the model was not made for one, and --device."""
+    made.set_defaults(usual_steps=steps)
     made.add_argument(
-        "--steps", metavar="N", type=count, default=steps, help=f"steps of the sampler (default: {steps})"
+        "--steps", metavar="N", type=count, help=f"steps of the sampler (default: {steps}; 1 with meanflow)"
     )
     made.add_argument("--guidance", metavar="W", type=float, default=1.0, help="strength, 1 for none (default: 1)")
     kinds = "euler, heun, ab2, ddim, dpm, ddpm, euler_maruyama or meanflow"
@@ -151,7 +152,7 @@ def planned(given: argparse.Namespace, found: Checkpoint, device: str) -> Plan:
 
 def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any, device: str) -> dict[str, Any]:
     """The arguments of `zoo.outputs.samplers.sample` that the options of a sampler give; ValueError if one does not fit
-    this model."""
+    this model. Sets the steps if they were not given."""
     from zoo.outputs.samplers import Guidance, check_sampler, usual
 
     start, end = given.interval
@@ -166,6 +167,8 @@ def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any,
     guidance = Guidance(scale=given.guidance, start=start, end=end, channels=given.channels, weak=weak)
     sampler = given.sampler or usual(config)
     check_sampler(config, sampler, guidance)
+    if given.steps is None:
+        given.steps = 1 if sampler == "meanflow" else given.usual_steps
     return {
         "seed": given.seed,
         "steps": given.steps,
