@@ -14,6 +14,12 @@ FOLDERS = sorted(path.parent for path in RESULTS.glob("*/results.csv"))
 LATER = ("seed", "equal", "metric", "value", "n", "parameters", "multiply_adds", "epochs")
 
 
+def said(values: list[float], sign: str) -> str:
+    """The mean with its 95 % interval over seeds, if there are several."""
+    half = t.ppf(0.975, len(values) - 1) / np.sqrt(len(values)) * np.std(values, ddof=1) if len(values) > 1 else None
+    return f"{np.mean(values):{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_table_has_the_means_and_differences_of_its_csv(folder: Path):
     with open(folder / "results.csv", newline="") as file:
@@ -28,9 +34,7 @@ def test_a_table_has_the_means_and_differences_of_its_csv(folder: Path):
     assert lines.keys() == cells.keys() and (f"--grid {fields[0]}=" in text or f"--choices {fields[0]}" in text)
     first = next(iter(cells.values()))
     for choice, values in cells.items():
-        half = t.ppf(0.975, len(values) - 1) / np.sqrt(len(values))
         apart = [values[seed] - first[seed] for seed in first]
-        mean, difference = np.mean([*values.values()]), np.mean(apart)
-        assert f"{mean:.4f} ± {half * np.std([*values.values()], ddof=1):.4f}" in lines[choice]
-        assert values is first or f"{difference:+.4f} ± {half * np.std(apart, ddof=1):.4f}" in lines[choice]
+        assert f"| {said([*values.values()], '')} |" in lines[choice]
+        assert values is first or f"| {said(apart, '+')} |" in lines[choice]
     assert f"[{folder.name}]({folder.name}/README.md)" in (RESULTS / "README.md").read_text()
