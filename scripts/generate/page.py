@@ -58,7 +58,8 @@ queries and keys), `visible` (chunks of streaming models), `order` (a ViT with `
 A model that sets one of these
 refuses a mixer that does not read it. "any" means that a row treats each token by itself. "axes" is 1 for sequences
 and 2 for images. "cost" is how time grows with the number of tokens;
-"memory too" means that memory in inference grows in the same way.
+"memory too" means that memory in inference grows in the same way. "digits" is the accuracy and "spoken digits" the word
+error rate of small models after short training; they say how fast a mixer learns on little data, not how good it is.
 """
 PRESETS = """## Presets
 
