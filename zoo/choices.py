@@ -222,7 +222,7 @@ def _check_pairs(block: BlockConfig) -> None:
             and axes in each.dimensions
             and ("order" in writes or not each.causal)
         ]
-        other = f"choose another {name} ({listed(able)}) or " if able else ""
+        instead = f"choose another {name} ({listed(able)}) or " if able else ""
         raise ValueError(
-            f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; {other}drop what sets it"
+            f"{name} '{spec}' does not read {' and '.join(unread)}, which {source} sets; {instead}drop what sets it"
         )

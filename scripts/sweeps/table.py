@@ -68,6 +68,7 @@ def markdown(found: Found, title: str, command: str) -> str:
     """The tables of a sweep."""
     lines = [f"# {title}", "", f"Made by `{command}`. The score of the last epoch on validation data; ± is the half"]
     lines += ["width of a 95 % interval over seeds. The difference to the first row pairs equal seeds.", ""]
+    lines += ["![The scores of the table](results.png)", ""]
     for equal, heading in TITLES.items():
         if not (rows := rows_of(found, equal)):
             continue

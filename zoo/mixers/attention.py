@@ -234,11 +234,12 @@ class Cross(Headed):
 
     reads = frozenset({"prefix", "mask", "code", "memory"})
 
-    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
+    def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, width: int = 0) -> None:
+        """width is that of a head's queries and keys; 0 for dim / heads."""
         super().__init__()
-        self.heads, self.head_dim = heads, self.head_width_of(dim, heads)
-        self.queries, self.keys, self.values = (linear(dim, dim) for _ in range(3))
-        self.out = linear(dim, dim)
+        self.heads, self.head_dim = heads, width or self.head_width_of(dim, heads)
+        self.queries, self.keys = (linear(dim, heads * self.head_dim) for _ in range(2))
+        self.values, self.out = (linear(dim, dim) for _ in range(2))
         self.query: Layer | None = None
         self.key: Layer | None = None
         self.value: Layer | None = None

@@ -263,12 +263,7 @@ class CoCA(Scored):
     theta_p, t = relu(W x): keys q_i * t_j, collinear with the query until they are turned (CoCA, Zhu et al. 2023,
     arXiv:2309.08646). Keys are half as wide as queries. Without rotary positions the cosine is 1."""
 
-    @classmethod
-    def head_width_of(cls, dim: int, heads: int, **options: Any) -> int:
-        width = super().head_width_of(dim, heads, **options)
-        if width % 2:
-            raise ValueError(f"the width of a head, dim {dim} / heads {heads}, must be even, got {width}")
-        return width
+    paired = True
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:

@@ -27,6 +27,8 @@ class Differential(Scored):
     block. The RMS norm of each head has one weight for all heads, and its result is multiplied by 1 - lambda0.
     """
 
+    paired = True
+
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         half = self.head_width_of(dim, heads)
         super().__init__(dim, heads, value_dim=2 * half)
@@ -37,10 +39,7 @@ class Differential(Scored):
 
     @classmethod
     def head_width_of(cls, dim: int, heads: int, **options: Any) -> int:
-        width = super().head_width_of(dim, heads, **options)
-        if width % 2:
-            raise ValueError(f"each head is halved, so dim / heads must be even, got {width}")
-        return width // 2
+        return super().head_width_of(dim, heads, **options) // 2
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:

@@ -1,6 +1,6 @@
 """What mixers with queries, keys and values share: their projections, and what each token may see."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,17 @@ class Headed(Layer):
     """A layer with queries, keys and values of some heads, which a Block may normalize head by head."""
 
     mixes = True
+    paired: ClassVar[bool] = False  # whether the channels of a head form pairs, so that its width must be even
 
     @classmethod
     def head_width_of(cls, dim: int, heads: int, *, head_dim: int = 0, **options: Any) -> int:
         if head_dim == 0 and dim % heads:
             other = ", or give head_dim" if "head_dim" in options_of(cls) else ""
             raise ValueError(f"heads must divide dim {dim}, got {heads}; choose heads that do{other}")
-        return head_dim or dim // heads
+        width = head_dim or dim // heads
+        if cls.paired and width % 2:
+            raise ValueError(f"channels form pairs, so dim / heads must be even, got {width}")
+        return width
 
     @classmethod
     def sites_of(cls, dim: int, heads: int, **options: Any) -> dict[str, Site]:

@@ -11,7 +11,7 @@ from zoo.layer import ANYWHERE, Chunks, Context, Place, Site
 from zoo.mixers.attention import Cross
 from zoo.mixers.projected import rotate
 from zoo.mixers.scored import Pairs, Scored
-from zoo.tensors import linear, relu
+from zoo.tensors import relu
 from zoo.text import unknown
 
 
@@ -155,8 +155,7 @@ class AdditiveCross(Cross):
     ) -> None:
         if score not in ACTIVATIONS:
             raise ValueError(unknown("score", score, ACTIVATIONS))
-        super().__init__(dim, heads, place)
-        self.queries, self.keys = (linear(dim, heads * width) for _ in range(2))
+        super().__init__(dim, heads, place, width)
         self.activation = ACTIVATIONS[score]
         self.units = nn.Parameter(torch.zeros(heads, width))
         nn.init.normal_(self.units, std=width**-0.5)
@@ -214,11 +213,10 @@ class Polar(Scored):
     """
 
     undecayed = ("slope",)
+    paired = True
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE) -> None:
         super().__init__(dim, heads)
-        if self.head_dim % 2:
-            raise ValueError(f"channels form pairs, so dim / heads must be even, got {self.head_dim}")
         self.slope = nn.Parameter(torch.ones(heads, self.head_dim // 2))
         self.phase = nn.Parameter(torch.zeros(heads, self.head_dim // 2))
 

@@ -1,7 +1,5 @@
 """Softmax attention whose positions change from block to block."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,13 +22,7 @@ class Tape(Scored):
     """
 
     reads = Scored.reads - {"visible"}
-
-    @classmethod
-    def head_width_of(cls, dim: int, heads: int, **options: Any) -> int:
-        width = super().head_width_of(dim, heads, **options)
-        if width % 2:
-            raise ValueError(f"the width of a head, dim {dim} / heads {heads}, must be even, got {width}")
-        return width
+    paired = True
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rank: int = 64) -> None:
         super().__init__(dim, heads)

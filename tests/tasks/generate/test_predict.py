@@ -120,6 +120,14 @@ def test_a_schedule_of_steps(images, tmp_path):
     assert [each["evaluations"] for each in facts["samples"][0]["restored"]] == [1, 3]
 
 
+@pytest.mark.parametrize(("until", "steps"), [(False, 25), (True, 1)])
+def test_steps_by_default_are_those_that_fit_the_model(until, steps, images, tmp_path):
+    name = generator(tmp_path / "model", until=until)
+    found = predict(name, images / "a.png", "--device=cpu", "--output", tmp_path / "out")
+    assert found["steps"] == steps
+    assert {each["steps"] for each in found["samples"][0]["restored"]} == {steps}
+
+
 def test_another_run_replaces_the_images_of_the_first(model, images, tmp_path):
     output = images / "out"
     predict(model, images, *FAST, "--times=0.5,0.75", "--output", output)

@@ -66,11 +66,12 @@ def main(arguments: list[str]) -> None:
     assert preprocess is not None and not isinstance(names, Tokenizer)
     config: Any = model.to(device).config
     decoder = decoder_for(preprocess, given.decoder)
-    options = settings(given, model, preprocess, names, device) | {"decoder": decoder and decoder.to(device)}
+    options = settings(given, model, preprocess, names, device)
+    options["decoder"] = decoder and decoder.to(device)
     classes = classes_of(given.classes, class_names(names, config.classes), len(paths))
     if not classes and given.weak is None and given.guidance != 1.0:
         raise ValueError("--guidance needs --classes")
-    steps = [len(times_of(config, given.steps, given.shift, time)) - 1 for time in given.times]
+    steps = [len(times_of(config, options["steps"], given.shift, time)) - 1 for time in given.times]
     files.make_output(output)
 
     entries: list[dict[str, Any]] = [{"path": path, "index": index} for index, path in enumerate(paths)]
@@ -83,12 +84,12 @@ def main(arguments: list[str]) -> None:
             with tqdm(total=len(batches) * sum(steps), unit="step", ncols=79, disable=None) as bar:
                 for batch in batches:
                     made = restore(model, preprocess, batch, given.times, options | {"watch": bar.update})
-                    save(made, folder, facts(given, options, given.steps, decoder))
+                    save(made, folder, facts(given, options, options["steps"], decoder))
                     rows += [images for _, images in made[: max(0, SHOWN - len(rows))]]
             if not rows:
                 raise files.nothing_done(output, entries, "image")
             grid(torch.cat(rows), 1 + 2 * len(given.times)).save(folder / GRID)
-            known = facts(given, options, given.steps, decoder) | {"samples": entries}
+            known = facts(given, options, options["steps"], decoder) | {"samples": entries}
             text = json.dumps(known, indent=2, ensure_ascii=False)
             (folder / RECORD).write_text(text, encoding="utf-8", errors="backslashreplace")
             replace(folder, output, RECORD)

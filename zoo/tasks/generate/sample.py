@@ -139,7 +139,7 @@ def planned(given: argparse.Namespace, found: Checkpoint, device: str) -> Plan:
     assert preprocess is not None
     config: Any = model.to(device).config
     options = settings(given, model, preprocess, names, device)
-    steps = len(times_of(config, given.steps, given.shift)) - 1
+    steps = len(times_of(config, options["steps"], given.shift)) - 1
     chosen = chosen_classes(given.classes, class_names(names, config.classes))  # pyright: ignore[reportArgumentType]
     if (number := len(chosen) * given.each) > MOST:
         raise ValueError(f"--each: at most {MOST:,} images at once, got {number:,}")
@@ -152,7 +152,7 @@ def planned(given: argparse.Namespace, found: Checkpoint, device: str) -> Plan:
 
 def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any, device: str) -> dict[str, Any]:
     """The arguments of `zoo.outputs.samplers.sample` that the options of a sampler give; ValueError if one does not fit
-    this model. Sets the steps if they were not given."""
+    this model."""
     from zoo.outputs.samplers import Guidance, check_sampler, usual
 
     start, end = given.interval
@@ -167,11 +167,9 @@ def settings(given: argparse.Namespace, model: Any, preprocess: Any, names: Any,
     guidance = Guidance(scale=given.guidance, start=start, end=end, channels=given.channels, weak=weak)
     sampler = given.sampler or usual(config)
     check_sampler(config, sampler, guidance)
-    if given.steps is None:
-        given.steps = 1 if sampler == "meanflow" else given.usual_steps
     return {
         "seed": given.seed,
-        "steps": given.steps,
+        "steps": given.steps or (1 if sampler == "meanflow" else given.usual_steps),
         "sampler": sampler,
         "shift": given.shift,
         "guidance": guidance,
