@@ -24,6 +24,7 @@ from zoo.weights import Figure, save_model
 
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
+MOMENT = 0.5  # seconds that the step after a state waits for its write
 EVERY = 8  # batches after which ranks ask each other about signals and minutes
 
 
@@ -150,8 +151,9 @@ class Keep(Checkpoint):
     model with the best score, once every layer has its final form (while prepbn still blends, no model is the best).
 
     A state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
-    Training waits for checkpoints, and not for states: a checkpoint's probe and cost run the model under settings of
-    the whole process (kernels of attention, hooks of all modules, the random state).
+    Training waits for checkpoints: their probe and cost run the model under settings of the whole process (kernels of
+    attention, hooks of all modules, the random state). A state is written while training goes on; the next step waits
+    MOMENT for it at most, so that a kill costs no more steps than lie between two states.
 
     Attributes:
         best: the best score so far; None before the first.
@@ -234,6 +236,11 @@ class Keep(Checkpoint):
         between = batch_idx and batch_idx % trainer.accumulate_grad_batches == 0
         if between and self.due(trainer, batch_idx):
             self.write(trainer, pl_module, last=False, place="batches")
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
+        # If training were killed after this step and before the write is done, one step more would be repeated.
+        if trainer.global_step == self.step:
+            trainer.strategy.checkpoint_io.wait(MOMENT)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)

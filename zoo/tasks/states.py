@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class States(CheckpointIO):
 
     def __init__(self, keep: int = 1) -> None:
         self.keep = keep
-        self._writer: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._writer: futures.ThreadPoolExecutor | None = None
+        self._pending: futures.Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -65,13 +65,13 @@ class States(CheckpointIO):
         """
         self.wait()
         copy = tree_map_only(Tensor, _on_host, checkpoint)
-        self._writer = self._writer or ThreadPoolExecutor(1, "states")
+        self._writer = self._writer or futures.ThreadPoolExecutor(1, "states")
         self._pending = self._writer.submit(self._write, copy, Path(path), storage_options)
 
-    def wait(self) -> None:
-        """Returns when the last state is written. OSError if it could not be."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
+    def wait(self, seconds: float | None = None) -> None:
+        """Returns when the last state is written, at the latest after `seconds`. OSError if it could not be."""
+        if self._pending is not None and futures.wait([self._pending], seconds).done:
+            pending, self._pending = self._pending, None
             pending.result()
 
     def teardown(self) -> None:
