@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,15 +25,15 @@ RUN += ["--data.size=16", "--data.batch=16", "--trainer.limit_val_batches=2", *P
 # Starts the tasks of a job as SLURM does: each process knows its rank from the environment.
 SRUN = """#!/bin/bash
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
-    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    node=$((rank / SLURM_NTASKS_PER_NODE)) local=$((rank % SLURM_NTASKS_PER_NODE))
+    SLURM_PROCID=$rank SLURM_NODEID=$node SLURM_LOCALID=$local "$@" &
     echo $! >> JOBS
 done
 status=0
 for job in $(jobs -p); do wait $job || status=$?; done
 exit $status
 """
-JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-JOB |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_NODELIST": "127.0.0.1"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,15 +42,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of a run by torchrun."""
+    """The weights of a run by torchrun with two processes on one node."""
     folder = tmp_path_factory.mktemp("torchrun") / "run"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zoo"]
-    line += ["classify", "fit", *RUN, "--trainer.devices=2", "--trainer.strategy=ddp", "--ckpt_path=last"]
-    line.append(f"--trainer.default_root_dir={folder}")
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("has no state to resume from") == done.stderr.count("epoch 2/2") == 1
+    (done,) = torchrun(folder, "--standalone", "--nproc-per-node=2", "--trainer.devices=2")
+    assert done.count("has no state to resume from") == done.count("epoch 2/2") == 1
     return weights(folder)
+
+
+def torchrun(folder: Path, *options: str, nodes: int = 1) -> list[str]:
+    """What the launchers of the nodes print; options of torchrun come first, then those of the run."""
+    own = [option for option in options if not option.startswith("--trainer.")]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *own,
+        "-m",
+        "zoo",
+        "classify",
+        "fit",
+        *RUN,
+        *options[len(own) :],
+    ]
+    line += ["--trainer.strategy=ddp", "--ckpt_path=last", f"--trainer.default_root_dir={folder}"]
+    started = [subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(nodes)]
+    said = [each.communicate(timeout=300)[1] for each in started]
+    assert [each.returncode for each in started] == [0] * nodes, said[0][-3000:]
+    return said
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -61,7 +80,8 @@ def command(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_a_job_of_slurm_stops_is_queued_again_and_resumes(whole: dict[str, torch.Tensor], tmp_path: Path):
+@pytest.mark.parametrize("nodes", [1, 2], ids=["one-node", "two-nodes"])
+def test_a_job_of_slurm_stops_is_queued_again_and_resumes(nodes: int, whole: dict[str, torch.Tensor], tmp_path: Path):
     programs, jobs, run = tmp_path / "bin", tmp_path / "jobs", tmp_path / "run"
     programs.mkdir()
     command(programs, "srun", SRUN.replace("JOBS", str(jobs)))
@@ -69,7 +89,9 @@ def test_a_job_of_slurm_stops_is_queued_again_and_resumes(whole: dict[str, torch
     command(programs, "zoo", f'#!/bin/sh\nexec {sys.executable} -m zoo "$@"\n')
     line = ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "classify", *RUN, f"--trainer.default_root_dir={run}"]
     line.append("--save.every_n_train_steps=1")
-    given = environment(**JOB, PATH=f"{programs}:{os.environ['PATH']}")
+    sizes = dict.fromkeys(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), str(nodes))
+    sizes["SLURM_NTASKS_PER_NODE"] = str(2 // nodes)
+    given = environment(**JOB, **sizes, PATH=f"{programs}:{os.environ['PATH']}")
     first = subprocess.Popen(line, env=given, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (run / STATE).exists() and time.monotonic() < end:
@@ -85,3 +107,14 @@ def test_a_job_of_slurm_stops_is_queued_again_and_resumes(whole: dict[str, torch
     again = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and f"step {steps}" in again.stderr, again.stderr[-3000:]
     assert difference(weights(run), whole) is None
+
+
+def test_two_nodes_of_torchrun(whole: dict[str, torch.Tensor], tmp_path: Path):
+    """Two launchers with a process each, which meet at an address, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    said = torchrun(tmp_path / "run", *meeting, "--trainer.num_nodes=2", "--trainer.devices=1", nodes=2)
+    assert "".join(said).count("epoch 2/2") == 1
+    assert difference(weights(tmp_path / "run"), whole) is None
