@@ -89,8 +89,7 @@ def test_a_job_of_slurm_stops_is_queued_again_and_resumes(nodes: int, whole: dic
     command(programs, "zoo", f'#!/bin/sh\nexec {sys.executable} -m zoo "$@"\n')
     line = ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "classify", *RUN, f"--trainer.default_root_dir={run}"]
     line.append("--save.every_n_train_steps=1")
-    sizes = dict.fromkeys(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), str(nodes))
-    sizes["SLURM_NTASKS_PER_NODE"] = str(2 // nodes)
+    sizes = {"SLURM_NTASKS_PER_NODE": str(2 // nodes), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NNODES": str(nodes)}
     given = environment(**JOB, **sizes, PATH=f"{programs}:{os.environ['PATH']}")
     first = subprocess.Popen(line, env=given, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
