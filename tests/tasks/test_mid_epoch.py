@@ -43,6 +43,7 @@ def kill_at(step: int) -> Any:
     ("flags", "step", "left"),
     [
         (["--trainer.limit_train_batches=13"], 9, 5),
+        (["--trainer.limit_train_batches=13", "--trainer.precision=bf16-true"], 9, 5),
         # The epoch has ended, but its state is not due.
         pytest.param(["--trainer.limit_train_batches=13"], 13, 10, marks=pytest.mark.slow),
         pytest.param(["--trainer.limit_train_batches=13"], 19, 15, marks=pytest.mark.slow),

@@ -134,6 +134,7 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
     ("case", "strategy", "option"),
     [
         ("classify", "fsdp2", "--model.compile=true"),
+        ("experts", "ddp", "--model.compile=true"),
         ("generate", "fsdp2", "--model.compile=true"),
         ("classify", "fsdp2", "--model.checkpointing=true"),
         ("transcribe", "ddp", "--model.checkpointing=true"),
@@ -147,6 +148,28 @@ def test_compiled_blocks_and_recomputed_activations(case: str, strategy: str, op
     other = finished(case, tmp_path / "other", *flags, option, ranks=2)
     assert ((plain - other).abs() / plain.abs().clamp(min=1)).max() < 1e-4
     load_checkpoint(tmp_path / "other/last", check=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_sums_of_gradients(strategy: str, tmp_path: Path):
+    """Two batches a step are one of twice their size."""
+    flags = [f"--trainer.strategy={strategy}", "--model.backbone.norm=layernorm", "--model.refresh=0"]
+    finished("classify", tmp_path / "whole", *flags, ranks=2)
+    halves = ["--data.batch=8", "--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=20"]
+    status, printed = train("classify", tmp_path / "halves", *flags, *halves, ranks=2)
+    assert status == 0 and len(losses(printed)) == 40, printed[-3000:]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_is_near(strategy: str, precision: str, tmp_path: Path):
+    flags = [f"--trainer.strategy={strategy}", "--model.rate=1e-3"]
+    exact = finished("classify", tmp_path / "exact", *flags, ranks=2)
+    near = finished("classify", tmp_path / "near", *flags, f"--trainer.precision={precision}", ranks=2)
+    assert 0 < (exact - near).abs().max() < 0.05
+    load_checkpoint(tmp_path / "near/last", check=True)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

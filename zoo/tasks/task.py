@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
@@ -24,6 +23,7 @@ from zoo.models import create_model
 from zoo.models.base import Model, adding_losses
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
+from zoo.tasks.average import Average
 from zoo.tasks.faults import Faults
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import Resumable, restore_optimizers
@@ -137,7 +137,7 @@ class Task(Faults, Resumable):
             raise ValueError("model.refresh recomputes batch statistics, but this model has none; set it to 0")
         if not 0.0 <= average < 1.0:
             raise ValueError(f"model.average must be a decay from 0 to 1, or 0 for no averaged copy, got {average}")
-        self.average: ModelEmaV3 | None = None
+        self.average: Average | None = None
         self.alignment: nn.Module | None = None
         self.complete()
         self.rate, self.weight_decay, self.layer_decay = rate, weight_decay, layer_decay
@@ -183,8 +183,7 @@ class Task(Faults, Resumable):
         self.model.checkpointing = self.checkpointing
         self.balanced = self.balance > 0 and any(getattr(part, "reports_loss", False) for part in self.model.modules())
         if self.decay:
-            self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True, exclude_buffers=True)
-            self.average.requires_grad_(False)
+            self.average = Average(self.model, self.decay)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
