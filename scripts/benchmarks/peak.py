@@ -1,5 +1,5 @@
 """python -m benchmarks.peak MIXER DIM HEADS DTYPE THREADS SIDE...: for each side of a grid a line with the peak of
-resident memory, in MiB, above what the process held before the first."""
+resident memory, in MiB, above what the process held before the first. A mixer along time has side * side frames."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import torch
 import zoo
 from benchmarks.measure import DTYPES, NotMeasured, randomise
 from zoo.layer import Context, Place
-from zoo.spec import make
+from zoo.spec import make, parse
 
 
 def resident(field: str) -> float:
@@ -49,10 +49,12 @@ def said_alone(module: str, *arguments: str) -> list[str]:
 def main(mixer: str, dim: str, heads: str, dtype: str, threads: str, *sides: str) -> None:
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    layer = randomise(make(zoo.MIXERS, mixer, int(dim), int(heads), Place(axes=2))).to(DTYPES[dtype]).eval()
+    axes = max(zoo.MIXERS[parse(mixer)[0]].dimensions)
+    layer = randomise(make(zoo.MIXERS, mixer, int(dim), int(heads), Place(axes=axes))).to(DTYPES[dtype]).eval()
 
     def run(side: int) -> None:
-        layer(torch.randn(1, side * side, int(dim), dtype=DTYPES[dtype]), Context(grid=(side, side)))
+        grid = (side, side) if axes == 2 else (side * side,)
+        layer(torch.randn(1, side * side, int(dim), dtype=DTYPES[dtype]), Context(grid=grid))
 
     run(7)  # excludes what is loaded once
     start = resident("VmRSS")

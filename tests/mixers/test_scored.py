@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from helpers import position, randomise
+from helpers import position, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
-from zoo.layer import Chunks, Context
-from zoo.mixers import scored
+from zoo.layer import Chunks, Context, Order, Place
+from zoo.mixers import MIXERS, scored
 from zoo.mixers.attention import Softmax
 from zoo.mixers.projected import Projected
 from zoo.mixers.scored import Scored
@@ -54,6 +54,24 @@ def test_the_frame_is_softmax_attention(name, gradients, few_rows):
     if context.mask is not None:
         got, wanted = got * context.mask[..., None], wanted * context.mask[..., None]
     check(got, wanted, (x,) if gradients else ())
+
+
+WAYS = [(name, row) for name, row in MIXERS.items() if not row.causal and not row.quadratic]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in WAYS])
+def test_some_queries_at_a_time_are_all_at_once(row, few_rows):
+    """Inference compares some queries at a time, training all of them."""
+    plain = GRID if 2 in row.dimensions else Context(grid=(30,))
+    rules = {"order": plain._replace(order=Order(0)), "visible": CONTEXTS["chunks"]}
+    kept = [context for rule, context in rules.items() if rule in row.reads_of()]
+    for context in (plain, plain._replace(mask=REAL), *kept):
+        layer, x = scattered(row(DIM, HEADS, Place(axes=len(context.grid)))), tokens(context)
+        with torch.no_grad():
+            some = layer(x, context)
+        whole = layer(x, context).detach()
+        real = slice(None) if context.mask is None else context.mask
+        assert relative(some[real], whole[real]) < 1e-12
 
 
 def test_causal_tokens_see_those_before_them(few_rows):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ON_PICTURES
 from zoo.mixers import MIXERS
 
 pytestmark = pytest.mark.slow
@@ -23,8 +22,8 @@ for mixer in sys.argv[2:]:
     print(mixer)
     main(mixer, "64", "2", "float32", "1", *sys.argv[1].split(","))
 """
-QUADRATIC = [name for name in ON_PICTURES if MIXERS[name].quadratic]
-LINEAR = [name for name in ON_PICTURES if name not in QUADRATIC]
+QUADRATIC = [name for name, row in MIXERS.items() if row.quadratic]
+LINEAR = [name for name in MIXERS if name not in QUADRATIC]
 
 
 def growth(mixers: list[str], sides: tuple[int, ...]) -> dict[str, tuple[float, float, float]]:

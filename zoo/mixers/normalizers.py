@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Order, Place
 from zoo.mixers.projected import rotate
-from zoo.mixers.scored import Pairs, Scored, softmax
+from zoo.mixers.scored import Pairs, Scored, rows_at_once, softmax
 from zoo.norms import LayerNorm, Norm, RMSNorm
-from zoo.tensors import compiling, single
+from zoo.tensors import single
 from zoo.text import unknown
 
 OUTPUT_NORMS: dict[str, type[Norm] | None] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "none": None}
@@ -218,7 +218,7 @@ class Sinkhorn(Scored):
         if context.mask is not None:
             unreal = ~(context.mask | ~context.mask.any(-1, keepdim=True))
         potential = single(query.new_zeros(*query.shape[:2], 1, number))
-        rows = number if compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
+        rows = rows_at_once(query, key.shape[2])
         for _ in range(self.steps // 2):
             total = torch.full_like(potential, -1e30)
             for start in range(0, number, rows):

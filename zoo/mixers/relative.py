@@ -12,6 +12,7 @@ from zoo.layer import ANYWHERE, Chunks, Context, Place
 from zoo.mixers.attention import attend, note_weights
 from zoo.mixers.local import along, depthwise
 from zoo.mixers.projected import Attention, rotate
+from zoo.mixers.scored import rows_at_once
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
 
@@ -147,33 +148,44 @@ class Relative(Attention):
         waves = waves_of(first, number, dim, like)
         return self.relative(waves).unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
-    def bias(self, query: Tensor, keys: int, before: int) -> Tensor:
-        """The part of the scores that depends on offsets, `before` keys coming before the first query:
-        query [B, N, H, d] -> [B, H, N, keys]."""
-        number = query.shape[1]
-        rows = self.rows(number - 1 + before, number + keys - 1, query)
+    def bias(self, query: Tensor, rows: Tensor, keys: int) -> Tensor:
+        """The part of the scores that depends on offsets: query [B, N, H, d] and the rows [heads, N + keys - 1, d] from
+        the offset of the last query to the first key -> [B, H, N, keys]."""
         turned = ((query + self.offset) * query.shape[-1] ** -0.5).transpose(1, 2)
         return shifted(turned @ rows.transpose(1, 2), keys)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        window = self.window
-        if window and key.shape[1] > window:
-            if context.notes is not None:
-                near = within(window, key, context.mask)
-                note_weights(self, context, query + self.content, key, near, self.bias(query, key.shape[1], 0))
-            return banded(
-                query + self.content,
-                key,
-                value,
-                context.mask,
-                window,
-                bias=lambda part: self.bias(part - self.content, 3 * window, window),
-            )
-        new = key.shape[1]
+        if self.window and key.shape[1] > self.window:
+            return self.near(query, key, value, context)
         key, value, allowed = self.seen(key, value, context)
-        bias = self.bias(query, key.shape[1], key.shape[1] - new)
-        note_weights(self, context, query + self.content, key, allowed, bias)
-        return attend(query + self.content, key, value, allowed, bias)
+        number, keys = query.shape[1], key.shape[1]
+        offsets = self.rows(keys - 1, number + keys - 1, query)
+        if context.notes is not None:
+            note_weights(self, context, query + self.content, key, allowed, self.bias(query, offsets, keys))
+        count, parts = rows_at_once(query.transpose(1, 2), keys), []
+        for start in range(0, number, count):
+            stop = min(start + count, number)
+            part = query[:, start:stop]
+            mask = allowed[:, start:stop] if allowed is not None and allowed.ndim == 3 else allowed
+            bias = self.bias(part, offsets[:, number - stop : number - start + keys - 1], keys)
+            parts.append(attend(part + self.content, key, value, mask, bias))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def near(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """`mix` within the window."""
+        window, keys, mask = self.window, key.shape[1], context.mask
+        if context.notes is not None:
+            bias = self.bias(query, self.rows(keys - 1, 2 * keys - 1, query), keys)
+            note_weights(self, context, query + self.content, key, within(window, key, mask), bias)
+        offsets = self.rows(2 * window - 1, 4 * window - 1, query)
+        return banded(
+            query + self.content,
+            key,
+            value,
+            mask,
+            window,
+            bias=lambda part: self.bias(part - self.content, offsets, 3 * window),
+        )
 
 
 class Grouped(Relative):

@@ -46,6 +46,15 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if overwritable() else scores.softmax(-1)
 
 
+def rows_at_once(query: Tensor, keys: int) -> int:
+    """How many queries [B, H, N, d] are compared with all keys at one time: in inference some, so that memory grows
+    linearly with the number of tokens, and in training and in a compiled or exported program all."""
+    if compiling() or torch.is_grad_enabled():
+        return query.shape[2]
+    most = SCORES_AT_ONCE.get(query.device.type, 2**26)
+    return max(LEAST_ROWS, most // max(1, query.shape[0] * query.shape[1] * keys))
+
+
 class Scored(Attention):
     """The base of attention with explicit weights. Softmax attention if nothing is overridden.
 
@@ -85,10 +94,12 @@ class Scored(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number, new = query.shape[1], key.shape[1]
         context = context._replace(order=Order(context.prefix)) if self.causal else context
-        key, value, allowed = self.seen(key, value, context._replace(order=None))  # which some queries at a time keep
+        streamed = context.visible if context.cache is not None else None
+        # What is not of a stream is kept by some queries at a time.
+        key, value, allowed = self.seen(key, value, context._replace(order=None, visible=streamed))
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
-        rows = number if self.quadratic or compiling() or torch.is_grad_enabled() else self.rows_at_once(query, key)
+        rows = number if self.quadratic else rows_at_once(query, key.shape[2])
         noted, y = [], None
         for start in range(0, number, rows):
             stop = min(start + rows, number)
@@ -114,14 +125,10 @@ class Scored(Attention):
         None for all."""
         if allowed is not None:
             allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
-        if context.order is not None:
-            places = torch.arange(key.shape[2], device=key.device)
-            earlier = context.order.allow(places[-number:][rows], places)[None]
-            allowed = earlier if allowed is None else allowed & earlier
+        visible = context.visible if context.cache is None else None
+        for rule in (visible, context.order):
+            if rule is not None:
+                places = torch.arange(key.shape[2], device=key.device)
+                near = rule.allow(places[-number:][rows], places)[None]
+                allowed = near if allowed is None else allowed & near
         return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
-
-    @staticmethod
-    def rows_at_once(query: Tensor, key: Tensor) -> int:
-        """How many queries are compared at one time."""
-        most = SCORES_AT_ONCE.get(query.device.type, 2**26)
-        return max(LEAST_ROWS, most // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
