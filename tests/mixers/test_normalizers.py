@@ -110,8 +110,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     "nap": lambda ours: (
         lambda s, h: ours.gain[h] * (s - s.mean()) / (s.var(unbiased=False) + 1e-6).sqrt() + ours.shift[h]
     ),
-    "rela(norm='none', gate=False)": lambda ours: lambda s, h: s.clamp(min=0),
-    "rela(norm='none', gate=False, scale='length')": lambda ours: lambda s, h: s.clamp(min=0) / math.sqrt(len(s) / 2),
+    "rela(norm='none')": lambda ours: lambda s, h: s.clamp(min=0),
+    "rela(norm='none', scale='length')": lambda ours: lambda s, h: s.clamp(min=0) / math.sqrt(len(s) / 2),
     "relaxed(rate=0.3)": lambda ours: lambda s, h: s.softmax(0),
     "head_mask": lambda ours: lambda s, h: s.softmax(0),
 }
@@ -138,7 +138,7 @@ def test_entmax_has_the_gradient_of_its_definition(alpha):
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "none"])
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", [False, True, None])
 def test_rela_normalizes_all_heads_together_and_gates(norm, gate, few_rows):
     ours = build(f"rela(norm='{norm}', gate={gate})")
     context = CONTEXTS["prefix"]
@@ -150,7 +150,7 @@ def test_rela_normalizes_all_heads_together_and_gates(norm, gate, few_rows):
         y = y * ours.output_norm.weight + ours.output_norm.bias
     if norm == "rmsnorm":
         y = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * ours.output_norm.weight
-    if gate:
+    if gate or gate is None and norm == "rmsnorm":
         y = y / (1 + (-ours.gate * z).exp())
     compare(ours, x, context, ours.out(y))
 
@@ -367,6 +367,7 @@ WRONG = {
     "topk(k=0)": "option k of 'topk' must be finite and >= 1, got 0",
     "rela(norm='batch')": "unknown norm 'batch'",
     "rela(scale='n')": "unknown scale 'n'",
+    "rela(gate='x')": "gate must be True, False or None, got 'x'",
     "sinkhorn(steps=2)": "steps must be odd, got 2",
     "head_mask(rate=1.0)": "rate must be below 1, got 1.0",
     "relaxed(rate=1.5)": "rate must be at most 1, got 1.5",

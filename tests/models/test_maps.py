@@ -15,7 +15,8 @@ EXPLICIT = {
     "softmax": 2,
     "softmax(kv_heads=1, qk_norm='rmsnorm')": 2,
     "softmax(null=True, log_n=True)": 2,
-    "power": 2,
+    **dict.fromkeys(["power", "entmax", "topk(k=3)", "nap", "sinkhorn", "mgk", "coda", "polar", "additive", "shaw"], 2),
+    **dict.fromkeys(["gqa", "conv_projection", "irpe", "cope", "coca", "symmetric", "fixed_point", "moh"], 2),
     "relaxed": 2,
     "window(size=3)": 2,
     "area(areas=3)": 2,
@@ -58,6 +59,17 @@ def test_noted_weights_times_values_are_the_output(spec, axes, masked):
     rows = torch.ones(2, number, dtype=torch.bool) if mask is None else mask
     assert (got - weights).abs().amax((1, 3))[rows].max() < 1e-12
     assert weights.shape[:3] == (2, HEADS, number)
+
+
+@pytest.mark.parametrize("name", ["differential", "dint"])
+def test_noted_weights_of_differential_attention(name):
+    layer = randomise(MIXERS[name](DIM, HEADS)).double().eval()
+    mask = torch.tensor([[True] * 9 + [False] * 3, [True] * 12])
+    context = Context((12,), mask=mask, notes=Notes())
+    query, key, value = layer.project(torch.randn(2, 12, DIM).double(), context)
+    got = layer.mix(query, key, value, context)
+    mixed = (context.notes.values[".weights"] @ value.transpose(1, 2)).transpose(1, 2)
+    assert (got - layer.normalized(mixed, context))[mask].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("spec", ["softmax", "additive", "additive(score='mlp', width=5)"])

@@ -84,8 +84,8 @@ class Integral(Differential):
     mean of the rows of A1: tokens that all attend to gain weight, and rows sum to one (DINT, Cang et al. 2025,
     arXiv:2501.17486).
 
-    Widths, lambda and the norm are those of `differential`. The mean is over the real tokens of a sample. The noted
-    weights are A1 and A2 of each head. A stream is refused, for its mean would change with every chunk.
+    Widths, lambda and the norm are those of `differential`. The mean is over the real tokens of a sample. A stream is
+    refused, for its mean would change with every chunk.
     """
 
     reads = Differential.reads - {"visible", "order"}
@@ -96,6 +96,12 @@ class Integral(Differential):
     def collect(self, weights: Tensor, value: Tensor, pairs: Pairs) -> Tensor:
         both = weights.unflatten(1, (-1, 2)).flatten(2, 3) @ value
         return both.unflatten(2, (2, -1)).flatten(1, 2)
+
+    def note(self, context: Context, name: str, value: Tensor) -> None:
+        """Of the maps A1 and A2 [B, 2 H, N, N] reports A1 - lambda A2 + lambda G."""
+        first, second = value.unflatten(1, (-1, 2)).unbind(2)
+        whole = real_mean(first.transpose(1, 2), context.mask).transpose(1, 2).to(first.dtype)
+        super().note(context, name, first - self.share(first).detach() * (second - whole))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         first, second = Scored.mix(self, query, key, value, context).unflatten(2, (-1, 2)).unbind(3)

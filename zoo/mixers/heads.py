@@ -49,7 +49,8 @@ class GroupedQuery(DotProduct):
 
     groups says which queries read which keys. `even`: all key heads have the same number of queries. `key_norm`: in
     each sample, a head's number of queries is in proportion to the norm of its keys, of all real tokens, minus the
-    smallest such norm, so that one head mostly has none (KDGQA, Khan et al. 2024, arXiv:2408.08454).
+    smallest such norm, so that one head mostly has none (KDGQA, Khan et al. 2024, arXiv:2408.08454). DGQA there, which
+    regroups during training, is left out.
     """
 
     undecayed = ("shares",)

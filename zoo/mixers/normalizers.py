@@ -144,8 +144,9 @@ class ReLA(Scored):
     (rectified linear attention, Zhang et al. 2021, arXiv:2104.07012).
 
     norm is over the channels of all heads: `rmsnorm`, `layernorm` (Zhou et al. 2023, arXiv:2309.10713) or `none`.
-    gate=False omits the sigmoid. scale='length' divides the weights by sqrt(n / 2), for n keys that the query sees, as
-    in ReLUFormer, which has neither norm nor gate (Shen et al. 2023, arXiv:2302.06461); its loss is not here.
+    gate=True and gate=False ask for the sigmoid or omit it; None is True for `rmsnorm` alone. scale='length' divides
+    the weights by sqrt(n / 2), for n keys that the query sees, as in ReLUFormer, which has norm='none' (Shen et al.
+    2023, arXiv:2302.06461); its loss is not here.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ReLA(Scored):
         place: Place = ANYWHERE,
         *,
         norm: str = "rmsnorm",
-        gate: bool = True,
+        gate: bool | None = None,
         scale: str = "none",
     ) -> None:
         super().__init__(dim, heads)
@@ -163,9 +164,12 @@ class ReLA(Scored):
             raise ValueError(unknown("norm", norm, OUTPUT_NORMS))
         if scale not in SCALES:
             raise ValueError(unknown("scale", scale, SCALES))
+        if gate not in (None, True, False):
+            raise ValueError(f"gate must be True, False or None, got {gate!r}")
         width, row = heads * self.value_dim, OUTPUT_NORMS[norm]
         self.output_norm = None if row is None else row(width, place)
-        self.gate = nn.Parameter(torch.zeros(width)) if gate else None
+        gated = norm == "rmsnorm" if gate is None else gate
+        self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.by_length = scale == "length"
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
@@ -237,8 +241,8 @@ class Sinkhorn(Scored):
 
 class TopK(Scored):
     """softmax over the k largest scores of each query; other keys get no weight. k of at least the number of keys is
-    softmax attention (Gupta et al. 2021, arXiv:2106.06899; in trained models AxFormer and IceFormer). On images k must
-    be at most the number of tokens at the config's size, or 32."""
+    softmax attention (Gupta et al. 2021, arXiv:2106.06899; AxFormer and IceFormer choose keys so in trained models).
+    On images k must be at most the number of tokens at the config's size, or 32."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, k: int = 32) -> None:
         super().__init__(dim, heads)
@@ -257,7 +261,7 @@ class TopK(Scored):
 class HeadMask(Scored):
     """Softmax attention that in training masks each head with the probability `rate`, but never all of them, and
     scales the others by heads / (heads left) (HeadMask, Sun et al. 2020, arXiv:2009.09672). All samples of a batch have
-    the same heads."""
+    the same heads. The paper also masks the most important heads; here they are drawn at random."""
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rate: float = 0.1) -> None:
         super().__init__(dim, heads)

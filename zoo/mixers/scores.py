@@ -57,7 +57,7 @@ class GaussianKeys(Scored):
 
     keys is the number of keys of a token in each head, and p, the logarithms of their shares, is learned per head.
     shifted=True adds a learned vector to one projected key for each of them; otherwise each has a projection. hard=True
-    takes the nearest key alone, so there is no p.
+    takes the nearest key alone, so there is no p. The paper's linear form is left out.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Additive(Scored):
     score is `mlp`: w . relu(W_q x_i + W_k x_j + b) with `width` hidden units in each head; `concat`: the same with
     tanh; or `general`: x_i^T W x_j / sqrt(d) with the d channels of a head, which takes no width. Values have the
     channels of a head. Rotary positions are refused, for these scores would not depend on differences of positions
-    alone.
+    alone. Luong's local windows are left out.
     """
 
     reads = Scored.reads - {"rotary"}

@@ -20,7 +20,8 @@ class MultiToken(Scored):
     Each head has a kernel of `queries` x `keys` weights, centred on the score; that of the paper, a causal model,
     covers only earlier queries. `group` heads that follow each other mix their weights; 0 means all. Both start as
     identities. The result of each head is RMS-normalized and multiplied by 0.2 + 0.6 exp(-0.3 index) by the index of
-    the block. Scores of other queries are needed, so memory grows with the square of the number of tokens.
+    the block. Scores of other queries are needed, so memory grows with the square of the number of tokens. It works
+    along time only: on an image, tokens that follow each other in a line are no neighbours at its ends.
     """
 
     undecayed = ("kernel", "across")

@@ -14,8 +14,8 @@ def maps(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, Tensor]:
 
     Weights have the shape [B, heads, queries, keys], prefix tokens first, and their keys are the paths of the layers in
     the model. Rows sum to one where the mixer's weights do. Rows of padded queries mean nothing. Those of `grouped`
-    are between groups of frames, those of `moa` are of each token's chosen experts, the most probable first, and `dint`
-    has two maps for each head. A mixer without weights, such as linear attention, gives none.
+    are between groups of frames, and those of `moa` are of each token's chosen experts, the most probable first. A
+    mixer without weights, such as linear attention, gives none.
 
     Args:
         model: a model of the zoo.
