@@ -125,7 +125,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(channels: int):
 def test_workers_change_nothing(root: Path):
     options = ALL | {"batch": 2, "scales": [32, 64]}
     one, two = (list(files(root, **options, workers=workers).train_dataloader()) for workers in (0, 2))
-    assert len(one) == len(two) == 1 and same(one[0], two[0])
+    assert len(one) == len(two) == 2 and all(map(same, one, two))
 
 
 def test_nothing_is_kept_beyond_the_memory(root: Path):

@@ -303,9 +303,9 @@ def test_lightning_sets_the_epoch():
 # Loaders
 
 
-def test_last_batch_is_dropped_in_training_alone():
+def test_no_image_is_left_out():
     data = Images(dataset="synthetic", size=8, batch=100)
-    assert [len(batch.labels) for batch in data.train_dataloader()] == [100] * 5
+    assert [len(batch.labels) for batch in data.train_dataloader()] == [100] * 4 + [56] * 2
     assert sum(len(batch.labels) for batch in data.val_dataloader()) == 128
     assert len(data.val_dataloader()) == 2
     small = Images(dataset="synthetic", size=8, batch=1000)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ranks import set_rank
-from zoo.data.sampling import EpochSampler, EvenBatches, seeded
+from zoo.data.sampling import EpochSampler, EvenBatches, WholeBatches, seeded
 
 
 def states() -> list[str]:
@@ -90,6 +90,22 @@ def test_ranks(monkeypatch: pytest.MonkeyPatch, count: int, world: int):
     assert sorted(chain(*shares[False])) == list(range(count))
     lengths = [len(share) for share in shares[False]]
     assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 64, 65, 129])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 4, 64])
+def test_a_training_epoch_has_every_sample(monkeypatch: pytest.MonkeyPatch, count: int, world: int, batch: int):
+    sampler, seen, sizes = EpochSampler(count, training=True), Counter[int](), set()
+    for rank in range(world):
+        set_rank(monkeypatch, rank, world)
+        batches = list(WholeBatches(sampler, batch))
+        assert len(batches) == len(WholeBatches(sampler, batch)) == math.ceil(math.ceil(count / world) / batch)
+        assert all(len(part) == batch for part in batches[:-2])
+        assert all(batch >= len(part) >= batch // 2 for part in batches[-2:]) or len(batches) == 1
+        sizes.add(tuple(map(len, batches)))
+        seen.update(index for part in batches for _, index in part)
+    assert len(sizes) == 1 and set(seen) == set(range(count)) and seen.total() - count < world
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 9, 64, 65, 129])

@@ -4,19 +4,28 @@ import dataclasses
 import functools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.box_entries import BoxSource, relabelled
 from zoo.data.box_sources import SOURCES, recognised
 from zoo.data.box_transforms import Augmentation, Made, Sample, augmented, resized, shrunk
 from zoo.data.images import as_it_is
 from zoo.data.loading import DataModule, check_numbers, make_loader
-from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, hashed, kept_generators, rank_and_world, reseed
+from zoo.data.sampling import (
+    EpochSampler,
+    EvenBatches,
+    WholeBatches,
+    global_seed,
+    hashed,
+    kept_generators,
+    rank_and_world,
+    reseed,
+)
 from zoo.inputs import Preprocess
 from zoo.inputs.boxes import BoxPreprocess, on_canvas
 from zoo.inputs.images import UnreadableImage, default_statistics
@@ -344,13 +353,13 @@ class Boxes(DataModule):
         return super().follow(start, stage)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Augmented images in random order; a last batch that is not full is dropped."""
+        """Augmented images in random order, each once in an epoch."""
         source, workers = self.source("train"), self.processes(self.files)
         plain_from, size = self._plain_from(), self.preprocess.size
         most = max([size, *(self.scales or ())]) if self.preprocess.fit != "shortest" else self.preprocess.longest
         options = (self.augmentation, self.seed, plain_from, most, self._memory(workers))
         sampler = EpochSampler(len(source), training=True, seed=self.seed, groups=self.groups())
-        batches: Any = BatchSampler(cast(Any, sampler), self.batch, drop_last=len(sampler) >= self.batch)
+        batches: Any = WholeBatches(sampler, self.batch)
         if self.scales:
             batches = Sides(batches, self.scales, self.seed, size, plain_from)
         return make_loader(BoxDataset(source, self.preprocess, *options), batches, as_it_is, workers)

@@ -2,16 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.image_sources import SOURCES, Source
 from zoo.data.image_transforms import training_transform
 from zoo.data.loading import DataModule, check_numbers, make_loader
-from zoo.data.sampling import EpochSampler, EvenBatches, global_seed, kept_generators, reseed
+from zoo.data.sampling import EpochSampler, EvenBatches, WholeBatches, global_seed, kept_generators, reseed
 from zoo.inputs import Preprocess
 from zoo.inputs.images import ImagePreprocess, UnreadableImage, default_statistics
 
@@ -320,15 +320,11 @@ class Images(DataModule):
         return Batch(images, batch.labels, batch.skipped)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Augmented images in random order; a last batch that is not full is dropped."""
+        """Augmented images in random order, each once in an epoch."""
         dataset = self.items("train")
         sampler = EpochSampler(len(dataset), training=True, seed=self.seed, groups=self.groups())
-        drop_last = len(sampler) >= self.batch
         return make_loader(
-            dataset,
-            BatchSampler(cast(Any, sampler), self.batch, drop_last),
-            as_it_is,
-            self.processes(self.dataset in self.folders),
+            dataset, WholeBatches(sampler, self.batch), as_it_is, self.processes(self.dataset in self.folders)
         )
 
     def val_dataloader(self) -> DataLoader[Any]:

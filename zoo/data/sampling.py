@@ -99,6 +99,28 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(range(rank, total, world))
 
 
+class WholeBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of a training epoch, which leave no sample out: all are full but the last two, which share the rest.
+
+    Args:
+        sampler: an `EpochSampler` for training.
+        batch: samples in a full batch.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch: int):
+        self.sampler, self.batch = sampler, batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        pairs, full = iter(self.sampler), max(0, len(self) - 2)
+        rest = len(self.sampler) - full * self.batch
+        ends = [rest] if len(self) == 1 else [rest - rest // 2, rest // 2]
+        for size in itertools.chain(itertools.repeat(self.batch, full), ends):
+            yield [*itertools.islice(pairs, size)]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.batch)
+
+
 class EvenBatches(Sampler[list[tuple[int, int]]]):
     """Batches of an evaluation, equally many on every rank and of nearly equal size.
 

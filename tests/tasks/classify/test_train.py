@@ -164,12 +164,25 @@ def test_a_batch_without_a_readable_picture_changes_nothing():
 
 
 @pytest.mark.parametrize("number", [1, 5, 6])
-def test_mixing_takes_pairs_of_an_odd_batch(number: int):
+def test_mixing_leaves_no_image_of_an_odd_batch_out(number: int):
     task = classifier(mixup=0.8, cutmix=1.0)
     used: list[int] = []
     task.model.register_forward_pre_hook(lambda model, inputs: used.append(len(inputs[0])))
     trainer(1, 1).fit(task, datamodule=Given([batch_of(number)]))
-    assert used == ([number // 2 * 2] if number > 1 else [])
+    assert used == [number]
+
+
+def test_an_odd_image_is_not_mixed():
+    task = classifier(mixup=0.8)
+    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0])
+    mixed, shares = task.mixed(images.clone(), labels)
+    assert torch.allclose(mixed[0], images[0]) and shares[0].argmax() == 0
+    assert all(
+        torch.allclose(mixed[place] + mixed[5 - place], images[place] + images[5 - place], atol=1e-6)
+        for place in (1, 2)
+    )
+    assert not torch.allclose(mixed[1:], images[1:]) and mixed.shape == images.shape
+    assert torch.allclose(shares.sum(1), torch.ones(5))
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -116,18 +116,26 @@ class Classify(Task):
     def loss_of(self, batch: Batch) -> Tensor:
         self.note(map(UNREADABLE.format, batch.skipped), self.faulty[0], "training")
         images, labels = batch.images, batch.labels
-        if self.mix is not None and len(images) % 2:
-            images, labels = images[:-1], labels[:-1]  # mixing needs pairs
         if len(images) == 0:
             # Ranks exchange the statistics of batch norms, and none may be left waiting.
             return self.model(images).sum() * 0.0 if rank_and_world()[1] > 1 else self.no_loss()
         if self.mix is not None:
-            images, labels = self.mix(images, labels)
+            images, labels = self.mixed(images, labels)
             loss = F.cross_entropy(self.model(images), labels)
         else:
             loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing)
         self.log("train/loss", self.checked(loss))
         return loss
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The images [B, C, H, W] mixed in pairs, and the probabilities [B, classes] of their labels. Of an odd number,
+        the first stays as it is."""
+        number = len(images)
+        if number % 2:
+            images, labels = torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]])
+        assert self.mix is not None
+        images, labels = self.mix(images, labels)
+        return images[:number], labels[:number]
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
