@@ -2,6 +2,7 @@
 
 import functools
 import os
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from sharding import image_folder, images, librispeech, packed
-from zoo.data import fetching
+from zoo.data import fetching, shards
 from zoo.data.speech import Speech
 from zoo.inputs.images import UnreadableImage
 
@@ -122,3 +124,41 @@ def test_the_cache_stays_below_its_share_of_the_disk(
     assert 0 < sum(path.stat().st_size for path in cache.glob("*/*.tar")) <= most
     again = images(address).source("train")
     assert contents(again) == contents(images(out).source("train"))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker processes")
+def test_processes_that_remove_shards_of_each_other_read_all(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = packed(image_folder(tmp_path / "loose", train=20), tmp_path / "out", "12KB")
+    wanted = contents(images(out).source("train"))
+    source = images(f"pipe:cat {out}").source("train")
+    count, size = len(source.shards.sizes), max(source.shards.sizes)
+    assert count > 20
+    # With half of what is free and used, the cache settles at a third of the shards.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": count // 3 * size}))
+    monkeypatch.setattr(shards, "MOST_OPEN", 2)
+
+    def faults(indices: list[int]) -> list[str]:
+        found = []
+        for index in indices:
+            try:
+                assert source.image(index).tobytes() == wanted[index]
+            except UnreadableImage as error:
+                found.append(str(error))
+        return found
+
+    order: Any = random.Random(0).choices(range(len(wanted)), k=900)
+    loader = DataLoader(order, 15, num_workers=6, collate_fn=faults, multiprocessing_context="fork")
+    assert sum(loader, []) == []
+    files = sorted(path.name for path in cache.glob("*/*"))
+    assert 0 < len(files) < count and all(name.endswith(".tar") for name in files)
+
+
+def test_what_may_go_away_is_tried_again(out: Path, tmp_path: Path):
+    source = images(f"pipe:cat {out}").source("train")
+    out.rename(tmp_path / "away")
+    with pytest.raises(UnreadableImage, match="the command ended with status 1$"):
+        source.image(0)
+    (tmp_path / "away").rename(out)
+    assert source.image(0).size == (30, 24)

@@ -238,3 +238,14 @@ def test_a_state_by_its_step_is_whole_or_absent_where_a_disk_has_no_links(
         written.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-000000001.ckpt"]
     assert state(folder / "last.ckpt") == state(folder / "step-000000001.ckpt") == {"global_step": 1}
+
+
+def test_what_a_killed_process_left_is_not_written_into(tmp_path: Path):
+    early, aside = tmp_path / "step-000000001.ckpt", tmp_path / ".last.ckpt.new"
+    early.write_text("early")
+    os.link(early, aside)  # killed while it made this state the last one
+    written = states.States()
+    written.save_checkpoint({"global_step": 2}, tmp_path / "last.ckpt")
+    written.wait()
+    assert early.read_text() == "early" and state(tmp_path / "last.ckpt") == {"global_step": 2}
+    assert not aside.exists()

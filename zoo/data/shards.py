@@ -1,7 +1,6 @@
 """Data in tars and an index, as `zoo shard` writes them: what the index holds, and files read at its offsets."""
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.data.fetching import Fetched, is_address, read_address
+from zoo.data.fetching import Fetched, NotThere, Tar, is_address, read_address
 from zoo.data.strings import Strings
 from zoo.text import counted, from_json, one_line, plain, reason
 
@@ -190,7 +189,7 @@ class Shards:
         self.kept = self._kept()
         self.groups = np.searchsorted(self.kept, self.first)
         self.fingerprint = f"{self.index.digest}, {len(self.kept)} files, {zlib.crc32(self.kept.tobytes()):08x}"
-        self._open: dict[int, _Tar] = {}
+        self._open: dict[int, Tar] = {}
         self._failed: dict[int, str] = {}
         self._checked = np.zeros(self.first[-1], dtype=bool)
 
@@ -305,13 +304,14 @@ class Shards:
             if shard in self._failed:
                 raise OSError(self._failed[shard])
             place = self.places[shard]
-            if self.fetched is not None:
-                try:
-                    place = self.fetched.local(place, self.sizes[shard], self.hashes[shard])
-                except OSError as error:
-                    self._failed[shard] = reason(error)
-                    raise
-            tar = _Tar(place)
+            try:
+                if self.fetched is None:
+                    tar = Tar(place)
+                else:
+                    tar = self.fetched.opened(place, self.sizes[shard], self.hashes[shard])
+            except NotThere as error:
+                self._failed[shard] = reason(error)
+                raise
             while len(self._open) >= MOST_OPEN:
                 del self._open[next(iter(self._open))]
         self._open[shard] = tar
@@ -319,17 +319,6 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-
-class _Tar:
-    """An open file, which is closed with the last reference to it."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # it was not opened
-            os.close(self.descriptor)
 
 
 def read_at(file: int, length: int, offset: int) -> bytes:

@@ -84,6 +84,7 @@ class States(CheckpointIO):
         torch.save(checkpoint, buffer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            aside.unlink(missing_ok=True)  # of a process that was killed: it may be a link to another state
             with open(aside, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
