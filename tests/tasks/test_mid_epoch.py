@@ -255,6 +255,33 @@ TINY: dict[str, list[str]] = {
 }
 
 
+OTHERS = ["transcribe", *(pytest.param(task, marks=pytest.mark.slow) for task in ("detect", "generate"))]
+
+
+@pytest.mark.parametrize("task", OTHERS)
+def test_a_run_that_is_stopped_in_a_validation_resumes_there(
+    task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """As that of a classifier in test_stopping.py."""
+    common = [*(f"--trainer.{flag}" for flag in QUIET), "--trainer.logger=false", "--trainer.limit_val_batches=2"]
+    common += ["--trainer.max_epochs=2", "--data.workers=0", "--trainer.limit_train_batches=3"]
+
+    def run(folder: Path, *flags: str) -> None:
+        main([task, "fit", *TINY[task], *common, f"--trainer.default_root_dir={folder}", *flags])
+
+    def strike(self: Task, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.current_epoch == 0 and batch_idx == 0 and not self.trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Task, "on_validation_batch_start", strike)
+        run(tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    run(tmp_path / "run", f"--ckpt_path={tmp_path}/run/{STATE}")
+    assert difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) is None
+
+
 class Log:
     """A file that survives a kill, with the steps that were trained and the batches that were drawn."""
 

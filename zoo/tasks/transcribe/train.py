@@ -149,7 +149,7 @@ class Transcribe(Task):
         self.intermediate, self.intermediate_weight = tuple(intermediate or ()), intermediate_weight
         self.chunks = tuple(chunks or ())
         self.tokenizer: Tokenizer | None = None
-        self.learned = 0  # utterances with a loss, on this rank
+        self.learned, self.tried = 0, 0  # utterances with a loss, and batches, on this rank and in this process
         self.spoken, self.mean_loss, self.with_loss = Spoken(), MeanMetric(), SumMetric()
         self.words, self.recognised = Counter[str](), Counter[str]()  # of this validation, on this rank
 
@@ -260,7 +260,7 @@ class Transcribe(Task):
 
     def loss_of(self, batch: Batch) -> Tensor:
         kept, tokens = self.encoded(batch, "training")
-        self.learned += len(tokens)
+        self.learned, self.tried = self.learned + len(tokens), self.tried + 1
         if not tokens:
             return self.nothing()
         features, lengths, views = batch.features[kept], batch.lengths[kept], 2 if self.consistency else 1
@@ -325,8 +325,10 @@ class Transcribe(Task):
         self.check_learned()
 
     def check_learned(self) -> None:
-        """ValueError if no rank has used any utterance of the training set."""
-        if not int(torch.as_tensor(self.all_gather(torch.tensor(self.learned, device=self.device))).sum()):
+        """ValueError if ranks have trained, and none could use an utterance of the training set."""
+        counts = torch.tensor([self.learned, self.tried], device=self.device)
+        learned, tried = torch.as_tensor(self.all_gather(counts)).view(-1, 2).sum(0).tolist()
+        if tried and not learned:  # a run that is resumed in a validation has tried none
             raise ValueError("no utterance of the training set could be used; the reason for each is printed above")
 
     def on_validation_epoch_start(self) -> None:
