@@ -78,6 +78,18 @@ def test_workers(workers: int | None, files: bool, cores: int, world: int, wante
     assert Images(workers=workers).processes(files) == wanted
 
 
+def test_workers_share_the_cores_of_their_machine(monkeypatch: Any):
+    """Of two machines with four ranks each; SLURM gives each rank cores of its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
+    monkeypatch.setattr("zoo.data.loading.rank_and_world", lambda: (0, 8))
+    data: Any = Images()
+    data.trainer = SimpleNamespace(num_devices=4)
+    assert data.processes(True) == 6
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "zoo", "SLURM_CPUS_PER_TASK": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert data.processes(True) == 8
+
+
 # The preprocessing of a checkpoint
 
 KEPT = ImagePreprocess(size=24, crop=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

@@ -23,7 +23,6 @@ from zoo.data.sampling import (
     global_seed,
     hashed,
     kept_generators,
-    rank_and_world,
     reseed,
 )
 from zoo.inputs import Preprocess
@@ -385,7 +384,7 @@ class Boxes(DataModule):
 
     def _memory(self, workers: int) -> int:
         """Bytes of decoded images that each process keeps."""
-        return self.cache * MIB // (max(1, workers) * rank_and_world()[1])
+        return self.cache * MIB // (max(1, workers) * self.neighbours())
 
     def _plain_from(self) -> float:
         if not self.plain_epochs or self.trainer is None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -175,8 +176,13 @@ class DataModule(lightning.LightningDataModule):
         if self.workers is not None or not files:
             return self.workers or 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _, world = rank_and_world()
-        return min(MOST_WORKERS, max(1, cores // world))
+        own = os.environ.get("SLURM_CPUS_PER_TASK", "") if SLURMEnvironment.detect() else ""
+        share = min(cores, int(own)) if own.isdecimal() else cores // self.neighbours()
+        return min(MOST_WORKERS, max(1, share))
+
+    def neighbours(self) -> int:
+        """The ranks on this machine."""
+        return rank_and_world()[1] if self.trainer is None else max(1, self.trainer.num_devices)
 
     def setup(self, stage: str) -> None:
         """Takes the preprocessing of the task's checkpoint, then finds the data of a stage and its faults."""
