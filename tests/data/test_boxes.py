@@ -311,12 +311,11 @@ def test_a_resumed_epoch_has_the_same_scales():
 
 
 def test_ranks_draw_the_same_scales(monkeypatch: pytest.MonkeyPatch):
-    from zoo.data import boxes, sampling
+    from zoo.data import sampling
 
     sides = []
     for rank in (0, 1):
-        for module in (boxes, sampling):
-            monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(sampling, "rank_and_world", lambda rank=rank: (rank, 2))
         loader: Any = Boxes(size=64, scales=[32, 48, 64], batch=16).train_dataloader()
         keys = [keys[0] for keys in loader.batch_sampler]
         sides.append(([side for _, _, side in keys], [index for _, index, _ in keys]))

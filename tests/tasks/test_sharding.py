@@ -18,7 +18,7 @@ from zoo.weights import load_checkpoint
 pytestmark = pytest.mark.slow
 
 PATCHED = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 from zoo.__main__ import main
 from zoo.tasks.classify.train import Classify
@@ -34,6 +34,10 @@ def note(self, outputs, batch, batch_idx):
     loss = self.all_gather(loss).mean() if self.trainer.world_size > 1 else loss
     if self.global_rank == 0:
         print("loss", float(loss), flush=True)
+    if os.environ.get("FULL") and self.global_step == 3:
+        if self.global_rank:
+            time.sleep(600)
+        raise OSError("No space left on device")
     if kill and self.global_step == int(kill[1]):
         if self.global_rank == 0:
             self.trainer.strategy.checkpoint_io.wait()
@@ -186,6 +190,17 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(strategy: str, rank: 
     status, printed = train("classify", tmp_path / "run", *flags, f"--ckpt_path={tmp_path}/run", ranks=2)
     assert status == 0 and len(losses(printed)) == 14, printed[-2000:]
     assert difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) is None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_an_error_of_the_first_rank_ends_those_that_wait_for_it(
+    strategy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("FULL", "yes")
+    start = time.monotonic()
+    status, printed = train("classify", tmp_path / "run", f"--trainer.strategy={strategy}", ranks=2)
+    assert status == 1 and printed.count("No space left on device") == 1 and "Traceback" not in printed, printed[-3000:]
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

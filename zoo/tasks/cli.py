@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -70,6 +71,18 @@ class Command(LightningCLI):
         parser.add_class_arguments(Saving, "save")  # also where nothing is saved: the config of a run has it
 
     def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            self.run_verb(subcommand)
+        except Exception:
+            # The ranks that this process has started may wait for it without end.
+            launcher = self.trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGKILL)
+                leave_ranks()
+            raise
+
+    def run_verb(self, subcommand: str) -> None:
+        """Runs it, and says in one line what a user can mend."""
         try:
             super()._run_subcommand(subcommand)
         except OtherModel as error:
@@ -197,6 +210,12 @@ class Command(LightningCLI):
     after_test = after_validate
 
 
+def leave_ranks() -> None:
+    """Leaves the group of ranks, whose threads may abort a process as it ends."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def flat(values: Any, place: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dots between the names."""
     if not isinstance(values, dict):
@@ -227,8 +246,7 @@ def main(task: Any, data: Any, name: str, arguments: list[str]) -> None:
                 auto_configure_optimizers=False,
                 parser_kwargs={"prog": f"zoo {name}", "exit_on_error": False, **{verb: each for verb in VERBS}},
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # or else its threads may abort the process as it ends
+        leave_ranks()
     except ArgumentError as error:
         all_options = f"zoo {name} {arguments[0]} --help-all lists all options"
         raise ValueError(f"{translated(str(error))} ({all_options})") from None
