@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from killing import STATE
@@ -24,13 +25,16 @@ RUN += [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()
 RUN += ["--data.size=16", "--data.batch=16", "--trainer.limit_val_batches=2", *PLAIN_FLAGS]
 # Starts the tasks of a job as SLURM does: each process knows its rank from the environment.
 SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && strict=1 && shift
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
     node=$((rank / SLURM_NTASKS_PER_NODE)) local=$((rank % SLURM_NTASKS_PER_NODE))
     SLURM_PROCID=$rank SLURM_NODEID=$node SLURM_LOCALID=$local "$@" &
     echo $! >> JOBS
 done
 status=0
-for job in $(jobs -p); do wait $job || status=$?; done
+for _ in $(jobs -p); do
+    wait -n || { status=$?; [ -n "$strict" ] && kill -9 $(jobs -p) 2> /dev/null; }
+done
 exit $status
 """
 JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_NODELIST": "127.0.0.1"}
@@ -80,23 +84,29 @@ def command(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.parametrize("nodes", [1, 2], ids=["one-node", "two-nodes"])
-def test_a_job_of_slurm_stops_is_queued_again_and_resumes(nodes: int, whole: dict[str, torch.Tensor], tmp_path: Path):
-    programs, jobs, run = tmp_path / "bin", tmp_path / "jobs", tmp_path / "run"
+def job(folder: Path, nodes: int) -> tuple[list[str], dict[str, str], Path]:
+    """The command and the environment of a job with two tasks, and the file that names their processes."""
+    programs, jobs = folder / "bin", folder / "jobs"
     programs.mkdir()
     command(programs, "srun", SRUN.replace("JOBS", str(jobs)))
-    command(programs, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    command(programs, "scontrol", f'#!/bin/sh\necho "$@" >> {folder}/calls\n')
     command(programs, "zoo", f'#!/bin/sh\nexec {sys.executable} -m zoo "$@"\n')
-    line = ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "classify", *RUN, f"--trainer.default_root_dir={run}"]
-    line.append("--save.every_n_train_steps=1")
+    line = ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "classify", *RUN]
+    line += [f"--trainer.default_root_dir={folder}/run", "--save.every_n_train_steps=1"]
     sizes = {"SLURM_NTASKS_PER_NODE": str(2 // nodes), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NNODES": str(nodes)}
-    given = environment(**JOB, **sizes, PATH=f"{programs}:{os.environ['PATH']}")
+    return line, environment(**JOB, **sizes, PATH=f"{programs}:{os.environ['PATH']}"), jobs
+
+
+@pytest.mark.parametrize("nodes", [1, 2], ids=["one-node", "two-nodes"])
+def test_a_job_of_slurm_stops_is_queued_again_and_resumes(nodes: int, whole: dict[str, torch.Tensor], tmp_path: Path):
+    line, given, jobs = job(tmp_path, nodes)
+    run = tmp_path / "run"
     first = subprocess.Popen(line, env=given, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (run / STATE).exists() and time.monotonic() < end:
         time.sleep(0.01)
-    for job in jobs.read_text().split():
-        os.kill(int(job), signal.SIGUSR1)
+    for process in jobs.read_text().split():
+        os.kill(int(process), signal.SIGUSR1)
     _, said = first.communicate(timeout=120)
     assert first.returncode == 128 + signal.SIGUSR1 and "Traceback" not in said, said[-3000:]
     assert said.count("zoo: stopped by SIGUSR1") == said.count("SLURM job 71 is queued again") == 1
@@ -117,3 +127,13 @@ def test_two_nodes_of_torchrun(whole: dict[str, torch.Tensor], tmp_path: Path):
     said = torchrun(tmp_path / "run", *meeting, "--trainer.num_nodes=2", "--trainer.devices=1", nodes=2)
     assert "".join(said).count("epoch 2/2") == 1
     assert difference(weights(tmp_path / "run"), whole) is None
+
+
+def test_a_rank_of_slurm_that_ends_alone_ends_the_job(tmp_path: Path):
+    """The first rank alone asks for the folder, which another run holds; the other one waits for it."""
+    line, given, _ = job(tmp_path, 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.owner").write_text(str(os.getpid()))
+    with FileLock(tmp_path / "run/.lock"):
+        done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode and done.stderr.count("another run is training in") == 1, done.stderr[-3000:]
