@@ -197,10 +197,12 @@ class Keep(Checkpoint):
         self.run.note(note)
 
     def note(self, trainer: lightning.Trainer, task: Any) -> dict[str, Any]:
-        """What `zoo runs` says of a state: its epoch and step, and how many there are to be."""
-        epochs = None if by_steps(trainer, task) else trainer.max_epochs
+        """What `zoo runs` says of a state: its epoch and step, how many there are to be, and the best score so far."""
+        epochs, best = None if by_steps(trainer, task) else trainer.max_epochs, None
         place = {"epoch": trainer.current_epoch + 1, "epochs": epochs, "step": trainer.global_step, "steps": task.total}
-        return {"task": task.command, "model": task.preset, **place}
+        if self.best is not None and math.isfinite(self.best.value):
+            best = {"metric": self.best.metric or self.measured(task).metric, "value": self.best.value}
+        return {"task": task.command, "model": task.preset, **place, "best": best}
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
