@@ -25,7 +25,7 @@ from zoo.weights import Figure, save_model
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
 MOMENT = 0.5  # seconds that the step after a state waits for its write
-EVERY = 8  # batches after which ranks ask each other about signals and minutes
+EVERY = 8  # batches after which ranks ask each other about signals and minutes, between two steps of the optimizer
 
 
 class Run:
@@ -108,6 +108,13 @@ def replace(path: Path, text: str) -> None:
     """Writes a file aside and renames it."""
     aside(path).write_text(text)
     os.replace(aside(path), path)
+
+
+def asking(batch_idx: int, together: int = 1) -> bool:
+    """Whether ranks ask each other in front of a batch that begins a step of `together` batches: in front of the first
+    such batch from each multiple of EVERY on, so that at most EVERY + together - 1 batches lie between two questions.
+    """
+    return batch_idx % EVERY < together
 
 
 def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
@@ -225,7 +232,7 @@ class Keep(Checkpoint):
         steps, seconds = trainer.global_step - self.step, time.monotonic() - self.written
         if 0 < self.saving.steps <= steps:
             return True
-        if trainer.world_size > 1 and batch_idx % EVERY:
+        if trainer.world_size > 1 and not asking(batch_idx, trainer.accumulate_grad_batches):
             return False
         return trainer.strategy.reduce_boolean_decision(steps > 0 and 0 < self.saving.seconds <= seconds, all=False)
 
