@@ -1,5 +1,6 @@
 """Whether a state fits the run that is resumed from it: damaged files, changed options, errors of other origin."""
 
+import contextlib
 import os
 import random
 import signal
@@ -154,6 +155,57 @@ def test_the_loss_of_an_epoch_is_of_all_its_batches(
     assert loss() == wanted
     states = [state(folder / "resume/last.ckpt")["epoch_loss"] for folder in (tmp_path / "whole", run)]
     assert difference(*states) is None and states[0]["number"] == 3
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str, stop: bool = False) -> list[str]:
+    """Trains with a faulty sample in every batch, until SIGTERM after two of three; the numbers that are reported."""
+    plain = Classify.training_step
+
+    def faulty(self: Classify, batch: Any, batch_idx: int) -> Any:
+        self.note(["skipped a.png"], self.faulty[0], "training")
+        if stop and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning) as seen:
+        patch.setattr(Classify, "training_step", faulty)
+        with pytest.raises(SystemExit) if stop else contextlib.nullcontext():
+            fit(folder, *FLAGS, "--trainer.max_epochs=2", *flags)
+    start = "unreadable images skipped in the training of "
+    messages = [str(each.message) for each in seen]
+    return [message.removeprefix(start) for message in messages if message.startswith(start)]
+
+
+def test_the_faults_of_an_epoch_are_those_of_all_its_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Also where the run was stopped between them, or ended by steps; a state of an earlier version has none."""
+    path = tmp_path / "run/resume/last.ckpt"
+    assert counted(monkeypatch, tmp_path / "run", stop=True) == []
+    found = state(path)
+    assert found["faults"] == {"unreadable images": 2}
+    del found["faults"]
+    torch.save(found, tmp_path / "old.ckpt")
+    assert counted(monkeypatch, tmp_path / "run", f"--ckpt_path={path}") == ["epoch 0: 3", "epoch 1: 3"]
+    old = f"--ckpt_path={tmp_path}/old.ckpt"
+    assert counted(monkeypatch, tmp_path / "old", old) == ["epoch 0: 1", "epoch 1: 3"]
+    assert counted(monkeypatch, tmp_path / "steps", "--trainer.max_steps=2") == ["epoch 0: 2"]
+    more = ["--trainer.max_steps=-1", f"--ckpt_path={tmp_path}/steps/resume/last.ckpt"]
+    assert counted(monkeypatch, tmp_path / "steps", *more) == ["epoch 0: 3", "epoch 1: 3"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "faults must be of type dict, got 3"),
+        ({"unreadable images": -1}, "faults.unreadable images must be >= 0, got -1"),
+        ({"other": 1}, "faults must have the keys unreadable images"),
+    ],
+    ids=str,
+)
+def test_faults_of_another_form_are_one_line(value: Any, message: str, copied: Path, tmp_path: Path):
+    torch.save(state(copied) | {"faults": value}, copied)
+    with pytest.raises(SystemExit) as stop:
+        resume(tmp_path / "new", copied)
+    assert said(stop.value).endswith(f"is not a state that this run can be resumed from: TypeError: {message}")
 
 
 def test_files_of_similar_names_beside_the_states_stay(tmp_path: Path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def one(root: Path) -> Row:
 # Trained
 
 
-def killed(task: Task, batch: Any, batch_idx: int) -> None:
-    if task.global_step == 5:
+def killed(task: Task, batch: Any, batch_idx: int, step: int = 5) -> None:
+    if task.global_step == step:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -100,6 +101,27 @@ def test_a_run_that_is_killed_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (row.state, row.epoch, row.step, row.resume) == ("finished", 2, 6, None)
     (tmp_path / "run" / NOTE).unlink()
     assert one(tmp_path / "run").state == "finished"
+
+
+def test_a_finished_run_that_goes_back_and_is_killed_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("zoo.tasks.run.OVERHEAD", 1e9)  # so that only steps ask for states
+    flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=3"]
+    fit(tmp_path / "run", *flags)
+    before = one(tmp_path)
+    assert (before.state, before.epoch, before.step) == ("finished", 2, 6) and before.best is not None
+    kept = {path: path.read_bytes() for each in ("best", "last") for path in (tmp_path / "run" / each).iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", partialmethod(killed, step=2))
+        state = f"--ckpt_path={tmp_path}/run/resume/step-000000002.ckpt"
+        assert in_child(lambda: fit(tmp_path / "run", *flags, state)) == -signal.SIGKILL
+    row = one(tmp_path)
+    assert (row.state, row.epoch, row.step, row.steps) == ("stopped", 1, 2, 6)
+    assert row.resume == f"zoo classify fit --ckpt_path={tmp_path}/run"
+    assert (row.best, row.metric) == (None, None), "it has not been validated before step 3"
+    assert all(path.read_bytes() == content for path, content in kept.items()), "nothing is lost"
+    main(["classify", "fit", f"--ckpt_path={tmp_path}/run", "--trainer.enable_progress_bar=false"])
+    row = one(tmp_path)
+    assert (row.state, row.step, row.best, row.metric) == ("finished", 6, before.best, before.metric)
 
 
 def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path):
@@ -133,6 +155,26 @@ def test_a_running_run_has_the_step_of_its_logs(tmp_path: Path):
         with FileLock(folder / ".lock"):
             assert (one(tmp_path).epoch, one(tmp_path).step) == place
         assert (one(tmp_path).epoch, one(tmp_path).step) == (3, 42), "a stopped run resumes from its state"
+    logs.write_text("epoch,lr,step\n4,,55\n")
+    os.utime(logs, (1e9, 1e9))  # written before the note: a run that went back has no logs yet
+    with FileLock(folder / ".lock"):
+        assert (one(tmp_path).epoch, one(tmp_path).step) == (3, 42)
+    (folder / NOTE).unlink()
+    with FileLock(folder / ".lock"):
+        assert (one(tmp_path).epoch, one(tmp_path).step) == (5, 56), "nothing else is known of it"
+
+
+def test_the_best_score_is_that_of_the_state(tmp_path: Path):
+    later = kept(10, 140, figures=[{"metric": "recall", "value": 0.75}])
+    for name, best, wanted in (
+        ("old", {}, ("recall", 0.75)),  # as in earlier versions
+        ("none", {"best": None}, (None, None)),
+        ("some", {"best": FIGURE}, ("top-1 accuracy", 0.25)),
+        ("wrong", {"best": [3]}, (None, None)),
+    ):
+        made(tmp_path, name, note=NOTED | best, best=later)
+        row = found(tmp_path)[name]
+        assert (row.state, row.step, row.metric, row.best) == ("stopped", 42, *wanted)
 
 
 # States
@@ -143,8 +185,8 @@ def test_a_running_run_has_the_step_of_its_logs(tmp_path: Path):
     [
         ({}, "stopped"),
         ({"note": NOTED | {"step": 140}}, "finished"),
-        ({"last": kept(10, 140)}, "finished"),  # by trainer.max_steps, in the middle of an epoch: `last` is later
-        ({"last": kept(10, 139)}, "stopped"),
+        ({"last": kept(10, 140)}, "stopped"),  # it went back, or was killed before its last state was written
+        ({"note": NOTED | {"step": 140}, "last": kept(9, 126)}, "finished"),
         ({"note": None, "last": kept(10, 140)}, "finished"),
         ({"note": None, "last": kept(9, 126)}, "stopped"),
         ({"note": None, "state": None}, "never saved"),

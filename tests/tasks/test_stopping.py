@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and SIGUSR1 at every kind of moment: the resumed run equals one that was never stopped."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -18,6 +20,8 @@ from safetensors.torch import load_file
 from training import BACKBONE, PLAIN_FLAGS, fit, state
 from zoo.data.images import Images
 from zoo.tasks.classify.train import Classify
+from zoo.tasks.run import EVERY, asking
+from zoo.tasks.stopping import Signals, Stop
 
 FLAGS = [
     *PLAIN_FLAGS,
@@ -297,6 +301,55 @@ def test_a_signal_after_training_does_not_spoil_the_run(monkeypatch: pytest.Monk
 
 # Two ranks
 
+
+def test_a_warning_is_kept():
+    """SLURM sends SIGTERM after it where a job has not ended in time; ranks may receive one of them each."""
+    for numbers in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)):
+        signals = Signals()
+        signals.training = True
+        try:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert signals.received == signal.SIGUSR1
+        finally:
+            signals.close()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wanted"),
+    [
+        ((0, 0), 0),
+        ((0, signal.SIGINT), signal.SIGINT),
+        ((signal.SIGTERM, 0), signal.SIGTERM),
+        ((signal.SIGTERM, signal.SIGUSR1), signal.SIGUSR1),
+        ((signal.SIGUSR1, signal.SIGINT), signal.SIGUSR1),
+    ],
+)
+def test_ranks_agree_on_the_warning(numbers: tuple[int, int], wanted: int):
+    sent = list[torch.Tensor]()
+
+    def reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        sent.append(value)
+        return torch.stack(sent).max()
+
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    ranks: list[Any] = [Stop(None, SimpleNamespace(received=number)) for number in numbers]  # pyright: ignore
+    for rank in ranks:
+        rank.asked(trainer)
+    assert [rank.asked(trainer) for rank in ranks] == [wanted, wanted]
+    assert [rank.asked(trainer, ask=False) for rank in ranks] == [0, 0] and len(sent) == 4
+
+
+@pytest.mark.parametrize("together", [*range(1, 18), 64])
+def test_ranks_ask_each_other_between_steps_and_often(together: int):
+    places = [batch for batch in range(0, 2000, together) if asking(batch, together)]
+    gaps = {later - earlier for earlier, later in itertools.pairwise(places)}
+    assert places[0] == 0 and max(gaps) < EVERY + together and max(gaps) <= EVERY * together
+    assert min(gaps) > EVERY - together, "no more often than needed"
+
+
 PATCHED = """
 import os, signal, sys
 from zoo.__main__ import main
@@ -306,8 +359,12 @@ def at(name, step):
     plain = getattr(Classify, name)
 
     def struck(self, batch, batch_idx):
-        if str(self.global_rank) in os.environ["STRUCK"] and self.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+        begins = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if str(self.global_rank) in os.environ["STRUCK"] and self.global_step == step and begins:
+            warned = "warned" in os.environ["STRUCK"] and self.global_rank == 1
+            os.kill(os.getpid(), signal.SIGUSR1 if warned else signal.SIGTERM)
+        if "faulty" in os.environ["STRUCK"] and name == "training_step" and self.global_rank == 1:
+            self.note(["a fault"], self.faulty[0], "training")
         return plain(self, batch, batch_idx)
 
     setattr(Classify, name, struck)
@@ -315,13 +372,16 @@ def at(name, step):
 if "early" in os.environ["STRUCK"]:
     at("validation_step", 0)
 else:
-    at("training_step", 9)
+    at("training_step", 1 if "soon" in os.environ["STRUCK"] else 9)
 main(sys.argv[1:])
 """
 
 
 def on_two_ranks(folder: Path, struck: str, *flags: str) -> tuple[int, str]:
-    """Trains with two processes, of which some receive SIGTERM; the exit status, and what they print until all end."""
+    """Trains with two processes, of which some receive SIGTERM; the exit status, and what they print until all end.
+
+    If `struck` has the word warned, the second receives SIGUSR1; with faulty, each of its batches has a faulty sample.
+    """
     script = folder.with_name("patched.py")
     script.write_text(PATCHED)
     backbone = [f"--model.backbone.{field}={value}" for field, value in BACKBONE.items()]
@@ -362,3 +422,28 @@ def test_ranks_stop_together_before_training(tmp_path: Path):
     status, printed = on_two_ranks(tmp_path / "run", "early 0")
     assert status == 128 + signal.SIGTERM and "Traceback" not in printed
     assert printed.count("stopped by SIGTERM") == printed.count("zoo: ") == 1
+
+
+@pytest.mark.slow
+def test_ranks_that_sum_gradients_stop_together_and_soon(tmp_path: Path):
+    """Between two steps of 7 batches, in an epoch of 16, though neither 7 nor 14 is a multiple of 8."""
+    flags = ["--trainer.accumulate_grad_batches=7"]
+    status, printed = on_two_ranks(tmp_path / "run", "1 soon", *flags)
+    assert status == 128 + signal.SIGTERM and "stopped by SIGTERM in epoch 1, step 2" in printed, printed[-3000:]
+    assert on_two_ranks(tmp_path / "run", "", *flags, f"--ckpt_path={tmp_path}/run/resume/last.ckpt")[0] == 0
+    assert on_two_ranks(tmp_path / "whole", "", *flags)[0] == 0
+    found, wanted = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_ranks_stop_by_the_warning_and_count_the_faults_of_all(tmp_path: Path):
+    """One receives SIGTERM, and the other, which alone has faulty samples, SIGUSR1."""
+    status, printed = on_two_ranks(tmp_path / "run", "01 warned faulty soon")
+    assert status == 128 + signal.SIGUSR1 and "stopped by SIGUSR1 in epoch" in printed, printed[-3000:]
+    found = state(tmp_path / "run/resume/last.ckpt")
+    assert found["global_step"] == 8 and found["faults"] == {"unreadable images": 8}
+    status, printed = on_two_ranks(tmp_path / "run", "faulty", f"--ckpt_path={tmp_path}/run/resume/last.ckpt")
+    assert status == 0, printed[-3000:]
+    for epoch in range(2):
+        assert printed.count(f"unreadable images skipped in the training of epoch {epoch}: 16") == 1

@@ -25,7 +25,7 @@ from zoo.weights import Figure, save_model
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
 MOMENT = 0.5  # seconds that the step after a state waits for its write
-EVERY = 8  # batches after which ranks ask each other about signals and minutes
+EVERY = 8  # batches after which ranks ask each other about signals and minutes, between two steps of the optimizer
 
 
 class Run:
@@ -108,6 +108,13 @@ def replace(path: Path, text: str) -> None:
     """Writes a file aside and renames it."""
     aside(path).write_text(text)
     os.replace(aside(path), path)
+
+
+def asking(batch_idx: int, together: int = 1) -> bool:
+    """Whether ranks ask each other in front of a batch that begins a step of `together` batches: in front of the first
+    such batch from each multiple of EVERY on, so that at most EVERY + together - 1 batches lie between two questions.
+    """
+    return batch_idx % EVERY < together
 
 
 def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
@@ -197,10 +204,12 @@ class Keep(Checkpoint):
         self.run.note(note)
 
     def note(self, trainer: lightning.Trainer, task: Any) -> dict[str, Any]:
-        """What `zoo runs` says of a state: its epoch and step, and how many there are to be."""
-        epochs = None if by_steps(trainer, task) else trainer.max_epochs
+        """What `zoo runs` says of a state: its epoch and step, how many there are to be, and the best score so far."""
+        epochs, best = None if by_steps(trainer, task) else trainer.max_epochs, None
         place = {"epoch": trainer.current_epoch + 1, "epochs": epochs, "step": trainer.global_step, "steps": task.total}
-        return {"task": task.command, "model": task.preset, **place}
+        if self.best is not None and math.isfinite(self.best.value):
+            best = {"metric": self.best.metric or self.measured(task).metric, "value": self.best.value}
+        return {"task": task.command, "model": task.preset, **place, "best": best}
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
@@ -223,7 +232,7 @@ class Keep(Checkpoint):
         steps, seconds = trainer.global_step - self.step, time.monotonic() - self.written
         if 0 < self.saving.steps <= steps:
             return True
-        if trainer.world_size > 1 and batch_idx % EVERY:
+        if trainer.world_size > 1 and not asking(batch_idx, trainer.accumulate_grad_batches):
             return False
         return trainer.strategy.reduce_boolean_decision(steps > 0 and 0 < self.saving.seconds <= seconds, all=False)
 

@@ -40,8 +40,9 @@ HELP = """states:
 class Row:
     """A run.
 
-    `epoch` and `step` are those of its last state, or of a running one those of its logs where they are later; `saved`
-    is when that state was written, in seconds since 1970; `problem` says why the run is broken.
+    `epoch` and `step` are those of its last state, or of a running one those of its logs where they are later; `best`
+    is the best score of the run up to that state; `saved` is when it was written, in seconds since 1970; `problem` says
+    why the run is broken. Without a note of the state, as of runs of earlier versions, the checkpoints say all this.
     """
 
     name: str
@@ -111,10 +112,10 @@ def read(folder: Path, name: str) -> Row:
     row.model = note.get("model") or row.model or given["model"]
     row.task = note.get("task") or row.task or quick.task_of(quick.facts()["models"].get(row.model, {}))
     row.epochs, row.steps = (note.get(key, given[key]) for key in ("epochs", "steps"))
-    places = [place(found.get("source")) for found in kept.values()]
-    places.append((note.get("epoch"), note.get("step")))
-    row.step, row.epoch = max(((step, epoch) for epoch, step in places if step is not None), default=(None, None))
-    row.metric, row.best = score(kept.get("best", {}).get("figures"))
+    # Not the checkpoints beside a note: a run that went back to an earlier state has those of later steps, too.
+    places = [note] if note else [*filter(None, (place(found.get("source")) for found in kept.values()))]
+    row.step, row.epoch = max(((each["step"], each["epoch"]) for each in places), default=(None, None))
+    row.metric, row.best = score([note["best"]] if "best" in note else kept.get("best", {}).get("figures"))
 
     running, state = held(folder / ".lock"), folder / STATE
     if os.path.lexists(state):
@@ -130,7 +131,7 @@ def read(folder: Path, name: str) -> Row:
         problems.append(f"{STATE} is missing")
     if running:
         row.state = "running"
-        row.step, row.epoch = max([*logged(folder), (row.step or 0, row.epoch or 0)])
+        row.step, row.epoch = max([*logged(folder, folder / NOTE), (row.step or 0, row.epoch or 0)])
     elif problems:
         row.problem = plain("; ".join(problems))
     elif done(row):
@@ -188,7 +189,9 @@ def noted(path: Path) -> dict[str, Any]:
     numbers = {key: number(found.get(key), 0) for key in ("epoch", "step", "steps")}
     if None in numbers.values():
         return {}
-    return numbers | {"epochs": number(found.get("epochs")), **{key: text(found.get(key)) for key in ("task", "model")}}
+    texts = {key: text(found.get(key)) for key in ("task", "model")}
+    best = {"best": found["best"]} if "best" in found else {}
+    return numbers | {"epochs": number(found.get("epochs"))} | texts | best
 
 
 def configured(folder: Path, parse: bool) -> tuple[dict[str, Any], str]:
@@ -215,10 +218,10 @@ def configured(folder: Path, parse: bool) -> tuple[dict[str, Any], str]:
     return found, ""
 
 
-def place(source: Any) -> tuple[int | None, int | None]:
-    """The epoch and the step in the source of a checkpoint."""
+def place(source: Any) -> dict[str, int]:
+    """The epoch and the step in the source of a checkpoint; empty if it has none."""
     found = SOURCE.fullmatch(source) if isinstance(source, str) else None
-    return (int(found[1]), int(found[2])) if found else (None, None)
+    return {"epoch": int(found[1]), "step": int(found[2])} if found else {}
 
 
 def score(figures: Any) -> tuple[str | None, float | None]:
@@ -252,10 +255,15 @@ def held(lock: Path) -> bool:
     return False
 
 
-def logged(folder: Path) -> list[tuple[int, int]]:
-    """The last step in the logs of a run and its epoch, both counted from 1, as the only entry; none without logs."""
+def logged(folder: Path, note: Path) -> list[tuple[int, int]]:
+    """The last step in the logs of a run and its epoch, both counted from 1, as the only entry; none without logs.
+
+    Logs that are older than the note of the last state are not read: a run that went back may have had later steps.
+    """
     try:
         path = max((folder / "csv").glob("version_*/metrics.csv"), key=os.path.getmtime)
+        if note.exists() and os.path.getmtime(path) < os.path.getmtime(note):
+            return []
         with path.open("rb") as file:
             names = file.readline(LARGEST).decode().strip().split(",")
             file.seek(max(file.tell(), os.path.getsize(path) - (1 << 16)))

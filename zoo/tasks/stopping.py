@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from zoo.tasks.run import EVERY, Keep
+from zoo.tasks.run import Keep, asking
 from zoo.tasks.task import Task
 
 WARNING = getattr(signal, "SIGUSR1", None)  # SLURM sends it where sbatch has --signal=USR1@SECONDS; not on Windows
-SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, WARNING)))
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, WARNING)))  # the later ones count more
 
 
 class Stopped(BaseException):
@@ -37,7 +37,7 @@ class Signals:
     it is only noted. A second signal ends the process at once.
 
     Attributes:
-        received: the signal that was received, or 0.
+        received: the signal that was received last, or 0; once the warning was received, the warning.
         training: whether training began.
         pass_on: sends a signal to the ranks that this process started.
     """
@@ -50,7 +50,9 @@ class Signals:
     def receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a worker that has just been started
             return
-        first, self.received = not self.received, number
+        first = not self.received
+        if self.received != WARNING:  # after which SLURM sends SIGTERM, and the job is to be queued again
+            self.received = number
         if number != WARNING:
             signal.signal(number, signal.SIG_DFL)
         if self.training or not first:
@@ -83,21 +85,23 @@ class Stop(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.signals.training = True
 
-    def asked(self, trainer: lightning.Trainer, batch_idx: int) -> int:
-        """The signal that any rank has received, or 0."""
+    def asked(self, trainer: lightning.Trainer, ask: bool = True) -> int:
+        """The signal that any rank has received, the warning if one has that; 0 for none, and if ranks do not `ask`."""
         if trainer.world_size == 1:
             return self.signals.received
-        if batch_idx % EVERY:
+        if not ask:
             return 0
-        received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
-        return int(torch.as_tensor(trainer.strategy.reduce(received, reduce_op="max")))
+        order = (0, *SIGNALS)
+        received = torch.tensor(order.index(self.signals.received), device=trainer.strategy.root_device)
+        return order[int(torch.as_tensor(trainer.strategy.reduce(received, reduce_op="max")))]
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # The first batch of an epoch still runs: what came before it belongs to the epoch before.
-        if batch_idx and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.stop(trainer, pl_module, self.asked(trainer, batch_idx), "batches")
+        together = trainer.accumulate_grad_batches
+        if batch_idx and batch_idx % together == 0:
+            self.stop(trainer, pl_module, self.asked(trainer, asking(batch_idx, together)), "batches")
 
     def on_train_batch_end(
         self,
@@ -130,11 +134,11 @@ class Stop(Checkpoint):
         # Between two steps it runs on too: a state does not hold the gradients that wait for more.
         loop = trainer.fit_loop.epoch_loop
         if pl_module.fitting and pl_module.progress < 1.0 and not loop._should_accumulate():
-            self.stop(trainer, pl_module, self.asked(trainer, batch_idx), "validation")
+            self.stop(trainer, pl_module, self.asked(trainer, asking(batch_idx)), "validation")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.should_stop:  # or else training is over
-            self.stop(trainer, pl_module, self.asked(trainer, 0), "")
+            self.stop(trainer, pl_module, self.asked(trainer), "")
 
     def stop(self, trainer: lightning.Trainer, pl_module: Any, number: int, place: str) -> None:
         """Writes the state and raises `Stopped` if a signal was received."""

@@ -309,6 +309,7 @@ class Task(Faults, Resumable):
         self.advance()
 
     def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
         self.loss_sum, self.loss_number = torch.zeros((), device=self.device), 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
