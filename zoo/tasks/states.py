@@ -103,16 +103,16 @@ class States(CheckpointIO):
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         try:
-            content = io.BytesIO(Path(path).read_bytes())
+            file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise OSError(f"cannot read {path}: {reason(error)}") from error
         try:
-            # PyTorch does not compare the checksums of the tensors.
-            damaged = zipfile.ZipFile(content).testzip() if zipfile.is_zipfile(content) else None
-            with warnings.catch_warnings():
+            with file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                content.seek(0)
-                state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
+                # PyTorch does not compare the checksums of the tensors.
+                damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
+                file.seek(0)
+                state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than tensors and numbers; code in a file is never run") from error
         except Exception as error:  # a broken file may raise anything
