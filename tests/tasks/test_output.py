@@ -212,6 +212,19 @@ def test_a_resumed_run_judges_by_its_own_steps(
     assert printed(capsys) == ["6:40, 0.16 images/s, 6:40 left", "6:40, 0.16 images/s, 0:00 left"]
 
 
+def test_a_long_epoch_without_a_bar_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Batches of 400 s: a line after the second and the fourth, and that of the epoch."""
+    Clock(monkeypatch, 400.0, 0.0)
+    flags = [*PLAIN_FLAGS, "--trainer.limit_train_batches=5", "--trainer.limit_val_batches=1"]
+    fit(tmp_path, *flags, "--trainer.max_epochs=1")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    starts = ["epoch 1/1  batch 2/5  loss ", "epoch 1/1  batch 4/5  loss ", "epoch 1/1  loss "]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    assert lines[0].endswith("  0.04 images/s, 20:00 left") and lines[1].endswith("  0.04 images/s, 6:40 left")
+
+
 class Drawn:
     """A bar that notes what it shows."""
 
@@ -220,7 +233,7 @@ class Drawn:
     def __init__(self, total: int, desc: str, initial: int = 0, **_: Any):
         self.bars.append(self)
         self.total, self.desc, self.n, self.said = total, desc, initial, list[tuple[int, str]]()
-        self.postfix = ""
+        self.postfix, self.disable = "", False
 
     def set_postfix_str(self, text: str, refresh: bool) -> None:
         assert not refresh

@@ -54,10 +54,12 @@ def whole_epoch(trainer: lightning.Trainer) -> int:
 
 FEW = 10  # batches of an epoch
 WIDTH = 80  # of the line of an epoch
+SILENCE = 600.0  # seconds without a line in an epoch that has no bar
 
 
 class Output(ProgressBar):
-    """Prints a summary, a line for each epoch and, on a terminal, a bar for the epoch, all on standard error.
+    """Prints a summary, a line for each epoch and, on a terminal, a bar for the epoch, all on standard error. Where
+    there is no bar, as in the log of a job, a long epoch has a line every ten minutes.
 
     The time left is that of the whole run, judged by the steps since it was started or resumed. The pace is that of
     the training batches of an epoch, without validations, times the number of ranks.
@@ -73,6 +75,7 @@ class Output(ProgressBar):
         super().__init__()
         self.keep, self.folder, self.task, self.bar = keep, folder, task, bar
         self.start = self.began = 0.0
+        self.spoken = time.monotonic()  # when the last line was printed
         self.first = 0  # the first step of training
         self.since, self.busy = 0.0, 0.0  # when the running batch began; seconds of the epoch's batches before it
         self.amount: Any = 0  # what these batches held, a number or a tensor
@@ -82,6 +85,7 @@ class Output(ProgressBar):
         """Does nothing: only rank 0 prints."""
 
     def say(self, line: str) -> None:
+        self.spoken = time.monotonic()
         if self.trainer.is_global_zero:
             tqdm.write(line, file=sys.stderr)
 
@@ -155,6 +159,21 @@ class Output(ProgressBar):
             if left := self.left(trainer, pl_module, now):
                 self.drawn.set_postfix_str(f"run {left}", refresh=False)
             self.drawn.update()
+        if (self.drawn is None or self.drawn.disable) and now - self.spoken >= SILENCE:
+            place = f"{self.place(trainer, pl_module)}  batch {batch_idx + 1}/{trainer.num_training_batches}"
+            form = filter(None, (self.pace(trainer, pl_module)[0], self.left(trainer, pl_module, now)))
+            self.say(f"{place}  loss {self.loss(pl_module)}  {', '.join(form)}")
+
+    def place(self, trainer: lightning.Trainer, task: Task) -> str:
+        """The running epoch, or the step where steps end the run."""
+        if by_steps(trainer, task):
+            return f"step {trainer.global_step:>{len(str(task.total))}}/{task.total}"
+        epochs = trainer.max_epochs
+        return f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
+
+    def loss(self, task: Task) -> str:
+        """The mean loss of the epoch so far."""
+        return f"{float(task.loss_sum) / task.loss_number:.4f}" if task.loss_number else "-"
 
     def pace(self, trainer: lightning.Trainer, task: Task) -> tuple[str, str]:
         """The pace of the epoch's training, in a long and in a short form; empty for an epoch without a batch."""
@@ -182,14 +201,8 @@ class Output(ProgressBar):
         self.erase()
         name = self.keep.name.rpartition("/")[2].replace("loss", "val loss")
         latest, best, now = self.keep.latest, self.keep.best, time.monotonic()
-        done, total = trainer.global_step, pl_module.total
-        number = pl_module.loss_number
-        loss = f"{float(pl_module.loss_sum) / number:.4f}" if number else "-"
-        score = f"{latest.value:.4f}" if latest and latest.step == done else "-"
-        epochs = trainer.max_epochs
-        place = f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"
-        if by_steps(trainer, pl_module):
-            place = f"step {done:>{len(str(total))}}/{total}"
+        score = f"{latest.value:.4f}" if latest and latest.step == trainer.global_step else "-"
+        place, loss = self.place(trainer, pl_module), self.loss(pl_module)
         head = f"{place}  loss {loss}  {name} {score}  best {f'{best.value:.4f}' if best else '-'}  "
         (long, short), left = self.pace(trainer, pl_module), self.left(trainer, pl_module, now) or "- left"
         forms = [(duration(now - self.began), long, left), (long, left), (short, left), (left,)]
