@@ -77,6 +77,12 @@ def test_the_package_holds_its_data():
     assert not [path for path in data if not any(fnmatch.fnmatch(path, pattern) for pattern in patterns)]
 
 
+def test_no_file_of_the_package_is_long():
+    files = [*(ROOT / "zoo").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    assert [path.name for path in files if len(path.read_text().splitlines()) > 450] == []
+    assert len(files) > 150
+
+
 def test_the_changelog_has_the_version():
     versions = re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert versions[0] == "Unreleased" and versions[1] == zoo.__version__
