@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -155,10 +156,14 @@ def test_processes_that_remove_shards_of_each_other_read_all(
     assert 0 < len(files) < count and all(name.endswith(".tar") for name in files)
 
 
-def test_what_may_go_away_is_tried_again(out: Path, tmp_path: Path):
+def test_what_may_go_away_is_tried_again_later(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = images(f"pipe:cat {out}").source("train")
     out.rename(tmp_path / "away")
     with pytest.raises(UnreadableImage, match="the command ended with status 1$"):
         source.image(0)
     (tmp_path / "away").rename(out)
+    with pytest.raises(UnreadableImage, match="the command ended with status 1$"):  # not for each image
+        source.image(0)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + shards.AGAIN)
     assert source.image(0).size == (30, 24)

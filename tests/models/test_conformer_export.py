@@ -31,6 +31,20 @@ def test_export_takes_clips_of_any_length(name):
         assert relative(got[mask], wanted[mask]) < 1e-5
 
 
+@pytest.mark.parametrize("mixer", ["relative", "power"])
+def test_attention_exports_at_any_length(mixer):
+    """A program sees all queries at once, and is not fixed to the number of those that it was traced with."""
+    model = tiny("conformer_ctc_s", depth=1, mixer=mixer, position="none")
+    arguments = torch.randn(2, 100, 20), torch.tensor([100, 61])
+    with torch.no_grad():
+        program = torch.export.export(model, arguments, dynamic_shapes=({1: torch.export.Dim.AUTO}, None)).module()
+        for frames in (33, 157, 800):
+            batch, lengths = torch.randn(2, frames, 20), torch.tensor([frames // 2, frames])
+            (got, real), (wanted, _) = program(batch, lengths), model(batch, lengths)
+            mask = real_mask(wanted, real)
+            assert relative(got[mask], wanted[mask]) < 1e-5
+
+
 @pytest.mark.all
 @pytest.mark.parametrize(
     "name", [name if name == "squeezeformer_xs" else pytest.param(name, marks=pytest.mark.all) for name in LAYOUTS]
@@ -60,7 +74,7 @@ def test_encoders_compile_whole(name, training):
     torch.compiler.reset()  # recompilations are counted over all models of the process
     model = tiny(name, depth=2, norm="prepbn").train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    for frames in (60, 83):
+    for frames in (60, 83, 97, 130):
         batch, lengths = torch.randn(2, frames, 20), torch.tensor([frames, 41])
         (got, real), (wanted, same) = compiled(batch, lengths), model(batch, lengths)
         mask = real_mask(wanted, real)

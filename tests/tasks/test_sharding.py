@@ -200,7 +200,7 @@ def test_an_error_of_the_first_rank_ends_those_that_wait_for_it(
     start = time.monotonic()
     status, printed = train("classify", tmp_path / "run", f"--trainer.strategy={strategy}", ranks=2)
     assert status == 1 and printed.count("No space left on device") == 1 and "Traceback" not in printed, printed[-3000:]
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training import BACKBONE, PLAIN_FLAGS, fit, state
 from zoo.data.images import Images
 from zoo.tasks.classify.train import Classify
-from zoo.tasks.run import EVERY, asking
+from zoo.tasks.run import ASK_EVERY, ranks_ask
 from zoo.tasks.stopping import Signals, Stop
 
 FLAGS = [
@@ -344,10 +344,10 @@ def test_ranks_agree_on_the_warning(numbers: tuple[int, int], wanted: int):
 
 @pytest.mark.parametrize("together", [*range(1, 18), 64])
 def test_ranks_ask_each_other_between_steps_and_often(together: int):
-    places = [batch for batch in range(0, 2000, together) if asking(batch, together)]
+    places = [batch for batch in range(0, 2000, together) if ranks_ask(batch, together)]
     gaps = {later - earlier for earlier, later in itertools.pairwise(places)}
-    assert places[0] == 0 and max(gaps) < EVERY + together and max(gaps) <= EVERY * together
-    assert min(gaps) > EVERY - together, "no more often than needed"
+    assert places[0] == 0 and max(gaps) < ASK_EVERY + together and max(gaps) <= ASK_EVERY * together
+    assert min(gaps) > ASK_EVERY - together, "no more often than needed"
 
 
 PATCHED = """

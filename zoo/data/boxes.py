@@ -212,7 +212,7 @@ class Boxes(DataModule):
         mixup: probability of the mean of two images.
         scales: sides to draw from for each batch, in pixels, for training at several scales; null for size alone.
         plain_epochs: last epochs with flips and turns as the only augmentation, at the side of size.
-        cache: memory for decoded images in MiB, for training and for evaluation; 0 decodes them each time.
+        cache: memory of a machine for decoded images in MiB, for training and for evaluation; 0 decodes them each time.
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or
             bilinear.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
@@ -384,7 +384,7 @@ class Boxes(DataModule):
 
     def _memory(self, workers: int) -> int:
         """Bytes of decoded images that each process keeps."""
-        return self.cache * MIB // (max(1, workers) * self.neighbours())
+        return self.cache * MIB // (max(1, workers) * self.local_ranks())
 
     def _plain_from(self) -> float:
         if not self.plain_epochs or self.trainer is None:

@@ -18,7 +18,6 @@ ADDRESSES = ("http://", "https://", "pipe:")
 MISSING = 'shards at an address need webdataset; run: pip install "zoo[shards]"'
 SHARE = 0.5  # of the free disk, which fetched shards may fill
 PIECE = 2**20
-REFUSED = 22  # the status of curl if the server answers with an error, such as 404
 
 
 def is_address(root: str | os.PathLike[str]) -> bool:
@@ -44,13 +43,12 @@ def _stream(place: str) -> Iterator[Any]:
     except OSError as error:
         if status := re.search(r"exit (\d+)", str(error)):
             command = place.startswith("pipe:")
-            kind = NotThere if not command and int(status[1]) == REFUSED else OSError
-            raise kind(f"{'the command' if command else 'curl'} ended with status {status[1]}") from error
+            raise OSError(f"{'the command' if command else 'curl'} ended with status {status[1]}") from error
         raise
 
 
-class NotThere(OSError):
-    """A shard that the server refuses, or that is not the one of the index; asking again is of no use."""
+class OtherShard(OSError):
+    """A shard whose size or hash is not that of the index."""
 
 
 class Tar:
@@ -80,7 +78,7 @@ class Fetched:
         """The shard at an address, open, fetched if need be.
 
         Raises:
-            NotThere: the server refuses it, or its size or hash is not the given one.
+            OtherShard: its size or hash is not the given one.
             OSError: it cannot be fetched now.
         """
         path = self.folder / f"{sha256[:32]}.tar"
@@ -103,7 +101,7 @@ class Fetched:
                     read += len(piece)
             if read != size or digest.hexdigest() != sha256:
                 what = "hash is not that" if read == size else f"{read:,} bytes are not the {size:,}"
-                raise NotThere(f"its {what} of the index")
+                raise OtherShard(f"its {what} of the index")
             tar = Tar(empty / path.name)
             os.replace(empty / path.name, path)
             return tar

@@ -177,10 +177,10 @@ class DataModule(lightning.LightningDataModule):
             return self.workers or 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = os.environ.get("SLURM_CPUS_PER_TASK", "") if SLURMEnvironment.detect() else ""
-        share = min(cores, int(own)) if own.isdecimal() else cores // self.neighbours()
+        share = min(cores, int(own)) if own.isdecimal() else cores // self.local_ranks()
         return min(MOST_WORKERS, max(1, share))
 
-    def neighbours(self) -> int:
+    def local_ranks(self) -> int:
         """The ranks on this machine."""
         return rank_and_world()[1] if self.trainer is None else max(1, self.trainer.num_devices)
 

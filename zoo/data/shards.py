@@ -3,9 +3,11 @@
 import bisect
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.data.fetching import Fetched, NotThere, Tar, is_address, read_address
+from zoo.data.fetching import Fetched, OtherShard, Tar, is_address, read_address
 from zoo.data.strings import Strings
 from zoo.text import counted, from_json, one_line, plain, reason
 
@@ -23,6 +25,7 @@ INDEX = "shards.json"
 UNFINISHED = ".unfinished.json"  # what `zoo shard` has begun, until the index is written
 BLOCK = 512  # bytes of a header in a tar, and of what files are padded to
 MOST_OPEN = 32  # tars that a process holds open
+AGAIN = 300.0  # seconds after which a tar that could not be opened is tried again
 KINDS = {"images": "classify or generate", "boxes": "detect", "speech": "transcribe"}
 BESIDE = ("cls", "json", "txt")  # extensions of what is stored beside a file
 IMAGES = {"ids": ("i", ()), "sizes": ("i", (2,))}
@@ -190,7 +193,7 @@ class Shards:
         self.groups = np.searchsorted(self.kept, self.first)
         self.fingerprint = f"{self.index.digest}, {len(self.kept)} files, {zlib.crc32(self.kept.tobytes()):08x}"
         self._open: dict[int, Tar] = {}
-        self._failed: dict[int, str] = {}
+        self._failed: dict[int, tuple[str, float]] = {}  # why, and until when it is not opened again
         self._checked = np.zeros(self.first[-1], dtype=bool)
 
     def _arrays(self, part: Part) -> dict[str, np.ndarray]:
@@ -301,16 +304,18 @@ class Shards:
         """The descriptor of a tar, of which the last used stay open; positions are not shared, so forks may use it."""
         tar = self._open.pop(shard, None)
         if tar is None:
-            if shard in self._failed:
-                raise OSError(self._failed[shard])
+            why, until = self._failed.get(shard, ("", 0.0))
+            if time.monotonic() < until:
+                raise OSError(why)
             place = self.places[shard]
             try:
                 if self.fetched is None:
                     tar = Tar(place)
                 else:
                     tar = self.fetched.opened(place, self.sizes[shard], self.hashes[shard])
-            except NotThere as error:
-                self._failed[shard] = reason(error)
+            except OSError as error:
+                lasting = isinstance(error, OtherShard)
+                self._failed[shard] = reason(error), math.inf if lasting else time.monotonic() + AGAIN
                 raise
             while len(self._open) >= MOST_OPEN:
                 del self._open[next(iter(self._open))]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Order, Place
 from zoo.mixers.projected import rotate
-from zoo.mixers.scored import Pairs, Scored, rows_at_once, softmax
+from zoo.mixers.scored import Pairs, Scored, softmax
 from zoo.norms import LayerNorm, Norm, RMSNorm
 from zoo.tensors import single
 from zoo.text import unknown
@@ -144,9 +144,9 @@ class ReLA(Scored):
     (rectified linear attention, Zhang et al. 2021, arXiv:2104.07012).
 
     norm is over the channels of all heads: `rmsnorm`, `layernorm` (Zhou et al. 2023, arXiv:2309.10713) or `none`.
-    gate=True and gate=False ask for the sigmoid or omit it; None is True for `rmsnorm` alone. scale='length' divides
-    the weights by sqrt(n / 2), for n keys that the query sees, as in ReLUFormer, which has norm='none' (Shen et al.
-    2023, arXiv:2302.06461); its loss is not here.
+    gate=True adds the sigmoid, False omits it; by default only `rmsnorm` has it. scale='length' divides the weights by
+    sqrt(n / 2), for n keys that the query sees, as in ReLUFormer, which has norm='none' (Shen et al. 2023,
+    arXiv:2302.06461); its loss is not here.
     """
 
     def __init__(
@@ -222,12 +222,11 @@ class Sinkhorn(Scored):
         if context.mask is not None:
             unreal = ~(context.mask | ~context.mask.any(-1, keepdim=True))
         potential = single(query.new_zeros(*query.shape[:2], 1, number))
-        rows = rows_at_once(query, key.shape[2])
+        chunks = self.chunks(number, query, key)
         for _ in range(self.steps // 2):
             total = torch.full_like(potential, -1e30)
-            for start in range(0, number, rows):
-                pairs = Pairs(start, 0, allowed, context)
-                part = slice(start, min(start + rows, number))
+            for part in chunks:
+                pairs = Pairs(part.start, 0, allowed, context)
                 logarithms = (pairs.masked(super().scores(query[:, :, part], key, pairs)) + potential).log_softmax(-1)
                 if unreal is not None:
                     left_out = unreal[:, None, part, None] | unreal[:, None, None]

@@ -187,6 +187,21 @@ class Attention(Projected):
         )
         return key, value, mask
 
+    def allowance(
+        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
+    ) -> Tensor | None:
+        """Which keys some rows of the queries see, [1 or B, 1, 1 or n, M], from what `seen` gives for all of them;
+        None for all."""
+        if allowed is not None:
+            allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
+        visible = context.visible if context.cache is None else None
+        for rule in (visible, context.order):
+            if rule is not None:
+                places = torch.arange(key.shape[2], device=key.device)
+                near = rule.allow(places[-number:][rows], places)[None]
+                allowed = near if allowed is None else allowed & near
+        return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+
     @staticmethod
     def extended(kept: Tensor, new: Tensor) -> Tensor:
         whole = torch.cat([kept, new], 1)

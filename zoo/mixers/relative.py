@@ -12,7 +12,7 @@ from zoo.layer import ANYWHERE, Chunks, Context, Place
 from zoo.mixers.attention import attend, note_weights
 from zoo.mixers.local import along, depthwise
 from zoo.mixers.projected import Attention, rotate
-from zoo.mixers.scored import rows_at_once
+from zoo.mixers.scored import ALL, chunks_of
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
 
@@ -157,18 +157,30 @@ class Relative(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         if self.window and key.shape[1] > self.window:
             return self.near(query, key, value, context)
-        key, value, allowed = self.seen(key, value, context)
-        number, keys = query.shape[1], key.shape[1]
+        streamed = context.visible if context.cache is not None else None
+        key, value, allowed = self.seen(key, value, context._replace(visible=streamed))
+        (batch, number, heads), keys = query.shape[:3], key.shape[1]
         offsets = self.rows(keys - 1, number + keys - 1, query)
+
+        def some(rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+            """Queries, which keys they see, and the bias of their scores."""
+            mask = allowed
+            if context.visible is not None and context.cache is None:
+                seen = self.allowance(allowed, number, key.transpose(1, 2), context, rows)
+                mask = None if seen is None else seen[:, 0]
+            if rows == ALL:
+                part, near = query, offsets
+            else:
+                part, near = query[:, rows], offsets[:, number - rows.stop : number - rows.start + keys - 1]
+            return part + self.content, mask, self.bias(part, near, keys)
+
         if context.notes is not None:
-            note_weights(self, context, query + self.content, key, allowed, self.bias(query, offsets, keys))
-        count, parts = rows_at_once(query.transpose(1, 2), keys), []
-        for start in range(0, number, count):
-            stop = min(start + count, number)
-            part = query[:, start:stop]
-            mask = allowed[:, start:stop] if allowed is not None and allowed.ndim == 3 else allowed
-            bias = self.bias(part, offsets[:, number - stop : number - start + keys - 1], keys)
-            parts.append(attend(part + self.content, key, value, mask, bias))
+            part, mask, bias = some(ALL)
+            note_weights(self, context, part, key, mask, bias)
+        parts = []
+        for chunk in chunks_of(number, batch * heads * keys, query.device):
+            part, mask, bias = some(chunk)
+            parts.append(attend(part, key, value, mask, bias))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def near(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:

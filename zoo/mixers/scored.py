@@ -46,13 +46,17 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if overwritable() else scores.softmax(-1)
 
 
-def rows_at_once(query: Tensor, keys: int) -> int:
-    """How many queries [B, H, N, d] are compared with all keys at one time: in inference some, so that memory grows
-    linearly with the number of tokens, and in training and in a compiled or exported program all."""
+ALL = slice(0, None)
+
+
+def chunks_of(number: int, scores: int, device: torch.device) -> list[slice]:
+    """The queries that are compared with all keys at one time: in inference some of the `number`, so that memory grows
+    linearly with the number of tokens, and in training and in a compiled or exported program `ALL`. `scores` is how
+    many one query has, in all samples and heads."""
     if compiling() or torch.is_grad_enabled():
-        return query.shape[2]
-    most = SCORES_AT_ONCE.get(query.device.type, 2**26)
-    return max(LEAST_ROWS, most // max(1, query.shape[0] * query.shape[1] * keys))
+        return [ALL]  # a range would fix a program to one number
+    rows = max(LEAST_ROWS, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, scores))
+    return [slice(start, min(start + rows, number)) for start in range(0, number, rows)]
 
 
 class Scored(Attention):
@@ -99,18 +103,16 @@ class Scored(Attention):
         key, value, allowed = self.seen(key, value, context._replace(order=None, visible=streamed))
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
-        rows = number if self.quadratic else rows_at_once(query, key.shape[2])
-        noted, y = [], None
-        for start in range(0, number, rows):
-            stop = min(start + rows, number)
-            seen = self.allowance(allowed, number, key, context, slice(start, stop))
-            pairs = Pairs(start, key.shape[2] - new, seen, context)
-            weights = self.weights(self.scores(query[:, :, start:stop], key, pairs), pairs)
+        chunks, noted, y = self.chunks(number, query, key), [], None
+        for rows in chunks:
+            seen = self.allowance(allowed, number, key, context, rows)
+            pairs = Pairs(rows.start, key.shape[2] - new, seen, context)
+            weights = self.weights(self.scores(query[:, :, rows], key, pairs), pairs)
             part = self.collect(weights, value, pairs)
             if y is None:  # once for all: small tensors between large ones would keep glibc from reusing those
-                y = part if rows >= number else part.new_empty(*part.shape[:2], number, part.shape[3])
+                y = part if len(chunks) == 1 else part.new_empty(*part.shape[:2], number, part.shape[3])
             if y is not part:
-                y[:, :, start:stop] = part
+                y[:, :, rows] = part
             if context.notes is not None:
                 noted.append(weights.detach())
         if noted:
@@ -118,17 +120,7 @@ class Scored(Attention):
         assert y is not None
         return y.transpose(1, 2)
 
-    def allowance(
-        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
-    ) -> Tensor | None:
-        """Which keys some rows of the queries see, [1 or B, 1, 1 or n, M], from what `seen` gives for all of them;
-        None for all."""
-        if allowed is not None:
-            allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
-        visible = context.visible if context.cache is None else None
-        for rule in (visible, context.order):
-            if rule is not None:
-                places = torch.arange(key.shape[2], device=key.device)
-                near = rule.allow(places[-number:][rows], places)[None]
-                allowed = near if allowed is None else allowed & near
-        return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+    def chunks(self, number: int, query: Tensor, key: Tensor) -> list[slice]:
+        """`chunks_of` the queries [B, H, N, d] and keys [B, H, M, d]; all where weights depend on other queries."""
+        scores = query.shape[0] * query.shape[1] * key.shape[2]
+        return [ALL] if self.quadratic else chunks_of(number, scores, query.device)

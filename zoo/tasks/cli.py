@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from subprocess import Popen
 from typing import Any, NoReturn
 
 import lightning
@@ -74,11 +75,9 @@ class Command(LightningCLI):
         try:
             self.run_verb(subcommand)
         except Exception:
-            # The ranks that this process has started may wait for it without end.
             launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGKILL)
-                leave_ranks()
+            if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+                end_all(launcher.procs)
             raise
 
     def run_verb(self, subcommand: str) -> None:
@@ -208,6 +207,16 @@ class Command(LightningCLI):
             print(self.model.said)
 
     after_test = after_validate
+
+
+def end_all(ranks: list[Popen[bytes]]) -> None:
+    """Ends the ranks that this process has started, which may wait for it without end."""
+    started = ranks.copy()
+    ranks.clear()  # or else Lightning, which looks after them, would end this process, too
+    for process in started:
+        process.kill()
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        leave_ranks()  # on GPUs it may wait for them
 
 
 def leave_ranks() -> None:

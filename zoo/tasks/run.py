@@ -24,8 +24,8 @@ from zoo.weights import Figure, save_model
 
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
 OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
-MOMENT = 0.5  # seconds that the step after a state waits for its write
-EVERY = 8  # batches after which ranks ask each other about signals and minutes, between two steps of the optimizer
+STATE_WAIT = 0.5  # seconds that the step after a state waits for its write
+ASK_EVERY = 8  # batches after which ranks ask each other about signals and minutes, between two steps of the optimizer
 
 
 class Run:
@@ -110,11 +110,12 @@ def replace(path: Path, text: str) -> None:
     os.replace(aside(path), path)
 
 
-def asking(batch_idx: int, together: int = 1) -> bool:
+def ranks_ask(batch_idx: int, together: int = 1) -> bool:
     """Whether ranks ask each other in front of a batch that begins a step of `together` batches: in front of the first
-    such batch from each multiple of EVERY on, so that at most EVERY + together - 1 batches lie between two questions.
+    such batch from each multiple of ASK_EVERY on, so that at most ASK_EVERY + together - 1 batches lie between two
+    questions.
     """
-    return batch_idx % EVERY < together
+    return batch_idx % ASK_EVERY < together
 
 
 def by_steps(trainer: lightning.Trainer, task: Task) -> bool:
@@ -159,8 +160,9 @@ class Keep(Checkpoint):
 
     A state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
     Training waits for checkpoints: their probe and cost run the model under settings of the whole process (kernels of
-    attention, hooks of all modules, the random state). A state is written while training goes on; the next step waits
-    MOMENT for it at most, so that a kill costs no more steps than lie between two states.
+    attention, hooks of all modules, the random state). A state is written while training goes on. The optimizer's
+    next step waits STATE_WAIT for it at most: if it is written by then, a kill costs no more steps than lie between two
+    states.
 
     Attributes:
         best: the best score so far; None before the first.
@@ -232,7 +234,7 @@ class Keep(Checkpoint):
         steps, seconds = trainer.global_step - self.step, time.monotonic() - self.written
         if 0 < self.saving.steps <= steps:
             return True
-        if trainer.world_size > 1 and not asking(batch_idx, trainer.accumulate_grad_batches):
+        if trainer.world_size > 1 and not ranks_ask(batch_idx, trainer.accumulate_grad_batches):
             return False
         return trainer.strategy.reduce_boolean_decision(steps > 0 and 0 < self.saving.seconds <= seconds, all=False)
 
@@ -249,7 +251,7 @@ class Keep(Checkpoint):
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
         # If training were killed after this step and before the write is done, one step more would be repeated.
         if trainer.global_step == self.step:
-            trainer.strategy.checkpoint_io.wait(MOMENT)  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.strategy.checkpoint_io.wait(STATE_WAIT)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal ends it after the current batch, with a state to resume from."""
+"""Stopping a run from outside: a signal ends it after the current step, with a state to resume from."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from zoo.tasks.run import Keep, asking
+from zoo.tasks.run import Keep, ranks_ask
 from zoo.tasks.task import Task
 
 WARNING = getattr(signal, "SIGUSR1", None)  # SLURM sends it where sbatch has --signal=USR1@SECONDS; not on Windows
@@ -69,7 +69,8 @@ class Signals:
 
 
 class Stop(Checkpoint):
-    """Ends a run that receives SIGINT, SIGTERM or SIGUSR1 after the current batch, once its state is written.
+    """Ends a run that receives SIGINT, SIGTERM or SIGUSR1 after the current step, once its state is written; several
+    ranks after at most ASK_EVERY more batches.
 
     After SIGUSR1 a job of SLURM is queued again; with `--ckpt_path=last` in its command it then resumes.
 
@@ -101,7 +102,7 @@ class Stop(Checkpoint):
         # The first batch of an epoch still runs: what came before it belongs to the epoch before.
         together = trainer.accumulate_grad_batches
         if batch_idx and batch_idx % together == 0:
-            self.stop(trainer, pl_module, self.asked(trainer, asking(batch_idx, together)), "batches")
+            self.stop(trainer, pl_module, self.asked(trainer, ranks_ask(batch_idx, together)), "batches")
 
     def on_train_batch_end(
         self,
@@ -134,7 +135,7 @@ class Stop(Checkpoint):
         # Between two steps it runs on too: a state does not hold the gradients that wait for more.
         loop = trainer.fit_loop.epoch_loop
         if pl_module.fitting and pl_module.progress < 1.0 and not loop._should_accumulate():
-            self.stop(trainer, pl_module, self.asked(trainer, asking(batch_idx)), "validation")
+            self.stop(trainer, pl_module, self.asked(trainer, ranks_ask(batch_idx)), "validation")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.should_stop:  # or else training is over
