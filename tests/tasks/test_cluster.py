@@ -31,11 +31,10 @@ for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
     SLURM_PROCID=$rank SLURM_NODEID=$node SLURM_LOCALID=$local "$@" &
     echo $! >> JOBS
 done
-status=0
 for _ in $(jobs -p); do
-    wait -n || { status=$?; [ -n "$strict" ] && kill -9 $(jobs -p) 2> /dev/null; }
+    wait -n || { status=${status:-$?}; [ -n "$strict" ] && kill -9 $(jobs -p) 2> /dev/null; }
 done
-exit $status
+exit ${status:-0}
 """
 JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "zoo", "SLURM_NTASKS": "2", "SLURM_NODELIST": "127.0.0.1"}
 
