@@ -105,7 +105,7 @@ def table(found: Found) -> str:
 
 def draw(found: Found, title: str, path: Path) -> None:
     """The means with their intervals, a panel for each comparison: over multiply-adds, or for more than `FEW` rows
-    below each other, from the smallest to the largest."""
+    below each other, from the smallest to the largest, with long intervals cut at the edges."""
     from matplotlib.figure import Figure
 
     shown = {equal: rows for equal in TITLES if (rows := rows_of(found, equal))}
@@ -123,7 +123,9 @@ def draw(found: Found, title: str, path: Path) -> None:
                 )
             axes.axvline(rows[0].value.mean, color="C1", lw=0.8, label=f"{labels[0]}, the first")
             axes.set_yticks(range(len(rows)), [labels[at] for at in order], fontsize=7)
-            axes.set(xlabel=metric, ylim=(-1, len(rows)))
+            means = [row.value.mean for row in rows]
+            margin = 0.1 * (max(means) - min(means)) or 0.1
+            axes.set(xlabel=metric, ylim=(-1, len(rows)), xlim=(min(means) - margin, max(means) + margin))
         else:
             for row, half, label in zip(rows, halves, labels, strict=True):
                 axes.errorbar(row.result.multiply_adds / 1e6, row.value.mean, half, fmt="o", capsize=4, label=label)

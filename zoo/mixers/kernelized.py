@@ -67,8 +67,8 @@ class Latte(Narrow):
 
 class Galerkin(Projected):
     """q (norm(k)^T norm(v)) / N over the N real tokens, without softmax (Galerkin attention, Cao 2021,
-    arXiv:2105.14995). The norms are LayerNorms, shared by the heads. The paper's projections start as small diagonal
-    matrices; here they start as those of the other mixers."""
+    arXiv:2105.14995). The norms are LayerNorms, shared by the heads. The paper's projections start small, with a
+    multiple of the identity added; here they start as those of the other mixers."""
 
     normed: ClassVar[tuple[str, str]] = ("key", "value")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.layer import ANYWHERE, Context, Order, Place
 from zoo.mixers.projected import rotate
-from zoo.mixers.scored import Pairs, Scored, softmax
+from zoo.mixers.scored import ALL, Pairs, Scored, softmax
 from zoo.norms import LayerNorm, Norm, RMSNorm
 from zoo.tensors import single
 from zoo.text import unknown
@@ -335,10 +335,10 @@ class Causal(Scored):
             self.blend.fill_(self.share)
 
     def allowance(
-        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
+        self, real: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = ALL
     ) -> Tensor | None:
         # The order is applied to the weights.
-        return super().allowance(allowed, number, key, context._replace(order=None), rows)
+        return super().allowance(real, number, key, context._replace(order=None), rows)
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         earlier = Order(pairs.context.prefix).allow(*pairs.places(scores))

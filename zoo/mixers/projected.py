@@ -154,6 +154,22 @@ class Projected(Headed):
         return done
 
 
+def visible_keys(
+    real: Tensor | None, number: int, keys: int, device: torch.device, context: Context, rows: slice = slice(None)
+) -> Tensor | None:
+    """Which of the real keys some rows of the last `number` tokens see: None for all, [B, M], or [1 or B, n, M]. Those
+    that a stream has stored are all visible."""
+    visible = context.visible if context.cache is None else None
+    rules = [rule for rule in (visible, context.order) if rule is not None]
+    if not rules:
+        return real
+    places, found = torch.arange(keys, device=device), None if real is None else real[:, None]
+    for rule in rules:
+        pairs = rule.allow(places[-number:][rows], places)[None]
+        found = pairs if found is None else pairs & found
+    return found
+
+
 class Attention(Projected):
     """The base of attention over all that a token may see: all tokens, or those that `visible` and `order` allow, or in
     a stream the stored keys and the new ones. A subclass defines `mix`."""
@@ -166,19 +182,12 @@ class Attention(Projected):
         real = torch.zeros(batch, visible.left, dtype=torch.bool, device=like.device)
         return {"key": key, "value": value, "real": real}
 
-    def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values after those stored in the stream, and which of them each query may see:
-        None for all, [B, M], or [1 or B, N, M]. New ones are stored."""
-        mask, rules = context.mask, [rule for rule in (context.visible, context.order) if rule is not None]
-        if not rules:
+    def stored(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values after those stored in the stream, if there is one, and which are real: None for all, or
+        [B, M]. New ones are stored."""
+        mask = context.mask
+        if context.cache is None or context.visible is None:
             return key, value, mask
-        if context.cache is None:
-            places = torch.arange(key.shape[1], device=key.device)
-            allowed = None if mask is None else mask[:, None]
-            for rule in rules:
-                pairs = rule.allow(places, places)[None]
-                allowed = pairs if allowed is None else pairs & allowed
-            return key, value, allowed
         if mask is None:
             mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
         key, value, mask = (
@@ -187,20 +196,11 @@ class Attention(Projected):
         )
         return key, value, mask
 
-    def allowance(
-        self, allowed: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = slice(None)
-    ) -> Tensor | None:
-        """Which keys some rows of the queries see, [1 or B, 1, 1 or n, M], from what `seen` gives for all of them;
-        None for all."""
-        if allowed is not None:
-            allowed = allowed[:, None] if allowed.ndim == 2 else allowed[:, rows]
-        visible = context.visible if context.cache is None else None
-        for rule in (visible, context.order):
-            if rule is not None:
-                places = torch.arange(key.shape[2], device=key.device)
-                near = rule.allow(places[-number:][rows], places)[None]
-                allowed = near if allowed is None else allowed & near
-        return None if allowed is None else (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+    def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`stored` keys and values, and the `visible_keys` of each query."""
+        number = key.shape[1]
+        key, value, real = self.stored(key, value, context)
+        return key, value, visible_keys(real, number, key.shape[1], key.device, context)
 
     @staticmethod
     def extended(kept: Tensor, new: Tensor) -> Tensor:

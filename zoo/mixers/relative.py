@@ -11,7 +11,7 @@ from zoo.cache import rows
 from zoo.layer import ANYWHERE, Chunks, Context, Place
 from zoo.mixers.attention import attend, note_weights
 from zoo.mixers.local import along, depthwise
-from zoo.mixers.projected import Attention, rotate
+from zoo.mixers.projected import Attention, rotate, visible_keys
 from zoo.mixers.scored import ALL, chunks_of
 from zoo.tensors import exporting, linear, shortfall, zeroed
 
@@ -157,17 +157,13 @@ class Relative(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         if self.window and key.shape[1] > self.window:
             return self.near(query, key, value, context)
-        streamed = context.visible if context.cache is not None else None
-        key, value, allowed = self.seen(key, value, context._replace(visible=streamed))
+        key, value, real = self.stored(key, value, context)
         (batch, number, heads), keys = query.shape[:3], key.shape[1]
         offsets = self.rows(keys - 1, number + keys - 1, query)
 
         def some(rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
             """Queries, which keys they see, and the bias of their scores."""
-            mask = allowed
-            if context.visible is not None and context.cache is None:
-                seen = self.allowance(allowed, number, key.transpose(1, 2), context, rows)
-                mask = None if seen is None else seen[:, 0]
+            mask = visible_keys(real, number, keys, key.device, context, rows)
             if rows == ALL:
                 part, near = query, offsets
             else:

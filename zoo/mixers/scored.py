@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.layer import Context, Order
-from zoo.mixers.projected import Attention, rotate
+from zoo.mixers.projected import Attention, rotate, visible_keys
 from zoo.tensors import compiling, overwritable
 
 LEAST_ROWS = 32
@@ -98,14 +98,12 @@ class Scored(Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number, new = query.shape[1], key.shape[1]
         context = context._replace(order=Order(context.prefix)) if self.causal else context
-        streamed = context.visible if context.cache is not None else None
-        # What is not of a stream is kept by some queries at a time.
-        key, value, allowed = self.seen(key, value, context._replace(order=None, visible=streamed))
+        key, value, real = self.stored(key, value, context)
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
         chunks, noted, y = self.chunks(number, query, key), [], None
         for rows in chunks:
-            seen = self.allowance(allowed, number, key, context, rows)
+            seen = self.allowance(real, number, key, context, rows)
             pairs = Pairs(rows.start, key.shape[2] - new, seen, context)
             weights = self.weights(self.scores(query[:, :, rows], key, pairs), pairs)
             part = self.collect(weights, value, pairs)
@@ -119,6 +117,16 @@ class Scored(Attention):
             self.note(context, "weights", torch.cat(noted, 2))
         assert y is not None
         return y.transpose(1, 2)
+
+    def allowance(
+        self, real: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = ALL
+    ) -> Tensor | None:
+        """Which of the real keys [B, M] some rows of the queries see, [1 or B, 1, 1 or n, M]; None for all."""
+        seen = visible_keys(real, number, key.shape[2], key.device, context, rows)
+        if seen is None:
+            return None
+        seen = seen[:, None] if seen.ndim == 2 else seen
+        return (seen | ~seen.any(-1, keepdim=True))[:, None]
 
     def chunks(self, number: int, query: Tensor, key: Tensor) -> list[slice]:
         """`chunks_of` the queries [B, H, N, d] and keys [B, H, M, d]; all where weights depend on other queries."""
