@@ -136,7 +136,7 @@ def test_the_memory_of_workers_does_not_grow(tmp_path: Path):
     used = []
     for epoch in range(8):
         loader.batch_sampler.sampler.set_epoch(epoch)
-        assert sum(len(batch.images) for batch in loader) == 2992
+        assert sum(len(batch.images) for batch in loader) == 3000
         used.append([private(worker.pid) for worker in loader._iterator._workers])
     for worker in zip(*used, strict=True):  # an epoch reads 3 MiB a worker; pages shared with the parent become private
         assert worker[7] - worker[3] < 2 * 2**20, used
