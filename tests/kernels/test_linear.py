@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers import relative
-from zoo.kernels import linear_attention
+from zoo.kernels import feature_attention, linear_attention
+from zoo.kernels.linear import PART
 
 
 def written_out(query, key, value, mask=None, turned=None):
@@ -128,3 +129,33 @@ def test_batch_mates_change_nothing(batch):
     leaves = [each.detach() for each in given(batch=4, queries=40, keys=40, kind=torch.float32)]
     alone = linear_attention(*(each[:batch] for each in leaves))
     assert relative(alone, linear_attention(*leaves)[:batch]) < 1e-6
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(PART + 1, 3 * PART + 7), (2 * PART, 5), (3, 2 * PART), (9, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_features_made_in_parts_give_the_attention_of_all(queries, keys, masked):
+    leaves = given(queries=queries, keys=keys, width=4)
+    mask = torch.arange(keys) < torch.tensor([[keys], [3]]) if masked else None
+    most = []
+
+    def squares(x):
+        most.append(x.shape[1])
+        return torch.cat([torch.ones_like(x[..., :1]), x, x.square()], -1)
+
+    with torch.no_grad():
+        got = feature_attention(squares, *leaves, mask)
+        wanted = written_out(squares(leaves[0]), squares(leaves[1]), leaves[2], mask)
+    assert relative(got, wanted) < 1e-5  # the 1e-6 that keeps the sum off zero
+    assert max(most[:-2]) <= PART
+    whole = feature_attention(squares, *leaves, mask)
+    assert relative(got, whole.detach()) < 1e-12
+    assert whole.requires_grad and most[-2:] == [queries, keys]
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
+def test_features_made_in_parts_in_lower_precision(kind, limit):
+    leaves = [each.detach() for each in given(queries=2 * PART, keys=2 * PART + 3, kind=kind)]
+    with torch.no_grad():
+        got = feature_attention(torch.square, *leaves)
+    wanted = written_out(leaves[0].double().square(), leaves[1].double().square(), leaves[2])
+    assert relative(got.double(), wanted) < limit

@@ -1,7 +1,15 @@
 """Operators behind the mixers: one public function each, the reference in plain PyTorch beside the fast forms."""
 
 from zoo.kernels.deformable import deformable, multiscale
-from zoo.kernels.linear import exponential_attention, linear_attention, mean_attention
+from zoo.kernels.linear import exponential_attention, feature_attention, linear_attention, mean_attention
 from zoo.kernels.suppression import suppressed
 
-__all__ = ["deformable", "exponential_attention", "linear_attention", "mean_attention", "multiscale", "suppressed"]
+__all__ = [
+    "deformable",
+    "exponential_attention",
+    "feature_attention",
+    "linear_attention",
+    "mean_attention",
+    "multiscale",
+    "suppressed",
+]

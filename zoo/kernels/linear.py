@@ -1,9 +1,13 @@
 """Attention without softmax, whose products may be taken in either order: the core of the linear mixers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from zoo.tensors import overwritable, zeroed
+
+PART = 512  # tokens whose features are in memory at once
 
 
 def linear_attention(
@@ -52,6 +56,29 @@ def linear_attention(
     return onto.addcmul_(mixed, scale) if overwritable() else torch.addcmul(onto, mixed, scale)
 
 
+def feature_attention(
+    features: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """linear_attention of features(query) and features(key), for query [B, N, H, d], key [B, M, H, d], value [B, M, H,
+    e] and a function of single tokens. Without gradients only the features of some tokens are in memory at once."""
+    if not overwritable() or _short(query) or max(query.shape[1], key.shape[1]) <= PART:
+        return linear_attention(features(query), features(key), value, mask)
+    wide, share = torch.promote_types(query.dtype, torch.float32), _share(key, mask)
+    mean, summed = value.new_zeros((), dtype=wide), value.new_zeros((), dtype=wide)  # [B, H, 1, f], [B, H, f, e]
+    for start in range(0, key.shape[1], PART):
+        part = slice(start, start + PART)
+        each = zeroed(features(key[:, part]), None if mask is None else mask[:, part]).transpose(1, 2)
+        mean = mean + each.sum(2, keepdim=True, dtype=wide) * share
+        summed = summed + (each.transpose(-1, -2) @ value[:, part].transpose(1, 2)) * share
+    mixed = value.new_empty(*query.shape[:3], value.shape[3])
+    for start in range(0, query.shape[1], PART):
+        part = slice(start, start + PART)
+        each = features(query[:, part]).transpose(1, 2)
+        scale = 1.0 / ((each * mean).sum(-1, keepdim=True, dtype=wide) + 1e-6 * share)
+        mixed[:, part] = ((each @ summed.to(each.dtype)) * scale.to(each.dtype)).transpose(1, 2)
+    return mixed
+
+
 def mean_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """sum_j (q_i . k_j) v_j / M over the M real keys, which mask [B, M] tells, for query [B, N, H, d], key [B, M, H, d]
     and value [B, M, H, e]: [B, N, H, e]. It costs as much as linear_attention."""
@@ -79,11 +106,13 @@ def exponential_attention(
         hidden = ~(mask | ~mask.any(1, keepdim=True))
         key = key.masked_fill(hidden[:, :, None, None], -torch.inf)
     highest = key.detach().amax(1, keepdim=True)
-    key = (key - highest).exp()
+    key, free = key - highest, overwritable()
+    key = key.exp_() if free else key.exp()
     total = key.sum(1, keepdim=True)  # [B, 1, H, c], at least 1
     if joint:
         query = query + (highest + total.log())
-    key, query = (key / total).to(value.dtype), query.softmax(-1).to(value.dtype)
+    key, query = (key.div_(total) if free else key / total), query.softmax(-1)
+    key, query = key.to(value.dtype), query.to(value.dtype)
     return (query.transpose(1, 2) @ (key.permute(0, 2, 3, 1) @ value.transpose(1, 2))).transpose(1, 2)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import table
-from zoo.kernels import exponential_attention, linear_attention
+from zoo.kernels import exponential_attention, feature_attention, linear_attention
 from zoo.layer import ANYWHERE, Context, Place
 from zoo.mixers.kernelized import Narrow
 from zoo.mixers.projected import Projected, rotate
@@ -76,11 +76,11 @@ class Taylor(Narrow):
         self.order, self.normalize = order, normalize
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        query, key = (self.features(each, context) for each in (query, key))
-        return linear_attention(query, key, value, context.mask)
+        query, key = (self.scaled(each, context) for each in (query, key))
+        return feature_attention(self.features, query, key, value, context.mask)
 
-    def features(self, x: Tensor, context: Context) -> Tensor:
-        """[B, N, H, width] -> [B, N, H, 1 + width + width^2], without the squares for order 1."""
+    def scaled(self, x: Tensor, context: Context) -> Tensor:
+        """Queries or keys, whose products are the arguments of p."""
         if self.normalize:
             values = x.to(torch.promote_types(x.dtype, torch.float32))
             values = values - values.mean(-1, keepdim=True)
@@ -88,7 +88,10 @@ class Taylor(Narrow):
             x = (values / largest.clamp(min=1e-6)).to(x.dtype)
         else:
             x = x * self.head_dim**-0.25
-        x = rotate(x, context.rotary)
+        return rotate(x, context.rotary)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, N, H, width] -> [B, N, H, 1 + width + width^2], without the squares for order 1."""
         parts = [torch.ones_like(x[..., :1]), x]
         if self.order == 2:
             parts.append(((x * 0.5**0.5)[..., None] * x[..., None, :]).flatten(-2))
