@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from killing import STATE
+from sharding import write_image
 from training import BACKBONE, PLAIN_FLAGS, difference, refused, state
 from zoo.weights import load_checkpoint
 
@@ -243,3 +244,19 @@ def test_statistics_are_recomputed_on_batches_that_no_rank_lacks(strategy: str, 
         assert f"batch statistics recomputed on {number} batches" in printed
     one, both = weights(tmp_path / "1"), weights(tmp_path / "0 1")
     assert one.keys() == both.keys() and all(torch.equal(one[name], both[name]) for name in one)
+
+
+def test_fewer_images_than_ranks_are_said(tmp_path: Path):
+    for part, name in ((part, name) for part in ("train", "val") for name in ("ant", "bee")):
+        write_image(tmp_path / "data" / part / name / "1.png", len(name))
+    flags = [
+        "--data.dataset=imagefolder",
+        f"--data.root={tmp_path}/data",
+        "--model.refresh=0",
+        "--model.backbone.classes=2",
+        "--trainer.strategy=ddp",
+    ]
+    status, printed = train("classify", tmp_path / "run", *flags, "--trainer.max_epochs=1", ranks=3)
+    assert status == 0, printed[-3000:]
+    assert printed.count("warning: 2 images for 3 ranks, so some come several times in an epoch") == 1
+    assert len(losses(printed)) == 1

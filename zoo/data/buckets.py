@@ -48,6 +48,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         if not (np.isfinite(lasting) & (lasting > 0)).all():
             raise ValueError("durations must be > 0")
         self.buckets = _buckets(lasting, seconds, padding, batch)
+        self.count = sum(parts for _, parts in self.buckets)  # of batches, which ranks share
         self.training, self.seed, self.epoch = training, seed, 0
 
     @property
@@ -70,7 +71,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         _, world = sampling.rank_and_world()
-        return math.ceil(sum(parts for _, parts in self.buckets) / world)
+        return math.ceil(self.count / world)
 
     def _batches(self) -> list[np.ndarray]:
         """All batches of the epoch, those of every rank."""

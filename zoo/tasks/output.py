@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from zoo.data.buckets import DurationBatches
 from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
 from zoo.tasks.run import Keep, by_steps
@@ -109,6 +110,11 @@ class Output(ProgressBar):
         self.say(f"folder    {self.folder}")
         if (number := whole_epoch(trainer)) < FEW:
             self.say(f"warning: an epoch has {counted(number, 'batch', 'batches')}; lower {pl_module.batching}")
+        sampler: Any = trainer.train_dataloader.batch_sampler.sampler  # pyright: ignore[reportOptionalMemberAccess]
+        if sampler.count < trainer.world_size:
+            kinds = ("batch", "batches") if isinstance(sampler, DurationBatches) else ("image",)
+            few = counted(sampler.count, *kinds)
+            self.say(f"warning: {few} for {trainer.world_size} ranks, so some come several times in an epoch")
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
         self.begin(self.finished)
