@@ -31,14 +31,16 @@ def test_export_takes_clips_of_any_length(name):
         assert relative(got[mask], wanted[mask]) < 1e-5
 
 
-@pytest.mark.parametrize("mixer", ["relative", "power"])
+@pytest.mark.parametrize(
+    "mixer", ["relative", "power", "relative(window=8)", "local(window=8)", "local(window=8, tokens=3)"]
+)
 def test_attention_exports_at_any_length(mixer):
     """A program sees all queries at once, and is not fixed to the number of those that it was traced with."""
     model = tiny("conformer_ctc_s", depth=1, mixer=mixer, position="none")
     arguments = torch.randn(2, 100, 20), torch.tensor([100, 61])
     with torch.no_grad():
         program = torch.export.export(model, arguments, dynamic_shapes=({1: torch.export.Dim.AUTO}, None)).module()
-        for frames in (33, 157, 800):
+        for frames in (33, 61, 65, 157, 800):  # 9, 16, 17, 40 and 200 tokens
             batch, lengths = torch.randn(2, frames, 20), torch.tensor([frames // 2, frames])
             (got, real), (wanted, _) = program(batch, lengths), model(batch, lengths)
             mask = real_mask(wanted, real)

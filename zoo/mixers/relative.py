@@ -13,7 +13,7 @@ from zoo.mixers.attention import attend, note_weights
 from zoo.mixers.local import along, depthwise
 from zoo.mixers.projected import Attention, rotate, visible_keys
 from zoo.mixers.scored import ALL, chunks_of
-from zoo.tensors import exporting, linear, shortfall, zeroed
+from zoo.tensors import compiling, exporting, linear, shortfall, zeroed
 
 
 def _offsets(start: int, stop: int, dim: int, device: torch.device) -> Tensor:
@@ -58,8 +58,9 @@ def banded(
     [B', H, window, 3 * window]. Time and memory grow with N * window (Beltagy et al. 2020, arXiv:2004.05150).
     """
     batch, number = query.shape[:2]
-    after = -number % window
-    blocks = (number + after) // window
+    # An exported program takes any number: at least two blocks, and more places than tokens.
+    blocks = number // window + 2 if exporting() else (number - 1) // window + 1
+    after = blocks * window - number
     real = torch.ones(1, number, dtype=torch.bool, device=query.device) if mask is None else mask
     alone = torch.arange(number, device=query.device) >= shared
 
@@ -80,9 +81,10 @@ def banded(
             for near, all in ((keys, key), (values, value))
         )
     allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1)
-    parts = F.pad(query, (0, 0, 0, 0, 0, after)).unflatten(1, (blocks, window)).flatten(0, 1)
+    parts = F.pad(query, (0, 0, 0, 0, 0, after)).unfold(1, window, window).movedim(-1, 2).flatten(0, 1)
     added = None if bias is None else bias(parts)
-    y = attend(parts, keys, values, allowed, added).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :number]
+    y = attend(parts, keys, values, allowed, added).unflatten(0, (batch, -1)).flatten(1, 2)
+    y = y.index_select(1, torch.arange(number, device=y.device)) if exporting() else y[:, :number]
     if shared:
         y = torch.cat([attend(query[:, :shared], key, value, mask), y[:, shared:]], 1)
     return y
@@ -155,7 +157,7 @@ class Relative(Attention):
         return shifted(turned @ rows.transpose(1, 2), keys)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        if self.window and key.shape[1] > self.window:
+        if self.window and (compiling() or key.shape[1] > self.window):
             return self.near(query, key, value, context)
         key, value, real = self.stored(key, value, context)
         (batch, number, heads), keys = query.shape[:3], key.shape[1]
@@ -186,14 +188,18 @@ class Relative(Attention):
             bias = self.bias(query, self.rows(keys - 1, 2 * keys - 1, query), keys)
             note_weights(self, context, query + self.content, key, within(window, key, mask), bias)
         offsets = self.rows(2 * window - 1, 4 * window - 1, query)
-        return banded(
-            query + self.content,
-            key,
-            value,
-            mask,
-            window,
-            bias=lambda part: self.bias(part - self.content, offsets, 3 * window),
-        )
+
+        def bias_of(part: Tensor) -> Tensor:
+            """`bias` of blocks, which all have the same offsets."""
+            part = part - self.content
+            if not exporting():
+                return self.bias(part, offsets, 3 * window)
+            # One product for each head: with one for each block and head the number of blocks would be fixed.
+            turned = ((part + self.offset) * part.shape[-1] ** -0.5).permute(2, 1, 0, 3).flatten(1, 2)
+            scores = (turned @ offsets.transpose(1, 2)).unflatten(1, (window, -1))
+            return shifted(scores.permute(2, 0, 1, 3), 3 * window)
+
+        return banded(query + self.content, key, value, mask, window, bias=bias_of)
 
 
 class Grouped(Relative):
