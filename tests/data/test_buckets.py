@@ -1,3 +1,4 @@
+import math
 import pickle
 from itertools import chain
 
@@ -55,7 +56,7 @@ def test_padding_zero_and_equal_durations():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 17, 500])
 def test_training_over_ranks(monkeypatch: pytest.MonkeyPatch, count: int, world: int):
-    """The same batches on any number of ranks, dealt in turn and continued from the start."""
+    """The same batches on any number of ranks, dealt in turn; the largest are divided until ranks have as many."""
     set_rank(monkeypatch, 0, 1)
     sampler = DurationBatches(DURATIONS[:count], seconds=40, training=True, seed=3)
     sampler.set_epoch(5)
@@ -64,8 +65,10 @@ def test_training_over_ranks(monkeypatch: pytest.MonkeyPatch, count: int, world:
     ranks = over_ranks(monkeypatch, sampler, world)
     assert len({len(batches) for batches in ranks}) == 1
     dealt = list(chain(*zip(*ranks, strict=True)))
-    assert dealt == [alone[place % len(alone)] for place in range(len(dealt))]
-    assert len(alone) <= len(dealt) < len(alone) + world
+    assert sorted(chain(*dealt)) == list(range(count)) and len(dealt) == math.ceil(len(alone) / world) * world
+    divided = sum(before != now for before, now in zip(alone, dealt, strict=False))
+    assert divided <= len(dealt) - len(alone) and all(dealt) == (count >= len(dealt))
+    assert all({*now} <= {*before} for before, now in zip(alone, dealt, strict=False))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

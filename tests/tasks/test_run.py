@@ -1,5 +1,6 @@
 """The folder of a run: its lock, what is written into it when, and how training ends."""
 
+import errno
 import os
 import re
 import signal
@@ -60,6 +61,15 @@ def test_the_lock_goes_with_its_process(tmp_path: Path):
         os.waitpid(child, 0)
     run.open(resumed=False)
     run.close()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", fails)
+    message = refused("classify", "fit", *FLAGS, f"--trainer.default_root_dir={tmp_path}")
+    assert message == f"cannot lock {tmp_path}: No locks available; choose another --trainer.default_root_dir"
 
 
 # What a folder holds already
@@ -183,6 +193,32 @@ def test_the_best_score_is_remembered_over_a_resume(writes: Any, seen: Any, tmp_
     fit(tmp_path, *SHORT, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/resume/last.ckpt")
     assert [step for name, step in writes if name == "best"] == [4, 8]
     assert source(tmp_path / "best") == "epoch 2, step 8" and source(tmp_path / "last") == "epoch 4, step 16"
+
+
+def test_states_do_not_ask_for_checkpoints(writes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Checkpoints keep to their share of the time, however often states are written."""
+    monkeypatch.setattr(running, "OVERHEAD", 1e9)
+    flags = ["--save.every_n_train_steps=2", "--trainer.limit_val_batches=0"]
+    fit(tmp_path, *SHORT, *flags, "--trainer.max_epochs=4")
+    assert [step for name, step in writes if name == "last"] == [16]
+    assert [step for name, step in writes if name == "state"] == [*range(2, 17, 2)]
+
+
+def test_a_run_that_goes_back_keeps_the_best_of_what_it_leaves(
+    writes: Any, seen: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=9", "--trainer.max_epochs=3"]
+    fit(tmp_path, *flags)
+    left = (tmp_path / "best/model.safetensors").read_bytes()
+    assert source(tmp_path / "best") == "epoch 2, step 8"
+    fit(tmp_path, *flags, "--model.rate=1e-4", f"--ckpt_path={tmp_path}/resume/step-000000006.ckpt")
+    assert (tmp_path / "best-of-step-8/model.safetensors").read_bytes() == left
+    assert source(tmp_path / "best") == "epoch 2, step 8"
+    assert (tmp_path / "best/model.safetensors").read_bytes() != left
+    assert [step for name, step in writes if name == "best"] == [4, 8, 8]
+    assert "best      of step 8, after the state, is in" in caplog.text
+    fit(tmp_path, *flags, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/resume/last.ckpt")
+    assert [path.name for path in tmp_path.glob("best*")] == ["best", "best-of-step-8"]
 
 
 # How training ends

@@ -69,6 +69,19 @@ def test_a_run_that_was_killed_in_an_epoch_ends_the_same(number: int, tmp_path: 
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_run_goes_on_without_a_shard_that_was_lost_in_an_epoch(tmp_path: Path):
+    out = packed(image_folder(tmp_path / "loose"), tmp_path / "out")
+    flags = [*FLAGS, f"--data.root={out}", "--save.every_n_train_steps=3"]
+    fit(tmp_path / "run", *flags, "--trainer.max_steps=3", data="shards")
+    state = f"--ckpt_path={tmp_path}/run/resume/last.ckpt"
+    sorted(out.glob("train*.tar"))[0].unlink()
+    with pytest.raises(SystemExit) as stop, pytest.warns(UserWarning, match="omitted"):
+        fit(tmp_path / "run", *flags, state, data="shards")
+    assert "--data.changed=ok" in str(stop.value)
+    with pytest.warns(UserWarning, match="omitted"):
+        fit(tmp_path / "run", *flags, state, "--data.changed=ok", data="shards")
+
+
 def scores(task: str, weights: Path, *places: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What validation says on each of the places."""
     found = []

@@ -170,9 +170,13 @@ class Sides(Sampler[list[tuple[int, int, int]]]):
     def sampler(self) -> Any:
         return self.batches.sampler
 
+    @property
+    def plan(self) -> tuple[Any, ...]:
+        return *self.sides, self.seed, self.size, self.plain_from, *self.batches.plan
+
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch = self.sampler.epoch
         for number, keys in enumerate(self.batches):
-            epoch = keys[0][0]
             side = self.sides[hashed(self.seed, epoch, number, 2) % len(self.sides)]
             side = side if epoch < self.plain_from else self.size
             yield [(epoch, index, side) for _, index in keys]

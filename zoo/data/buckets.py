@@ -1,6 +1,7 @@
 """Batches of utterances of similar duration."""
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,17 +17,17 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
     Utterances are sorted into buckets, each so narrow that no batch from it has more padding than allowed, and each
     bucket is cut into batches of nearly equal size.
 
-    In training, which utterances of a bucket meet and the order of the batches are functions of seed and epoch. Ranks
-    have equally many batches, for the order is continued from its start until it divides, and every epoch has as many.
-    In evaluation every utterance comes exactly once over all ranks, longest first, and ranks have equally many batches,
-    of which the last may be empty.
+    Every utterance comes exactly once in an epoch over all ranks, which have equally many batches. In training, which
+    utterances of a bucket meet and the order of the batches are functions of seed and epoch; where the number of ranks
+    does not divide that of batches, those with most utterances are divided in two, and a batch is empty only if all
+    others have one. In evaluation the longest come first, and the last batches may be empty.
 
     Args:
         durations: seconds of each utterance.
         seconds: most seconds in a batch, padding included; a longer utterance has a batch of its own.
         padding: largest share of a batch that is padding, from 0 to below 1.
         batch: most utterances in a batch; null for no limit.
-        training: shuffle, and make the ranks equal.
+        training: shuffle.
         seed: seed of the order, together with the epoch.
 
     Raises:
@@ -48,7 +49,7 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         if not (np.isfinite(lasting) & (lasting > 0)).all():
             raise ValueError("durations must be > 0")
         self.buckets = _buckets(lasting, seconds, padding, batch)
-        self.count = sum(parts for _, parts in self.buckets)  # of batches, which ranks share
+        self.count = len(lasting)
         self.training, self.seed, self.epoch = training, seed, 0
 
     @property
@@ -56,22 +57,33 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
         """The batch sampler itself, because Lightning sets the epoch of a batch sampler's `sampler`."""
         return self
 
+    @property
+    def plan(self) -> tuple[int, ...]:
+        """What the batches of all ranks depend on besides the epoch."""
+        buckets = 0
+        for members, parts in self.buckets:
+            buckets = zlib.crc32(np.append(members, parts).astype(np.int64).tobytes(), buckets)
+        return self.count, self.training, self.seed, buckets
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iterations. Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world = sampling.rank_and_world()
-        batches = self._batches()
-        for position in range(rank, len(self) * world, world):
-            if self.training:
-                position %= len(batches)
+        batches, number = self._batches(), len(self) * world
+        while self.training and len(batches) < number:
+            largest = max(range(len(batches)), key=lambda place: len(batches[place]))
+            half = len(batches[largest]) - len(batches[largest]) // 2
+            batches[largest], rest = np.split(batches[largest], [half])
+            batches.append(rest)
+        for position in range(rank, number, world):
             indices = batches[position] if position < len(batches) else []
             yield [(self.epoch, int(index)) for index in indices]
 
     def __len__(self) -> int:
         _, world = sampling.rank_and_world()
-        return math.ceil(self.count / world)
+        return math.ceil(sum(parts for _, parts in self.buckets) / world)
 
     def _batches(self) -> list[np.ndarray]:
         """All batches of the epoch, those of every rank."""

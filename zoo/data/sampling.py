@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,14 +52,13 @@ WINDOW = 16
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) for this rank's share of a set.
 
-    In training the order is a function of seed and epoch, and ranks have equally many images: the
-    order is continued from its start until it divides. With groups, such as the shards that images are in, it is that
-    of the groups, in windows of `WINDOW` groups within which it is random. In evaluation the order is that of the set
-    and every image comes exactly once over all ranks, whose shares may differ by one.
+    Every image comes exactly once in an epoch over all ranks, whose shares may differ by one. In training the order is
+    a function of seed and epoch. With groups, such as the shards that images are in, it is that of the groups, in
+    windows of `WINDOW` groups within which it is random. In evaluation it is that of the set.
 
     Args:
         count: images in the set.
-        training: shuffle, and make the ranks equal.
+        training: shuffle.
         seed: seed of the order, together with the epoch.
         groups: where each group begins, and the end of the last; None for one group.
     """
@@ -67,19 +67,21 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.count, self.training, self.seed, self.groups = count, training, seed, groups
         self.epoch = 0
 
+    @property
+    def plan(self) -> tuple[int, ...]:
+        """What the orders of all ranks depend on besides the epoch."""
+        groups = 0 if self.groups is None else zlib.crc32(self.groups.astype(np.int64).tobytes())
+        return self.count, self.training, self.seed, groups
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iterations. Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rank, world = rank_and_world()
-        if self.training:
-            order = self._shuffled()
-            total = math.ceil(self.count / world) * world
-        else:
-            order, total = range(self.count), self.count
-        for position in range(rank, total, world):
-            yield self.epoch, order[position % self.count]
+        order = self._shuffled() if self.training else range(self.count)
+        for position in range(rank, self.count, world):
+            yield self.epoch, order[position]
 
     def _shuffled(self) -> list[int]:
         generator = torch.Generator().manual_seed(hashed(self.seed, self.epoch))
@@ -95,12 +97,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         rank, world = rank_and_world()
-        total = math.ceil(self.count / world) * world if self.training else self.count
-        return len(range(rank, total, world))
+        return len(range(rank, self.count, world))
 
 
 class WholeBatches(Sampler[list[tuple[int, int]]]):
     """Batches of a training epoch, which leave no sample out: all are full but the last two, which share the rest.
+    Every rank has equally many; the last of a rank with a sample less than others may be empty if batches have one.
 
     Args:
         sampler: an `EpochSampler` for training.
@@ -110,6 +112,10 @@ class WholeBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, sampler: EpochSampler, batch: int):
         self.sampler, self.batch = sampler, batch
 
+    @property
+    def plan(self) -> tuple[int, ...]:
+        return self.batch, *self.sampler.plan
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         pairs, full = iter(self.sampler), max(0, len(self) - 2)
         rest = len(self.sampler) - full * self.batch
@@ -118,7 +124,7 @@ class WholeBatches(Sampler[list[tuple[int, int]]]):
             yield [*itertools.islice(pairs, size)]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.sampler) / self.batch)
+        return most_batches(self.sampler, self.batch)
 
 
 class EvenBatches(Sampler[list[tuple[int, int]]]):
@@ -136,14 +142,23 @@ class EvenBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, sampler: EpochSampler, batch: int):
         self.sampler, self.batch = sampler, batch
 
+    @property
+    def plan(self) -> tuple[int, ...]:
+        return self.batch, *self.sampler.plan
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         pairs, batches = list(self.sampler), len(self)
         for part in range(batches):
             yield pairs[part * len(pairs) // batches : (part + 1) * len(pairs) // batches]
 
     def __len__(self) -> int:
-        _, world = rank_and_world()
-        return math.ceil(math.ceil(self.sampler.count / world) / self.batch)
+        return most_batches(self.sampler, self.batch)
+
+
+def most_batches(sampler: EpochSampler, batch: int) -> int:
+    """The batches that the rank with most images needs."""
+    _, world = rank_and_world()
+    return math.ceil(math.ceil(sampler.count / world) / batch)
 
 
 def rank_and_world() -> tuple[int, int]:

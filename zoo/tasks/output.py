@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from zoo.data.buckets import DurationBatches
 from zoo.layer import copied, unfinished
 from zoo.models.base import count_parameters
 from zoo.tasks.run import Keep, by_steps
@@ -112,9 +111,8 @@ class Output(ProgressBar):
             self.say(f"warning: an epoch has {counted(number, 'batch', 'batches')}; lower {pl_module.batching}")
         sampler: Any = trainer.train_dataloader.batch_sampler.sampler  # pyright: ignore[reportOptionalMemberAccess]
         if sampler.count < trainer.world_size:
-            kinds = ("batch", "batches") if isinstance(sampler, DurationBatches) else ("image",)
-            few = counted(sampler.count, *kinds)
-            self.say(f"warning: {few} for {trainer.world_size} ranks, so some come several times in an epoch")
+            few = counted(sampler.count, "training sample")
+            self.say(f"warning: {few} for {trainer.world_size} ranks, so some ranks have none")
         if self.first:
             self.say(f"resumed   at epoch {trainer.current_epoch + 1}, step {self.first:,}")
         self.begin(self.finished)

@@ -110,8 +110,7 @@ class Resumable(lightning.LightningModule):
         super().__init__()
         self.loaded: dict[str, Any] | None = None
         self.former: dict[str, int] | None = None  # how the state that was loaded divided an epoch
-        self.former_order: int | None = None  # its `order`
-        self._order: tuple[int, int] | None = None  # the epoch, and its `order`
+        self.former_plan: int | None = None  # its `plan`
 
     @property
     def data(self) -> Any:
@@ -129,7 +128,8 @@ class Resumable(lightning.LightningModule):
         if loop.restarted_mid_epoch and done < loop.max_batches:
             now = self.division()
             former = self.former or now
-            if changed := [name for name in now if now[name] != former[name]]:
+            allowed = {"batches"} if self.data.changed == "ok" else set[str]()
+            if changed := [name for name in now if now[name] != former[name] and name not in allowed]:
                 name = changed[-1]
                 if name == ACCUMULATED:
                     raise ValueError(
@@ -140,8 +140,7 @@ class Resumable(lightning.LightningModule):
                     f"--ckpt_path was written in the middle of an epoch of {former[name]} {name}, and now there are "
                     f"{now[name]}; resume with as many, or from a state at the end of an epoch"
                 )
-            order = self.trainer.strategy.broadcast(self.order())
-            if self.data.changed != "ok" and self.former_order not in (None, order):
+            if self.data.changed != "ok" and self.former_plan not in (None, self.plan(self.trainer.train_dataloader)):
                 raise ValueError(
                     "--ckpt_path was written in the middle of an epoch with other batches; set data.batch, data.seed "
                     "and the data as they were, or resume from a state at the end of an epoch; with --data.changed=ok "
@@ -162,9 +161,9 @@ class Resumable(lightning.LightningModule):
         if self.former is not None:
             self.former = {ACCUMULATED: self.trainer.accumulate_grad_batches} | self.former  # earlier versions
             require(self.former, {ACCUMULATED: 0, "batches": 0, "ranks": 0}, "division")
-        if (order := checkpoint.get("order")) is not None:  # earlier versions had none
-            require(order, 0, "order")
-        self.former_order = order
+        if (plan := checkpoint.get("plan")) is not None:  # earlier versions had none
+            require(plan, 0, "plan")
+        self.former_plan = plan
         if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.restore_checkpoint_after_setup:
             restore_optimizers(checkpoint, self.trainer)
         elif self.trainer.state.fn == TrainerFn.FITTING:
@@ -172,8 +171,8 @@ class Resumable(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_loss"], checkpoint["division"] = self.epoch_loss(), self.division()
-        if self.trainer.is_global_zero and self.trainer.train_dataloader is not None:  # the first rank writes it
-            checkpoint["order"] = self.order()
+        if self.trainer.train_dataloader is not None:
+            checkpoint["plan"] = self.plan(self.trainer.train_dataloader)
 
     def division(self) -> dict[str, int]:
         """How an epoch is divided: the batches of a step, those of a rank, and the ranks."""
@@ -182,16 +181,22 @@ class Resumable(lightning.LightningModule):
         together = self.trainer.accumulate_grad_batches
         return {ACCUMULATED: together, "batches": batches, "ranks": self.trainer.world_size}
 
-    def order(self) -> int:
-        """A checksum of the batches of this epoch on this rank: which samples each of them has."""
-        if self._order is None or self._order[0] != self.current_epoch:
-            sampler: Any = self.trainer.train_dataloader.batch_sampler  # pyright: ignore[reportOptionalMemberAccess]
-            sampler.sampler.set_epoch(self.current_epoch)
-            order = 0
-            for keys in sampler.batches:
-                order = zlib.crc32(repr(keys).encode(), order)
-            self._order = self.current_epoch, order
-        return self._order[1]
+    def plan(self, loader: Any) -> int:
+        """A checksum of what decides which samples the batches of an epoch have."""
+        return zlib.crc32(repr((loader.batch_sampler.batches.plan, self.data.state_dict())).encode())
+
+    def check_ranks(self, loader: Any, what: str) -> None:
+        """ValueError if ranks have different data: samples would come twice or never, or ranks wait for each other."""
+        if self.trainer.world_size == 1:
+            return
+        found: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(found, (self.plan(loader), loader.batch_sampler.sampler.count))
+        if len({plan for plan, _ in found}) > 1:
+            numbers = " and ".join(f"{number:,}" for number in sorted({number for _, number in found}))
+            raise ValueError(
+                f"ranks have different {what} data, of {numbers} samples; give every machine the same files, and look "
+                "for damaged shards"
+            )
 
     def epoch_loss(self) -> dict[str, Any]:
         """The sum of the losses of this epoch, and their number."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any, NamedTuple
 import lightning
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from zoo.layer import copied, unfinished
 from zoo.tasks.intervals import Measured
 from zoo.tasks.resuming import require
-from zoo.tasks.runs import NOTE, STATE
+from zoo.tasks.runs import NOTE, STATE, content, place
 from zoo.tasks.states import Saving, drop_later, make_last
 from zoo.tasks.task import Task
+from zoo.text import from_json, reason
 from zoo.weights import Figure, save_model
 
 PATIENCE = 8.0  # seconds to wait for a folder: the workers of a run that was killed hold its lock for 5 seconds
-OVERHEAD = 30.0  # files are written once this many times the duration of writing them has passed
+OVERHEAD = 30.0  # checkpoints are written once this many times the duration of writing them has passed
 STATE_WAIT = 0.5  # seconds that the step after a state waits for its write
 ASK_EVERY = 8  # batches after which ranks ask each other about signals and minutes, between two steps of the optimizer
 
@@ -78,6 +80,10 @@ class Run:
                         f"another run is training in {self.folder}; choose another --trainer.default_root_dir"
                     ) from None
                 time.sleep(0.2)
+            except (OSError, NotImplementedError) as error:
+                raise ValueError(
+                    f"cannot lock {self.folder}: {reason(error)}; choose another --trainer.default_root_dir"
+                ) from error
         owner.write_text(str(os.getpid()))
 
     def record_state(self, note: dict[str, Any]) -> None:
@@ -155,8 +161,9 @@ class Keep(Checkpoint):
     """Writes the checkpoints `last` and `best`, the state to resume from, and once the run's config.
 
     They are written at the end of an epoch, if 30 times the duration of writing has passed; at the end of training;
-    and when training is stopped. A state is also written between two batches, as `saving` says. Best is the validated
-    model with the best score, once every layer has its final form (while prepbn still blends, no model is the best).
+    and when training is stopped. A state is also written as `saving` says, between two batches or at the end of an
+    epoch, after a `best` that was not yet written. Best is the validated model with the best score, once every layer
+    has its final form (while prepbn still blends, no model is the best).
 
     A state has the number of finished batches of the epoch, so that a resumed run equals one that was never stopped.
     Training waits for checkpoints: their probe and cost run the model under settings of the whole process (kernels of
@@ -176,7 +183,8 @@ class Keep(Checkpoint):
         self.latest: Score | None = None
         self.waiting: Any = None  # the best model, not yet written
         self.began = False  # whether training began
-        self.written, self.cost, self.step = 0.0, 0.0, -1  # when files were last written, how long it took, which step
+        self.written, self.step = 0.0, -1  # when a state was last written, and at which step
+        self.kept, self.cost = 0.0, 0.0  # when checkpoints were last written, and how long all of them took since
         self.ended = -1  # the step of the last checkpoint `last`
         self.place = ""  # where in an epoch a state is being written: between its batches, or in its validation
 
@@ -192,8 +200,26 @@ class Keep(Checkpoint):
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Records that training begins: the state is not refused, which it may be in `on_train_start`."""
-        self.began, self.written, self.step = True, time.monotonic(), trainer.global_step
+        self.began, self.step = True, trainer.global_step
+        self.written = self.kept = time.monotonic()
+        if trainer.strategy.broadcast(trainer.is_global_zero and self.leaves_best(trainer.ckpt_path)):
+            self.best = None
         self.record(trainer.ckpt_path, self.note(trainer, pl_module))
+
+    def leaves_best(self, state: str | os.PathLike[str] | None) -> bool:
+        """Whether the run goes back to a state before its `best`, which then gets another name."""
+        if state is None or not self.run.has(state) or self.run.state.exists() and self.run.state.samefile(state):
+            return False
+        best, found = self.run.folder / "best", dict[str, int]()
+        with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
+            found = place(dict(from_json(content(best / "config.json"))).get("source"))
+        if found.get("step", 0) <= self.step:
+            return False
+        other = self.run.folder / f"best-of-step-{found['step']}"
+        shutil.rmtree(other, ignore_errors=True)
+        os.replace(best, other)
+        rank_zero_info(f"best      of step {found['step']:,}, after the state, is in {other} now")
+        return True
 
     @rank_zero_only
     def record(self, state: str | os.PathLike[str] | None, note: dict[str, Any]) -> None:
@@ -255,10 +281,10 @@ class Keep(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        due = trainer.strategy.broadcast(time.monotonic() - self.written >= OVERHEAD * self.cost) or self.due(trainer)
-        if due or trainer.should_stop:
+        last = trainer.strategy.broadcast(time.monotonic() - self.kept >= OVERHEAD * self.cost) or trainer.should_stop
+        if last or self.due(trainer):
             pl_module.finish()
-            self.write(trainer, pl_module)
+            self.write(trainer, pl_module, last=last)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.ended != trainer.global_step:
@@ -281,14 +307,14 @@ class Keep(Checkpoint):
             now = Score(math.nan, "", trainer.current_epoch, trainer.global_step)
             found = self.latest if self.latest and self.latest.step == now.step else now
             self.save(trainer, pl_module, "last", pl_module.whole(), found)
-            self.ended = trainer.global_step
+            self.ended, self.kept = trainer.global_step, time.monotonic()
+        self.cost = time.monotonic() - start + (0.0 if last else self.cost)
         if state:
             self.place = place
             then = partial(self.run.record_state, self.note(trainer, pl_module))
             trainer.save_checkpoint(self.run.state, weights_only=False, storage_options=then)
             self.place = ""
         self.written, self.step = time.monotonic(), trainer.global_step
-        self.cost = self.written - start
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -302,6 +302,7 @@ class Task(Faults, Resumable):
             self.loaded = None
 
     def on_train_start(self) -> None:
+        self.check_ranks(self.trainer.train_dataloader, "training")
         self.resume_epoch()
         trainer: Any = self.trainer  # a short epoch has its losses in the logs, too
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
@@ -382,7 +383,11 @@ class Task(Faults, Resumable):
     def on_train_epoch_end(self) -> None:
         self.raise_bad_weights()
 
+    def on_test_start(self) -> None:
+        self.check_ranks(self.trainer.test_dataloaders, "test")
+
     def on_validation_start(self) -> None:
+        self.check_ranks(self.trainer.val_dataloaders, "validation")
         if self.fitting:
             self.raise_bad_weights()
             self.finish()
