@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -111,9 +111,18 @@ def _conv(row: type[Layer], norm: str, axes: int) -> Layer:
     return layer
 
 
+class Given(NamedTuple):
+    """A bias of the scores that is given for all pairs, [heads, N, N]."""
+
+    values: torch.Tensor
+
+    def between(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return self.values[:, queries][:, :, keys][None]
+
+
 def position(name: str, dim: int, width: int, grid: tuple[int, ...], prefix: int = 0, **options: Any) -> Any:
     """A position for tokens on a grid, whose heads have that width."""
-    return POSITIONS[name](dim, width, Place(len(grid), grid, prefix), **options)
+    return POSITIONS[name](dim, dim // width, width, Place(len(grid), grid, prefix), **options)
 
 
 def _rows() -> dict[str, Callable[[int], Layer]]:
@@ -133,7 +142,7 @@ def _rows() -> dict[str, Callable[[int], Layer]]:
         rows[f"ffn-{name}"] = functools.partial(lambda row, axes: row(DIM), row)
     for name, row in POSITIONS.items():
         rows[f"position-{name}"] = functools.partial(
-            lambda row, axes: row(DIM, DIM // HEADS, Place(axes, (11,) if axes == 1 else (4, 6), 2)), row
+            lambda row, axes: row(DIM, HEADS, DIM // HEADS, Place(axes, (11,) if axes == 1 else (4, 6), 2)), row
         )
     for spec in SPECS:
         rows[f"mixer-{spec}"] = functools.partial(_mixer, spec)
@@ -184,16 +193,13 @@ def context_for(layer: Layer, grid: tuple[int, ...], batch: int = 1, extents: li
         mask = torch.stack([rectangle(grid, extent) for extent in extents])
         mask = torch.cat([mask.new_ones(batch, prefix), mask], 1)
     context = Context(grid=grid, prefix=prefix, mask=mask)
-    total = prefix + math.prod(grid)
     if "memory" in layer.reads:
         context = context._replace(memory=memory_for(context, batch))
     if "rotary" in layer.reads:
         head_dim: int = layer.head_dim  # pyright: ignore
         context = position("rope", DIM, head_dim, grid, prefix).place(context)
     if "bias" in layer.reads:
-        where = torch.arange(total, dtype=torch.float32)
-        slope = torch.tensor([0.05, 0.1])[:, None, None]
-        context = context._replace(bias=-slope * (where[:, None] % 5 - where[None] % 3).abs())
+        context = position("alibi", DIM, DIM // HEADS, grid, prefix).place(context)
     if isinstance(layer, Position):
         context = layer.place(context)
     return context

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,14 @@ class Order(NamedTuple):
         return queries[:, None] >= keys
 
 
+class Bias(Protocol):
+    """What a position adds to attention scores: a rule, as those above are, so that nobody needs all pairs at once."""
+
+    def between(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[1 or B, heads, q, k] for the queries [q] and the keys [k], both given by their places among the keys."""
+        ...
+
+
 # What layers write into is an object each time: FSDP2 copies the lists and dicts that a block is given.
 
 
@@ -116,14 +124,14 @@ class Context(NamedTuple):
 
     Real tokens form a top-left rectangle of the grid (left-aligned in time), so a layer may use each sample's extent.
     With a cache, the tokens are one chunk of a stream: the keys are those in the cache, then the new ones;
-    rotary and bias are for all of them, and the queries are the last N.
+    rotary is for all of them, and the queries are the last N.
     """
 
     grid: tuple[int, ...]  # (H, W) or (T,)
     prefix: int = 0  # class token and registers, before the grid
     mask: Tensor | None = None  # [B, N]
     rotary: Tensor | None = None  # [2, keys, d / 2] or [2, B, keys, d / 2] fp32: cosine and sine of queries and keys
-    bias: Tensor | None = None  # [heads, N, keys], added to attention scores
+    bias: Bias | None = None  # added to attention scores
     cond: Tensor | None = None  # the condition that modulates the blocks, in the shape that the modulation states
     code: Tensor | None = None  # [1 or B, N, D], added to queries and keys and not to values
     memory: Memory | None = None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from zoo.text import unknown
 
 
 class Position(Layer):
-    """`writes` names the fields of the Context that `place` sets; a mixer has to read them. `streams`: whether only
+    """The constructor takes the width of the tokens, the heads of the mixers, the width of a head, and the Place.
+
+    `writes` names the fields of the Context that `place` sets; a mixer has to read them. `streams`: whether only
     distances matter, so that it serves any chunk of a stream; `sized`, whether its weights depend on the grid of its
     Place."""
 
@@ -28,7 +30,7 @@ class Position(Layer):
         """`streams` with these options."""
         return cls.streams
 
-    def __init__(self, dim: int, head_dim: int, place: Place) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, place: Place) -> None:
         super().__init__()
         self.dim, self.head_dim, self.grid, self.prefix = dim, head_dim, place.grid, place.prefix
 
@@ -107,8 +109,10 @@ class SinCos(Position):
     arXiv:2305.14858).
     """
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, order: str = "yx", centred: str = "none") -> None:
-        super().__init__(dim, head_dim, place)
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, place: Place, *, order: str = "yx", centred: str = "none"
+    ) -> None:
+        super().__init__(dim, heads, head_dim, place)
         if centred not in ("none", "full", "compressed"):
             raise ValueError(f"sincos: {unknown('centred', centred, ('none', 'full', 'compressed'))}")
         _check_axes("sincos", dim + (centred == "compressed"), place)
@@ -152,8 +156,8 @@ class Learned(Position):
     reads = frozenset({"prefix", "mask"})
     sized = True
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, antialias: bool = False) -> None:
-        super().__init__(dim, head_dim, place)
+    def __init__(self, dim: int, heads: int, head_dim: int, place: Place, *, antialias: bool = False) -> None:
+        super().__init__(dim, heads, head_dim, place)
         self.antialias = antialias
         self.table = nn.Parameter(torch.zeros(1, place.prefix + math.prod(place.grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
@@ -224,6 +228,7 @@ class Rotary(Position):
     def __init__(
         self,
         dim: int,
+        heads: int,
         head_dim: int,
         place: Place,
         *,
@@ -232,7 +237,7 @@ class Rotary(Position):
         reference: int = 0,
         centred: bool = False,
     ) -> None:
-        super().__init__(dim, head_dim, place)
+        super().__init__(dim, heads, head_dim, place)
         if head_dim % (2 * place.axes):
             raise ValueError(
                 f"rope on {place.axes} axes needs a head width that is a multiple of {2 * place.axes}, got {head_dim}"
@@ -288,6 +293,7 @@ class LearnedRotary(Learned):
     def __init__(
         self,
         dim: int,
+        heads: int,
         head_dim: int,
         place: Place,
         *,
@@ -295,8 +301,8 @@ class LearnedRotary(Learned):
         base: float = 10000.0,
         reference: int = 0,
     ) -> None:
-        super().__init__(dim, head_dim, place, antialias=antialias)
-        self.rope = Rotary(dim, head_dim, place, base=base, reference=reference)
+        super().__init__(dim, heads, head_dim, place, antialias=antialias)
+        self.rope = Rotary(dim, heads, head_dim, place, base=base, reference=reference)
 
     def place(self, context: Context) -> Context:
         return self.rope.place(context)
@@ -309,8 +315,8 @@ class Conditional(Position):
     reads = frozenset({"prefix", "mask"})
     mixes = True
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, kernel: int = 3) -> None:
-        super().__init__(dim, head_dim, place)
+    def __init__(self, dim: int, heads: int, head_dim: int, place: Place, *, kernel: int = 3) -> None:
+        super().__init__(dim, heads, head_dim, place)
         if kernel % 2 == 0:
             raise ValueError(f"cpe: kernel must be odd, got {kernel}")
         conv = nn.Conv1d if place.axes == 1 else nn.Conv2d
@@ -334,8 +340,8 @@ class Sine(Position):
     reads = frozenset({"prefix", "mask"})
     anchor: Tensor
 
-    def __init__(self, dim: int, head_dim: int, place: Place, *, extent: bool = True) -> None:
-        super().__init__(dim, head_dim, place)
+    def __init__(self, dim: int, heads: int, head_dim: int, place: Place, *, extent: bool = True) -> None:
+        super().__init__(dim, heads, head_dim, place)
         _check_axes("sine", dim, place)
         self.extent = extent
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # knows the device and the dtype
@@ -363,11 +369,66 @@ class Sine(Position):
         return torch.cat(parts, -1).flatten(1, -2)
 
 
+class Distances(NamedTuple):
+    """Scores fall with the distance of a key from its query: -slope * distance, by the places on the grid in tokens.
+    Prefix tokens have no distance."""
+
+    slopes: Tensor  # [heads]
+    grid: tuple[int, ...]
+    prefix: int
+    power: float  # 2: Euclidean distance; 1: sum over the axes
+
+    def between(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[1, heads, q, k] for the places of queries [q] and keys [k]."""
+        gaps = [(one[:, None] - other).abs() for one, other in zip(self.axes(queries), self.axes(keys), strict=True)]
+        distance = gaps[0].to(self.slopes.dtype)
+        if len(gaps) > 1:
+            distance = sum(gap.to(self.slopes.dtype) ** self.power for gap in gaps) ** (1 / self.power)
+        if self.prefix:
+            distance = distance * ((queries >= self.prefix)[:, None] & (keys >= self.prefix))
+        return -self.slopes[:, None, None] * distance[None, None]
+
+    def axes(self, places: Tensor) -> list[Tensor]:
+        """The coordinates of each place, by axis."""
+        places = places - self.prefix
+        return [places] if len(self.grid) == 1 else [places // self.grid[1], places % self.grid[1]]
+
+
+class Alibi(Position):
+    """Adds -m_h * distance to the scores of head h, with m_h = 2^(-8 h / heads) for h = 1 .. heads (ALiBi, Press et al.
+    2022, arXiv:2108.12409).
+
+    The distance is that of the tokens along time, before and after a query alike; on images it is Euclidean, or with
+    distance='manhattan' the sum over both axes. Prefix tokens have none. It needs no training on long inputs to be used
+    on them. For a number of heads that is no power of two the paper takes other slopes.
+    """
+
+    writes = frozenset({"bias"})
+    streams = True
+    slopes: Tensor
+
+    def __init__(self, dim: int, heads: int, head_dim: int, place: Place, *, distance: str = "euclidean") -> None:
+        super().__init__(dim, heads, head_dim, place)
+        if distance not in (known := ("euclidean", "manhattan")):
+            raise ValueError(f"alibi: {unknown('distance', distance, known)}")
+        self.power = 2.0 if distance == "euclidean" else 1.0
+        self.register_buffer("slopes", self.of(heads), persistent=False)
+
+    @staticmethod
+    def of(heads: int, device: torch.device | str = "cpu") -> Tensor:
+        return 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
+
+    def place(self, context: Context) -> Context:
+        return context._replace(bias=Distances(self.slopes, context.grid, context.prefix, self.power))
+
+
 def make_anchors(model: nn.Module, device: torch.device | str = "cpu") -> None:
     """Gives the positions of a model that was made on the meta device the buffer by which they know their device."""
     for part in model.modules():
         if isinstance(part, Rotary | Sine):
             part.anchor = torch.zeros((), device=device)
+        elif isinstance(part, Alibi):
+            part.slopes = part.of(len(part.slopes), device)
 
 
 POSITIONS: dict[str, type[Position]] = {
@@ -377,6 +438,7 @@ POSITIONS: dict[str, type[Position]] = {
     "sine": Sine,
     "rope": Rotary,
     "learned_rope": LearnedRotary,
+    "alibi": Alibi,
     "cpe": Conditional,
 }
-"""Each row is constructed as row(dim, width of a head, place, *, options)."""
+"""Each row is constructed as row(dim, heads, width of a head, place, *, options)."""

@@ -10,14 +10,14 @@ from timm.layers.diff_attention import DiffAttention
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
-from helpers import position
+from helpers import Given, position
 from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, renamed, scattered, tokens
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS
 
 PLACE = Place(index=3)
 START = 0.8 - 0.6 * math.exp(-0.9)
-BIAS = torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double()
+BIAS = Given(torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -69,7 +69,7 @@ def maps(ours: Any, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, ..
     query, key = (each.unflatten(-1, (HEADS, 2, -1)) for each in (query, key))
     scores = torch.einsum("bnhtd,bmhtd->tbhnm", query, key) / (DIM / HEADS / 2) ** 0.5
     if context.bias is not None:
-        scores = scores + context.bias
+        scores = scores + context.bias.values
     if context.mask is not None:
         scores = scores.masked_fill(~context.mask[:, None, None], -torch.inf)
     first, second = scores.softmax(-1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from helpers import relative
+from helpers import Given, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import advance, create_model
 from zoo.layer import Chunks, Context, Place, unfinished
@@ -20,7 +20,7 @@ from zoo.mixers.scored import Scored
 from zoo.spec import make
 
 Rule = Callable[[Tensor, int], Tensor]
-BIAS = torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double()
+BIAS = Given(torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double())
 CONTEXTS = {
     "prefix": GRID._replace(prefix=2),
     "mask": GRID._replace(mask=REAL, bias=BIAS),
@@ -45,7 +45,7 @@ def projected(ours, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor
     query, key, value = (part.unflatten(-1, (HEADS, -1)) for part in parts)
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) / math.sqrt(DIM // HEADS)
     if context.bias is not None:
-        scores = scores + context.bias
+        scores = scores + context.bias.values
     number = x.shape[1]
     allowed = torch.ones(len(x), number, number, dtype=torch.bool)
     if context.mask is not None:
@@ -177,13 +177,13 @@ def test_sinkhorn_adds_a_bias_to_some_queries_at_a_time(few_rows, monkeypatch):
     biased = scored.Scored.biased
 
     def noted(scores, pairs):
-        sizes.append(pairs.context.bias.shape)
+        sizes.append(pairs.context.bias.values.shape)
         return biased(scores, pairs)
 
     monkeypatch.setattr(ours, "biased", noted)
     with torch.no_grad():
         ours(tokens(), GRID._replace(bias=BIAS))
-    assert len(sizes) > 2 and set(sizes) == {BIAS.shape}  # in no chunk that of the batch
+    assert len(sizes) > 2 and set(sizes) == {BIAS.values.shape}  # in no chunk that of the batch
 
 
 def test_topk_takes_weights_in_the_precision_of_softmax(monkeypatch):
@@ -318,7 +318,7 @@ def test_options_of_softmax_are_their_formulas(spec, rotary, context):
     if ours.log_n:
         factor = factor * allowed.sum(-1).clamp(min=1).double().log()[:, None, :, None]
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * factor
-    scores = scores.masked_fill(~allowed[:, None], -torch.inf) + (0.0 if context.bias is None else context.bias)
+    scores = scores.masked_fill(~allowed[:, None], -torch.inf) + (0.0 if context.bias is None else context.bias.values)
     if ours.null is not None:
         null_key, null_value = ours.null.repeat_interleave(groups, 1)
         last = torch.einsum("bnhd,hd->bhn", query, null_key)[..., None] * factor
@@ -343,7 +343,7 @@ def test_a_null_key_is_that_of_torch(masked, biased):
         x,
         x,
         key_padding_mask=away if masked else None,
-        attn_mask=BIAS.repeat(3, 1, 1) if biased else None,
+        attn_mask=BIAS.values.repeat(3, 1, 1) if biased else None,
         need_weights=False,
     )
     check(ours(x, GRID._replace(mask=REAL if masked else None, bias=BIAS if biased else None)), wanted, (x,))

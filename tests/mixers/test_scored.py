@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers import position, randomise, relative
+from helpers import Given, position, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context, Order, Place
@@ -33,7 +33,7 @@ CONTEXTS = {
     "plain": GRID,
     "prefix": GRID._replace(prefix=2),
     "mask": GRID._replace(mask=REAL),
-    "bias": GRID._replace(bias=torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double()),
+    "bias": GRID._replace(bias=Given(torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double())),
     "rotary": position("rope", DIM, DIM // HEADS, (5, 6)).place(GRID),
     "code": GRID._replace(code=torch.randn(1, 30, DIM, generator=torch.Generator().manual_seed(1)).double()),
     "chunks": Context(grid=(30,), mask=REAL, visible=Chunks(4, 8)),
@@ -85,7 +85,7 @@ def test_causal_tokens_see_those_before_them(few_rows):
     bias = torch.where(places[:, None] >= places, 0.0, -torch.inf).double()
     bias = torch.cat([torch.full((30, 2), -torch.inf), bias], 1)
     bias = torch.cat([torch.zeros(2, 32), bias])
-    wanted = theirs(x, context._replace(bias=bias.expand(HEADS, -1, -1)))
+    wanted = theirs(x, context._replace(bias=Given(bias.expand(HEADS, -1, -1))))
     check(causal(x, context), wanted, (x,))
     with torch.no_grad():
         check(causal(x, context), wanted)

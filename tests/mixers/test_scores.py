@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import position
+from helpers import Given, position
 from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, scattered, tokens
 from zoo.layer import Chunks, Context, Memory
 from zoo.mixers import CROSSES, MIXERS, scored
 from zoo.spec import make
 
 WIDTH = DIM // HEADS
-BIAS = torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double()
+BIAS = Given(torch.randn(HEADS, 30, 30, generator=torch.Generator().manual_seed(0)).double())
 MASKED = GRID._replace(mask=REAL)
 CONTEXTS = {"plain": GRID, "mask": MASKED, "bias": MASKED._replace(bias=BIAS)}
 every_context = pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
@@ -30,7 +30,7 @@ def split(ours: Any, x: Tensor, widths: list[int]) -> list[Tensor]:
 def seen(scores: Tensor, context: Context, fill: float = -torch.inf) -> Tensor:
     """Scores with the bias, and `fill` for padding."""
     if context.bias is not None:
-        scores = scores + context.bias
+        scores = scores + context.bias.values
     return scores if context.mask is None else scores.masked_fill(~context.mask[:, None, None], fill)
 
 
@@ -89,7 +89,7 @@ def test_mgk_is_its_formula(context, keys, shifted, hard):
     shares = None if hard else ours.shares.softmax(-1).T[:, None, :, None, None]
     mixed = likeness.amax(0) if hard else (likeness * shares).sum(0)
     if context.bias is not None:
-        mixed = mixed * context.bias.exp()
+        mixed = mixed * context.bias.values.exp()
     mixed = seen(mixed, context._replace(bias=None), 0.0)
     compare(ours, x, context, mixed / mixed.sum(-1, keepdim=True), value)
 
@@ -156,7 +156,7 @@ def test_coda_is_its_formula(context):
     query, key, value = split(ours, x, [WIDTH] * 3)
     alike = torch.einsum("bhnd,bhmd->bhnm", query, key) / math.sqrt(WIDTH)
     apart = (query[..., :, None, :] - key[..., None, :, :]).abs().sum(-1) / math.sqrt(WIDTH)
-    alike = alike if context.bias is None else alike + context.bias
+    alike = alike if context.bias is None else alike + context.bias.values
     weights = alike.tanh() * torch.sigmoid(-apart) * 2
     compare(ours, x, context, seen(weights, context._replace(bias=None), 0.0), value)
 

@@ -24,14 +24,32 @@ def test_rows_that_have_a_chunk_form_are_not_lost():
     assert {"softmax", "relative", "differential", "mla", "shaw", "moh", "shared_scores", "gqa"} <= {*STREAMED}
 
 
+REFUSED = [name for name, row in MIXERS.items() if name not in STREAMED and 1 in row.dimensions and not row.causal]
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_rows_without_a_chunk_form_are_refused(spec):
+    with pytest.raises(ValueError, match=rf"^mixer '{spec}' .*chunk"):
+        create_model("conformer_ctc_s", mixer=spec, position="none", dim=32, depth=1, heads=4, chunk=4, left=8)
+
+
 @pytest.mark.parametrize("left", [8, 0])
 @pytest.mark.parametrize("spec", STREAMED)
 def test_a_stream_is_the_whole_recording(spec, left, monkeypatch):
+    compare(spec, "rope" if "rotary" in reads(spec) else "none", left, monkeypatch)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in STREAMED if "bias" in reads(spec)])
+def test_a_stream_with_distances_is_the_whole_recording(spec, monkeypatch):
+    compare(spec, "alibi", 8, monkeypatch)
+
+
+def compare(spec: str, position: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three queries at a time, at most, see the keys."""
     monkeypatch.setattr(scored, "LEAST_ROWS", 3)
     monkeypatch.setitem(scored.SCORES_AT_ONCE, "cpu", 1)
     choices = {"dim": 32, "depth": 3, "heads": 4, "vocabulary": 5, "mels": 16, "conv_norm": "layernorm", "mixer": spec}
-    choices |= {"position": "rope" if "rotary" in reads(spec) else "none", "chunk": 4, "left": left}
+    choices |= {"position": position, "chunk": 4, "left": left}
     model = create_model("conformer_ctc_s", subsampling="depthwise4(channels=8, padding='causal')", **choices)
     randomise(model).eval()
     features = torch.randn(1, 99, 16)

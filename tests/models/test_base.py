@@ -133,6 +133,9 @@ def test_absurd_sizes_are_refused_before_anything_is_built(field):
         small("vit_micro", **{field: 10**30})
     with pytest.raises(ValueError, match="option kernel of 'dcnv4' must be <= 1,000"):
         small("vit_micro", mixer="dcnv4(kernel=1000000)")
+    for mixer, option in (("moa", "experts"), ("softmax", "head_dim"), ("ecoformer", "anchors"), ("mla", "rotary")):
+        with pytest.raises(ValueError, match=f"option {option} of '{mixer}' must be <= [14],0"):
+            small("vit_micro", mixer=f"{mixer}({option}=1000000)")
 
 
 # torch.jit.trace

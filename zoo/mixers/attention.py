@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from zoo.fusion import fold_site
 from zoo.layer import ANYWHERE, Context, Fold, Layer, Place, Site
-from zoo.mixers.projected import Attention, Headed, Projected, rotate
+from zoo.mixers.projected import Attention, Headed, Projected, bias_between, rotate, visible_keys
+from zoo.mixers.scored import ALL, chunks_of
 from zoo.norms import LayerNorm, Norm, RMSNorm
 from zoo.tensors import exporting, linear, shortfall
 from zoo.text import unknown
@@ -35,10 +36,30 @@ class DotProduct(Attention):
     reads = Attention.reads | {"rotary", "bias"}
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        key, value, allowed = self.seen(key, value, context)
-        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        note_weights(self, context, query, key, allowed, context.bias)
-        return attend(query, key, value, allowed, context.bias)
+        key, value, real = self.stored(key, value, context)
+        return self.attended(query, rotate(key, context.rotary), value, real, context)
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, context: Context) -> Tensor:
+        """The queries [B, N, H, d], which rotary positions have not yet turned, with all keys, which they have.
+
+        A bias is made for some queries at a time in inference, so that memory grows linearly.
+        """
+        query, number, keys = rotate(query, context.rotary), query.shape[1], key.shape[1]
+        chunks, parts = [ALL], []
+        if context.bias is not None and context.notes is None:
+            chunks = chunks_of(number, query.shape[0] * query.shape[2] * keys, query.device)
+        for rows in chunks:
+            allowed = visible_keys(real, number, keys, key.device, context, rows)
+            bias = bias_between(context, number, keys, query, rows)
+            parts.append(self.compare(query if rows == ALL else query[:, rows], key, value, allowed, bias, context))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def compare(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, bias: Tensor | None, context: Context
+    ) -> Tensor:
+        """Some queries [B, n, H, d] with all keys [B, M, H, d] and values [B, M, H, e]: [B, n, H, e]."""
+        note_weights(self, context, query, key, allowed, bias)
+        return attend(query, key, value, allowed, bias)
 
 
 class Softmax(DotProduct):
@@ -96,10 +117,10 @@ class Softmax(DotProduct):
         taken = ("query", "key") if qk_norm != "none" else ()
         return {site: size for site, size in super().sites_of(dim, heads, **options).items() if site not in taken}
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        key, value, allowed = self.seen(key, value, context)
-        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        factor, bias = self.factor(key, allowed), context.bias
+    def compare(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, bias: Tensor | None, context: Context
+    ) -> Tensor:
+        factor = self.factor(key, allowed)
         if factor is not None:
             query = query * factor.to(query.dtype)
         if self.null is not None:

@@ -215,7 +215,8 @@ class CoPE(Scored):
 
     Positions are clipped to `positions` - 1, and e is interpolated between integers. causal=True is the paper's form
     and needs a ViT with causal=True; else keys behind the query are counted, too, and have an e of their own.
-    Masked tokens are not counted. Pairs with a prefix token have no position.
+    Masked tokens are not counted. Pairs with a prefix token have no position. The paper's gates of keys of their own,
+    or of values, are left out.
     """
 
     reads = UNTURNED

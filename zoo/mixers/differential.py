@@ -63,10 +63,9 @@ class Differential(Scored):
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         """Those of both maps of a head follow each other: [B, 2 H, n, M]."""
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        if (bias := pairs.context.bias) is None:
+        if (bias := pairs.bias(scores)) is None:
             return scores
-        rows = bias[..., None, pairs.start : pairs.start + scores.shape[-2], :]
-        return (scores.unflatten(1, (-1, 2)) + rows.to(scores.dtype)).flatten(1, 2)
+        return (scores.unflatten(1, (-1, 2)) + bias[:, :, None]).flatten(1, 2)
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         first, second = super().weights(scores, pairs).unflatten(1, (-1, 2)).unbind(2)

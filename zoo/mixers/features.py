@@ -168,7 +168,8 @@ class DCTFeatures(Projected):
     Chen et al. 2024, arXiv:2403.19928).
 
     T is diagonal and fixed: normal quantiles of evenly spread points in place of random ones (quasi-Monte-Carlo). D is
-    learned, one positive factor per feature and head, stored as its logarithm.
+    learned, one positive factor per feature and head, stored as its logarithm. The authors' models have no denominator
+    and take a softmax over the features, a decay and a gate, which are left out.
     """
 
     reads = Projected.reads | {"rotary"}

@@ -170,6 +170,15 @@ def visible_keys(
     return found
 
 
+def bias_between(context: Context, number: int, keys: int, like: Tensor, rows: slice = slice(None)) -> Tensor | None:
+    """The bias of the scores of some rows of the last `number` tokens, [1 or B, heads, n, M] in the dtype of `like`;
+    None if there is none."""
+    if context.bias is None:
+        return None
+    places = torch.arange(keys, device=like.device)
+    return context.bias.between(places[keys - number :][rows], places).to(like.dtype)
+
+
 class Attention(Projected):
     """The base of attention over all that a token may see: all tokens, or those that `visible` and `order` allow, or in
     a stream the stored keys and the new ones. A subclass defines `mix`."""

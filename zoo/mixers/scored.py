@@ -33,6 +33,12 @@ class Pairs(NamedTuple):
             return scores.new_full((1, 1, 1, 1), scores.shape[-1])
         return self.allowed.sum(-1, keepdim=True).to(scores.dtype)
 
+    def bias(self, scores: Tensor) -> Tensor | None:
+        """The bias of the Context for scores [..., n, M], [1 or B, heads, n, M] in their dtype; None if there is
+        none."""
+        rule = self.context.bias
+        return None if rule is None else rule.between(*self.places(scores)).to(scores.dtype)
+
     def places(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The places of the n queries and of the M keys among the keys: [n] and [M]."""
         queries, keys = scores.shape[-2:]
@@ -90,10 +96,8 @@ class Scored(Attention):
     @staticmethod
     def biased(scores: Tensor, pairs: Pairs) -> Tensor:
         """Scores [B, H, n, M] with the bias of the Context, if there is one."""
-        bias = pairs.context.bias
-        if bias is None:
-            return scores
-        return scores + bias[..., pairs.start : pairs.start + scores.shape[-2], :].to(scores.dtype)
+        bias = pairs.bias(scores)
+        return scores if bias is None else scores + bias
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         number, new = query.shape[1], key.shape[1]

@@ -17,7 +17,8 @@ class Super(DotProduct):
 
     A has a row and a column for each token of the grid at the config's own size, and starts as the identity. The values
     of another grid, and with a mask those of each sample's extent, are resized to that one and back, linearly along
-    each axis. Prefix tokens keep their values.
+    each axis. Prefix tokens keep their values. A is a weight: a config of 3,136 tokens has 37 MiB of it in a block.
+    Attention maps are those of the softmax.
     """
 
     undecayed = ("between",)

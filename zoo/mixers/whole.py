@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zoo.layer import ANYWHERE, Context, Place, Site
 from zoo.mixers.attention import DotProduct
 from zoo.mixers.differential import first_share
+from zoo.mixers.projected import rotate
 from zoo.mixers.scored import Pairs, Scored, softmax
 from zoo.norms import RMSNorm
 
@@ -21,7 +22,8 @@ class MultiToken(Scored):
     covers only earlier queries. `group` heads that follow each other mix their weights; 0 means all. Both start as
     identities. The result of each head is RMS-normalized and multiplied by 0.2 + 0.6 exp(-0.3 index) by the index of
     the block. Scores of other queries are needed, so memory grows with the square of the number of tokens. It works
-    along time only: on an image, tokens that follow each other in a line are no neighbours at its ends.
+    along time only: on an image, tokens that follow each other in a line are no neighbours at its ends. The paper's
+    other orders, heads mixed before the softmax and queries and keys behind it, are left out.
     """
 
     undecayed = ("kernel", "across")
@@ -103,8 +105,6 @@ class FixedPoint(DotProduct):
     steps; 0 means all. Queries are not normalized, for Z soon forgets them.
     """
 
-    reads = DotProduct.reads - {"visible"}
-
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, steps: int = 8, backward: int = 0) -> None:
         super().__init__(dim, heads)
         if backward > steps:
@@ -116,8 +116,10 @@ class FixedPoint(DotProduct):
         return {site: size for site, size in super().sites_of(dim, heads, **options).items() if site != "query"}
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        key, value, real = self.stored(key, value, context)
+        key = rotate(key, context.rotary)
         for step in range(self.steps):
             if step and step == self.cut:
                 query = query.detach()
-            query = super().mix(query, key, value, context)
+            query = self.attended(query, key, value, real, context)
         return query

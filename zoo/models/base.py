@@ -260,7 +260,7 @@ def make_position(config: ModelConfig, stage: int = 0, prefix: bool = True) -> P
     """The position of a stage's tokens; prefix=False for one that tokens get before those of the prefix join them."""
     first = config.block(stage)
     own = first.place if prefix else replace(first.place, prefix=0)
-    place = (first.dim, first.head_width, own)
+    place = (first.dim, first.heads, first.head_width, own)
     return make(POSITIONS, first.position, *place, field=f"{config.located(stage, 0)}position")
 
 

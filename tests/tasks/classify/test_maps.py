@@ -107,6 +107,17 @@ def test_blocks_without_weights_are_left_out_and_named():
     assert "over all 2 blocks: what the class token attends to" in whole
 
 
+def test_mixers_side_by_side_are_one_layer():
+    """Their mean, and not their product as if one followed the other."""
+    model: Any = randomise(
+        zoo.create_model("vit_micro", mixer="blend(of=('softmax', 'power'))", depth=1, dim=48)
+    ).eval()
+    found = maps.attended(classifier(model), image := torch.randn(3, 32, 32))
+    both = [each.mean(1, keepdim=True) for each in zoo.maps(model, image[None]).values()]
+    wanted = zoo.rollout([sum(both) / 2])[0].mean(0).view(found.values.shape)
+    assert len(both) == 2 and torch.allclose(found.values, wanted / wanted.mean(), atol=1e-5)
+
+
 @pytest.mark.parametrize(("last", "stage", "grid"), [("softmax", 4, (1, 2)), ("sepconv", 3, (2, 3))])
 def test_a_pyramid_shows_its_last_stage_with_weights(last: str, stage: int, grid: tuple[int, int]):
     choices: dict[str, Any] = {"dim": (8, 8, 16, 16), "depth": (1, 1, 2, 1), "heads": (1, 1, 2, 2), "image": 32}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from zoo.models.maps import rollout
@@ -55,9 +57,22 @@ def attended(answer: Classifier, image: Tensor) -> Attended:
 
 
 def _of_blocks(found: dict[str, Tensor], paths: Sequence[str]) -> list[list[Tensor]]:
-    """The weights of each block that has some."""
-    layers = ([weights for name, weights in found.items() if name.startswith(f"{path}.")] for path in paths)
-    return [each for each in layers if each]
+    """The weights of each layer of each block that has some. Mixers side by side are one layer with all their heads,
+    which count alike."""
+    blocks = []
+    for path in paths:
+        layers: dict[str, list[Tensor]] = {}
+        for name, weights in found.items():
+            if name.startswith(f"{path}."):
+                layers.setdefault(re.sub(r"\.mixers\.\d+$", "", name), []).append(weights)
+        blocks.append([each[0] if len(each) == 1 else torch.cat([*map(_shares, each)], 1) for each in layers.values()])
+    return [each for each in blocks if each]
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """The mean over the heads of weights [B, H, N, N] by size, with rows that sum to one: [B, 1, N, N]."""
+    mean = weights.abs().mean(1, keepdim=True)
+    return mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 def _about(config: Any, stage: int, number: int) -> str:

@@ -1,0 +1,73 @@
+"""Scores that fall with the distance, against formulas and over one stream, and what they need in memory."""
+
+import math
+
+import pytest
+import torch
+
+import zoo
+from helpers import position, relative
+from zoo.layer import Context, Place
+from zoo.mixers import MIXERS
+from zoo.spec import make
+
+DIM, HEADS = 32, 4
+
+
+def distances(grid: tuple[int, ...], prefix: int, manhattan: bool = False) -> torch.Tensor:
+    """By loops over all pairs."""
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])] if len(grid) == 2 else None
+    total = prefix + math.prod(grid)
+    found = torch.zeros(total, total, dtype=torch.float64)
+    for one in range(prefix, total):
+        for other in range(prefix, total):
+            if places is None:
+                found[one, other] = abs(one - other)
+            else:
+                gaps = [abs(a - b) for a, b in zip(places[one - prefix], places[other - prefix], strict=True)]
+                found[one, other] = sum(gaps) if manhattan else math.hypot(*gaps)
+    return found
+
+
+@pytest.mark.parametrize("grid", [(7,), (3, 4)])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
+def test_scores_fall_with_the_distance(grid, prefix, distance):
+    rule = position("alibi", DIM, DIM // HEADS, grid, prefix, distance=distance).place(Context(grid, prefix)).bias
+    total = prefix + math.prod(grid)
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256], dtype=torch.float64)
+    wanted = -slopes[:, None, None] * distances(grid, prefix, distance == "manhattan")
+    assert relative(rule.between(torch.arange(total), torch.arange(total))[0].double(), wanted) < 1e-6
+    some = rule.between(torch.tensor([3, 1]), torch.tensor([0, 4, 2]))
+    assert relative(some[0].double(), wanted[:, [3, 1]][:, :, [0, 4, 2]]) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "softmax(null=True, log_n=True)", "differential", "nap"])
+def test_a_bias_in_chunks_is_that_of_all(mixer, monkeypatch):
+    """In inference it is made for some queries at a time."""
+    monkeypatch.setattr("zoo.mixers.scored.LEAST_ROWS", 3)
+    monkeypatch.setitem(zoo.mixers.scored.SCORES_AT_ONCE, "cpu", 1)
+    layer = make(MIXERS, mixer, DIM, HEADS, Place(2)).eval()
+    context = Context((4, 5), 2, torch.arange(22) < torch.tensor([[22], [18]]))
+    context = position("alibi", DIM, DIM // HEADS, (4, 5), 2).place(context)
+    rule, asked, x = context.bias, [], torch.randn(2, 22, DIM)
+
+    class Counted:
+        def between(self, queries, keys):
+            asked.append(len(queries))
+            return rule.between(queries, keys)
+
+    whole = layer(x, context)
+    with torch.no_grad():
+        some = layer(x, context._replace(bias=Counted()))
+    assert relative(some, whole) < 1e-5 and max(asked) == 3 and sum(asked) == 22
+    assert relative(whole, layer(x, context._replace(bias=None))) > 1e-3
+
+
+def test_a_vit_and_a_conformer_take_it_at_any_size():
+    model = zoo.create_model("vit_micro", position="alibi", image=32, classes=3).eval()
+    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="alibi"):
+        zoo.create_model("vit_micro", position="alibi", mixer="sla")
+    with pytest.raises(ValueError, match="unknown distance 'far'"):
+        zoo.create_model("vit_micro", position="alibi(distance='far')")
