@@ -62,6 +62,7 @@ def chunks_of(number: int, scores: int, device: torch.device) -> list[slice]:
     if compiling() or torch.is_grad_enabled():
         return [ALL]  # a range would fix a program to one number
     rows = max(LEAST_ROWS, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, scores))
+    rows = -(-number // max(1, -(-number // rows)))  # equal chunks, so that each can have the memory of the one before
     return [slice(start, min(start + rows, number)) for start in range(0, number, rows)]
 
 
