@@ -50,6 +50,9 @@ HASH = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # an address may be a command, to which names are appended
 
 
+NAMED = 10  # damaged shards that are named
+
+
 @dataclass(frozen=True)
 class Shard:
     """A tar: its name, its size in bytes, its hash, and the number of its files that the index lists."""
@@ -269,7 +272,9 @@ class Shards:
             faults.append(f"{place}: {why}")
         if faults:
             omitted = counted(int((~kept).sum()), "file")
-            said = f"{self.root}: omitted {omitted} of {counted(len(faults), 'damaged shard')} (such as {faults[0]})"
+            named = faults[:NAMED] + [f"{len(faults) - NAMED} more"] * (len(faults) > NAMED)
+            number = counted(len(faults), "damaged shard")
+            said = f"{self.root}: omitted {omitted} of {number} ({'; '.join(named)})"
             if not kept.any():
                 raise ValueError(plain(f"{said}; none is left of {self.split!r}"))
             rank_zero_warn(plain(said))
