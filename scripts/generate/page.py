@@ -53,12 +53,14 @@ convolutions with a stride inside its blocks (Efficient Conformer). Compiling `d
 takes minutes; with `dynamic=False`, each size on its own, it is quicker.
 
 Not every mixer works in every model. The column "reads" lists what it can take into account: `prefix` (class token and
-registers), `rotary` (the position encoding `rope`), `bias` (a bias on attention scores), `code` (an encoding added to
+registers), `rotary` (the position encoding `rope`), `bias` (that on scores of `alibi`), `code` (an encoding added to
 queries and keys), `visible` (chunks of streaming models), `order` (a ViT with `causal=True`), `memory` (of a decoder).
 A model that sets one of these refuses a mixer that does not read it. "any" means that a row treats each token by
 itself. "axes" is 1 for sequences and 2 for images. "cost" is how time grows with the number of tokens; "memory too"
 means that memory in inference grows in the same way. "digits" is the accuracy and "spoken digits" the word error rate
-of small models after short training; they say how fast a mixer learns on little data, not how good it is.
+of small models after short training; they say how fast a mixer learns on little data, not how good it is. They are
+blank where the small model refuses a mixer: those for causal models, which are
+[compared on their own](results/vit_micro_digits_causal/README.md), or for the other number of axes.
 """
 PRESETS = """## Presets
 
