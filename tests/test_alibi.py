@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zoo
-from helpers import position, relative
+from helpers import position, randomise, relative
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS
 from zoo.spec import make
@@ -64,9 +64,34 @@ def test_a_bias_in_chunks_is_that_of_all(mixer, monkeypatch):
     assert relative(whole, layer(x, context._replace(bias=None))) > 1e-3
 
 
-def test_a_vit_and_a_conformer_take_it_at_any_size():
-    model = zoo.create_model("vit_micro", position="alibi", image=32, classes=3).eval()
-    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 3)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_long_grids_stay_finite(kind):
+    """The square of 300 tokens is none of half precision; the class token has no distance."""
+    choices = {"position": "alibi", "class_token": True, "pool": "token", "dim": 32, "depth": 1, "heads": 4, "patch": 4}
+    model = randomise(zoo.create_model("vit_micro", image=32, classes=3, **choices)).eval()
+    image = torch.randn(1, 3, 4, 1200)
+    with torch.no_grad():
+        wanted = model(image)
+        assert relative(model.to(kind)(image.to(kind)).float(), wanted) < 0.05
+
+
+def test_a_padded_clip_is_the_clip():
+    model = randomise(zoo.create_model("conformer_ctc_s", position="alibi", mixer="softmax", dim=32, depth=2, heads=4))
+    short, long = torch.randn(1, 60, 80), torch.randn(1, 140, 80)
+    batch = torch.cat([torch.nn.functional.pad(short, (0, 0, 0, 80)), long])
+    with torch.no_grad():
+        got, lengths = model.eval()(batch, torch.tensor([60, 140]))
+        wanted, _ = model(short, torch.tensor([60]))
+    assert relative(got[:1, : lengths[0]], wanted[:, : lengths[0]]) < 1e-5
+
+
+def test_it_is_made_on_the_default_device():
+    with torch.device("meta"):
+        model = zoo.create_model("vit_micro", position="alibi", image=32, classes=3)
+        assert model(torch.randn(1, 3, 48, 64)).shape == (1, 3)
+
+
+def test_mixers_that_do_not_read_it_and_other_distances_are_refused():
     with pytest.raises(ValueError, match="alibi"):
         zoo.create_model("vit_micro", position="alibi", mixer="sla")
     with pytest.raises(ValueError, match="unknown distance 'far'"):

@@ -83,7 +83,7 @@ class Order(NamedTuple):
 
 
 class Bias(Protocol):
-    """What a position adds to attention scores: a rule, as those above are, so that nobody needs all pairs at once."""
+    """What a position adds to attention scores: a rule, as those above are, so that no N x N tensor is needed."""
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[1 or B, heads, q, k] for the queries [q] and the keys [k], both given by their places among the keys."""

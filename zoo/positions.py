@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.cache import rows, table
 from zoo.layer import Context, Layer, Place, extent
-from zoo.tensors import filtered, zeroed
+from zoo.tensors import filtered, single, zeroed
 from zoo.text import unknown
 
 
@@ -379,14 +379,13 @@ class Distances(NamedTuple):
     power: float  # 2: Euclidean distance; 1: sum over the axes
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[1, heads, q, k] for the places of queries [q] and keys [k]."""
-        gaps = [(one[:, None] - other).abs() for one, other in zip(self.axes(queries), self.axes(keys), strict=True)]
-        distance = gaps[0].to(self.slopes.dtype)
-        if len(gaps) > 1:
-            distance = sum(gap.to(self.slopes.dtype) ** self.power for gap in gaps) ** (1 / self.power)
+        """[1, heads, q, k] in at least single precision, for the places of queries [q] and keys [k]."""
+        slopes, pairs = single(self.slopes), zip(self.axes(queries), self.axes(keys), strict=True)
+        gaps = [(one[:, None] - other).abs().to(slopes.dtype) for one, other in pairs]
+        distance = gaps[0] if len(gaps) == 1 else sum(gap**self.power for gap in gaps) ** (1 / self.power)
         if self.prefix:
-            distance = distance * ((queries >= self.prefix)[:, None] & (keys >= self.prefix))
-        return -self.slopes[:, None, None] * distance[None, None]
+            distance = distance.masked_fill(~((queries >= self.prefix)[:, None] & (keys >= self.prefix)), 0.0)
+        return -slopes[:, None, None] * distance[None, None]
 
     def axes(self, places: Tensor) -> list[Tensor]:
         """The coordinates of each place, by axis."""
@@ -399,8 +398,8 @@ class Alibi(Position):
     2022, arXiv:2108.12409).
 
     The distance is that of the tokens along time, before and after a query alike; on images it is Euclidean, or with
-    distance='manhattan' the sum over both axes. Prefix tokens have none. It needs no training on long inputs to be used
-    on them. For a number of heads that is no power of two the paper takes other slopes.
+    distance='manhattan' the sum over both axes. Prefix tokens have none. It extrapolates to longer inputs than those of
+    training. For a number of heads that is no power of two the paper takes other slopes.
     """
 
     writes = frozenset({"bias"})
@@ -415,7 +414,7 @@ class Alibi(Position):
         self.register_buffer("slopes", self.of(heads), persistent=False)
 
     @staticmethod
-    def of(heads: int, device: torch.device | str = "cpu") -> Tensor:
+    def of(heads: int, device: torch.device | str | None = None) -> Tensor:
         return 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
 
     def place(self, context: Context) -> Context:

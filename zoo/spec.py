@@ -17,6 +17,7 @@ Choice = str | tuple[str | tuple[str, ...], ...]
 LARGEST = {"kernel": 1_000, "layers": 100, "levels": 100, "size": 1_000, "stride": 64, "steps": 1_000, "span": 10_000}
 LARGEST |= {"positions": 10_000, "width": 1_000, "bits": 1_000, "features": 10_000, "keys": 100, "relations": 1_000}
 LARGEST |= {"rank": 4_096, "head_dim": 4_096, "rotary": 4_096, "experts": 4_096, "anchors": 1_000, "symbols": 10_000}
+LARGEST |= {"hidden": 100_000, "latents": 10_000}
 
 
 @lru_cache(maxsize=4096)

@@ -40,7 +40,7 @@ TABLES: dict[str, tuple[str, Mapping[str, type], tuple[int, ...]]] = {
     "conv": ("convolution branches, for a layout with `conv`", CONVS, (DIM,)),
     "norm": ("normalizations, for `norm` and `conv_norm`", NORMS, (DIM,)),
     "channel": ("channel attention", CHANNELS, (DIM,)),
-    "position": ("position encodings", POSITIONS, (DIM, DIM // HEADS_OF)),
+    "position": ("position encodings", POSITIONS, (DIM, HEADS_OF, DIM // HEADS_OF)),
     "ffn": ("feed-forward layers", FFNS, (DIM,)),
     "modulation": ("ways in which a condition changes a block", MODULATIONS, (DIM,)),
     "stem": ("from an image to tokens, in models with stages", STEMS, ()),

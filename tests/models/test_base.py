@@ -133,8 +133,14 @@ def test_absurd_sizes_are_refused_before_anything_is_built(field):
         small("vit_micro", **{field: 10**30})
     with pytest.raises(ValueError, match="option kernel of 'dcnv4' must be <= 1,000"):
         small("vit_micro", mixer="dcnv4(kernel=1000000)")
-    for mixer, option in (("moa", "experts"), ("softmax", "head_dim"), ("ecoformer", "anchors"), ("mla", "rotary")):
-        with pytest.raises(ValueError, match=f"option {option} of '{mixer}' must be <= [14],0"):
+    for mixer, option in (
+        ("moa", "experts"),
+        ("softmax", "head_dim"),
+        ("ecoformer", "anchors"),
+        ("mla", "rotary"),
+        ("latte", "latents"),
+    ):
+        with pytest.raises(ValueError, match=f"option {option} of '{mixer}' must be <= [0-9,]+, got"):
             small("vit_micro", mixer=f"{mixer}({option}=1000000)")
 
 
@@ -144,11 +150,14 @@ TRACED = [
     ("vit_micro", {"mixer": mixer})
     for mixer in ("softmax", "window", "area", "sla", "dcnv4", "pool", "sepconv", "channel")
 ]
-TRACED += [("vit_micro", {"position": position}) for position in ("learned", "rope", "cpe")]
+TRACED += [("vit_micro", {"position": position}) for position in ("learned", "rope", "alibi", "cpe")]
 TRACED += [("vit_micro", {"norm": norm}) for norm in ("prepbn", "batchnorm", "rmsnorm", "groupnorm")]
 TRACED += [("vit_micro", {"channel": channel}) for channel in ("se", "eca", "fca")]
 TRACED += [("poolformer_s12", {}), ("pvt_sla_tiny", {}), ("flash_internimage_t", {})]
-TRACED += [("conformer_ctc_s", {"mixer": mixer}) for mixer in ("relative", "grouped", "local", "sla", "dcnv4")]
+TRACED += [
+    ("conformer_ctc_s", {"mixer": mixer})
+    for mixer in ("relative", "relative(window=8)", "grouped", "local", "sla", "dcnv4")
+]
 TRACED += [("squeezeformer_xs", {"depth": 3}), ("fastconformer_s", {})]
 
 

@@ -216,9 +216,30 @@ def test_a_run_that_goes_back_keeps_the_best_of_what_it_leaves(
     assert source(tmp_path / "best") == "epoch 2, step 8"
     assert (tmp_path / "best/model.safetensors").read_bytes() != left
     assert [step for name, step in writes if name == "best"] == [4, 8, 8]
-    assert "best      of step 8, after the state, is in" in caplog.text
+    assert f"moved     the best of step 8 to {tmp_path}/best-of-step-8: the run resumes" in caplog.text
     fit(tmp_path, *flags, "--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/resume/last.ckpt")
-    assert [path.name for path in tmp_path.glob("best*")] == ["best", "best-of-step-8"]
+    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best", "best-of-step-8"]
+    again = (tmp_path / "best/model.safetensors").read_bytes()
+    fit(tmp_path, *flags, "--model.rate=1e-5", f"--ckpt_path={tmp_path}/resume/step-000000006.ckpt")
+    assert (tmp_path / "best-of-step-8/model.safetensors").read_bytes() == left
+    assert (tmp_path / "best-of-step-8-2/model.safetensors").read_bytes() == again
+
+
+def test_a_run_that_was_killed_after_its_best_was_moved_has_one_again(seen: Any, tmp_path: Path):
+    flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=9", "--trainer.max_epochs=3"]
+    fit(tmp_path, *flags, "--trainer.max_epochs=1")
+    (tmp_path / "best").rename(tmp_path / "best-of-step-4")
+    fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/last.ckpt")
+    assert source(tmp_path / "best") == "epoch 2, step 8"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"source": 3}'])
+def test_a_damaged_best_does_not_keep_a_run_from_going_back(text: str, tmp_path: Path):
+    flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=9"]
+    fit(tmp_path, *flags)
+    (tmp_path / "best/config.json").write_text(text)
+    fit(tmp_path, *flags, f"--ckpt_path={tmp_path}/resume/step-000000002.ckpt")
+    assert state(tmp_path / "resume/last.ckpt")["global_step"] == 4
 
 
 # How training ends

@@ -80,6 +80,7 @@ def test_a_run_goes_on_without_a_shard_that_was_lost_in_an_epoch(tmp_path: Path)
     assert "--data.changed=ok" in str(stop.value)
     with pytest.warns(UserWarning, match="omitted"):
         fit(tmp_path / "run", *flags, state, "--data.changed=ok", data="shards")
+    assert torch.load(tmp_path / "run/resume/last.ckpt", weights_only=True)["global_step"] == 10
 
 
 def scores(task: str, weights: Path, *places: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -266,6 +266,15 @@ def test_fewer_images_than_ranks_are_said(tmp_path: Path):
     assert len(losses(printed)) == 1
 
 
+def test_a_rank_without_images_does_not_keep_an_aligned_training_waiting(tmp_path: Path):
+    write_images(tmp_path / "data", 1)
+    flags = ["--data.dataset=imagefolder", f"--data.root={tmp_path}/data", "--data.channels=3", "--model.show=0"]
+    flags += ["--model.backbone.classes=2", "--model.teacher=vit_micro", "--trainer.strategy=ddp"]
+    flags += ["--model.teacher_weights=null"]
+    status, printed = train("generate", tmp_path / "run", *flags, "--trainer.max_epochs=1", ranks=3)
+    assert status == 0 and len(losses(printed)) == 1, printed[-3000:]
+
+
 def test_ranks_with_different_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OTHER", "/other")
     write_images(tmp_path / "data", 20)
@@ -273,4 +282,4 @@ def test_ranks_with_different_data_are_refused(tmp_path: Path, monkeypatch: pyte
     status, printed = train("classify", tmp_path / "run", *OF_FOLDERS, f"--data.root={tmp_path}/data", ranks=2)
     assert status == 1 and not list(losses(printed)), printed[-3000:]
     assert "Traceback" not in printed
-    assert "zoo: error: ranks have different training data, of 38 and 40 samples; give every machine the" in printed
+    assert "zoo: error: the data of 'train' differ between ranks (38 and 40 samples); give every machine" in printed

@@ -172,7 +172,7 @@ class Sides(Sampler[list[tuple[int, int, int]]]):
 
     @property
     def plan(self) -> tuple[Any, ...]:
-        return *self.sides, self.seed, self.size, self.plain_from, *self.batches.plan
+        return *self.sides, self.seed, *self.batches.plan
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch = self.sampler.epoch

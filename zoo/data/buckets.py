@@ -19,8 +19,8 @@ class DurationBatches(Sampler[list[tuple[int, int]]]):
 
     Every utterance comes exactly once in an epoch over all ranks, which have equally many batches. In training, which
     utterances of a bucket meet and the order of the batches are functions of seed and epoch; where the number of ranks
-    does not divide that of batches, those with most utterances are divided in two, and a batch is empty only if all
-    others have one. In evaluation the longest come first, and the last batches may be empty.
+    does not divide that of batches, those with most utterances are divided in two, and a batch is empty only if no
+    other has more than one. In evaluation the longest come first, and the last batches may be empty.
 
     Args:
         durations: seconds of each utterance.

@@ -102,7 +102,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 class WholeBatches(Sampler[list[tuple[int, int]]]):
     """Batches of a training epoch, which leave no sample out: all are full but the last two, which share the rest.
-    Every rank has equally many; the last of a rank with a sample less than others may be empty if batches have one.
+    Every rank has equally many; its last one may be empty if `batch` is 1 or there are fewer samples than ranks.
 
     Args:
         sampler: an `EpochSampler` for training.

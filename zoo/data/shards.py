@@ -48,8 +48,6 @@ LONGEST = 1e9  # seconds of a file
 STRINGS = ("text", "utterance")  # what speech has besides
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # an address may be a command, to which names are appended
-
-
 NAMED = 10  # damaged shards that are named
 
 

@@ -40,7 +40,7 @@ class DotProduct(Attention):
         return self.attended(query, rotate(key, context.rotary), value, real, context)
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, context: Context) -> Tensor:
-        """The queries [B, N, H, d], which rotary positions have not yet turned, with all keys, which they have.
+        """The queries [B, N, H, d] before, and all keys after the rotation.
 
         A bias is made for some queries at a time in inference, so that memory grows linearly.
         """

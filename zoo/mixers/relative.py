@@ -237,7 +237,8 @@ class Grouped(Relative):
 class Local(Attention):
     """Softmax attention to at most `window` tokens on either side, and to the first `tokens` of the sequence, which
     attend to all tokens and are seen by all, like prefix tokens (Longformer, Beltagy et al. 2020, arXiv:2004.05150;
-    Fast Conformer, Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length."""
+    Fast Conformer, Rekesh et al. 2023, arXiv:2305.05084). Time and memory grow linearly with the length. An exported
+    program for any length needs more than `tokens` + 1 tokens."""
 
     dimensions = (1,)
     reads = (Attention.reads | {"rotary"}) - {"visible", "order"}

@@ -11,8 +11,8 @@ from zoo.tensors import compiling, overwritable
 
 LEAST_ROWS = 32
 SCORES_AT_ONCE = {"cpu": 2**20}
-"""Scores that are in memory at one time, by the type of device; 2**26 on others. A chunk has at least LEAST_ROWS
-queries."""
+"""Scores that are in memory at one time, by the type of device; 2**26 on others. Chunks are of equal size, and have at
+least half of LEAST_ROWS queries if there are as many."""
 
 
 class Pairs(NamedTuple):
@@ -62,7 +62,7 @@ def chunks_of(number: int, scores: int, device: torch.device) -> list[slice]:
     if compiling() or torch.is_grad_enabled():
         return [ALL]  # a range would fix a program to one number
     rows = max(LEAST_ROWS, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, scores))
-    rows = -(-number // max(1, -(-number // rows)))  # equal chunks, so that each can have the memory of the one before
+    rows = -(-number // max(1, -(-number // rows)))  # equal chunks, so that memory is reused
     return [slice(start, min(start + rows, number)) for start in range(0, number, rows)]
 
 

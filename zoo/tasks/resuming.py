@@ -181,21 +181,21 @@ class Resumable(lightning.LightningModule):
         together = self.trainer.accumulate_grad_batches
         return {ACCUMULATED: together, "batches": batches, "ranks": self.trainer.world_size}
 
-    def plan(self, loader: Any) -> int:
+    def plan(self, loader: Any, split: str = "train") -> int:
         """A checksum of what decides which samples the batches of an epoch have."""
-        return zlib.crc32(repr((loader.batch_sampler.batches.plan, self.data.state_dict())).encode())
+        return zlib.crc32(repr((loader.batch_sampler.batches.plan, self.data.state_dict().get(split))).encode())
 
-    def check_ranks(self, loader: Any, what: str) -> None:
+    def check_ranks(self, loader: Any, split: str) -> None:
         """ValueError if ranks have different data: samples would come twice or never, or ranks wait for each other."""
         if self.trainer.world_size == 1:
             return
         found: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(found, (self.plan(loader), loader.batch_sampler.sampler.count))
+        torch.distributed.all_gather_object(found, (self.plan(loader, split), loader.batch_sampler.sampler.count))
         if len({plan for plan, _ in found}) > 1:
             numbers = " and ".join(f"{number:,}" for number in sorted({number for _, number in found}))
             raise ValueError(
-                f"ranks have different {what} data, of {numbers} samples; give every machine the same files, and look "
-                "for damaged shards"
+                f"the data of {split!r} differ between ranks ({numbers} samples); give every machine the same files, "
+                "and look for damaged shards"
             )
 
     def epoch_loss(self) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The folder of a training run: its lock, its state to resume from, its config, and the checkpoints it leaves."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,12 @@ def replace(path: Path, text: str) -> None:
     os.replace(aside(path), path)
 
 
+def free(path: Path) -> Path:
+    """The path, or with a number behind it the first that nothing has."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(each for each in names if not each.exists())
+
+
 def ranks_ask(batch_idx: int, together: int = 1) -> bool:
     """Whether ranks ask each other in front of a batch that begins a step of `together` batches: in front of the first
     such batch from each multiple of ASK_EVERY on, so that at most ASK_EVERY + together - 1 batches lie between two
@@ -184,7 +190,7 @@ class Keep(Checkpoint):
         self.waiting: Any = None  # the best model, not yet written
         self.began = False  # whether training began
         self.written, self.step = 0.0, -1  # when a state was last written, and at which step
-        self.kept, self.cost = 0.0, 0.0  # when checkpoints were last written, and how long all of them took since
+        self.kept, self.cost = 0.0, 0.0  # when checkpoints were last written, and the seconds that it took
         self.ended = -1  # the step of the last checkpoint `last`
         self.place = ""  # where in an epoch a state is being written: between its batches, or in its validation
 
@@ -207,18 +213,20 @@ class Keep(Checkpoint):
         self.record(trainer.ckpt_path, self.note(trainer, pl_module))
 
     def leaves_best(self, state: str | os.PathLike[str] | None) -> bool:
-        """Whether the run goes back to a state before its `best`, which then gets another name."""
+        """Whether the run has no `best` with the score of the state: it goes back to one before its `best`, which gets
+        another name, or its folder has none."""
+        best, found = self.run.folder / "best", dict[str, int]()
+        if self.best is not None and not best.exists():  # in another folder, or it got another name before a kill
+            return True
         if state is None or not self.run.has(state) or self.run.state.exists() and self.run.state.samefile(state):
             return False
-        best, found = self.run.folder / "best", dict[str, int]()
-        with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # none, or a damaged one
             found = place(dict(from_json(content(best / "config.json"))).get("source"))
         if found.get("step", 0) <= self.step:
             return False
-        other = self.run.folder / f"best-of-step-{found['step']}"
-        shutil.rmtree(other, ignore_errors=True)
+        other = free(self.run.folder / f"best-of-step-{found['step']}")
         os.replace(best, other)
-        rank_zero_info(f"best      of step {found['step']:,}, after the state, is in {other} now")
+        rank_zero_info(f"moved     the best of step {found['step']:,} to {other}: the run resumes from an earlier one")
         return True
 
     @rank_zero_only
@@ -297,9 +305,9 @@ class Keep(Checkpoint):
 
         `place` is "batches" between two batches of an epoch, "validation" in a validation, else empty.
         """
-        start = time.monotonic()
         if place:
             pl_module.raise_bad_weights()
+        start = time.monotonic()
         if self.waiting is not None and self.best is not None:
             self.save(trainer, pl_module, "best", self.waiting, self.best)
             self.waiting = None

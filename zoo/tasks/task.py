@@ -302,7 +302,7 @@ class Task(Faults, Resumable):
             self.loaded = None
 
     def on_train_start(self) -> None:
-        self.check_ranks(self.trainer.train_dataloader, "training")
+        self.check_ranks(self.trainer.train_dataloader, "train")
         self.resume_epoch()
         trainer: Any = self.trainer  # a short epoch has its losses in the logs, too
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, int(trainer.fit_loop.max_batches) // 4))
@@ -387,7 +387,7 @@ class Task(Faults, Resumable):
         self.check_ranks(self.trainer.test_dataloaders, "test")
 
     def on_validation_start(self) -> None:
-        self.check_ranks(self.trainer.val_dataloaders, "validation")
+        self.check_ranks(self.trainer.val_dataloaders, "val")
         if self.fitting:
             self.raise_bad_weights()
             self.finish()
@@ -428,6 +428,6 @@ class Task(Faults, Resumable):
         raise TypeError(f"{type(self).__name__} has no labels")
 
     def no_loss(self) -> Tensor:
-        """A loss of 0 that depends on every parameter that is not divided, for a batch without samples."""
-        whole = [parameter for parameter in self.model.parameters() if not isinstance(parameter, DTensor)]
+        """A loss of 0 that depends on every trained parameter that is not divided, for a batch without samples."""
+        whole = [each for each in self.parameters() if each.requires_grad and not isinstance(each, DTensor)]
         return torch.stack([parameter.sum() for parameter in whole]).sum() * 0.0

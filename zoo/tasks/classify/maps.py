@@ -57,8 +57,8 @@ def attended(answer: Classifier, image: Tensor) -> Attended:
 
 
 def _of_blocks(found: dict[str, Tensor], paths: Sequence[str]) -> list[list[Tensor]]:
-    """The weights of each layer of each block that has some. Mixers side by side are one layer with all their heads,
-    which count alike."""
+    """The weights of each layer of each block that has some. Mixers side by side are one layer, in which they count
+    alike, whatever the weights of the blend."""
     blocks = []
     for path in paths:
         layers: dict[str, list[Tensor]] = {}

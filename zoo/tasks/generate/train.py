@@ -125,6 +125,7 @@ class Generate(Task):
         found = Times(name=times, mean=times_mean, std=times_std, shift=times_shift)
         self.objective = Objective(times=found, loss=loss, equal=equal, derivative=derivative)
         self.label_drop, self.show, self.guidance, self.steps = label_drop, show, Guidance(scale=guidance), steps
+        self.drawable = True  # until the first rank, which draws, finds that latents cannot be decoded
         self.samples, self.readers, self.output = samples, (features, classifier), Path(output).expanduser()
         self.evaluator: Evaluator | None = None
         super().__init__(backbone, **options)
@@ -298,6 +299,8 @@ class Generate(Task):
     @rank_zero_only
     def draw(self, model: Any) -> None:
         """Draws a grid of samples of a model, a row for each class, as samples/NUMBER.png in the run's folder."""
+        if not self.drawable:
+            return None
         preprocess = self.data.preprocess
         if self.decoder is None:
             try:
@@ -305,7 +308,7 @@ class Generate(Task):
                 if self.decoder is not None:
                     self.decoder.to(self.device)
             except ValueError as error:
-                self.show = 0
+                self.drawable = False
                 return rank_zero_info(f"no samples are drawn: {error}")
         config: Any = self.config
         rows = min(MOST, config.classes) or 1
