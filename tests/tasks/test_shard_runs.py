@@ -71,16 +71,16 @@ def test_a_run_that_was_killed_in_an_epoch_ends_the_same(number: int, tmp_path: 
 
 def test_a_run_goes_on_without_a_shard_that_was_lost_in_an_epoch(tmp_path: Path):
     out = packed(image_folder(tmp_path / "loose"), tmp_path / "out")
-    flags = [*FLAGS, f"--data.root={out}", "--save.every_n_train_steps=3"]
+    flags = [*FLAGS, f"--data.root={out}"]
     fit(tmp_path / "run", *flags, "--trainer.max_steps=3", data="shards")
-    state = f"--ckpt_path={tmp_path}/run/resume/last.ckpt"
+    flags += [f"--ckpt_path={tmp_path}/run/resume/last.ckpt", "--trainer.max_steps=-1"]
     sorted(out.glob("train*.tar"))[0].unlink()
     with pytest.raises(SystemExit) as stop, pytest.warns(UserWarning, match="omitted"):
-        fit(tmp_path / "run", *flags, state, data="shards")
+        fit(tmp_path / "run", *flags, data="shards")
     assert "--data.changed=ok" in str(stop.value)
     with pytest.warns(UserWarning, match="omitted"):
-        fit(tmp_path / "run", *flags, state, "--data.changed=ok", data="shards")
-    assert torch.load(tmp_path / "run/resume/last.ckpt", weights_only=True)["global_step"] == 10
+        fit(tmp_path / "run", *flags, "--data.changed=ok", data="shards")
+    assert torch.load(tmp_path / "run/resume/last.ckpt", weights_only=True)["global_step"] == 15
 
 
 def scores(task: str, weights: Path, *places: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
