@@ -26,8 +26,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2SinePositionEmbedding
 
+from helpers import Given, randomise, rectangle, relative
 from helpers import position as position_of
-from helpers import randomise, rectangle, relative
 from zoo.block import Block
 from zoo.channels import CHANNELS
 from zoo.choices import BlockConfig
@@ -131,7 +131,8 @@ def test_softmax_is_torch_attention(masked, coded, biased):
     theirs = multihead(ours, [ours.qkv])
     x, code = tokens(), tokens(batch=1)
     bias = torch.randn(HEADS, 30, 30, dtype=torch.float64)
-    context = GRID._replace(mask=REAL if masked else None, code=code if coded else None, bias=bias if biased else None)
+    context = GRID._replace(mask=REAL if masked else None, code=code if coded else None)
+    context = context._replace(bias=Given(bias) if biased else None)
     turned = x + code if coded else x
     away = torch.zeros(REAL.shape, dtype=torch.float64).masked_fill(~REAL, -torch.inf)
     wanted, _ = theirs(

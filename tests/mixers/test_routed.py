@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import position, randomise, relative
+from helpers import Given, position, randomise, relative
 from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context
@@ -95,7 +95,7 @@ def test_all_heads_with_equal_weights_are_softmax_attention(options):
     nn.init.zeros_(ours.router.weight)
     theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if "router" not in name})
     bias = torch.randn(HEADS, 32, 32, dtype=torch.float64)
-    context = GRID._replace(prefix=2, bias=bias)
+    context = GRID._replace(prefix=2, bias=Given(bias))
     context = position("rope", DIM, DIM // HEADS, (5, 6), 2).place(context)
     x = tokens(context)
     check(ours(x, context), theirs(x, context), (x,))

@@ -33,7 +33,8 @@ CHOICES = [
     *({"mixer": mixer} for mixer in [*BOTH_WAYS, "dcnv4(weights='softmax', local=3, centre=True)"]),
     *({"norm": norm} for norm in zoo.NORMS),
     *({"channel": channel} for channel in zoo.CHANNELS),
-    *({"position": position} for position in zoo.POSITIONS),
+    *({"position": position} for position, row in zoo.POSITIONS.items() if "bias" not in row.writes),
+    {"position": "alibi", "mixer": "softmax"},  # sla has no scores
     *({"placement": placement} for placement in PLACEMENTS),
     *({"ffn": ffn} for ffn in [*zoo.FFNS, "mlp(activation='star_relu')"]),
     *({"layout": ("conv", "mixer", "ffn"), "conv": conv} for conv in CONVS),

@@ -83,7 +83,7 @@ def banded(
     allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1)
     parts = F.pad(query, (0, 0, 0, 0, 0, after)).unfold(1, window, window).movedim(-1, 2).flatten(0, 1)
     added = None if bias is None else bias(parts)
-    y = attend(parts, keys, values, allowed, added).unflatten(0, (batch, -1)).flatten(1, 2)
+    y = attend(parts, keys, values, allowed, added).unflatten(0, (batch, blocks)).flatten(1, 2)
     y = y.index_select(1, torch.arange(number, device=y.device)) if exporting() else y[:, :number]
     if shared:
         y = torch.cat([attend(query[:, :shared], key, value, mask), y[:, shared:]], 1)
