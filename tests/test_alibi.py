@@ -96,3 +96,11 @@ def test_mixers_that_do_not_read_it_and_other_distances_are_refused():
         zoo.create_model("vit_micro", position="alibi", mixer="sla")
     with pytest.raises(ValueError, match="unknown distance 'far'"):
         zoo.create_model("vit_micro", position="alibi(distance='far')")
+
+
+def test_a_loaded_model_has_its_slopes(tmp_path):
+    model = randomise(zoo.create_model("vit_micro", position="alibi", image=32, classes=3)).eval()
+    zoo.save_model(model, tmp_path / "model")
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert relative(zoo.load_model(tmp_path / "model", check=True)(image), model(image)) < 1e-6
