@@ -48,6 +48,8 @@ SPECS += ("conv_projection(kernels=(1, 3), of='kv')", "relative(conv=3)")
 SPECS += ("shaw(span=3, on='qk', values=True)", "irpe(method='cross', on='qkv')", "irpe(method='euclidean', on='qk')")
 SPECS += ("cope(positions=4, causal=True)", "shared_scores(residual=True)")
 SPECS += ("blend(of=('softmax', 'shaw(span=3)'), weights='learned')", "blend(weights='input')")
+SPECS += ("blend(of=('softmax', 'sepconv', 'fnet'))", "blend(of=('softmax', 'deltanet'), weights='learned')")
+SPECS += ("fnet(scale=False)", "deltanet(directions=1)")
 
 
 def rehash(folder: Path) -> None:

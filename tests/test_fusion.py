@@ -146,10 +146,13 @@ def test_a_decoder_that_adds_code_keeps_its_norm():
 # Where no affine map folds into a branch: behind it, and in front of it.
 NO_OUTPUTS = {"mixer-identity", "mixer-pool", "conv-depthwise-batchnorm", "conv-depthwise-layernorm"}
 NO_OUTPUTS |= {"mixer-blend(of=('softmax', 'shaw(span=3)'), weights='learned')", "mixer-blend(weights='input')"}
+NO_OUTPUTS |= {"mixer-blend(of=('softmax', 'deltanet'), weights='learned')"}
+NO_OUTPUTS |= {"mixer-blend(of=('softmax', 'sepconv', 'fnet'))", "mixer-fnet", "mixer-fnet(scale=False)"}
 NO_OUTPUTS |= {"ffn-chunked"}
 NO_INPUTS = NO_OUTPUTS - {each for each in NO_OUTPUTS if "blend" in each}
 NO_INPUTS |= {"mixer-dcnv4(weights='softmax', local=3, centre=True, bias=False)", "mixer-linfusion"}
 NO_INPUTS |= {"ffn-ista", "mixer-super", "mixer-optimized", "mixer-optimized(key=False)"}
+NO_INPUTS |= {"mixer-blend(of=('softmax', 'sepconv', 'fnet'))"}
 NO_INPUTS |= {"mixer-conv_projection(kernels=(2, 2), of='qk')"}
 NO_OUTPUTS |= {"ffn-ista", "mixer-sagan"}
 declared = [place for place in PLACES if place.values[0].split("-")[0] in ("mixer", "conv", "cross", "ffn")]

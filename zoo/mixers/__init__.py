@@ -13,6 +13,7 @@ from zoo.mixers.convolved import ConvProjection
 from zoo.mixers.deformable import DCNv4, DeformableCross
 from zoo.mixers.differential import Differential, Integral
 from zoo.mixers.features import DCTFeatures, HashedCodes, LogNormal, RandomFeatures, Taylor
+from zoo.mixers.gated import DeltaNet
 from zoo.mixers.heads import GroupedQuery, HeadEmbedding, Optimized, Shifted, Subspace, Symmetric
 from zoo.mixers.kernelized import (
     Efficient,
@@ -32,6 +33,7 @@ from zoo.mixers.normalizers import NAP, Causal, Entmax, HeadMask, Power, ReLA, R
 from zoo.mixers.relative import Grouped, Local, Relative
 from zoo.mixers.routed import MixtureOfAttention, MixtureOfHeads
 from zoo.mixers.scores import Additive, AdditiveCross, GaussianKeys, Polar, Signed, Tempered
+from zoo.mixers.spectral import FourierTransform
 from zoo.mixers.static import Super
 from zoo.mixers.tape import Tape
 from zoo.mixers.whole import FixedPoint, MultiToken, Selective
@@ -99,6 +101,8 @@ MIXERS: dict[str, type[Layer]] = {
     "dijiang": DCTFeatures,
     "ecoformer": HashedCodes,
     "soft": Soft,
+    "deltanet": DeltaNet,
+    "fnet": FourierTransform,
     "dcnv4": DCNv4,
     "pool": Pool,
     "sepconv": SeparableConv,
