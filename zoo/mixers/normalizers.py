@@ -21,6 +21,8 @@ class Power(Scored):
     """s^power / sum_j s_j^power in place of softmax, s = q k^T / sqrt(d), for an even power (Power-Softmax, Zimerman et
     al. 2024, arXiv:2410.09457). It has no exponential, so that an encrypted model can compute it."""
 
+    headwise = True
+
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, power: int = 2) -> None:
         super().__init__(dim, heads)
         if power % 2:
@@ -149,6 +151,8 @@ class ReLA(Scored):
     arXiv:2302.06461); its loss is not here.
     """
 
+    headwise = True
+
     def __init__(
         self,
         dim: int,
@@ -243,6 +247,8 @@ class TopK(Scored):
     softmax attention (Gupta et al. 2021, arXiv:2106.06899; AxFormer and IceFormer choose keys so in trained models).
     On images k must be at most the number of tokens at the config's size, or 32."""
 
+    headwise = True
+
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, k: int = 32) -> None:
         super().__init__(dim, heads)
         most = max(32, math.prod(place.grid) + place.prefix)
@@ -262,6 +268,8 @@ class HeadMask(Scored):
     scales the others by heads / (heads left) (HeadMask, Sun et al. 2020, arXiv:2009.09672). All samples of a batch have
     the same heads. The paper also masks the most important heads; here they are drawn at random."""
 
+    headwise = True
+
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rate: float = 0.1) -> None:
         super().__init__(dim, heads)
         if rate >= 1.0:
@@ -280,6 +288,8 @@ class HeadMask(Scored):
 class Relaxed(Scored):
     """Softmax attention whose weights in training are (1 - rate) softmax(s) + rate / n, for the n keys that the query
     sees (relaxed attention, Lohrenz et al. 2022, arXiv:2209.09735)."""
+
+    headwise = True
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, rate: float = 0.1) -> None:
         super().__init__(dim, heads)

@@ -1,6 +1,7 @@
 """The frame of attention with explicit weights: scores, weights, sums of values, for some queries at a time."""
 
-from typing import NamedTuple
+import itertools
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from zoo.mixers.projected import Attention, rotate, visible_keys
 from zoo.tensors import compiling, overwritable
 
 LEAST_ROWS = 32
-SCORES_AT_ONCE = {"cpu": 2**20}
+SCORES_AT_ONCE = {"cpu": 3 * 2**18}
 """Scores that are in memory at one time, by the type of device; 2**26 on others. Chunks are of equal size, and have at
 least half of LEAST_ROWS queries if there are as many."""
 
@@ -22,6 +23,14 @@ class Pairs(NamedTuple):
     before: int  # keys of a stream that come before the first token
     allowed: Tensor | None  # [1 or B, 1, 1 or n, M], True where the query sees the key; None if all are seen
     context: Context
+    room: list[Tensor] | None = None  # memory for the products of these queries, for the first that asks
+
+    def products(self, query: Tensor, key: Tensor) -> Tensor:
+        """query [B, H, n, d] and key [B, H, M, d] -> q k^T, [B, H, n, M]."""
+        key = key.transpose(-1, -2)
+        if self.room and self.room[0].shape == (*query.shape[:-1], key.shape[-1]):
+            return torch.matmul(query, key, out=self.room.pop())
+        return query @ key
 
     def masked(self, scores: Tensor, fill: float = -torch.inf) -> Tensor:
         """Scores [B, H, n, M] with `fill` where a query does not see the key."""
@@ -55,13 +64,18 @@ def softmax(scores: Tensor) -> Tensor:
 ALL = slice(0, None)
 
 
+def scores_at_once(device: torch.device) -> int:
+    """How many scores are in memory at one time."""
+    return SCORES_AT_ONCE.get(device.type, 2**26)
+
+
 def chunks_of(number: int, scores: int, device: torch.device) -> list[slice]:
     """The queries that are compared with all keys at one time: in inference some of the `number`, so that memory grows
     linearly with the number of tokens, and in training and in a compiled or exported program `ALL`. `scores` is how
     many one query has, in all samples and heads."""
     if compiling() or torch.is_grad_enabled():
         return [ALL]  # a range would fix a program to one number
-    rows = max(LEAST_ROWS, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, scores))
+    rows = max(LEAST_ROWS, scores_at_once(device) // max(1, scores))
     rows = -(-number // max(1, -(-number // rows)))  # equal chunks, so that memory is reused
     return [slice(start, min(start + rows, number)) for start in range(0, number, rows)]
 
@@ -72,15 +86,17 @@ class Scored(Attention):
     A subclass overrides `scores`, from queries and keys, `weights`, from scores, or `collect`, from weights and values.
     In inference they see some queries at a time and all keys, so that memory grows linearly with the number of tokens.
     In training, and in a compiled or exported program, they see all queries at once; always so with `quadratic`, for
-    weights that depend on other queries. A query that sees no key is treated as if it saw all of them. A `causal` class
-    keeps the Order without being asked.
+    weights that depend on other queries. `headwise` says that the three methods treat all heads alike, without
+    parameters of single heads: inference may then compare one head at a time, which is faster. A query that sees no key
+    is treated as if it saw all of them. A `causal` class keeps the Order without being asked.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
+    headwise: ClassVar[bool] = False
 
     def scores(self, query: Tensor, key: Tensor, pairs: Pairs) -> Tensor:
         """query [B, H, n, d] and key [B, H, M, d] -> [B, H, n, M]."""
-        return self.biased((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), pairs)
+        return self.biased(pairs.products(query * query.shape[-1] ** -0.5, key), pairs)
 
     def weights(self, scores: Tensor, pairs: Pairs) -> Tensor:
         """scores [B, H, n, M] -> [B, H, n, M]."""
@@ -106,22 +122,49 @@ class Scored(Attention):
         key, value, real = self.stored(key, value, context)
         query, key = self.turned(query, context.rotary), self.turned(key, context.rotary)
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
-        chunks, noted, y = self.chunks(number, query, key), [], None
-        for rows in chunks:
+        groups = self.groups(number, query, key, context)
+        chunks = self.chunks(number, query[:, groups[0]], key)
+        room = self.room(groups, chunks, query, key, context)
+        noted, y = [], None
+        for heads, rows in itertools.product(groups, chunks):
+            some, keys = query[:, heads, rows], key[:, heads]
             seen = self.allowance(real, number, key, context, rows)
-            pairs = Pairs(rows.start, key.shape[2] - new, seen, context)
-            weights = self.weights(self.scores(query[:, :, rows], key, pairs), pairs)
-            part = self.collect(weights, value, pairs)
+            free = None if room is None else [room[:, : some.shape[1], : some.shape[2]]]
+            pairs = Pairs(rows.start, key.shape[2] - new, seen, context, free)
+            weights = self.weights(self.scores(some, keys, pairs), pairs)
+            part = self.collect(weights, value[:, heads], pairs)
             if y is None:  # once for all: small tensors between large ones would keep glibc from reusing those
-                y = part if len(chunks) == 1 else part.new_empty(*part.shape[:2], number, part.shape[3])
+                total = query.shape[1] if len(groups) > 1 else part.shape[1]
+                whole = len(groups) == len(chunks) == 1
+                y = part if whole else part.new_empty(len(part), total, number, part.shape[3])
             if y is not part:
-                y[:, :, rows] = part
+                y[:, heads, rows] = part
             if context.notes is not None:
                 noted.append(weights.detach())
         if noted:
-            self.note(context, "weights", torch.cat(noted, 2))
+            by_group = [torch.cat(noted[start : start + len(chunks)], 2) for start in range(0, len(noted), len(chunks))]
+            self.note(context, "weights", torch.cat(by_group, 1))
         assert y is not None
         return y.transpose(1, 2)
+
+    def groups(self, number: int, query: Tensor, key: Tensor, context: Context) -> list[slice]:
+        """The heads that are compared at one time: in inference, with `headwise`, as many as keep the scores of all
+        queries in the processor's cache, or one."""
+        if not self.headwise or compiling() or torch.is_grad_enabled() or context.bias is not None:
+            return [ALL]
+        size = max(1, scores_at_once(query.device) // max(1, len(query) * number * key.shape[2]))
+        return [slice(start, start + size) for start in range(0, query.shape[1], size)]
+
+    @staticmethod
+    def room(groups: list[slice], chunks: list[slice], query: Tensor, key: Tensor, context: Context) -> Tensor | None:
+        """Memory for the scores of each chunk in turn, so that the system need not give it again and again; None where
+        scores are kept, or mixed precision chooses their dtype."""
+        alike = query.shape[:2] == key.shape[:2] and query.dtype == key.dtype
+        mixed = torch.is_autocast_enabled(query.device.type)
+        if len(groups) == len(chunks) == 1 or not alike or context.notes is not None or mixed:
+            return None
+        heads, rows = query[:, groups[0]].shape[1], chunks[0].stop or query.shape[2]
+        return query.new_empty(len(query), heads, rows, key.shape[2])
 
     def allowance(
         self, real: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = ALL
