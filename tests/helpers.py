@@ -119,7 +119,7 @@ class Given(NamedTuple):
     values: torch.Tensor
 
     def between(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return self.values[:, queries][:, :, keys][None]
+        return self.values[:, queries[..., None], keys[..., None, :]][None]
 
 
 def position(name: str, dim: int, width: int, grid: tuple[int, ...], prefix: int = 0, **options: Any) -> Any:

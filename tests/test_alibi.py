@@ -1,13 +1,14 @@
 """Scores that fall with the distance, against formulas and over one stream, and what they need in memory."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import zoo
-from helpers import position, randomise, relative
-from zoo.layer import Context, Place
+from helpers import Given, position, randomise, rectangle, relative
+from zoo.layer import Context, Notes, Place
 from zoo.mixers import MIXERS
 from zoo.spec import make
 
@@ -62,6 +63,33 @@ def test_a_bias_in_chunks_is_that_of_all(mixer, monkeypatch):
         some = layer(x, context._replace(bias=Counted()))
     assert relative(some, whole) < 1e-5 and max(asked) == 3 and sum(asked) == 22
     assert relative(whole, layer(x, context._replace(bias=None))) > 1e-3
+
+
+@pytest.mark.parametrize("given", ["random", "alibi"])
+@pytest.mark.parametrize(("grid", "extents"), [((11,), [(11,), (7,)]), ((5, 7), [(5, 7), (4, 3)])])
+def test_windows_have_the_bias_of_their_pairs(grid, extents, given):
+    """As softmax attention whose bias leaves out the pairs of other windows."""
+    number, axes = math.prod(grid), len(grid)
+    windows: Any = randomise(make(MIXERS, "window(size=3)", DIM, HEADS, Place(axes))).double()
+    whole: Any = make(MIXERS, "softmax", DIM, HEADS, Place(axes)).double()
+    whole.load_state_dict(windows.state_dict())
+    bias = torch.randn(HEADS, number, number, dtype=torch.double)
+    context = Context(grid, mask=torch.stack([rectangle(grid, extent) for extent in extents]))
+    if given == "alibi":
+        context = position("alibi", DIM, DIM // HEADS, grid).place(context)
+        bias = context.bias.between(torch.arange(number), torch.arange(number))[0].double()
+    else:
+        context = context._replace(bias=Given(bias))
+    numbers = windows.windows(grid, torch.device("cpu"))[0]
+    apart = torch.where(numbers[:, None] == numbers, bias, -torch.inf)
+    x = torch.randn(2, number, DIM, dtype=torch.double)
+    got, wanted = windows(x, context), whole(x, context._replace(bias=Given(apart)))
+    assert relative(got[context.mask], wanted[context.mask]) < 1e-6
+    assert relative(got, windows(x, context._replace(bias=None))) > 1e-3
+    notes = Notes()
+    windows(x, context._replace(notes=notes))
+    weights = notes.values[".weights"] @ windows.project(x, context)[2].transpose(1, 2)
+    assert relative(windows.out(weights.transpose(1, 2).flatten(2))[context.mask], wanted[context.mask]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])

@@ -86,7 +86,8 @@ class Bias(Protocol):
     """What a position adds to attention scores: a rule, as those above are, so that no N x N tensor is needed."""
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[1 or B, heads, q, k] for the queries [q] and the keys [k], both given by their places among the keys."""
+        """[1 or B, heads, ..., q, k] for the queries [..., q] and the keys [..., k], given by their places among all
+        keys. The other axes are windows."""
         ...
 
 

@@ -379,13 +379,14 @@ class Distances(NamedTuple):
     power: float  # 2: Euclidean distance; 1: sum over the axes
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[1, heads, q, k] in at least single precision, for the places of queries [q] and keys [k]."""
+        """[1, heads, ..., q, k] in at least single precision, for the places of queries [..., q] and keys [..., k]."""
         slopes, pairs = single(self.slopes), zip(self.axes(queries), self.axes(keys), strict=True)
-        gaps = [(one[:, None] - other).abs().to(slopes.dtype) for one, other in pairs]
+        gaps = [(one[..., None] - other[..., None, :]).abs().to(slopes.dtype) for one, other in pairs]
         distance = gaps[0] if len(gaps) == 1 else sum(gap**self.power for gap in gaps) ** (1 / self.power)
         if self.prefix:
-            distance = distance.masked_fill(~((queries >= self.prefix)[:, None] & (keys >= self.prefix)), 0.0)
-        return -slopes[:, None, None] * distance[None, None]
+            on_grid = (queries >= self.prefix)[..., None] & (keys >= self.prefix)[..., None, :]
+            distance = distance.masked_fill(~on_grid, 0.0)
+        return -slopes.view(-1, *[1] * distance.ndim) * distance[None, None]
 
     def axes(self, places: Tensor) -> list[Tensor]:
         """The coordinates of each place, by axis."""

@@ -152,7 +152,7 @@ class Window(Projected):
     shift, Liu et al. 2021, arXiv:2103.14030; DaViT, Ding et al. 2022, arXiv:2204.03645). The windows start at the
     grid's first corner. The last ones may reach beyond the grid; tokens there are masked."""
 
-    reads = Projected.reads - {"prefix"}
+    reads = (Projected.reads - {"prefix"}) | {"bias"}
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, size: int = 7) -> None:
         super().__init__(dim, heads)
@@ -161,7 +161,8 @@ class Window(Projected):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         size, grid, axes = self.size, context.grid, len(context.grid)
         if context.notes is not None:
-            note_weights(self, context, query, key, together(self.windows(grid, query.device), context.mask))
+            number, same = query.shape[1], together(self.windows(grid, query.device), context.mask)
+            note_weights(self, context, query, key, same, bias_between(context, number, number, query))
         missing = [shortfall(length, size) for length in grid]
         counts = [(length + more) // size for length, more in zip(grid, missing, strict=True)]
         margin = [0, 0, *(side for more in reversed(missing) for side in (0, more))]
@@ -182,7 +183,12 @@ class Window(Projected):
         if mask is not None:
             mask = cut(mask.expand(query.shape[0], -1)[..., None])[..., 0]
         q, k, v = (cut(part.flatten(2)).unflatten(-1, part.shape[2:]) for part in (query, key, value))
-        y = attend(q, k, v, mask)
+        bias = None
+        if context.bias is not None:
+            places = cut(torch.arange(query.shape[1], device=query.device)[None, :, None])[..., 0]
+            bias = context.bias.between(places, places).transpose(1, 2)  # [1 or B, windows, heads, n, n]
+            bias = bias.expand(query.shape[0], *[-1] * 4).flatten(0, 1)
+        y = attend(q, k, v, mask, bias)
         y = y.flatten(2).unflatten(0, (query.shape[0], *counts)).unflatten(axes + 1, (size,) * axes)
         y = y.permute([order.index(place) for place in range(len(order))])
         for axis in range(axes):
