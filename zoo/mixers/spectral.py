@@ -14,8 +14,9 @@ class FourierTransform(Layer):
     """The real part of a discrete Fourier transform along channels and tokens, on images along both axes; it has no
     parameters (FNet, Lee-Thorp et al. 2021, arXiv:2105.03824).
 
-    With a mask each sample is transformed at its own size, by matrices of size x size along each axis; memory is then
-    quadratic in the length along time. scale=True divides by sqrt(N D), for N tokens of D channels, so that the
+    It is a fast transform of N log N operations. With a mask each sample is transformed at its own size, by matrices of
+    size x size along each axis; along time memory is then quadratic in the length. An exported program has these
+    matrices, too. scale=True divides by sqrt(N D), for N tokens of D channels, so that the
     transform keeps the size of x, as a residual branch needs; scale=False does not, as published. Prefix tokens are
     refused, for they have no place on the grid.
     """
