@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from test_parity import DIM, GRID, REAL, check, scattered, tokens
+from formulas import DIM, GRID, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.ffns import FFNS
 from zoo.norms import Affine

@@ -1,4 +1,4 @@
-"""Every form of deformable aggregation on the CPU against the fp64 oracle; tests/test_parity.py has other libraries."""
+"""Deformable aggregation on the CPU against the fp64 oracle; test_deformable_parity.py has other libraries."""
 
 import itertools
 import math

@@ -9,7 +9,7 @@ from torch import nn
 
 import zoo.ffns
 import zoo.mixers.routed
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo.ffns import FFNS
 from zoo.kernels.routing import apart, balance_loss, grouped, logits_of, route, spread, to_slots, z_loss
 from zoo.layer import Layer, Losses

@@ -10,8 +10,8 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import position, randomise, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model, fuse
 from zoo.layer import Carry, Context, Place
 from zoo.mixers import MIXERS

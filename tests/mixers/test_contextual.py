@@ -12,8 +12,8 @@ from transformers import DebertaV2Config, Wav2Vec2BertConfig
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
+from formulas import DIM, GRID, HEADS, check, copied, scattered, tokens
 from helpers import position, rectangle
-from test_parity import DIM, GRID, HEADS, check, copied, scattered, tokens
 from zoo import create_model
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS, scored

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo.layer import Chunks, Context, Place
 from zoo.mixers import MIXERS
 from zoo.spec import make

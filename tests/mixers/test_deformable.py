@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_parity import DIM, HEADS, check, scattered, tokens
+from formulas import DIM, HEADS, check, scattered, tokens
 from zoo.kernels.deformable import gathered
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS

@@ -10,8 +10,8 @@ from timm.layers.diff_attention import DiffAttention
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
+from formulas import DIM, GRID, HEADS, REAL, SINGLE, check, copied, renamed, scattered, tokens
 from helpers import Given, position
-from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, renamed, scattered, tokens
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
 
 import zoo
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import position, prepared, randomise, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo.ffns import FFNS
 from zoo.fusion import fuse
 from zoo.layer import Context, Notes, Place

@@ -9,8 +9,8 @@ from scipy.fft import dct
 from scipy.stats import norm, qmc
 from timm.models.mobilevit import LinearSelfAttention
 
+from formulas import DIM, GRID, HEADS, REAL, check, copied, scattered, tokens
 from helpers import position, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, copied, scattered, tokens
 from zoo.kernels import exponential_attention, mean_attention
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from test_parity import DIM, GRID, HEADS, check, scattered, tokens
+from formulas import DIM, GRID, HEADS, check, scattered, tokens
 from zoo.mixers import MIXERS
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import Given, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import advance, create_model
 from zoo.layer import Chunks, Context, Place, unfinished
 from zoo.mixers import MIXERS, normalizers, scored

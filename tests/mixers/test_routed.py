@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import Given, position, randomise, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context
 from zoo.mixers import MIXERS

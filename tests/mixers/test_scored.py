@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import Given, position, randomise, relative
-from test_parity import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from zoo import create_model
 from zoo.layer import Chunks, Context, Order, Place
 from zoo.mixers import MIXERS, scored

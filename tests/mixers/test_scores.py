@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formulas import DIM, GRID, HEADS, REAL, SINGLE, check, copied, scattered, tokens
 from helpers import Given, position
-from test_parity import DIM, GRID, HEADS, REAL, SINGLE, check, copied, scattered, tokens
 from zoo.layer import Chunks, Context, Memory
 from zoo.mixers import CROSSES, MIXERS, scored
 from zoo.spec import make

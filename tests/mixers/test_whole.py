@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formulas import DIM, GRID, HEADS, REAL, check, copied, scattered, tokens
 from helpers import Given
-from test_parity import DIM, GRID, HEADS, REAL, check, copied, scattered, tokens
 from zoo.layer import Context, Place
 from zoo.mixers import MIXERS
 from zoo.spec import make
