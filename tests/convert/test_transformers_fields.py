@@ -16,8 +16,8 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
-from convert.test_speech_models import parakeet
 from published_detectors import DEPTHS, WIDTHS, detr, rtdetr, timm, written
+from published_speech import parakeet
 from zoo.convert import from_transformers
 
 KINDS: dict[str, Any] = {"parakeet": ParakeetForCTC, "detr": DetrForObjectDetection, "timm": DetrForObjectDetection}
