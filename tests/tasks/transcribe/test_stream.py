@@ -1,11 +1,9 @@
 """Streaming from the command: the text of the whole, from a file and from a pipe, in pieces of any size."""
 
-import functools
 import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +15,35 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 import zoo
-from helpers import randomise
-from training import difference, refused
+from listening import (
+    CHUNK,
+    LEFT,
+    LETTERS,
+    PREPROCESS,
+    RATE,
+    TINY,
+    Pipe,
+    hear,
+    loaded,
+    pcm,
+    sound,
+    talkative,
+    tokens_of,
+    whole,
+)
+from training import refused
 from zoo.__main__ import main
 from zoo.inputs.audio import RECIPES, StreamingFeatures
 from zoo.layer import Chunks
-from zoo.outputs import greedy, transducer_greedy, words
-from zoo.outputs.tokens import Tokenizer, train_characters, train_pieces
-from zoo.outputs.transducer import transducer_search
-from zoo.tasks.transcribe.listener import Listener
-from zoo.weights import load_checkpoint, save_model
-
-RATE, CHUNK, LEFT = 16000, 4, 8
-loaded = functools.cache(load_checkpoint)
-TINY: dict[str, Any] = {"name": "conformer_ctc_s", "dim": 16, "depth": 2, "heads": 2, "conv": "glu(kernel=5)"}
-TINY |= {"subsampling": "conv4(padding='causal', channels=8)", "chunk": CHUNK, "left": LEFT}
-PREPROCESS = RECIPES["streaming"]
-LETTERS = train_characters(["ABCDEFGH I"])
-PIECES = train_pieces(["HELLO WORLD", "ABLE BAKER HELLO", "WORLD WIDE ABLE"] * 5, 17)
-HEADS = {"ctc": "ctc", "transducer": "transducer(hidden=16)"}
-
-
-def sound(seconds: float = 3.0) -> Tensor:
-    """Noise that changes its level ten times a second under a rising tone, as 16 bits can say it."""
-    generator = torch.Generator().manual_seed(1)
-    size = round(seconds * RATE)
-    level = torch.rand(1000, generator=generator).repeat_interleave(1600)[:size]
-    noise = level * torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, size)).float()
-    time = torch.arange(size) / RATE
-    return ((noise + 0.3 * torch.sin(2000 * time * (0.1 + time))) * 32768).round() / 32768
-
-
-def pcm(waveform: Tensor) -> bytes:
-    return (waveform.numpy() * 32768).round().astype("<i2").tobytes()
-
-
-def talkative(tokenizer: Tokenizer, kind: str) -> Any:
-    """A model with random weights that says much: all tokens are likely, and what begins a word and the blank more."""
-    torch.manual_seed(6)
-    model: Any = zoo.create_model(**TINY, head=HEADS[kind], vocabulary=tokenizer.vocabulary).eval()
-    randomise(model)
-    out, blank = (model.head, 0.3) if kind == "ctc" else (model.head.out, 2.5)
-    with torch.no_grad():
-        out.weight *= 3
-        made = model(PREPROCESS(sound())[None])[0]
-        logits = made if kind == "ctc" else model.head.joint(made, model.head.start(1)[0][:, None])
-        out.bias -= logits[0].mean(0)
-        more = [1.0 * tokenizer.starts_word(id) for id in range(tokenizer.blank)]
-        out.bias += torch.tensor([*more, blank]) * logits[0].std(0).mean()
-    return model
+from zoo.outputs import words
+from zoo.outputs.tokens import train_characters
+from zoo.weights import save_model
 
 
 @pytest.fixture(scope="module", params=["ctc", "transducer"])
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = talkative(LETTERS, request.param)
     return save_model(model, tmp_path_factory.mktemp("kept") / request.param, preprocess=PREPROCESS, labels=LETTERS)
-
-
-@pytest.fixture(scope="module")
-def ctc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ctc") / "model"
-    return save_model(talkative(LETTERS, "ctc"), folder, preprocess=PREPROCESS, labels=LETTERS)
-
-
-@torch.no_grad()
-def tokens_of(model: Any, waveform: Tensor, visible: Chunks | None = None) -> tuple[list[int], Tensor]:
-    """The tokens of the whole, and the frames that they come from."""
-    made, lengths = model(PREPROCESS(waveform)[None], None, visible)
-    transducer = model.config.head != "ctc"
-    return (transducer_greedy(model.head, made, lengths) if transducer else greedy(made, lengths))[0], made[0]
-
-
-def whole(folder: Path, waveform: Tensor, visible: Chunks | None = None) -> str:
-    model, _, tokenizer, _ = loaded(folder)
-    assert isinstance(tokenizer, Tokenizer)
-    return spelt(tokenizer, tokens_of(model, waveform, visible)[0])
-
-
-def spelt(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    return " ".join(tokenizer.decode(tokens).split())
-
-
-class Pipe(io.BytesIO):
-    """Standard input that gives so many bytes at a time, and calls `seen` in front of each."""
-
-    def __init__(self, content: bytes, size: int, seen: Callable[[int], None] = lambda given: None) -> None:
-        super().__init__(content)
-        self.size, self.seen = size, seen
-
-    def read1(self, size: int | None = -1, /) -> bytes:
-        self.seen(self.tell())
-        return self.read(min(self.size, size or self.size))
-
-
-def hear(monkeypatch: pytest.MonkeyPatch, pipe: io.BytesIO, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(pipe))
-    main(["transcribe", "stream", *map(str, arguments), "-"])
 
 
 # The text of the whole
@@ -145,35 +76,6 @@ def test_look_ahead(ahead: int, kept: Path, capsys: Any, monkeypatch: Any):
     text = capsys.readouterr().out
     assert text == whole(kept, sound(), visible) + "\n"
     assert text != whole(kept, sound()) + "\n"
-
-
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("tokenizer", [LETTERS, PIECES], ids=["characters", "pieces"])
-def test_listener_in_pieces_of_any_size(tokenizer: Tokenizer, kind: str):
-    model, waveform = talkative(tokenizer, kind), sound(2.0)
-    wanted = spelt(tokenizer, tokens_of(model, waveform)[0])
-    generator = torch.Generator().manual_seed(0)
-    for most in (400, 4000, 50_000):
-        listener, said, start = Listener(model, PREPROCESS, tokenizer), [], 0
-        while start < len(waveform):
-            end = start + int(torch.randint(most, (), generator=generator))
-            said.append(listener.push(waveform[start:end]))
-            start = end
-        rest = listener.finish()
-        assert "".join(said) + rest == wanted
-        assert most > 400 or sum(map(bool, said)) > 5 and len(rest) < len(wanted) // 2
-    with pytest.raises(ValueError, match="stream has ended"):
-        listener.push(waveform)
-
-
-def test_memory_does_not_grow():
-    listener, sizes = Listener(talkative(LETTERS, "ctc"), PREPROCESS, LETTERS, rate=44100), set()
-    for piece in sound(6.0).split(500):
-        listener.push(piece)
-        assert listener.resample.waiting.numel() + listener.features.waiting.numel() < 3000
-        assert listener.stream.waiting.shape[1] < 16 and not listener.pending
-        sizes.add(sum(value.numel() for value in listener.stream.cache.values()))
-    assert len(sizes) == 1
 
 
 # Words as they come
@@ -222,53 +124,6 @@ def test_times_are_those_of_the_best_path(ctc: Path, capsys: pytest.CaptureFixtu
     tokens, logits = tokens_of(loaded(ctc).model, sound())
     wanted = [f"{word.start:8.2f}  {word.text}" for word in words(logits, tokens, LETTERS, 0.04)]
     assert capsys.readouterr().out.splitlines() == wanted and len(wanted) > 5
-
-
-def test_times_of_a_transducer(capsys: pytest.CaptureFixture[str]):
-    listener = Listener(talkative(LETTERS, "transducer"), PREPROCESS, LETTERS, times=True)
-    said = "".join(map(listener.push, sound().split(777))) + listener.finish()
-    made, lengths = listener.model(PREPROCESS(sound())[None])
-    (found,), _ = transducer_search(listener.model.head, made, lengths, listener.model.head.start(1))
-    wanted: list[str] = []
-    space = True
-    for letter, frame in ((LETTERS.pieces[token], frame) for token, frame in found):
-        if letter != " ":
-            wanted += [f"{frame * 0.04:8.2f}  {letter}"] if space else [wanted.pop() + letter]
-        space = letter == " "
-    assert said.splitlines() == wanted and len(wanted) > 5
-
-
-class Bytes(Tokenizer):
-    """Letters, a space, the bytes of others, as sentencepiece's byte fallback has them, and a piece between spaces."""
-
-    values = (b"a", b"b", b" ", *(bytes([each]) for each in "€é".encode()), b" x y ")
-    pieces = tuple(map(repr, values))
-
-    def encode(self, text: str) -> list[int]:
-        first, *rest = text.split(" x y ")
-        ids = [self.values.index(bytes([each])) for each in first.encode()]
-        return ids + [self.blank - 1, *self.encode(" x y ".join(rest))] if rest else ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(self.values[id] for id in ids).decode(errors="replace")
-
-    def starts_word(self, id: int) -> bool:
-        return id == 2
-
-    def to_dict(self) -> dict[str, Any]:
-        return {}
-
-
-@pytest.mark.parametrize("text", ["ab€ éa  €é b", " €", "€€a", "a ", "a x y b x y  x y €a"])
-def test_a_character_of_several_tokens_comes_whole(text: str):
-    tokenizer = Bytes()
-    model = zoo.create_model(**TINY, vocabulary=tokenizer.vocabulary).eval()
-    listener = Listener(model, PREPROCESS, tokenizer)
-    ids = tokenizer.encode(text)
-    said = [listener._add(token, frame) for frame, token in enumerate(ids)]
-    assert "".join(said) == " ".join(text.split()) and listener._spell() == ""
-    assert [listener._add(token, 0) for token in tokenizer.encode("€")[:2]] == ["", ""]
-    assert listener._spell() == ("" if text[-1] != " " else " ") + "\N{REPLACEMENT CHARACTER}"
 
 
 # Other sounds
@@ -419,41 +274,3 @@ def test_files_that_are_wrong(ctc: Path, capsys: pytest.CaptureFixture[str], tmp
     assert said(short) == f"{short}: truncated after 1.00 s"
     text = capsys.readouterr().out  # what is there is heard, and the error stands on its own line
     assert text.endswith("\n") and len(text) > 10 and whole(ctc, sound(2.0)).startswith(text.strip())
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"look_ahead": -1}, "look_ahead must be >= 0"),
-        ({"tokenizer": PIECES}, r"\(18, 80\) tokens and mel bands, but the model has \(11, 80\)"),
-        ({}, "no chunk"),
-    ],
-    ids=str,
-)
-def test_listener_refuses(options: dict[str, Any], words: str):
-    choices = TINY if options else TINY | {"chunk": None, "left": 70}
-    model = zoo.create_model(**choices, vocabulary=LETTERS.vocabulary).eval()
-    with pytest.raises(ValueError, match=words):
-        Listener(model, PREPROCESS, **{"tokenizer": LETTERS, **options})
-
-
-def test_an_answer_that_is_not_a_number(ctc: Path):
-    model: Any = load_checkpoint(ctc).model
-    model.head.bias.data[0] = float("nan")
-    listener = Listener(model, PREPROCESS, LETTERS)
-    with pytest.raises(ValueError, match="the model's output is NaN or infinite"):
-        listener.push(sound(1.0))
-
-
-def test_two_listeners_of_one_model_do_not_hear_each_other(ctc: Path):
-    model = load_checkpoint(ctc).model
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    waveforms = (sound(1.0), sound(2.0)[16000:])
-    pairs = [(Listener(model, PREPROCESS, LETTERS), waveform, list[str]()) for waveform in waveforms]
-    for place in range(0, 16000, 1000):
-        for listener, waveform, said in pairs:
-            said.append(listener.push(waveform[place : place + 1000]))
-    for listener, waveform, said in pairs:
-        alone = Listener(model, PREPROCESS, LETTERS)
-        assert "".join(said) + listener.finish() == alone.push(waveform) + alone.finish()
-    assert difference(before, model.state_dict()) is None
