@@ -1,4 +1,4 @@
-"""A small data set of objects, written in each format of files."""
+"""A small data set of objects, written in each format of files, and drawn shapes to augment."""
 
 import json
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from zoo.data.box_entries import BoxSource
+from zoo.data.boxes import BoxDataset, Boxes
 
 NAMES = ("bird", "cat", "dog")
 # For each image: name, (height, width), and its objects: index of a category, (left, top, right, bottom), crowd.
@@ -115,3 +117,18 @@ def check(source: BoxSource, crowd: bool = True) -> None:
             found.area, [(box[2] - box[0]) * (box[3] - box[1]) for _, box, _ in wanted], rtol=1e-5
         )
         assert np.asarray(source.image(index)).shape == (*size, 3)
+
+
+OFF: dict[str, Any] = {"flip": 0.0, "photometric": 0.0, "zoom": 0.0, "iou_crop": 0.0}
+UNIT: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
+
+
+def drawn(dataset: BoxDataset, epoch: int, index: int) -> tuple[Tensor, Tensor, list[int]]:
+    """The image, boxes and labels of one sample."""
+    batch = dataset[epoch, index]
+    assert batch.truth.valid.all()
+    return batch.images[0], batch.truth.boxes[0], batch.truth.labels[0].tolist()
+
+
+def shapes(**options: Any) -> Any:
+    return Boxes(**({"size": 64} | UNIT | OFF | options)).train_dataloader().dataset
