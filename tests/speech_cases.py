@@ -1,6 +1,8 @@
-"""What the tests of speech encoders share: small models, clips in company, a step of training."""
+"""What the tests of speech share: small models, clips in company, a step of training, the tokens of a path."""
 
 import copy
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,3 +53,7 @@ def trained(model: torch.nn.Module, batch: torch.Tensor, lengths: torch.Tensor) 
 
 def real_mask(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(x.shape[1]) < lengths[:, None]
+
+
+def collapse(path: Sequence[int], blank: int) -> tuple[int, ...]:
+    return tuple(token for token, _ in itertools.groupby(path) if token != blank)
