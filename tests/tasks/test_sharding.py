@@ -1,6 +1,7 @@
 """Two processes, by DDP and by FSDP2, against one process with twice the batch; their kills, and what they leave."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,36 @@ def note(self, outputs, batch, batch_idx):
             os.kill(os.getpid(), signal.SIGKILL)
 
 Task.on_train_batch_end = note
+
+def make_alike():
+    # What is drawn for an image depends on it alone; one process joins the speech batches that two would have.
+    import zlib
+    from unittest.mock import patch
+    from zoo.data import buckets
+    from zoo.tasks.generate.train import Generate
+
+    draw, rand, randn = Generate.loss_of, torch.rand, torch.randn
+
+    def drawn(self, batch):
+        seeds = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
+        def each(make, *shape):
+            return torch.stack([make(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        with patch("torch.rand", lambda number, device: each(rand)):
+            with patch("torch.randn_like", lambda x: each(randn, *x.shape[1:])):
+                return draw(self, batch)
+
+    Generate.loss_of = drawn
+    batches, number = buckets.DurationBatches.__iter__, buckets.DurationBatches.__len__
+
+    def of_two(self, rank, ask):
+        with patch.object(buckets.sampling, "rank_and_world", lambda: (rank, 2)):
+            return ask(self)
+
+    if "LOCAL_RANK" not in os.environ and "--trainer.devices=1" in sys.argv:
+        both = lambda self: zip(*(of_two(self, rank, lambda own: list(batches(own))) for rank in (0, 1)))
+        buckets.DurationBatches.__iter__ = lambda self: (one + other for one, other in both(self))
+        buckets.DurationBatches.__len__ = lambda self: of_two(self, 0, number)
+
 arguments, seen = Classify.inputs_of, []
 
 def unreadable(self, batch):
@@ -56,6 +87,8 @@ def unreadable(self, batch):
     return (images[:0] if len(seen) == 1 and str(self.global_rank) in os.environ.get("EMPTY", "") else images,)
 
 Classify.inputs_of = unreadable
+if os.environ.get("ALIKE"):
+    make_alike()
 if os.environ.get("LOCAL_RANK") == "1":
     sys.argv = [word.replace("/data", os.environ.get("OTHER", "/data")) for word in sys.argv]
 main(sys.argv[1:])
@@ -87,17 +120,25 @@ TASKS = {
     ],
 }
 TASKS["experts"] = [*TASKS["classify"], "--model.backbone.mixer=moa", "--model.backbone.ffn=moe", "--model.balance=1"]
+# Without what is drawn for a batch as a whole, and with twice the batch.
+DRAWN = {
+    "generate": ([], ["--data.batch=32"]),
+    "transcribe": (["--model.time_masks=0", "--model.frequency_masks=0"], []),
+    "transducer": (["--model.time_masks=0", "--model.frequency_masks=0"], []),
+    "detect": (["--model.backbone.denoising=false"], ["--data.batch=8"]),
+}
+BEHIND_A_BIAS = r"(branch\.norm|(first|second|narrow|wide|laterals\.\d)\.norm)\.running_mean"
 OTHERS = {"transducer": "transcribe", "experts": "classify"}
 
 
-def train(case: str, folder: Path, *flags: str, ranks: int = 1, kill: str = "", empty: str = "") -> tuple[int, str]:
+def train(case: str, folder: Path, *flags: str, ranks: int = 1, **more: str) -> tuple[int, str]:
     """Trains with some processes; the exit status, and what they print until all end."""
     script = folder.with_name("patched.py")
     script.write_text(PATCHED)
     task = OTHERS.get(case, case)
     line = [sys.executable, script, task, "fit", *TASKS[case], *COMMON, f"--trainer.devices={ranks}", *flags]
     line.append(f"--trainer.default_root_dir={folder}")
-    environment = {**os.environ, "KILL": kill, "EMPTY": empty, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **{name.upper(): value for name, value in more.items()}, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
@@ -108,8 +149,8 @@ def losses(printed: str) -> torch.Tensor:
     return torch.tensor([float(line.split()[1]) for line in printed.splitlines() if line.startswith("loss ")])
 
 
-def finished(case: str, folder: Path, *flags: str, ranks: int = 1) -> torch.Tensor:
-    status, printed = train(case, folder, *flags, ranks=ranks)
+def finished(case: str, folder: Path, *flags: str, ranks: int = 1, **more: str) -> torch.Tensor:
+    status, printed = train(case, folder, *flags, ranks=ranks, **more)
     assert status == 0, printed[-3000:]
     found = losses(printed)
     assert len(found) == 20
@@ -135,6 +176,20 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
         single = weights(tmp_path / "one")
         statistics = [name for name in single if "running" in name]
         assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", DRAWN)
+def test_two_processes_are_one_with_twice_the_batch(case: str, strategy: str, tmp_path: Path):
+    plain, twice = DRAWN[case]
+    two = finished(case, tmp_path / "two", f"--trainer.strategy={strategy}", *plain, ranks=2, alike="1")
+    one = finished(case, tmp_path / "one", *plain, *twice, alike="1")
+    assert ((two - one).abs() / one.abs().clamp(min=1)).max() < 1e-5
+    single, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
+    # Adam moves a bias in front of a norm, whose gradient is rounding, and so the mean that the norm has seen.
+    statistics = [name for name in single if "running" in name and not re.search(BEHIND_A_BIAS, name)]
+    assert case == "generate" or statistics
+    assert not [name for name in statistics if not torch.allclose(single[name], shared[name], atol=1e-5, rtol=1e-5)]
 
 
 @pytest.mark.parametrize(
