@@ -178,18 +178,19 @@ def test_ddp_and_fsdp2_agree(case: str, tmp_path: Path):
         assert statistics and all(torch.allclose(single[name], one[name], atol=1e-5) for name in statistics)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("case", DRAWN)
-def test_two_processes_are_one_with_twice_the_batch(case: str, strategy: str, tmp_path: Path):
+def test_two_processes_are_one_with_twice_the_batch(case: str, tmp_path: Path):
     plain, twice = DRAWN[case]
-    two = finished(case, tmp_path / "two", f"--trainer.strategy={strategy}", *plain, ranks=2, alike="1")
     one = finished(case, tmp_path / "one", *plain, *twice, alike="1")
-    assert ((two - one).abs() / one.abs().clamp(min=1)).max() < 1e-5
-    single, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
+    single = weights(tmp_path / "one")
     # Adam moves a bias in front of a norm, whose gradient is rounding, and so the mean that the norm has seen.
     statistics = [name for name in single if "running" in name and not re.search(BEHIND_A_BIAS, name)]
     assert case == "generate" or statistics
-    assert not [name for name in statistics if not torch.allclose(single[name], shared[name], atol=1e-5, rtol=1e-5)]
+    for strategy in ("ddp", "fsdp2"):
+        two = finished(case, tmp_path / strategy, f"--trainer.strategy={strategy}", *plain, ranks=2, alike="1")
+        assert ((two - one).abs() / one.abs().clamp(min=1)).max() < 1e-5
+        shared = weights(tmp_path / strategy)
+        assert not [name for name in statistics if not torch.allclose(single[name], shared[name], 1e-5, 1e-5)]
 
 
 @pytest.mark.parametrize(
