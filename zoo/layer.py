@@ -87,7 +87,7 @@ class Bias(Protocol):
 
     def between(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[1 or B, heads, ..., q, k] for the queries [..., q] and the keys [..., k], given by their places among all
-        keys. The other axes are windows."""
+        keys. Any axes in between are windows."""
         ...
 
 

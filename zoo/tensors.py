@@ -93,10 +93,14 @@ def single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def mixing_precision(x: Tensor) -> bool:
+    """Whether mixed precision chooses the dtypes of products on the device of x."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def unmixed(x: Tensor) -> AbstractContextManager[Any]:
     """A context without mixed precision on the device of x: what is computed in it has the dtypes of its inputs."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if mixing_precision(x) else nullcontext()
 
 
 def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from zoo.mixers.attention import Softmax
 from zoo.mixers.projected import Projected
 from zoo.mixers.scored import Scored
 from zoo.models.base import noting
+from zoo.spec import make
 
 
 @pytest.fixture
@@ -72,6 +73,45 @@ def test_some_queries_at_a_time_are_all_at_once(row, few_rows):
         whole = layer(x, context).detach()
         real = slice(None) if context.mask is None else context.mask
         assert relative(some[real], whole[real]) < 1e-12
+
+
+class Odd(Scored):
+    """Keys that heads share, and products in another dtype, of which the second keep their own memory."""
+
+    headwise = True
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, kv_heads=1)
+
+    def scores(self, query, key, pairs):
+        key = key.expand(-1, query.shape[1], -1, -1)
+        first, second = (pairs.products(query.float(), sign * key.float()) for sign in (1, -1))
+        return (first - second).to(query.dtype)
+
+
+@pytest.mark.parametrize("kind", [torch.double, torch.bfloat16])
+def test_chunks_share_memory_only_where_it_fits(kind, few_rows):
+    layer, x = scattered(Odd(DIM, HEADS)).to(kind), tokens().to(kind)
+    with torch.no_grad():
+        some = layer(x, GRID)
+    assert relative(some.double(), layer(x, GRID).detach().double()) < (1e-6 if kind == torch.double else 0.05)
+
+
+NOT_ALONE = {"moa"}  # the numbers of tokens of its experts are values
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in MIXERS.items() if 2 in row.dimensions and name not in NOT_ALONE]
+)
+def test_shapes_alone(name, few_rows):
+    """On the meta device, with a mask and without."""
+    with torch.device("meta"):
+        layer, x = make(MIXERS, name, DIM, HEADS, Place(2)).eval(), torch.zeros(2, 30, DIM)
+        mask = torch.ones(2, 30, dtype=torch.bool)
+    with torch.no_grad():
+        for context in (GRID, GRID._replace(mask=mask)):
+            y = layer(x, context)
+            assert y.shape == x.shape and y.is_meta
 
 
 def test_causal_tokens_see_those_before_them(few_rows):

@@ -285,6 +285,7 @@ def test_list_models():
         {"position": "rope(centred=True)", "class_token": True, "pool": "token_and_mean"},
         {"position": "rope", "mixer": "tape", "causal": True},
         {"position": "none", "mixer": "softmax(null=True, log_n=True)"},
+        {"position": "none", "mixer": ("deltanet", "fnet")},
     ],
 )
 def test_export_of_a_whole_model_takes_any_batch(choices):

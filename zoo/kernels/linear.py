@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zoo.tensors import overwritable, zeroed
+from zoo.tensors import mixing_precision, overwritable, zeroed
 
 PART = 512  # tokens whose features are in memory at once
 
@@ -137,6 +137,5 @@ def _summed(query: Tensor, key: Tensor, value: Tensor, share: Tensor) -> tuple[T
 
 def _short(x: Tensor) -> bool:
     """Whether products are taken in fp16, whose range is short."""
-    device = x.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    kind = torch.get_autocast_dtype(x.device.type) if mixing_precision(x) else x.dtype
     return kind == torch.float16

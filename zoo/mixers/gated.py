@@ -17,10 +17,11 @@ class DeltaNet(Projected):
     q_i S (DeltaNet, Schlag et al. 2021, arXiv:2102.11174; in parallel by chunks, Yang et al. 2024, arXiv:2406.06484).
 
     Queries and keys are unit vectors of silu(W x), b_i = sigmoid(w . x_i) for each head. Tokens come line by line on an
-    image, after the prefix tokens. directions=2 adds what a second memory gives that reads the tokens from the last to
-    the first; directions=1 has the first alone and needs a ViT with causal=True, where prefix tokens come last. An
-    exported program takes the number of tokens that it was exported with. The paper's short convolutions and its norm
-    of each head are left out; placements may put a norm there.
+    image, after the prefix tokens. directions=2 adds the result of a second memory, which reads the tokens from the
+    last to the first; directions=1 has the first alone and needs a ViT with causal=True, where prefix tokens come last.
+    An exported program takes the number of tokens that it was exported with, and a compiled model is compiled again for
+    each number of chunks of 32 tokens. The paper's short convolutions and its norm of each head are left out;
+    placements may put a norm there.
     """
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, directions: int = 2) -> None:
@@ -46,12 +47,11 @@ class DeltaNet(Projected):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         value, rate = value.split((self.value_dim, 1), -1)
         query, key = (F.normalize(single(silu(part)), dim=-1) for part in (query, key))
-        key, value = zeroed(key, context.mask), zeroed(value, context.mask)
+        key, value, rate = (zeroed(part, context.mask) for part in (key, value, rate))
         parts = query, key, single(value), single(rate)
         if self.directions == 2:
-            parts = tuple(torch.cat([part, part.flip(1)]) for part in parts)
-            first, last = delta_attention(*parts).chunk(2)
-            mixed = first + last.flip(1)
+            mixed, batch = delta_attention(*(torch.cat([part, part.flip(1)]) for part in parts)), value.shape[0]
+            mixed = mixed[:batch] + mixed[batch:].flip(1)
         else:
             prefix = context.prefix
             mixed = delta_attention(*(part.roll(-prefix, 1) if prefix else part for part in parts))

@@ -1,6 +1,5 @@
 """The frame of attention with explicit weights: scores, weights, sums of values, for some queries at a time."""
 
-import itertools
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -8,12 +7,34 @@ from torch import Tensor
 
 from zoo.layer import Context, Order
 from zoo.mixers.projected import Attention, rotate, visible_keys
-from zoo.tensors import compiling, overwritable
+from zoo.tensors import compiling, mixing_precision, overwritable
 
 LEAST_ROWS = 32
 SCORES_AT_ONCE = {"cpu": 3 * 2**18}
 """Scores that are in memory at one time, by the type of device; 2**26 on others. Chunks are of equal size, and have at
 least half of LEAST_ROWS queries if there are as many."""
+
+
+class Room:
+    """Memory for the scores of each chunk of queries in turn, so that it is not allocated anew for each of them. It is
+    made for the first chunk, which is the largest."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+        self.free = True  # for the first products of a chunk
+
+    def take(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """Memory for query [B, H, n, d] @ key [B, H, d, M]; None if it is in use or does not fit."""
+        if not self.free or query.dtype != key.dtype or query.shape[:2] != key.shape[:2]:
+            return None
+        shape = (*query.shape[:-1], key.shape[-1])
+        if self.memory is None:
+            self.memory = query.new_empty(shape)
+        fits = all(wanted <= size for wanted, size in zip(shape, self.memory.shape, strict=True))
+        if not fits or self.memory.dtype != query.dtype:
+            return None
+        self.free = False
+        return self.memory[tuple(slice(size) for size in shape)]
 
 
 class Pairs(NamedTuple):
@@ -23,14 +44,13 @@ class Pairs(NamedTuple):
     before: int  # keys of a stream that come before the first token
     allowed: Tensor | None  # [1 or B, 1, 1 or n, M], True where the query sees the key; None if all are seen
     context: Context
-    room: list[Tensor] | None = None  # memory for the products of these queries, for the first that asks
+    room: "Room | None" = None
 
     def products(self, query: Tensor, key: Tensor) -> Tensor:
         """query [B, H, n, d] and key [B, H, M, d] -> q k^T, [B, H, n, M]."""
         key = key.transpose(-1, -2)
-        if self.room and self.room[0].shape == (*query.shape[:-1], key.shape[-1]):
-            return torch.matmul(query, key, out=self.room.pop())
-        return query @ key
+        out = None if self.room is None else self.room.take(query, key)
+        return query @ key if out is None else torch.matmul(query, key, out=out)
 
     def masked(self, scores: Tensor, fill: float = -torch.inf) -> Tensor:
         """Scores [B, H, n, M] with `fill` where a query does not see the key."""
@@ -87,8 +107,9 @@ class Scored(Attention):
     In inference they see some queries at a time and all keys, so that memory grows linearly with the number of tokens.
     In training, and in a compiled or exported program, they see all queries at once; always so with `quadratic`, for
     weights that depend on other queries. `headwise` says that the three methods treat all heads alike, without
-    parameters of single heads: inference may then compare one head at a time, which is faster. A query that sees no key
-    is treated as if it saw all of them. A `causal` class keeps the Order without being asked.
+    parameters of single heads: inference may then compare one head at a time, which is faster. The scores of later
+    chunks overwrite those before: clone what you keep. A query that sees no key is treated as if it saw all of them. A
+    `causal` class keeps the Order without being asked.
     """
 
     reads = Attention.reads | {"rotary", "bias"}
@@ -124,47 +145,38 @@ class Scored(Attention):
         query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))
         groups = self.groups(number, query, key, context)
         chunks = self.chunks(number, query[:, groups[0]], key)
-        room = self.room(groups, chunks, query, key, context)
-        noted, y = [], None
-        for heads, rows in itertools.product(groups, chunks):
-            some, keys = query[:, heads, rows], key[:, heads]
+        whole, noted, y = len(groups) == len(chunks) == 1, [], None
+        room = None if whole or context.notes is not None or mixing_precision(query) else Room()
+        for rows in chunks:
             seen = self.allowance(real, number, key, context, rows)
-            free = None if room is None else [room[:, : some.shape[1], : some.shape[2]]]
-            pairs = Pairs(rows.start, key.shape[2] - new, seen, context, free)
-            weights = self.weights(self.scores(some, keys, pairs), pairs)
-            part = self.collect(weights, value[:, heads], pairs)
-            if y is None:  # once for all: small tensors between large ones would keep glibc from reusing those
-                total = query.shape[1] if len(groups) > 1 else part.shape[1]
-                whole = len(groups) == len(chunks) == 1
-                y = part if whole else part.new_empty(len(part), total, number, part.shape[3])
-            if y is not part:
-                y[:, heads, rows] = part
-            if context.notes is not None:
-                noted.append(weights.detach())
+            pairs = Pairs(rows.start, key.shape[2] - new, seen, context, room)
+            for heads in groups:
+                if room is not None:
+                    room.free = True
+                weights = self.weights(self.scores(query[:, heads, rows], key[:, heads], pairs), pairs)
+                part = self.collect(weights, value[:, heads], pairs)
+                if y is None:  # once for all: small tensors between large ones would keep glibc from reusing those
+                    total = query.shape[1] if len(groups) > 1 else part.shape[1]
+                    y = part if whole else part.new_empty(len(part), total, number, part.shape[3])
+                if y is not part:
+                    y[:, heads, rows] = part
+                if context.notes is not None:
+                    noted.append(weights.detach())
         if noted:
-            by_group = [torch.cat(noted[start : start + len(chunks)], 2) for start in range(0, len(noted), len(chunks))]
-            self.note(context, "weights", torch.cat(by_group, 1))
+            count = len(groups)
+            by_chunk = [torch.cat(noted[start : start + count], 1) for start in range(0, len(noted), count)]
+            self.note(context, "weights", torch.cat(by_chunk, 2))
         assert y is not None
         return y.transpose(1, 2)
 
     def groups(self, number: int, query: Tensor, key: Tensor, context: Context) -> list[slice]:
         """The heads that are compared at one time: in inference, with `headwise`, as many as keep the scores of all
         queries in the processor's cache, or one."""
-        if not self.headwise or compiling() or torch.is_grad_enabled() or context.bias is not None:
+        alike = self.headwise and key.shape[1] == query.shape[1] and context.bias is None
+        if not alike or compiling() or torch.is_grad_enabled():
             return [ALL]
         size = max(1, scores_at_once(query.device) // max(1, len(query) * number * key.shape[2]))
         return [slice(start, start + size) for start in range(0, query.shape[1], size)]
-
-    @staticmethod
-    def room(groups: list[slice], chunks: list[slice], query: Tensor, key: Tensor, context: Context) -> Tensor | None:
-        """Memory for the scores of each chunk in turn, so that the system need not give it again and again; None where
-        scores are kept, or mixed precision chooses their dtype."""
-        alike = query.shape[:2] == key.shape[:2] and query.dtype == key.dtype
-        mixed = torch.is_autocast_enabled(query.device.type)
-        if len(groups) == len(chunks) == 1 or not alike or context.notes is not None or mixed:
-            return None
-        heads, rows = query[:, groups[0]].shape[1], chunks[0].stop or query.shape[2]
-        return query.new_empty(len(query), heads, rows, key.shape[2])
 
     def allowance(
         self, real: Tensor | None, number: int, key: Tensor, context: Context, rows: slice = ALL

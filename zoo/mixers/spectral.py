@@ -15,10 +15,10 @@ class FourierTransform(Layer):
     parameters (FNet, Lee-Thorp et al. 2021, arXiv:2105.03824).
 
     It is a fast transform of N log N operations. With a mask each sample is transformed at its own size, by matrices of
-    size x size along each axis; along time memory is then quadratic in the length. An exported program has these
-    matrices, too. scale=True divides by sqrt(N D), for N tokens of D channels, so that the
-    transform keeps the size of x, as a residual branch needs; scale=False does not, as published. Prefix tokens are
-    refused, for they have no place on the grid.
+    size x size along each axis; along time memory is then quadratic in the length. A compiled or exported program uses
+    these matrices without a mask, too. scale=True divides by sqrt(N D), for N tokens of D channels, so that the size of
+    the result does not depend on them, as a residual branch needs; scale=False does not, as published. Prefix tokens
+    are refused, for they have no place on the grid.
     """
 
     reads = frozenset({"mask"})
@@ -27,6 +27,7 @@ class FourierTransform(Layer):
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, scale: bool = True) -> None:
         super().__init__()
         self.scale = scale
+        self.quadratic = place.axes == 1
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         grid, axes = context.grid, range(1, 1 + len(context.grid))
