@@ -7,6 +7,7 @@ from torch import Tensor
 from zoo.tensors import unmixed
 
 CHUNK = 32  # tokens; a power of two
+SEGMENT = 16 * CHUNK  # tokens whose products are in memory at once
 
 
 def delta_attention(query: Tensor, key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
@@ -16,6 +17,17 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, rate: Tensor) -> 
     Products are taken in the dtype of the inputs, in mixed precision too; memory is linear in N, and N / 32 steps
     depend on each other (Yang et al. 2024, arXiv:2406.06484).
     """
+    memory = query.new_zeros(query.shape[0] * query.shape[2], query.shape[3], value.shape[3])
+    parts = []
+    with unmixed(query):
+        for tokens in zip(*(part.split(SEGMENT, 1) for part in (query, key, value, rate)), strict=True):
+            mixed, memory = segment(*tokens, memory)
+            parts.append(mixed)
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def segment(query: Tensor, key: Tensor, value: Tensor, rate: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The result for some tokens and the memory [B H, d, e] after them."""
     (batch, number, heads), count = query.shape[:3], max(1, -(-query.shape[1] // CHUNK))
     margin = (0, 0, 0, 0, 0, count * CHUNK - number)
     # [chunks, B H, CHUNK, width]
@@ -23,30 +35,31 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, rate: Tensor) -> 
         F.pad(part, margin).unflatten(1, (count, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
         for part in (query, key, value, rate)
     )
-    with unmixed(query):
-        scaled = key * rate
-        solved = inverse(scaled @ key.transpose(-1, -2))
-        # What a chunk adds to the memory S before it: key^T (wanted - known S).
-        wanted, known = solved @ (value * rate), solved @ scaled
-        memory, memories, changes = query.new_zeros(query.shape[1], key.shape[-1], value.shape[-1]), [], []
-        for keys, new, old in zip(key.transpose(-1, -2), wanted, known, strict=True):
-            memories.append(memory)
-            changes.append(torch.baddbmm(new, old, memory, alpha=-1))
-            memory = torch.baddbmm(memory, keys, changes[-1])
-        inside = (query @ key.transpose(-1, -2)).tril()
-        mixed = query @ torch.stack(memories) + inside @ torch.stack(changes)
+    scaled = key * rate
+    solved = inverse(scaled @ key.transpose(-1, -2))
+    # What a chunk adds to the memory S before it: key^T (wanted - known S).
+    wanted, known = solved @ (value * rate), solved @ scaled
+    memories, changes = [], []
+    for keys, new, old in zip(key.transpose(-1, -2), wanted, known, strict=True):
+        memories.append(memory)
+        changes.append(torch.baddbmm(new, old, memory, alpha=-1))
+        memory = torch.baddbmm(memory, keys, changes[-1])
+    inside = (query @ key.transpose(-1, -2)).tril()
+    mixed = query @ torch.stack(memories) + inside @ torch.stack(changes)
     # [chunks, B H, CHUNK, e] -> [B, N, H, e]
-    return mixed.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :number]
+    return mixed.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :number], memory
 
 
 def inverse(x: Tensor) -> Tensor:
     """(1 + A)^-1 for the part A below the diagonal of x [..., n, n], n a power of two: from the inverses of blocks of
     the diagonal to those of blocks twice as large, since a series in A would cancel."""
     places = torch.arange(x.shape[-1], device=x.device)
-    found, size = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x), 1
-    while size < x.shape[-1]:
+
+    def beside(size: int) -> Tensor:
         rows, columns = places[:, None] // size, places // size
-        beside = (rows // 2 == columns // 2) & (rows > columns)
-        found = found - found @ (x * beside) @ found
-        size *= 2
+        return x * ((rows // 2 == columns // 2) & (rows > columns))
+
+    found, size = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - beside(1), 2
+    while size < x.shape[-1]:
+        found, size = found - found @ beside(size) @ found, 2 * size
     return found
