@@ -20,8 +20,8 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, rate: Tensor) -> 
     memory = query.new_zeros(query.shape[0] * query.shape[2], query.shape[3], value.shape[3])
     parts = []
     with unmixed(query):
-        for tokens in zip(*(part.split(SEGMENT, 1) for part in (query, key, value, rate)), strict=True):
-            mixed, memory = segment(*tokens, memory)
+        for q, k, v, b in zip(*(part.split(SEGMENT, 1) for part in (query, key, value, rate)), strict=True):
+            mixed, memory = segment(q, k, v, b, memory)
             parts.append(mixed)
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
