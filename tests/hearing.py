@@ -1,4 +1,4 @@
-"""A language of tones, a model that hears it, and the command that writes down what it hears."""
+"""Synthetic speech of tones, a model that transcribes it, and the command."""
 
 import json
 import math
@@ -23,7 +23,7 @@ PITCHES = {" ": 500.0, "a": 1000.0, "b": 2000.0, "c": 4000.0}
 
 
 def spoken(text: str) -> Tensor:
-    """A language of tones: a letter is a pitch, a word begins with the pitch of a space and ends with a pause."""
+    """Synthetic speech: a letter is a pitch, a word begins with the pitch of a space and ends with a pause."""
     time = torch.arange(int(TONE * RATE)) / RATE
     parts = [torch.zeros(int(PAUSE * RATE))]
     for word in text.split():

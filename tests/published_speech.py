@@ -70,7 +70,7 @@ def refused(path, words: str, convert, *more) -> None:
     assert "\n" not in line and len(line) < 450
 
 
-# NeMo: its encoders, written anew from their formulas, straight on tensors with NeMo's names.
+# NeMo's encoders, implemented from their formulas on tensors with NeMo's names.
 
 
 class Nemo:

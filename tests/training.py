@@ -33,11 +33,11 @@ TINY += [
 ]
 
 
-def command(verb: str, *flags: Any) -> None:
-    """`zoo classify VERB FLAGS...` in this process, which stays as it was."""
+def command(verb: str, *flags: Any, task: str = "classify") -> None:
+    """`zoo TASK VERB FLAGS...` in this process, which stays as it was."""
     precision = torch.get_float32_matmul_precision()
     try:
-        main(["classify", verb, *(f"--trainer.{flag}" for flag in QUIET), *map(str, flags)])
+        main([task, verb, *(f"--trainer.{flag}" for flag in QUIET), *map(str, flags)])
     finally:
         torch.set_float32_matmul_precision(precision)
 

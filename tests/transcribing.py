@@ -1,6 +1,7 @@
 """What the tests of training speech models share: tiny models, the command, and recordings of generated tones."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import soundfile
 import torch
 from torch import nn
 
+import training
 import zoo
 from training import QUIET
 from training import refused as refused_by
-from zoo.__main__ import main
 from zoo.data.speech_sources import Tones
 from zoo.outputs.tokens import Characters
 from zoo.tasks.transcribe.train import Transcribe
@@ -37,12 +38,7 @@ def flags_of(backbone: dict[str, Any]) -> list[str]:
     return [f"--model.backbone.{field}={value}" for field, value in (TINY | backbone).items()]
 
 
-def command(verb: str, *flags: Any) -> None:
-    precision = torch.get_float32_matmul_precision()
-    try:
-        main(["transcribe", verb, *(f"--trainer.{flag}" for flag in QUIET), *map(str, flags)])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+command = partial(training.command, task="transcribe")
 
 
 def fit(root: Path, *flags: Any, backbone: dict[str, Any] | None = None) -> None:

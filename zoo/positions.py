@@ -399,8 +399,8 @@ class Alibi(Position):
     2022, arXiv:2108.12409).
 
     The distance is that of the tokens along time, before and after a query alike; on images it is Euclidean, or with
-    distance='manhattan' the sum over both axes. Prefix tokens have none. In the paper it extrapolates to
-    longer inputs than those of training. For a number of heads that is no power of two the paper takes other slopes.
+    distance='manhattan' the sum over both axes. Prefix tokens have none. In the paper it extrapolates to longer
+    inputs than those of training. For a number of heads that is no power of two the paper takes other slopes.
     """
 
     writes = frozenset({"bias"})

@@ -91,6 +91,8 @@ def row_facts(kind: str, row: type, arguments: tuple[int, ...]) -> dict[str, Any
         least, most = (operations(row, arguments, number) for number in (1024, 1024 * TIMES))
         found["cost"] = "quadratic" if most > 2 * TIMES * least else "linear"
         found["cost"] += ", memory too" * row.quadratic
+        if not row.quadratic and 1 in row.dimensions and row(*arguments, Place(1, (64,))).quadratic:
+            found["cost"] += "; along time with a mask quadratic, memory too"
     return found
 
 

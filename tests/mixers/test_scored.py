@@ -8,7 +8,7 @@ import torch
 from formulas import DIM, GRID, HEADS, REAL, check, scattered, tokens
 from helpers import Given, position, randomise, relative
 from zoo import create_model
-from zoo.layer import Chunks, Context, Order, Place
+from zoo.layer import Chunks, Context, Notes, Order, Place
 from zoo.mixers import MIXERS, scored
 from zoo.mixers.attention import Softmax
 from zoo.mixers.projected import Projected
@@ -144,6 +144,18 @@ def test_weights_are_noted(few_rows):
     number = weights.shape[-1]
     assert weights.shape == (2, 2, number, number)
     assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5) and weights.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["power", "entmax", "differential"])
+def test_weights_of_chunks_are_noted_in_their_places(name, few_rows):
+    """Of single heads and of all."""
+    layer, x, noted = scattered(make(MIXERS, name, DIM, HEADS, Place(2))), tokens(), []
+    for gradients in (False, True):
+        notes = Notes()
+        with torch.set_grad_enabled(gradients):
+            layer(x, GRID._replace(notes=notes))
+        noted.append(notes.values[".weights"])
+    assert relative(*noted) < 1e-12
 
 
 def test_a_recomputed_block_notes_nothing():

@@ -52,7 +52,7 @@ def segment(query: Tensor, key: Tensor, value: Tensor, rate: Tensor, memory: Ten
 
 def inverse(x: Tensor) -> Tensor:
     """(1 + A)^-1 for the part A below the diagonal of x [..., n, n], n a power of two: from the inverses of blocks of
-    the diagonal to those of blocks twice as large, since a series in A would cancel."""
+    the diagonal to those of blocks twice as large, since a series in A would cancel. ONNX has no triangular solve."""
     places = torch.arange(x.shape[-1], device=x.device)
 
     def beside(size: int) -> Tensor:

@@ -186,7 +186,8 @@ class Window(Projected):
         bias = None
         if context.bias is not None:
             places = cut(torch.arange(query.shape[1], device=query.device)[None, :, None])[..., 0]
-            bias = context.bias.between(places, places).transpose(1, 2)  # [1 or B, windows, heads, n, n]
+            # [1 or B, windows, heads, n, n]
+            bias = context.bias.between(places, places).to(query.dtype).transpose(1, 2)
             bias = bias.expand(query.shape[0], *[-1] * 4).flatten(0, 1)
         y = attend(q, k, v, mask, bias)
         y = y.flatten(2).unflatten(0, (query.shape[0], *counts)).unflatten(axes + 1, (size,) * axes)

@@ -23,8 +23,8 @@ class DeltaNet(Projected):
     each number of chunks of 32 tokens. The paper's short convolutions and its norm of each head are left out;
     placements may put a norm there.
 
-    On one core it takes half the time of softmax attention for 3,136 tokens and twice that for 784, as N / 32 steps
-    depend on each other.
+    On one CPU core it takes half as long as softmax attention for 3,136 tokens and twice as long for 784, as N / 32
+    steps depend on each other.
     """
 
     def __init__(self, dim: int, heads: int, place: Place = ANYWHERE, *, directions: int = 2) -> None:

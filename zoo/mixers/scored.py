@@ -16,8 +16,7 @@ least half of LEAST_ROWS queries if there are as many."""
 
 
 class Room:
-    """Memory for the scores of each chunk of queries in turn, so that it is not allocated anew for each of them. It is
-    made for the first chunk, which is the largest."""
+    """Memory that the scores of all chunks of queries use in turn. It is allocated for the first chunk, the largest."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None

@@ -31,38 +31,35 @@ class FourierTransform(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         grid, axes = context.grid, range(1, 1 + len(context.grid))
-        real = lengths(context, x.device)
         y = single(zeroed(x, context.mask)).unflatten(1, grid)
         with unmixed(x):
             if context.mask is None and not compiling() and len(x):  # MKL refuses an empty batch
-                y = torch.fft.fftn(y, dim=(*axes, -1)).real
+                y = torch.fft.fftn(y, dim=(*axes, -1), norm="ortho" if self.scale else "backward").real
             else:
-                y = self.by_matrices(y, real)
-            if self.scale:
-                number = torch.stack(real).prod(0).clamp(min=1) * x.shape[2]
-                y = y * number.to(y.dtype).rsqrt().view(-1, *[1] * (y.ndim - 1))
+                y = self.by_matrices(y, lengths(context, x.device))
         return y.flatten(1, -2).to(x.dtype)
 
-    @staticmethod
-    def by_matrices(x: Tensor, real: list[Tensor]) -> Tensor:
+    def by_matrices(self, x: Tensor, real: list[Tensor]) -> Tensor:
         """The real part of the transform of the first `real` [1 or B] tokens of x [B, *grid, C] along each axis; 0
         beyond them."""
-        cosine, sine = waves(torch.full((1,), x.shape[-1], device=x.device), x.shape[-1], x)
+        cosine, sine = waves(torch.full((1,), x.shape[-1], device=x.device), x.shape[-1], x, self.scale)
         x, imaginary = x @ cosine[0], -(x @ sine[0])
         for axis, length in enumerate(real, start=1):
-            cosine, sine = waves(length, x.shape[axis], x)
-            wide = x.movedim(axis, 1)
+            cosine, sine = waves(length, x.shape[axis], x, self.scale)
+            rest = x.movedim(axis, 1).shape[2:]
             parts = [part.movedim(axis, 1).flatten(2) for part in (x, imaginary)]
-            x = cosine @ parts[0] + sine @ parts[1]
-            imaginary = cosine @ parts[1] - sine @ parts[0]
-            x, imaginary = (part.unflatten(2, wide.shape[2:]).movedim(1, axis) for part in (x, imaginary))
+            x = (cosine @ parts[0] + sine @ parts[1]).unflatten(2, rest).movedim(1, axis)
+            if axis < len(real):  # nothing reads the imaginary part of the last
+                imaginary = (cosine @ parts[1] - sine @ parts[0]).unflatten(2, rest).movedim(1, axis)
         return x
 
 
-def waves(length: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi i j / n for i and j below n, for each n of `length` [B], and 0 elsewhere: [B, size, size]."""
+def waves(length: Tensor, size: int, like: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi i j / n for i and j below n, for each n of `length` [B], and 0 elsewhere: [B, size, size];
+    with `scale` they are divided by sqrt(n)."""
     places = torch.arange(size, device=like.device)
     length = length.clamp(min=1)[:, None, None]
     angle = (places[:, None] * places % length).to(like.dtype) * (2 * math.pi) / length.to(like.dtype)
-    inside = (places[:, None] < length) & (places < length)
+    inside = ((places[:, None] < length) & (places < length)).to(like.dtype)
+    inside = inside * length.to(like.dtype).rsqrt() if scale else inside
     return angle.cos() * inside, angle.sin() * inside
