@@ -16,6 +16,9 @@ import torch
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 
 ROOT = Path(__file__).parent.parent
+# Failing assertions in what tests share show their values, too.
+SHARED = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("test_", "conf")))
+pytest.register_assert_rewrite(*SHARED)
 BUDGET = 45.0  # seconds of CPU time that the quick tests of one file may take
 SHARE = 1 / 15  # or this share of all files' time, where that is more
 _used: Counter[str] = Counter()

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -37,6 +38,9 @@ def in_child(action: Callable[[], None], most: float | None = None) -> int:
             status = 0
         except SystemExit as stop:
             status = 1 if isinstance(stop.code, str) else int(stop.code or 0)
+            print(f"the child ends with {stop.code}", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     if most is not None:
