@@ -1,5 +1,6 @@
 """`zoo TASK fit|validate|test`: LightningCLI, with one folder for all files of a run."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -217,6 +218,15 @@ def end_all(ranks: list[Popen[bytes]]) -> None:
         process.kill()
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         leave_ranks()  # on GPUs it may wait for them
+        atexit.register(end_at_once)
+
+
+def end_at_once() -> None:
+    """Ends the process, once its error is printed: threads of gloo that lost the other ranks can abort one that frees
+    its memory first."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def leave_ranks() -> None:
