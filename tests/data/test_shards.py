@@ -355,8 +355,8 @@ def test_a_run_is_not_resumed_on_other_shards(both: tuple[Path, Path], copied: P
     with pytest.raises(SystemExit) as stop:
         fit(root, *again, data="shards")
     assert stop.value.code == (
-        f"zoo: error: the shards of 'train' and 'val' in {copied} are not those that the run was started on; "
-        "restore them, or resume on these with --data.changed=ok"
+        f"zoo: error: the data of 'train' and 'val' in {copied} is not that which the run was started on; "
+        "restore it, or resume on this with --data.changed=ok"
     )
     fit(root, *again, "--data.changed=ok", data="shards")
 

@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from zoo.data.headers import measured
+from zoo.data.prints import fingerprint
 from zoo.inputs.images import UnreadableImage, image_size, read_image
 from zoo.outputs.label_map import LabelMap
 from zoo.text import one_line, plain, reason
@@ -132,6 +133,7 @@ class BoxSource:
         where = np.where(kept, np.cumsum(kept) - 1, -1)  # from the index of an entry to that of a kept one
         self._fill(where, table, faults)
         faults.report(place)
+        self.fingerprint = fingerprint(self.paths, self.sizes, self.starts, self.labels_of, self.boxes, self.crowd)
         if table.given and not len(self.labels_of):
             raise ValueError(plain(f"{place}: none of its {table.given} objects can be used{faults.first}"))
 

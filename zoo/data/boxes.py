@@ -221,7 +221,7 @@ class Boxes(DataModule):
             bilinear.
         mean: mean per channel, subtracted on the scale 0..1; null for that of the checkpoint, or ImageNet's.
         std: standard deviation per channel, which divides; null for that of the checkpoint, or ImageNet's.
-        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
+        changed: `ok` to resume a run on other data than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: the preprocessing of an image in evaluation.

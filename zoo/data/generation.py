@@ -35,7 +35,7 @@ class WholeImages(Images):
         fraction: share of the digits that is held out for validation and test.
         flip: probability of mirroring left and right.
         interpolation: nearest, bilinear, bicubic, box, hamming or lanczos; null for that of the checkpoint, or bicubic.
-        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
+        changed: `ok` to resume a run on other data than it was started on; `refuse` otherwise.
     """
 
     sources = {**SOURCES, "latents": _latents}

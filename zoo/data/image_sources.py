@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from zoo.data.prints import fingerprint
 from zoo.data.shards import Shards
 from zoo.inputs.folders import files_below, leads_above
 from zoo.inputs.images import EXTENSIONS, ImagePreprocess, UnreadableImage, convert_image, read_image
@@ -72,6 +73,7 @@ class Files:
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
         # One array of bytes: worker processes share it, where a list of strings would be copied.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.fingerprint = fingerprint(self.paths, self.labels)
 
     def image(self, index: int) -> "Image":
         return read_image(self.name(index), self.channels)

@@ -161,7 +161,7 @@ class Images(DataModule):
         augment: `workers` to augment each image in the process that reads it. `device`: workers decode, crop and flip;
             randaugment, jitter, erasing and normalisation run on uint8 batches on the training device. Use it when the
             GPU waits for data.
-        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
+        changed: `ok` to resume a run on other data than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: the preprocessing of an image in evaluation.

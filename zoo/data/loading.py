@@ -111,7 +111,7 @@ class DataModule(lightning.LightningDataModule):
     that the data module was given replace those of the checkpoint in `fit`, and are ignored in `validate` and `test`,
     which evaluate the checkpoint as it is.
 
-    Shards that a run is resumed on must be those that it was started on, except with `changed` set to `ok`.
+    The data that a run is resumed on must be that which it was started on, except with `changed` set to `ok`.
 
     Attributes:
         preprocess: from a raw input to the model's input.
@@ -132,20 +132,20 @@ class DataModule(lightning.LightningDataModule):
         self._sources: dict[str, Any] = {}  # by split, those that have been read
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed compares: the fingerprint of the shards of each split; empty for other data."""
+        """What a run that is resumed compares: the fingerprint of each split in files or shards."""
         prints = {split: getattr(source, "fingerprint", None) for split, source in self._sources.items()}
         return {split: found for split, found in prints.items() if found is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if a run is resumed on other shards than it was started on."""
+        """ValueError if a run is resumed on other data than it was started on."""
         if self.changed == "ok" or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         own = self.state_dict()
         if differ := [split for split in own if state_dict.get(split, own[split]) != own[split]]:
             root, names = getattr(self, "root", None), " and ".join(map(repr, differ))
             raise ValueError(
-                f"the shards of {names} in {root} are not those that the run was started on; "
-                "restore them, or resume on these with --data.changed=ok"
+                f"the data of {names} in {root} is not that which the run was started on; "
+                "restore it, or resume on this with --data.changed=ok"
             )
 
     def groups(self) -> np.ndarray | None:

@@ -199,7 +199,7 @@ class Speech(DataModule):
         cache: folder in which features are kept, so that later epochs and runs do not decode and transform audio again;
             about 32 KB for a second. Not with joined, speeds and noise, which change the waveform; the dither is drawn
             once. Null for none.
-        changed: `ok` to resume a run on other shards than it was started on; `refuse` otherwise.
+        changed: `ok` to resume a run on other data than it was started on; `refuse` otherwise.
 
     Attributes:
         preprocess: from a waveform to features.

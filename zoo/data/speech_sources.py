@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zoo.data.headers import measured
+from zoo.data.prints import fingerprint
 from zoo.data.shards import Shards
 from zoo.data.strings import Strings
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio
@@ -67,6 +68,11 @@ class Files:
         self.names, self.paths, self.texts = map(Strings, columns[:3])
         self.starts, self.seconds, self.given = (np.array(column, dtype=np.float64) for column in columns[3:])
         self._durations: np.ndarray | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        names = (self.names[index].encode(errors="surrogatepass") for index in range(len(self)))
+        return fingerprint(names, self.starts, self.seconds, self.texts.bytes, self.texts.ends)
 
     def __len__(self) -> int:
         return len(self.given)
