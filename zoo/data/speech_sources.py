@@ -1,5 +1,6 @@
 """Sources of utterances: LibriSpeech's folders, NeMo's manifests, generated tones."""
 
+import functools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ class Files:
         self.starts, self.seconds, self.given = (np.array(column, dtype=np.float64) for column in columns[3:])
         self._durations: np.ndarray | None = None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         names = (self.names[index].encode(errors="surrogatepass") for index in range(len(self)))
         return fingerprint(names, self.starts, self.seconds, self.texts.bytes, self.texts.ends)
