@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import zoo
+from signatures import daily
 from zoo.choices import TABLES
 from zoo.ffns import ACTIVATIONS
 from zoo.heads import HEADS, SPEECH_HEADS
@@ -38,7 +39,7 @@ def survives(model: nn.Module) -> None:
         assert all(torch.equal(value, wanted[name]) for name, value in twin.state_dict().items())
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
+@pytest.mark.parametrize("name", daily(zoo.list_models(), 4))
 def test_every_preset_can_be_pickled(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
