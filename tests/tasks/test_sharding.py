@@ -140,7 +140,7 @@ def train(case: str, folder: Path, *flags: str, ranks: int = 1, **more: str) -> 
     line.append(f"--trainer.default_root_dir={folder}")
     environment = {**os.environ, **{name.upper(): value for name, value in more.items()}, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
     return done.returncode, done.stdout
 
@@ -199,6 +199,7 @@ def test_two_processes_are_one_with_twice_the_batch(case: str, tmp_path: Path):
         ("classify", "fsdp2", "--model.compile=true"),
         ("experts", "ddp", "--model.compile=true"),
         ("generate", "fsdp2", "--model.compile=true"),
+        ("detect", "fsdp2", "--model.compile=true"),
         ("classify", "fsdp2", "--model.checkpointing=true"),
         ("transcribe", "ddp", "--model.checkpointing=true"),
         ("generate", "fsdp2", "--model.checkpointing=true"),
