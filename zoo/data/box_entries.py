@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from zoo.data.fingerprint import fingerprint
 from zoo.data.headers import measured
-from zoo.data.prints import fingerprint
 from zoo.inputs.images import UnreadableImage, image_size, read_image
 from zoo.outputs.label_map import LabelMap
 from zoo.text import one_line, plain, reason

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.data.prints import fingerprint
+from zoo.data.fingerprint import fingerprint
 from zoo.data.shards import Shards
 from zoo.inputs.folders import files_below, leads_above
 from zoo.inputs.images import EXTENSIONS, ImagePreprocess, UnreadableImage, convert_image, read_image

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from zoo.data.fingerprint import fingerprint
 from zoo.data.headers import measured
-from zoo.data.prints import fingerprint
 from zoo.data.shards import Shards
 from zoo.data.strings import Strings
 from zoo.inputs.audio import EXTENSIONS, UnreadableAudio, audio_seconds, read_audio

@@ -11,6 +11,7 @@ from sharding import image_folder, images
 from speech_sets import libri, write_sets
 from training import fit
 from zoo.data.boxes import Boxes
+from zoo.data.image_sources import Files
 
 RUN = ["--trainer.max_epochs=2", "--data.batch=8", "--trainer.limit_val_batches=1", "--data.size=16"]
 
@@ -61,3 +62,10 @@ def box(folder: Path, changed: bool) -> Any:
 def test_the_fingerprint_changes_with_the_data(read: Callable[[Path, bool], Any], tmp_path: Path):
     first, moved = read(tmp_path / "one", False), read(tmp_path / "two", False)
     assert first.fingerprint == moved.fingerprint != read(tmp_path / "two", True).fingerprint
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 1), (0, 0, 0)])
+def test_the_fingerprint_changes_with_a_label_alone(labels: tuple[int, ...]):
+    names = ["a.png", "b.png", "c.png"]
+    one, other = (Files(["x", "y"], list(zip(names, given, strict=True)), 3) for given in ((0, 0, 1), labels))
+    assert one.fingerprint != other.fingerprint

@@ -1,5 +1,6 @@
 """Fingerprints of data in files, by which a run that is resumed knows its data again."""
 
+import os
 import zlib
 from collections.abc import Iterable
 
@@ -14,7 +15,7 @@ def fingerprint(names: Iterable[bytes], *arrays: np.ndarray) -> str:
     """
     found = number = 0
     for name in names:
-        found, number = zlib.crc32(name.rpartition(b"/")[2] + b"\0", found), number + 1
+        found, number = zlib.crc32(os.path.basename(name) + b"\0", found), number + 1
     for array in arrays:
         found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
     return f"{number} files, {found:08x}"
