@@ -3,6 +3,7 @@
 import ast
 import os
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ def processor_time(code: str, *arguments: str, environment: dict[str, str]) -> f
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_micro.digits", "rtdetr_micro.aquarium"])
 def test_a_first_prediction_costs_little_over_torch_and_its_file(name: str, tmp_path: Path):
-    """The least CPU time of seven fresh processes of each kind, in turn."""
+    """The median ratio of the CPU times of two fresh processes that run in turn, seven times."""
     Image.new("RGB", (8, 8)).save(tmp_path / "digit.png")
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -141,5 +142,5 @@ def test_a_first_prediction_costs_little_over_torch_and_its_file(name: str, tmp_
         "import sys, zoo; zoo.load_checkpoint(sys.argv[1])(sys.argv[2])",
     )
     runs = [[processor_time(code, *given, environment=environment) for code in codes] for _ in range(8)]
-    theirs, ours = (min(times) for times in zip(*runs[1:], strict=True))  # the first one compiles
-    assert ours / theirs <= 1.3, runs
+    ratios = [ours / theirs for theirs, ours in runs[1:]]  # the first one compiles
+    assert statistics.median(ratios) <= 1.3, ratios
