@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def changed_files() -> set[Path]:
     except OSError:
         return set()
     return {ROOT / line[3:].rpartition(" -> ")[2] for line in lines}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str) -> Any:
+    """A case of a test that is marked daily(days) is quick on one of so many days, and left to `all` on the others."""
+    made = yield
+    daily = [item for item in made if item.get_closest_marker("daily")] if isinstance(made, list) else []
+    quick = [item for item in daily if not (item.get_closest_marker("slow") or item.get_closest_marker("all"))]
+    for number, item in enumerate(quick, crc32(name.encode())):
+        (days,) = item.get_closest_marker("daily").args
+        if (number - int(os.environ["ZOO_TEST_SEED"])) % days:
+            item.add_marker("all")
+    return made
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,10 +6,8 @@ which.
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import pytest
 
 from zoo.layer import Layer
 from zoo.spec import check
@@ -39,15 +37,6 @@ def classes(table: Mapping[str, type[Layer]], axes: int | None = None) -> list[l
 def representatives(table: Mapping[str, type[Layer]], axes: int | None = None) -> list[str]:
     """One name of each class, another one for another seed."""
     return [names[SEED % len(names)] for names in classes(table, axes)]
-
-
-def daily(values: Iterable[Any], days: int) -> list[Any]:
-    """The values as parameters of a test; each is quick on one of so many days, and left to `all` on the others."""
-    marks = [[] if number == SEED % days else [pytest.mark.all] for number in range(days)]
-    return [
-        pytest.param(*value if isinstance(value, tuple) else [value], marks=marks[number % days], id=str(value))
-        for number, value in enumerate(values)
-    ]
 
 
 def pairs(choices: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

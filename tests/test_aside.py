@@ -65,6 +65,7 @@ def test_what_a_kill_left_is_removed_and_what_is_in_use_is_not(tmp_path: Path):
     assert status(living) == 0 and os.listdir(tmp_path) == [".zoo-link.new"]
 
 
+@pytest.mark.daily(2)
 def test_many_processes_at_once(tmp_path: Path):
     """None of them takes the folder of another one, between any two lines of either."""
 

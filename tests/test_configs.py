@@ -25,7 +25,6 @@ from torch import nn
 
 import zoo
 from encoding import cache
-from signatures import daily
 from zoo.__main__ import run
 from zoo.data.boxes import Boxes
 from zoo.data.images import Images
@@ -203,8 +202,9 @@ def construct(
     torch.set_float32_matmul_precision(precision)
 
 
+@pytest.mark.daily(6)
 @pytest.mark.filterwarnings("ignore:the checkpoint was trained with ImagePreprocess")  # of finetune.yaml
-@pytest.mark.parametrize("name", daily(CASES, 3))
+@pytest.mark.parametrize("name", CASES)
 def test_a_command_of_a_header_builds_all_that_it_needs(name: str, construct, monkeypatch: pytest.MonkeyPatch):
     case = CASES[name]
     for line in case.before:

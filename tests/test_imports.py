@@ -110,6 +110,7 @@ NEEDLESS |= {"huggingface_hub", "scipy", "sklearn", "matplotlib", "transformers"
 NEEDLESS |= {"gradio"}
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_first_prediction_loads_nothing_heavy_beside_torch(name: str, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "digit.png")

@@ -119,7 +119,7 @@ def place_of(row: type[Layer], tokens: int) -> Place:
 def operations(row: type[Layer], arguments: tuple[int, ...], tokens: int) -> int:
     """Floating-point operations of the matrix products and convolutions of a row; nothing is computed."""
     place = place_of(row, tokens)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         layer, x = row(*arguments, place), torch.randn(1, tokens, DIM)
         with FlopCounterMode(display=False) as counter:
             layer(x, Context(grid=place.grid))

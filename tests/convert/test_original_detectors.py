@@ -115,6 +115,7 @@ def test_an_original_detr_file_gives_the_same(tmp_path):
     compare_detr(theirs, from_detr(path, heads=4).model, [0, 1, 2, 3, 4])
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("layer", "inside"), [("basic", 32), ("bottleneck", 48)])
 def test_an_original_rtdetr_file_gives_the_same(tmp_path, layer, inside):
     theirs, path = rtdetr(layer, inside=inside), tmp_path / "rtdetrv2.pth"

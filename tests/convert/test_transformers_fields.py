@@ -18,7 +18,6 @@ from transformers import (
 
 from published_detectors import DEPTHS, WIDTHS, detr, rtdetr, timm, written
 from published_speech import parakeet
-from signatures import daily
 from zoo.convert import from_transformers
 
 KINDS: dict[str, Any] = {"parakeet": ParakeetForCTC, "detr": DetrForObjectDetection, "timm": DetrForObjectDetection}
@@ -190,7 +189,8 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("name", "path", "value"), daily(CHANGED + SAME, 2))
+@pytest.mark.daily(4)
+@pytest.mark.parametrize(("name", "path", "value"), CHANGED + SAME, ids=str)
 def test_a_changed_field_is_read_as_in_transformers(name, path, value, models, tmp_path):
     model, folder = models[name]
     edited(folder, tmp_path, path, value)

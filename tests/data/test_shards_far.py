@@ -127,6 +127,7 @@ def test_the_cache_stays_below_its_share_of_the_disk(
     assert contents(again) == contents(images(out).source("train"))
 
 
+@pytest.mark.daily(2)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker processes")
 def test_processes_that_remove_shards_of_each_other_read_all(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

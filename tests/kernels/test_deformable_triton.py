@@ -81,6 +81,7 @@ def check(kernels, given, scale=0.75):
         assert relative(one.double(), other) < tolerance
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     "grid,out,channels,taps,kind",
     [

@@ -223,6 +223,7 @@ def test_every_family_carries_weights(family):
         model(*inputs())
 
 
+@pytest.mark.daily(2)
 def test_fused_and_compiled_models_share_weights():
     model = vit("shared_scores", norm="repbn").eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.double)
@@ -271,6 +272,7 @@ def test_a_block_alone_has_nothing_to_reuse():
         layer(torch.randn(1, 30, DIM), Context(grid=(5, 6)))
 
 
+@pytest.mark.daily(2)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 @torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
 @pytest.mark.parametrize("spec", ["shared_scores(every=3)", "shared_scores(every=2, residual=True)"])

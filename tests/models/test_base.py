@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import zoo
-from signatures import daily
 from zoo.choices import TABLES
 from zoo.ffns import ACTIVATIONS
 from zoo.heads import HEADS, SPEECH_HEADS
@@ -39,7 +38,8 @@ def survives(model: nn.Module) -> None:
         assert all(torch.equal(value, wanted[name]) for name, value in twin.state_dict().items())
 
 
-@pytest.mark.parametrize("name", daily(zoo.list_models(), 4))
+@pytest.mark.daily(8)
+@pytest.mark.parametrize("name", zoo.list_models())
 def test_every_preset_can_be_pickled(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
@@ -49,6 +49,7 @@ def test_every_preset_can_be_pickled(name):
     assert model.num_features == model.channels[-1]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     "field", [*sorted(set(TABLES) - {"cross", "modulation"}), "stem", "reduction", "head", "subsampling"]
 )

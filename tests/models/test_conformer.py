@@ -18,6 +18,7 @@ from zoo.spec import check
 # Sizes and lengths
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_with_a_ctc_head_of_128_are_those_published(name):
     with torch.device("meta"):

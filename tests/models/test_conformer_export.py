@@ -31,6 +31,7 @@ def test_export_takes_clips_of_any_length(name):
         assert relative(got[mask], wanted[mask]) < 1e-5
 
 
+@pytest.mark.daily(5)
 @pytest.mark.parametrize(
     "mixer", ["relative", "power", "relative(window=8)", "local(window=8)", "local(window=8, tokens=3)"]
 )

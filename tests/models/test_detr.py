@@ -38,6 +38,7 @@ def build(trunk: str = "timm:resnet18", **choices: Any) -> DETR:
     return model.eval()
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("trunk", TRUNKS, ids=lambda name: name.partition("(")[0])
 @torch.no_grad()
 def test_padded_equals_unpadded(trunk):

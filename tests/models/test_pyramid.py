@@ -68,6 +68,7 @@ def test_sizes_are_those_published(name):
     assert round(count_parameters(model) / 1e6, digits) == SIZES[name]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("choice", CHOICES, ids=named)
 def test_every_choice_trains_a_step(choice):
     images, labels = torch.randn(2, 3, 40, 36), torch.tensor([0, 3])
@@ -81,6 +82,7 @@ def test_every_choice_trains_a_step(choice):
     assert model.eval()(images).isfinite().all()
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("choice", CHOICES, ids=named)
 def test_a_picture_gives_the_same_alone_and_in_the_corner_of_a_larger_one(choice):
     model = build("pvt_sla_tiny", TINY | {"ffn": "mlp"} | choice)
@@ -144,6 +146,7 @@ def test_without_classes_the_pooled_features_come_out(name):
     assert relative(fused(images), wanted) < 1e-4
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "choices",

@@ -172,6 +172,7 @@ def apart(got: Tensor, wanted: Tensor) -> float:
     return max(between.amin(0).max().item(), between.amin(1).max().item())
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize(
     ("kind", "most"), [(torch.float64, 1e-5), pytest.param(torch.float32, 1e-4, marks=pytest.mark.all)]
 )

@@ -38,6 +38,7 @@ FOLDED = {"timm:resnet18d": ("layer2.0.downsample.2", "bn1"), "timm:hgnetv2_b0":
 FOLDED["timm:regnetx_002"] = ("stem.bn", "s4.b7.conv2.bn")
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("trunk", "choice"),
     [
@@ -86,6 +87,7 @@ def test_a_branch_of_a_rep_block_is_folded_exactly():
     assert [fold.layer for fold in folded.fusion if fold.layer == "narrow"] == ["narrow"]
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("trunk", [TRUNKS[0], "timm:resnet18d"], ids=named)
 @torch.no_grad()
@@ -98,6 +100,7 @@ def test_a_checkpoint_round_trips(trunk, fused, tmp_path):
     assert torch.equal(rows(loaded(images)), rows(model.eval()(images)))
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("strides", [(16, 32), (4, 8, 16, 32)])
 @pytest.mark.parametrize("trunk", [TRUNKS[2], "timm:resnet18d"], ids=named)
 @torch.no_grad()
@@ -138,6 +141,7 @@ MILLIONS = {"rtdetr_r18": 20.2, "rtdetr_r34": 31.4, "rtdetr_r50": 42.9, "rtdetr_
 MILLIONS |= {"dfine_n": 3.8, "dfine_s": 10.3, "dfine_m": 19.6, "dfine_l": 31.3, "dfine_x": 62.7}
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("name", DETECTORS)
 def test_presets_build_without_memory(name):
     with torch.device("meta"):
@@ -309,6 +313,7 @@ def test_all_tokens_train_every_parameter():
     assert not [name for name, each in model.named_parameters() if each.grad is None]
 
 
+@pytest.mark.all
 @torch.no_grad()
 def test_a_model_with_suppression_compiles_as_one_graph():
     torch._dynamo.reset()

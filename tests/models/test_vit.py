@@ -9,7 +9,7 @@ import torch
 
 import zoo
 from helpers import ON_PICTURES, randomise, relative
-from signatures import daily, pairs, pairwise, representatives
+from signatures import pairs, pairwise, representatives
 from zoo.channels import NoChannel
 from zoo.choices import OUTER, PLACEMENTS
 from zoo.mixers import CONVS
@@ -103,6 +103,7 @@ def test_every_two_choices_go_together_or_are_refused_by_a_stated_rule(part):
 DESIGN = pairwise(CHOICES, lambda row: not reasons(row))
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("part", range(4))
 def test_every_two_choices_that_go_together_train_a_step(part):
     """A step down the gradient lowers the loss, so short a step that the slope alone decides."""
@@ -127,7 +128,8 @@ def test_the_design_holds_every_two_choices_that_go_together():
     assert all(frozenset(row.items()) in met for row in wanted) and len(DESIGN) < 250
 
 
-@pytest.mark.parametrize("name", daily(PRESETS, 4))
+@pytest.mark.daily(8)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
     with torch.device("meta"):
         model = zoo.create_model(name)
@@ -139,6 +141,7 @@ def test_every_preset_builds_on_the_meta_device_and_round_trips(name):
     assert type(model.config)(**stored) == PRESETS[name]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("mixer", ON_PICTURES)
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (7, 90), (1, 1)])
 def test_any_picture_size(mixer, size):

@@ -88,6 +88,7 @@ def test_the_order_on_a_gaussian(sampler, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_maruyama"])
 def test_stochastic_samplers_give_the_distribution(sampler, schedule):

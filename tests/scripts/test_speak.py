@@ -88,6 +88,7 @@ def test_what_is_excluded_is_not_said(synthesis: dict[str, ModuleType]):
         next(texts.texts(drawn, {"A B", "C D", "E F"}, Random(0)))
 
 
+@pytest.mark.daily(4)
 def test_data_that_trains(log: Path, tmp_path: Path):
     """Read by the data module as any LibriSpeech folder; made again, it is the same and nothing is spoken twice."""
     options = ("--hours=0.02", "--speakers=2", "--kinds", "digits", "letters")
@@ -116,6 +117,7 @@ def test_data_that_trains(log: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.daily(3)
 def test_wrong_arguments(log: Path, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").touch()

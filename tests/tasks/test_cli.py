@@ -12,6 +12,7 @@ from zoo.__main__ import main
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -105,6 +106,7 @@ def test_a_value_of_another_type(flag: str, wanted: str):
     assert f"{wanted} (zoo classify fit --help-all lists all options)" in refused(*TINY, flag)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

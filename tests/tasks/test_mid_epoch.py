@@ -39,18 +39,17 @@ def kill_at(step: int) -> Any:
     return struck
 
 
+@pytest.mark.daily(7)
 @pytest.mark.parametrize(
     ("flags", "step", "left"),
     [
         (["--trainer.limit_train_batches=13"], 9, 5),
         (["--trainer.limit_train_batches=13", "--trainer.precision=bf16-true"], 9, 5),
         # The epoch has ended, but its state is not due.
-        pytest.param(["--trainer.limit_train_batches=13"], 13, 10, marks=pytest.mark.slow),
-        pytest.param(["--trainer.limit_train_batches=13"], 19, 15, marks=pytest.mark.slow),
+        (["--trainer.limit_train_batches=13"], 13, 10),
+        (["--trainer.limit_train_batches=13"], 19, 15),
         (["--trainer.limit_train_batches=13", "--data.workers=2"], 12, 10),
-        pytest.param(
-            ["--trainer.limit_train_batches=24", "--trainer.accumulate_grad_batches=2"], 9, 5, marks=pytest.mark.slow
-        ),
+        (["--trainer.limit_train_batches=24", "--trainer.accumulate_grad_batches=2"], 9, 5),
         (["--trainer.limit_train_batches=12", "--trainer.val_check_interval=0.5"], 9, 5),
     ],
 )
@@ -117,6 +116,7 @@ def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == names
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("links", [True, False])
 def test_a_run_resumed_from_an_earlier_state_and_killed_has_it_as_the_last(
     links: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -200,6 +200,7 @@ def test_weights_that_are_not_finite_are_in_no_state(monkeypatch: pytest.MonkeyP
     assert state(tmp_path / STATE)["global_step"] == EVERY
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("other", ["--data.batch=95", "--data.seed=5"])
 def test_other_batches_are_refused_within_an_epoch(other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Even where an epoch has as many of them, samples would come twice or never."""
@@ -260,6 +261,7 @@ TINY: dict[str, list[str]] = {
 OTHERS = ["transcribe", *(pytest.param(task, marks=pytest.mark.slow) for task in ("detect", "generate"))]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("task", OTHERS)
 def test_a_run_that_is_stopped_in_a_validation_resumes_there(
     task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -176,6 +176,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str, stop: bo
     return [message.removeprefix(start) for message in messages if message.startswith(start)]
 
 
+@pytest.mark.daily(2)
 def test_the_faults_of_an_epoch_are_those_of_all_its_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Also where the run was stopped between them, or ended by steps; a state of an earlier version has none."""
     path = tmp_path / "run/resume/last.ckpt"

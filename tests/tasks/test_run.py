@@ -204,6 +204,7 @@ def test_states_do_not_ask_for_checkpoints(writes: Any, monkeypatch: pytest.Monk
     assert [step for name, step in writes if name == "state"] == [*range(2, 17, 2)]
 
 
+@pytest.mark.daily(2)
 def test_a_run_that_goes_back_keeps_the_best_of_what_it_leaves(
     writes: Any, seen: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -233,6 +234,7 @@ def test_a_run_that_was_killed_after_its_best_was_moved_has_one_again(seen: Any,
     assert source(tmp_path / "best") == "epoch 2, step 8"
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("text", ["[1]", "{", '{"source": 3}'])
 def test_a_damaged_best_does_not_keep_a_run_from_going_back(text: str, tmp_path: Path):
     flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=9"]
@@ -253,6 +255,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Classify]:
     return found
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("more", [[], ["--trainer.max_epochs=99"]], ids=["alone", "with max_epochs"])
 def test_training_in_steps_ends_with_the_model_of_the_last_step(

@@ -104,6 +104,7 @@ def test_a_run_that_is_killed_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert one(tmp_path / "run").state == "finished"
 
 
+@pytest.mark.daily(2)
 def test_a_finished_run_that_goes_back_and_is_killed_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("zoo.tasks.run.OVERHEAD", 1e9)  # so that only steps ask for states
     flags = [*SHORT, "--save.every_n_train_steps=2", "--save.keep=3"]

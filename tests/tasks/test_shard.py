@@ -168,7 +168,8 @@ main(["shard", *sys.argv[1:], "--size", "30KB"])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.daily(2)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_no_index_and_continues(folder: Path, tmp_path: Path, whole: Any, number: int):
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", SLOW, folder, out], stdout=-1, stderr=-1, text=True) as child:

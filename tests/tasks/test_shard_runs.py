@@ -69,6 +69,7 @@ def test_a_run_that_was_killed_in_an_epoch_ends_the_same(number: int, tmp_path: 
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.daily(2)
 def test_a_run_goes_on_without_a_shard_that_was_lost_in_an_epoch(tmp_path: Path):
     out = packed(image_folder(tmp_path / "loose"), tmp_path / "out")
     flags = [*FLAGS, f"--data.root={out}"]
@@ -93,6 +94,7 @@ def scores(task: str, weights: Path, *places: list[str], capsys: pytest.CaptureF
     return found
 
 
+@pytest.mark.daily(2)
 def test_objects_have_the_same_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "loose"
     folder.mkdir()
@@ -105,6 +107,7 @@ def test_objects_have_the_same_score(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert said[0] == said[1] and "AP" in said[0]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.filterwarnings("ignore:.*(empty|omitted from a loss).*:UserWarning")
 def test_utterances_have_the_same_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = librispeech(tmp_path / "loose")

@@ -57,6 +57,7 @@ def test_a_truncated_file_to_resume_from(size: int, run: Path, tmp_path: Path):
     assert f"{path} is truncated or not the state of a training run" in refused(*TINY, f"--ckpt_path={path}")
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("place", "value"),
     [

@@ -71,6 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights(folder)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("number", "step", "call", "steps"),
     [
@@ -106,6 +107,7 @@ STEPS = ["--trainer.max_epochs=-1", "--trainer.max_steps=6"]
 BETWEEN = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"]
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("flags", "step", "call"),
     [
@@ -140,6 +142,7 @@ def test_the_last_validation_is_not_stopped(flags: list[str], monkeypatch: pytes
     assert (tmp_path / "best").exists() and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("step", [3, 10])  # in the first and in the last epoch
 def test_a_run_that_max_time_ends_resumes_where_it_was(
     step: int, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -156,6 +159,7 @@ def test_a_run_that_max_time_ends_resumes_where_it_was(
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("place", ["on_train_batch_end", "on_validation_end"])
 def test_a_run_is_not_ended_between_gradients_that_are_summed(
     place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -186,6 +190,7 @@ JOB = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "zoo", "SLURM_JOB_ID": "71", "SLUR
 JOB |= {"SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("job", "status", "said"),
     [
@@ -230,6 +235,7 @@ EARLY = {
 }
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("number", "place", "resumed"),
     [

@@ -14,7 +14,6 @@ from torch import Tensor
 import zoo
 from helpers import randomise, relative
 from shrinking import shrunk
-from signatures import SEED
 from zoo.convert import from_timm
 from zoo.inputs.images import ImagePreprocess
 from zoo.models import PRESETS
@@ -25,18 +24,13 @@ from zoo.weights import load_model, save_model
 NAMES = ("ant", "bee", "cat")
 OTHER = ("cat", "dog", "ant", "eel", "fox")  # two of them known, in other places, among another number
 TASKS = {name: config.task for name, config in PRESETS.items()}
-DRAWN = {
-    names[SEED % len(names)]
-    for family in {type(config) for config in PRESETS.values()}
-    if (names := sorted(name for name, config in PRESETS.items() if type(config) is family))
-}
 
 
-def cases(*tasks: str) -> list[Any]:
-    """The presets of these tasks, slow but for those drawn."""
+def cases(*tasks: str) -> list[str]:
+    """The presets of these tasks."""
     chosen = [name for name in zoo.list_models() if TASKS[name] in tasks]
     assert chosen
-    return [pytest.param(name, marks=[] if name in DRAWN else [pytest.mark.slow]) for name in chosen]
+    return chosen
 
 
 def words(*names: str) -> WordPieces:
@@ -100,6 +94,7 @@ def outputs(model: Any, x: Tensor, labels: Any = (0, 2)) -> dict[str, Tensor]:
     return found if isinstance(found, dict) else {"logits": found}
 
 
+@pytest.mark.daily(20)
 @pytest.mark.parametrize("name", cases("classify", "detect", "transcribe", "generate"))
 def test_each_tensor_is_that_of_the_source_or_reported(name: str, tmp_path: Path):
     """With other names, and with another number of classes or pieces."""
@@ -125,6 +120,7 @@ def test_each_tensor_is_that_of_the_source_or_reported(name: str, tmp_path: Path
     assert all(key.startswith(model.replaceable) for key in model.loaded.new)
 
 
+@pytest.mark.daily(20)
 @pytest.mark.parametrize("name", cases("classify", "detect", "generate"))
 def test_channels_and_sizes_change_only_the_first_weight(name: str, tmp_path: Path):
     """Another size alone, then other channels, another size and other names together."""
@@ -147,6 +143,7 @@ def test_channels_and_sizes_change_only_the_first_weight(name: str, tmp_path: Pa
     assert torch.allclose(model.state_dict()[first[0]], summed, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.daily(20)
 @pytest.mark.parametrize("name", cases("classify", "detect"))
 def test_one_channel_of_grey_gives_what_three_gave(name: str, tmp_path: Path):
     """In float64, which shows the map of the weights; float32 would show its rounding in the model, too."""
@@ -159,6 +156,7 @@ def test_one_channel_of_grey_gives_what_three_gave(name: str, tmp_path: Path):
         assert relative(found, wanted[key]) <= 1e-5, key
 
 
+@pytest.mark.daily(20)
 @pytest.mark.parametrize("name", cases("classify", "detect", "generate"))
 def test_another_image_size_leaves_the_old_one_bit_for_bit(name: str, tmp_path: Path):
     start = kept(tmp_path, name)
@@ -184,6 +182,7 @@ THEIRS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+@pytest.mark.daily(4)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if sizes else [pytest.mark.slow]) for name, (sizes, *_) in THEIRS.items()]
@@ -219,6 +218,7 @@ def scores(model: Any, x: Tensor) -> list[Tensor]:
     return [outputs(model, x)["logits"]]
 
 
+@pytest.mark.daily(20)
 @torch.no_grad()
 @pytest.mark.parametrize("name", cases("classify", "detect", "transcribe"))
 def test_known_names_keep_their_logits_bit_for_bit(name: str, tmp_path: Path):
@@ -241,6 +241,7 @@ def test_known_names_keep_their_logits_bit_for_bit(name: str, tmp_path: Path):
             assert torch.equal(found, wanted) if exact else relative(found, wanted) < 1e-6
 
 
+@pytest.mark.daily(20)
 @pytest.mark.parametrize("name", cases("classify", "detect", "generate"))
 def test_the_same_names_in_another_order_change_nothing_else(name: str, tmp_path: Path):
     """All outputs, those of queries and drawings included, in float32 bit for bit."""

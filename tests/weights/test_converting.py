@@ -29,6 +29,7 @@ def difference(model: Any, made: Any, images: Tensor, **more: Tensor) -> float:
     return float((old - new).abs().max() / old.abs().max())
 
 
+@pytest.mark.daily(4)
 @KINDS
 @pytest.mark.parametrize("name", EXACT)
 def test_presets_compute_the_same(name: str, compressed: bool):

@@ -246,6 +246,7 @@ def head_bias(folder: Path) -> list[float]:
 NO_SPACE = OSError(28, "No space left on device")
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(
     ("error", "sites", "lasting"),
     [(NO_SPACE, SITES, False), (NO_SPACE, SITES, True), (SafetensorError("disk full"), SITES[2:3], False)],
@@ -296,6 +297,7 @@ def test_file_size_limit(folder, tmp_path):
     assert contents(folder) == before and os.listdir(tmp_path) == [folder.name]
 
 
+@pytest.mark.daily(2)
 def test_killed(tmp_path, monkeypatch):
     """Killed at any call, with nothing tidied up: a whole checkpoint loads, and the next save finds its way."""
     old, new, folder = build(dim=16, depth=1), build(dim=16, depth=1), tmp_path / "x"

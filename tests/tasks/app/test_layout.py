@@ -19,6 +19,7 @@ command.main(["--no-browser", "--device", "cpu"])
 """
 
 
+@pytest.mark.daily(3)
 def test_old_files_are_deleted_while_it_runs():
     with subprocess.Popen([sys.executable, "-c", CODE], stderr=subprocess.PIPE, text=True) as app:
         try:

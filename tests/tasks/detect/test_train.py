@@ -88,6 +88,7 @@ def test_the_answer_of_a_checkpoint(run: Path, tmp_path: Path):
     assert all(0 <= each.box[0] <= each.box[2] <= 70 and 0 <= each.box[1] <= each.box[3] <= 50 for each in found)
 
 
+@pytest.mark.daily(2)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path):
     random = ["--data.mosaic=0.5", "--data.mixup=0.5", "--data.turn=0.5", "--model.average=0.9"]
     random += ["--trainer.limit_val_batches=1", "--trainer.max_epochs=2"]
@@ -99,6 +100,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path):
     assert difference(whole, parts) is None
 
 
+@pytest.mark.daily(2)
 def test_a_resumed_run_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A lower score after it resumes leaves `best` as it is, a higher one replaces it."""
     scores = iter((0.5, 0.3, 0.7))

@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import zoo
-from signatures import SEED
 from zoo.__main__ import tasks
 from zoo.models import FAMILIES
 from zoo.tasks.evaluate.measure import evaluate
@@ -33,11 +32,6 @@ LOGGED |= {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "word error rate": "wer",
 LOGGED |= {"loss": "loss", "expected calibration error": "calibration_error"}
 TASKS: Any = tasks()
 TASK_OF = {name: FAMILIES[json.loads((FOLDER / name / "config.json").read_text())["family"]].task for name in NAMES}
-DRAWN = {
-    same[SEED % len(same)]
-    for task in {*TASK_OF.values()}
-    if (same := [name for name, other in TASK_OF.items() if other == task])
-}
 
 
 def picture(number: int, classes: int) -> Image.Image:
@@ -149,13 +143,10 @@ def test_checkpoints_are_small():
     assert max(sizes.values()) <= 12e6 and sum(sizes.values()) <= 100e6, sizes
 
 
+@pytest.mark.daily(8)
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in DRAWN else [pytest.mark.slow])
-        for name in NAMES
-        if name != "caformer_micro.fashion_mnist"  # "T-shirt/top" is no name of a folder
-    ],
+    [name for name in NAMES if name != "caformer_micro.fashion_mnist"],  # "T-shirt/top" is no name of a folder
 )
 def test_figures_do_not_depend_on_the_batch_or_on_fusion(name: str, tmp_path: Path):
     given = data_of(name, tmp_path / "data")

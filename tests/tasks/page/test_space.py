@@ -102,6 +102,7 @@ def test_dry_run_lists_both_and_asks_nothing(hub: Hub, quick: list[Any], monkeyp
     assert front["sdk"] == "static" and "index.html" in text
 
 
+@pytest.mark.daily(3)
 def test_what_has_no_page_is_not_uploaded(hub: Hub, runtime: str, monkeypatch: pytest.MonkeyPatch):
     wanted = "zoo page: dit_micro.digits is for `zoo generate`, which is not yet supported, only "
     more = ["--page", "--runtime", runtime]

@@ -50,6 +50,7 @@ def test_nothing_readable_writes_nothing(ear: Ear):
     assert os.listdir("runs/predict") == []
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("seconds", [0.1, 3, 120])
 @pytest.mark.parametrize("model", ["ear", "transducer"])
 def test_a_fault_of_one_file_ends_no_other(
