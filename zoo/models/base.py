@@ -289,3 +289,12 @@ def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing:
         else:
             x = block(x, context)
     return x
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Has each block compiled when it is first called, for a second time when sizes begin to differ."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            # Inductor would put channels last in what convolutions of any size give to the gradients on the CPU, which
+            # PyTorch 2.11 compiles for each size again; strides of some models' sizes it cannot compare at all.
+            module.compile(options={"layout_optimization": False})

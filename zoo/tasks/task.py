@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from zoo.block import Block
 from zoo.config import Config
 from zoo.data.loading import DataModule
 from zoo.data.sampling import global_seed, reseed
 from zoo.layer import advance, copied, undecayed
 from zoo.models import create_model
-from zoo.models.base import Model, adding_losses
+from zoo.models.base import Model, adding_losses, compile_blocks
 from zoo.norms import has_batch_statistics, refresh_statistics
 from zoo.outputs import LABELS
 from zoo.tasks.average import Average
@@ -71,9 +70,8 @@ class Task(Faults, Resumable):
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
-        compile: compiles each block in training (torch.compile), at the start and again for new shapes of a batch;
-            speech encoders with convolutions for each new length (PyTorch 2.11 makes lengths constants in their
-            gradients), which takes seconds each time.
+        compile: compiles each block in training (torch.compile), at the start and once more when shapes of a batch
+            begin to differ.
         balance: weight of the mean of the losses of the model's layers, such as those that balance experts; 0 for none.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
@@ -190,9 +188,7 @@ class Task(Faults, Resumable):
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if self.compiled and self.trainer.state.fn == TrainerFn.FITTING:
-            for module in self.model.modules():
-                if isinstance(module, Block):
-                    module.compile()
+            compile_blocks(self.model)
         if self.undivided or not isinstance(strategy, FSDP2):
             return
         self.undivided = (copied(self.measured).cpu(),)

@@ -1,0 +1,50 @@
+"""Training with compiled blocks on inputs of several sizes, against plain blocks."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import zoo
+from helpers import randomise, relative
+from zoo.models.base import compile_blocks
+
+pytestmark = [
+    pytest.mark.all,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # which PyTorch asks for
+]
+
+
+def gradients(model: Any, *inputs: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    outputs = model(*inputs)
+    scores = outputs[0] if isinstance(outputs, tuple) else outputs
+    (scores * torch.linspace(-1, 1, scores.shape[-1])).square().mean().backward()
+    return [part.grad for part in model.parameters() if part.grad is not None]
+
+
+def compiled_and_plain(model: Any, *sizes: tuple[Tensor, ...]) -> int:
+    """How often blocks are compiled for the inputs, whose gradients are checked."""
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled)
+    for inputs in sizes:
+        for got, wanted in zip(gradients(compiled, *inputs), gradients(model, *inputs), strict=True):
+            assert relative(got, wanted) < 1e-3 or (got - wanted).abs().max() < 1e-6
+    return counters["frames"]["ok"]
+
+
+def test_speech_is_compiled_once_more_for_all_other_lengths():
+    model = zoo.create_model("conformer_ctc_s", depth=1, dim=32, heads=2, mels=16, vocabulary=9, dropout=0.0)
+    clips = [(torch.randn(3, frames, 16), torch.tensor([frames, frames - 3, frames // 2])) for frames in (90, 131, 203)]
+    assert compiled_and_plain(randomise(model).train(), *clips) == 2
+
+
+def test_stages_of_convolutions_are_compiled():
+    model = zoo.create_model("convformer_s18", depth=(1, 1, 1, 1), dim=(16, 24, 32, 48), heads=(1, 1, 1, 1), classes=3)
+    images = [(torch.randn(2, 3, side, side),) for side in (64, 96)]
+    assert compiled_and_plain(randomise(model).train(), *images) <= 8
