@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import zoo
 from helpers import randomise, relative
+from zoo.block import Block
 from zoo.models.base import compile_blocks
 
 pytestmark = [
@@ -48,3 +50,15 @@ def test_stages_of_convolutions_are_compiled():
     model = zoo.create_model("convformer_s18", depth=(1, 1, 1, 1), dim=(16, 24, 32, 48), heads=(1, 1, 1, 1), classes=3)
     images = [(torch.randn(2, 3, side, side),) for side in (64, 96)]
     assert compiled_and_plain(randomise(model).train(), *images) <= 8
+
+
+def test_blocks_between_which_time_is_halved_share_their_programs():
+    model = zoo.create_model("squeezeformer_xs", depth=4, dim=16, heads=2, mels=16, vocabulary=9).train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=counter)
+    for frames in (90, 131, 203):
+        model(torch.randn(2, frames, 16), torch.tensor([frames, frames // 2]))
+    assert counter.frame_count == 2  # for the first sizes and for all others

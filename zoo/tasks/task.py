@@ -70,8 +70,8 @@ class Task(Faults, Resumable):
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
-        compile: compiles each block in training (torch.compile), at the start and once more when shapes of a batch
-            begin to differ.
+        compile: compiles blocks (torch.compile), in training and in validation at the first batch, and again when sizes
+            begin to differ or padding first occurs.
         balance: weight of the mean of the losses of the model's layers, such as those that balance experts; 0 for none.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
