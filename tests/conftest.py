@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ _start = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers inherit the seed; it changes every day, so that in time every row is a representative.
+    # Workers inherit the seed; it changes every day, so that in time every row and every case has its turn.
     os.environ.setdefault("ZOO_TEST_SEED", str(datetime.date.today().toordinal()))
 
 
@@ -60,13 +59,14 @@ def changed_files() -> set[Path]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str) -> Any:
-    """A case of a test that is marked daily(days) is quick on one of so many days, and left to `all` on the others."""
+    """Each case of a test marked daily(days) is quick on one day in `days`, and marked `all` on the others."""
+    from signatures import is_turn
+
     made = yield
     daily = [item for item in made if item.get_closest_marker("daily")] if isinstance(made, list) else []
     quick = [item for item in daily if not (item.get_closest_marker("slow") or item.get_closest_marker("all"))]
-    for number, item in enumerate(quick, crc32(name.encode())):
-        (days,) = item.get_closest_marker("daily").args
-        if (number - int(os.environ["ZOO_TEST_SEED"])) % days:
+    for number, item in enumerate(quick):
+        if not is_turn(name, number, *item.get_closest_marker("daily").args):
             item.add_marker("all")
     return made
 
@@ -77,9 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from helpers import SOURCES
 
     changed = changed_files()
-    for item in items:
-        name = getattr(getattr(item, "callspec", None), "params", {}).get("name")
-        if changed and isinstance(name, str) and SOURCES.get(name) in changed:
+    for item in items if changed else []:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if {SOURCES.get(value) for value in values if isinstance(value, str)} & changed:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "all"]
 
 
@@ -127,7 +127,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     if not _used:
         return
-    terminalreporter.write_line(f"representatives of rows were drawn by ZOO_TEST_SEED={os.environ['ZOO_TEST_SEED']}")
+    seed = os.environ["ZOO_TEST_SEED"]
+    terminalreporter.write_line(f"ZOO_TEST_SEED={seed} chose the representatives of rows and the cases of daily tests")
     slowest = ", ".join(f"{Path(file).stem} {seconds:.0f}" for file, seconds in _used.most_common(6))
     terminalreporter.write_line(f"CPU seconds: {sum(_used.values()):.0f}; the files that took most: {slowest}")
     if os.environ.get("ZOO_TEST_TIMES"):

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from zlib import crc32
 
 from zoo.layer import Layer
 from zoo.spec import check
@@ -37,6 +38,11 @@ def classes(table: Mapping[str, type[Layer]], axes: int | None = None) -> list[l
 def representatives(table: Mapping[str, type[Layer]], axes: int | None = None) -> list[str]:
     """One name of each class, another one for another seed."""
     return [names[SEED % len(names)] for names in classes(table, axes)]
+
+
+def is_turn(test: str, number: int, days: int, seed: int = SEED) -> bool:
+    """Whether a case of a test is quick on the day of the seed: on one of every `days` days, another one each time."""
+    return (crc32(test.encode()) + number - seed - seed // days) % days == 0
 
 
 def pairs(choices: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def processor_time(code: str, *arguments: str, environment: dict[str, str]) -> f
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_micro.digits", "rtdetr_micro.aquarium"])
 def test_a_first_prediction_costs_little_over_torch_and_its_file(name: str, tmp_path: Path):
-    """The median ratio of the CPU times of two fresh processes that run in turn, seven times."""
+    """The median of seven ratios of CPU time, each of two fresh processes run one after the other."""
     Image.new("RGB", (8, 8)).save(tmp_path / "digit.png")
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from zoo.__main__ import main
 from zoo.data.images import Images
@@ -67,6 +68,13 @@ def said(stop: SystemExit, start: str = "zoo: error: ") -> str:
 def state(path: Path) -> dict[str, Any]:
     """The state that a run is resumed from."""
     return torch.load(path, weights_only=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's last checkpoint, and of its best as best.NAME."""
+    return load_file(folder / "last" / "model.safetensors") | {
+        f"best.{name}": value for name, value in load_file(folder / "best" / "model.safetensors").items()
+    }
 
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:

@@ -1,6 +1,8 @@
 """A zoo of vision and speech models whose parts are chosen by name."""
 
 import gc
+import sys
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +69,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zoo' has no attribute '{name}'")
-    # Modules stay in memory: a search for garbage while they load finds none and costs 0.1 s beside PyTorch's objects.
-    collecting = gc.isenabled()
-    gc.disable()
+    # Imported modules stay alive: collecting garbage while they load frees nothing and takes 0.1 s, since it visits all
+    # of PyTorch's objects. Only the main thread pauses it, so that no two threads undo each other's pause.
+    pausing = _HOMES[name] not in sys.modules and gc.isenabled()
+    pausing = pausing and threading.current_thread() is threading.main_thread()
+    if pausing:
+        gc.disable()
     try:
         return getattr(import_module(_HOMES[name]), name)
     finally:
-        if collecting:
+        if pausing:
             gc.enable()
 
 

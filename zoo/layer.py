@@ -353,6 +353,7 @@ def copied(model: Module) -> Module:
 
 def halved(context: Context) -> Context:
     """The Context of every second token along time."""
+    # Compiled blocks are compiled again for other strides.
     mask = None if context.mask is None else context.mask[:, ::2].contiguous()
     return context.moved(((context.grid[0] + 1) // 2,), mask=mask)
 

@@ -119,6 +119,7 @@ def place_of(row: type[Layer], tokens: int) -> Place:
 def operations(row: type[Layer], arguments: tuple[int, ...], tokens: int) -> int:
     """Floating-point operations of the matrix products and convolutions of a row; nothing is computed."""
     place = place_of(row, tokens)
+    # With gradients scores are computed at once; in chunks, each of which is traced, it takes long.
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         layer, x = row(*arguments, place), torch.randn(1, tokens, DIM)
         with FlopCounterMode(display=False) as counter:

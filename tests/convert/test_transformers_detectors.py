@@ -51,7 +51,7 @@ def test_a_detr_gives_on_a_padded_batch_what_it_gives_in_transformers(tmp_path, 
     compare_detr(theirs, found.model, [1, 3, 4])
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("layer", ["basic", "bottleneck"])
 def test_an_rtdetr_gives_what_it_gives_in_transformers(tmp_path, layer, version):

@@ -146,7 +146,7 @@ def test_without_classes_the_pooled_features_come_out(name):
     assert relative(fused(images), wanted) < 1e-4
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "choices",

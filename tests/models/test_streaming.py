@@ -44,7 +44,7 @@ def check(model: torch.nn.Module, frames: int, visible: Chunks | None = None) ->
         assert got.shape == wanted.shape and relative(got, wanted) < 1e-5
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("look_ahead", [0, 1, 6, 13])
 @pytest.mark.parametrize("number", range(3))
 def test_streamed_is_offline(look_ahead, number):

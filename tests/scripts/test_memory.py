@@ -15,9 +15,15 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/sta
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIDES, SMALL_SIDES = (28, 56, 112), (14, 28, 56)
 CHILD = """
+import functools
+import os
 import sys
+from benchmarks import peak
 from benchmarks.peak import main
+from zoo.layer import Context, Order
 
+if os.environ.get("ORDERED"):
+    peak.Context = functools.partial(Context, order=Order())
 for mixer in sys.argv[2:]:
     print(mixer)
     main(mixer, "64", "2", "float32", "1", *sys.argv[1].split(","))
@@ -26,9 +32,9 @@ QUADRATIC = [name for name, row in MIXERS.items() if row.quadratic]
 LINEAR = [name for name in MIXERS if name not in QUADRATIC]
 
 
-def growth(mixers: list[str], sides: tuple[int, ...]) -> dict[str, tuple[float, float, float]]:
+def growth(mixers: list[str], sides: tuple[int, ...], **more: str) -> dict[str, tuple[float, float, float]]:
     """For each mixer the MiB for each token more, in the first and in the second step, and the peak of the last."""
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "MALLOC_MMAP_THRESHOLD_": "65536"} | more
     command = [sys.executable, "-c", CHILD, ",".join(map(str, sides)), *mixers]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=True).stdout
     words, found = said.split(), {}
@@ -46,6 +52,14 @@ def growth(mixers: list[str], sides: tuple[int, ...]) -> dict[str, tuple[float, 
 def test_peak_memory_of_every_mixer_grows_linearly_with_tokens(part: int):
     """From 784 to 12,544 tokens, softmax included. A matrix of all pairs of tokens would take 1.2 GiB in two heads."""
     for mixer, (early, late, most) in growth(LINEAR[part::8], SIDES).items():
+        assert 0 < late < 1.4 * early + 1e-3, (mixer, early, late)
+        assert most < 200, (mixer, most)
+
+
+@linux
+def test_peak_memory_of_causal_models_grows_linearly_too():
+    names = ["softmax", "gqa", "moh", "moa", "mssa", "symmetric", "relaxed"]
+    for mixer, (early, late, most) in growth(names, SIDES, ORDERED="1").items():
         assert 0 < late < 1.4 * early + 1e-3, (mixer, early, late)
         assert most < 200, (mixer, most)
 

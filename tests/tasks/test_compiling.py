@@ -29,13 +29,15 @@ def gradients(model: Any, *inputs: Tensor) -> list[Tensor]:
 
 
 def compiled_and_plain(model: Any, *sizes: tuple[Tensor, ...]) -> int:
-    """How often blocks are compiled for the inputs, whose gradients are checked."""
+    """The number of compilations for these inputs; gradients are compared with those of plain blocks."""
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()
     counters.clear()
-    compile_blocks(compiled)
+    compile_blocks(compiled, torch.device("cpu"))
     for inputs in sizes:
-        for got, wanted in zip(gradients(compiled, *inputs), gradients(model, *inputs), strict=True):
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            found = gradients(compiled, *inputs)
+        for got, wanted in zip(found, gradients(model, *inputs), strict=True):
             assert relative(got, wanted) < 1e-3 or (got - wanted).abs().max() < 1e-6
     return counters["frames"]["ok"]
 
@@ -49,7 +51,7 @@ def test_speech_is_compiled_once_more_for_all_other_lengths():
 def test_stages_of_convolutions_are_compiled():
     model = zoo.create_model("convformer_s18", depth=(1, 1, 1, 1), dim=(16, 24, 32, 48), heads=(1, 1, 1, 1), classes=3)
     images = [(torch.randn(2, 3, side, side),) for side in (64, 96)]
-    assert compiled_and_plain(randomise(model).train(), *images) <= 8
+    assert compiled_and_plain(randomise(model).train(), *images) == 5
 
 
 def test_blocks_between_which_time_is_halved_share_their_programs():

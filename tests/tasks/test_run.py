@@ -255,7 +255,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Classify]:
     return found
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("more", [[], ["--trainer.max_epochs=99"]], ids=["alone", "with max_epochs"])
 def test_training_in_steps_ends_with_the_model_of_the_last_step(

@@ -1,6 +1,6 @@
 """Every preset, with small sizes, adapted: no tensor is lost, grey is grey, sizes and known labels change no result.
 
-One preset of each family, another one each day, is in the quick tests; the others are slow.
+Some of the presets, others each day, are in the quick tests.
 """
 
 from pathlib import Path

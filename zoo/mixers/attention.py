@@ -42,11 +42,12 @@ class DotProduct(Attention):
     def attended(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, context: Context) -> Tensor:
         """The queries [B, N, H, d] before, and all keys after the rotation.
 
-        A bias is made for some queries at a time in inference, so that memory grows linearly.
+        What rules say of pairs is made for some queries at a time in inference, so that memory grows linearly.
         """
         query, number, keys = rotate(query, context.rotary), query.shape[1], key.shape[1]
         chunks, parts = [ALL], []
-        if context.bias is not None and context.notes is None:
+        rules = (context.bias, context.order, context.visible)
+        if any(rule is not None for rule in rules) and context.notes is None:
             chunks = chunks_of(number, query.shape[0] * query.shape[2] * keys, query.device)
         for rows in chunks:
             allowed = visible_keys(real, number, keys, key.device, context, rows)

@@ -205,12 +205,6 @@ class Attention(Projected):
         )
         return key, value, mask
 
-    def seen(self, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`stored` keys and values, and the `visible_keys` of each query."""
-        number = key.shape[1]
-        key, value, real = self.stored(key, value, context)
-        return key, value, visible_keys(real, number, key.shape[1], key.device, context)
-
     @staticmethod
     def extended(kept: Tensor, new: Tensor) -> Tensor:
         whole = torch.cat([kept, new], 1)

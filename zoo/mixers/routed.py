@@ -20,8 +20,7 @@ from zoo.kernels.routing import (
     z_loss,
 )
 from zoo.layer import ANYWHERE, Context, Place, Site
-from zoo.mixers.attention import Softmax, attend, note_weights
-from zoo.mixers.projected import Attention, rotate
+from zoo.mixers.attention import DotProduct, Softmax
 from zoo.tensors import linear
 from zoo.text import unknown
 
@@ -102,7 +101,7 @@ class MixtureOfHeads(Softmax):
         return [self.qkv, self.router]
 
 
-class MixtureOfAttention(Attention):
+class MixtureOfAttention(DotProduct):
     """sum_e g_e W_e softmax(q_e k^T / sqrt(d)) v over the `top` of `experts` heads, which a router chooses for each
     token; heads have queries and outputs of their own, and share one head of keys and values (MoA, Zhang et al. 2022,
     arXiv:2210.05144).
@@ -113,7 +112,7 @@ class MixtureOfAttention(Attention):
     balance loss, and 0.1 of a z-loss (see `zoo.kernels.routing`).
     """
 
-    reads = Attention.reads | {"rotary"}
+    reads = DotProduct.reads - {"bias"}
 
     def __init__(
         self, dim: int, heads: int, place: Place = ANYWHERE, *, experts: int = 8, top: int = 4, head_dim: int = 0
@@ -164,12 +163,6 @@ class MixtureOfAttention(Attention):
         biases = None if bias is None else bias[:width].unflatten(0, (self.heads, -1))
         rows = x.flatten(0, 1)[found.slots // self.top]
         return to_slots(apart(rows, weights, biases, found.sizes), found, routes.experts.shape).flatten(2)
-
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        key, value, allowed = self.seen(key, value, context)
-        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
-        note_weights(self, context, query, key, allowed)
-        return attend(query, key, value, allowed)
 
     def combined(self, y: Tensor, routes: Routes, found: Grouped | None) -> Tensor:
         """The sum of the outputs of each token's heads, of y [B, N, top, d]."""

@@ -291,10 +291,13 @@ def run(blocks: Iterable[nn.Module], x: Tensor, context: Context, checkpointing:
     return x
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Has each block compiled when it is first called, for a second time when sizes begin to differ."""
+def compile_blocks(model: nn.Module, device: torch.device) -> None:
+    """Compiles each block at its first call, and again when sizes start to vary. `device` is that of the training."""
+    # On the CPU Inductor would make convolutions channels last. With sizes that vary, PyTorch 2.11 then recompiles the
+    # backward pass for every size, and fails on models whose strides it cannot compare.
+    options: dict[str, Any] | None = {"layout_optimization": False} if device.type == "cpu" else None
+    # One limit holds for all blocks, of every stage, in training and validation, with and without padding.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, Block):
-            # Inductor would put channels last in what convolutions of any size give to the gradients on the CPU, which
-            # PyTorch 2.11 compiles for each size again; strides of some models' sizes it cannot compare at all.
-            module.compile(options={"layout_optimization": False})
+            module.compile(options=options)

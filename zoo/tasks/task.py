@@ -70,8 +70,8 @@ class Task(Faults, Resumable):
         final_rate: learning rate at the end of the cosine, and the least of other schedules.
         average: decay of the averaged copy of the weights, which is then evaluated and saved; 0 for none.
         checkpointing: recomputes activations in the backward pass, to save memory.
-        compile: compiles blocks (torch.compile), in training and in validation at the first batch, and again when sizes
-            begin to differ or padding first occurs.
+        compile: compiles each block (torch.compile) at the first batch of training and, without an average, of
+            validation; and again when sizes start to vary or padding first occurs.
         balance: weight of the mean of the losses of the model's layers, such as those that balance experts; 0 for none.
         refresh: training batches on which batch statistics are recomputed before the last validation.
         seed: seed of dropout, dropped paths, mixing and masks, together with epoch and batch; null for that of
@@ -188,7 +188,7 @@ class Task(Faults, Resumable):
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if self.compiled and self.trainer.state.fn == TrainerFn.FITTING:
-            compile_blocks(self.model)
+            compile_blocks(self.model, strategy.root_device)
         if self.undivided or not isinstance(strategy, FSDP2):
             return
         self.undivided = (copied(self.measured).cpu(),)

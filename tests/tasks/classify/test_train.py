@@ -84,7 +84,6 @@ def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return randomly(root, f"--ckpt_path={root}/resume/last.ckpt")
 
 
-@pytest.mark.daily(2)
 def test_resuming_gives_bitwise_the_run_that_never_stopped(whole: Run, resumed: Run):
     one, other = whole.state(), resumed.state()
     assert one["global_step"] == other["global_step"] == STEPS * EPOCHS

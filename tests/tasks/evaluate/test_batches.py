@@ -1,6 +1,6 @@
 """Every checkpoint of the repository on a small data set: its figures do not depend on the batch or on `zoo.fuse`, and
-are those of the task's `validate` and `test`, to the last digit. One checkpoint of each task, another one each day, is
-in the quick tests.
+are those of the task's `validate` and `test`, to the last digit. Some checkpoints, others each day, are in the quick
+tests.
 
 What a figure is measured against comes from the checkpoint's own answers, some of them changed: it is never all right
 or all wrong.
