@@ -51,7 +51,7 @@ def test_speech_is_compiled_once_more_for_all_other_lengths():
 def test_stages_of_convolutions_are_compiled():
     model = zoo.create_model("convformer_s18", depth=(1, 1, 1, 1), dim=(16, 24, 32, 48), heads=(1, 1, 1, 1), classes=3)
     images = [(torch.randn(2, 3, side, side),) for side in (64, 96)]
-    assert compiled_and_plain(randomise(model).train(), *images) == 5
+    assert compiled_and_plain(randomise(model).train(), *images) <= 2 * 4  # at most two programs a stage
 
 
 def test_blocks_between_which_time_is_halved_share_their_programs():
