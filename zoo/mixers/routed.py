@@ -164,6 +164,9 @@ class MixtureOfAttention(DotProduct):
         rows = x.flatten(0, 1)[found.slots // self.top]
         return to_slots(apart(rows, weights, biases, found.sizes), found, routes.experts.shape).flatten(2)
 
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        return super().mix(query, key, value, context._replace(bias=None))  # heads are experts here
+
     def combined(self, y: Tensor, routes: Routes, found: Grouped | None) -> Tensor:
         """The sum of the outputs of each token's heads, of y [B, N, top, d]."""
         if found is None:
