@@ -14,8 +14,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
-# Autograd starts its threads at the first backward pass. After fake tensors, which pretend to be on a GPU, it would start
-# some for that GPU, and forked processes could not train.
+# Autograd starts its threads at the first backward pass. After fake tensors, which pretend to be on a GPU, it would
+# start some for that GPU, and forked processes could not train.
 torch.ones((), requires_grad=True).backward()
 
 ROOT = Path(__file__).parent.parent
