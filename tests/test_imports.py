@@ -74,7 +74,8 @@ def test_every_spelling_of_an_import_is_seen():
 
 
 def test_importing_all_models_loads_nothing_heavy():
-    code = "import sys, zoo; zoo.create_model; zoo.fuse; zoo.MIXERS; import zoo.weights; print(*sys.modules)"
+    code = "import gc, sys, zoo; zoo.create_model; zoo.fuse; zoo.MIXERS; import zoo.weights; "
+    code += "assert gc.isenabled(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
     assert not [name for name in HEAVY if name in loaded]

@@ -51,8 +51,9 @@ All choices work with any image size or length, with padding, in bf16, compiled 
 `torch.export` also takes other sizes than that of its example, unless the model has windows (`local` and
 `relative(window=)` do take other lengths), `deltanet`, learned positions, or convolutions with a stride inside its
 blocks (Efficient Conformer). To train a model with convolutions at several sizes on the CPU, compile it by
-`torch.compile(model, options={"layout_optimization": False})`: else PyTorch 2.11 fails at the second size. Compiling
-`davit_tiny` for several sizes at once takes minutes; with `dynamic=False`, each size on its own, it is quicker.
+`torch.compile(model, options={"layout_optimization": False})`: else PyTorch 2.11 fails at the second size of a
+ConvFormer. Compiling `davit_tiny` for several sizes at once takes minutes; with `dynamic=False`, each size on its own,
+it is quicker.
 
 Not every mixer works in every model. The column "reads" lists what it can take into account: `prefix` (class token and
 registers), `rotary` (the position encoding `rope`), `bias` (that on scores of `alibi`), `code` (an encoding added to

@@ -48,7 +48,11 @@ class DotProduct(Attention):
         chunks, parts = [ALL], []
         rules = (context.bias, context.order, context.visible)
         if any(rule is not None for rule in rules) and context.notes is None:
-            chunks = chunks_of(number, query.shape[0] * query.shape[2] * keys, query.device)
+            # Unlike a bias, masks are the same for all heads, and for all samples without padding.
+            maps = 1 if real is None else query.shape[0]
+            if context.bias is not None:
+                maps = query.shape[0] * query.shape[2]
+            chunks = chunks_of(number, maps * keys, query.device)
         for rows in chunks:
             allowed = visible_keys(real, number, keys, key.device, context, rows)
             bias = bias_between(context, number, keys, query, rows)
